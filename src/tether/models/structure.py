@@ -1,0 +1,107 @@
+"""What a model is made of: the transformers model inside wrappers, its head, its trainable tensors, its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tether.errors import ConfigError
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel | PeftModel:
+    """The model inside the wrappers of data parallelism and compilation."""
+    while not isinstance(model, (PreTrainedModel, PeftModel)):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if inner is None:
+            raise ConfigError(f"{type(model).__name__} is neither a transformers model nor a PEFT model around one.")
+        model = inner
+    return model
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside everything, adapters included; adapters on its layers stay in place."""
+    inner = unwrap(model)
+    base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    if not isinstance(base, PreTrainedModel):
+        raise ConfigError(f"The adapter is on a {type(base).__name__}, which is no transformers model.")
+    return base
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name to parameter, for every parameter that requires a gradient; a shared one is listed once."""
+    return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name to parameter, for everything that is out of effect while adapters are off."""
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        return {}
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in inner.named_modules()
+        for name, parameter in _added_by_adapter(module)
+    }
+
+
+def _added_by_adapter(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        owned = tuple(f"{name}." for name in module.adapter_layer_names)
+        for name, parameter in module.named_parameters():
+            if f"{name}.".startswith(owned):
+                yield name, parameter
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what it computes without any adapter."""
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        yield
+        return
+    # Turning adapters on again makes PEFT mark their tensors trainable, also those that were not.
+    required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    try:
+        with inner.disable_adapter():
+            yield
+    finally:
+        for parameter, value in required:
+            parameter.requires_grad_(value)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation mode (dropout off); afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in modules and in the attributes that attention functions read."""
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout", "dropout_prob", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Dtype of the weights that most of the model's numbers are in; quantised weights do not count."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype])

@@ -1,0 +1,169 @@
+"""The guards: the policy starts at its reference, the reference stays where it was, and something trains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tether.errors import ReferenceError
+from tether.models.structure import trainable_tensors
+from tether.reference.protocol import Reference, Scorer, frozen_pass
+from tether.types import ScoringBatch
+
+
+@dataclass(frozen=True)
+class GuardResult:
+    """Outcome of the start-equality check: largest difference of a token's log-probability, in nats."""
+
+    rows: int
+    tokens: int
+    max_difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the policy starts at its reference."""
+        return self.max_difference <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def compare_with_start(
+    policy: nn.Module, reference: Reference, scorer: Scorer, batch: ScoringBatch, tolerance: float
+) -> GuardResult:
+    """Score the probe with the policy, in evaluation mode, and with the reference."""
+    with frozen_pass(policy):
+        mine = scorer(policy, batch).token_logps
+    difference = (mine - reference.score(batch)).abs().max().item()
+    # A NaN must not pass: it compares as neither larger nor smaller.
+    difference = float("inf") if difference != difference else difference
+    return GuardResult(batch.num_examples, len(mine), difference, tolerance)
+
+
+def require_start_equality(result: GuardResult, reference: Reference) -> None:
+    """Refuse to train when the policy does not start at a `start` reference.
+
+    Raises:
+        ReferenceError: with the difference and the likely cause.
+    """
+    if result.passed:
+        return
+    identity = reference.identity
+    causes = {
+        "adapter_off": "the adapter is not zero at the start (a continued adapter, or an initialisation such as PiSSA or "
+        "OLoRA that rewrites the base), so the weights without it are not the start. Leave `reference_means` unset, or "
+        "set it to snapshot",
+        "snapshot": "the policy's weights changed after the trainer was made. Make the trainer after the last change",
+        "model": "the copy was made from other weights than the policy holds now. Leave `reference_means` unset",
+    }
+    raise ReferenceError(
+        f"The policy is not at its reference before the first update: on {result.rows} rows a token's log-probability "
+        f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the policy at "
+        f"the start, computed by {identity.means}. Likely cause: {causes.get(identity.means, 'unknown')}."
+    )
+
+
+class FrozenProbe:
+    """A few rows whose reference log-probs are kept and must never change.
+
+    Args:
+        reference: what is watched.
+        batch: the rows.
+        allowed: nats that one token may move, for kernels that do not repeat to the bit.
+    """
+
+    def __init__(self, reference: Reference, batch: ScoringBatch, allowed: float) -> None:
+        self._reference, self._batch, self._allowed = reference, batch, allowed
+        self._values: Tensor = reference.score(batch)
+
+    def check(self, step: int) -> float:
+        """Score the rows again.
+
+        Returns:
+            Largest movement of a token's log-probability since the start, in nats.
+
+        Raises:
+            ReferenceError: the reference moved.
+        """
+        moved = (self._reference.score(self._batch) - self._values).abs().max().item()
+        if not moved <= self._allowed:
+            raise ReferenceError(
+                f"The reference moved: at step {step} a token of the probe has a log-probability {moved:.3g} nats away "
+                f"from its value at the start (allowed {self._allowed:.0e}). A frozen tensor changed: were parameters "
+                "unfrozen, merged or edited after the trainer was made? The run stops because what it learns from here "
+                "is tethered to nothing."
+            )
+        return moved
+
+
+class TrainingProof:
+    """Proof that something trains: trainable tensors exist, the optimizer holds them, and a step changes one."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._policy = policy
+        self._before: dict[str, Tensor] | None = None
+        require_trainable(policy)
+
+    def require_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that holds none of the trainable tensors; remember their values.
+
+        Raises:
+            ReferenceError: nothing that the optimizer steps requires a gradient.
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        tensors = trainable_tensors(self._policy)
+        if not any(id(parameter) in held for parameter in tensors.values()):
+            raise ReferenceError(
+                f"The optimizer holds none of the {len(tensors)} trainable tensors, so no step would change the policy. "
+                "Make the optimizer from the model that is passed to the trainer, after adapters are added."
+            )
+        self._before = self._sums()
+
+    def require_change(self, step: int) -> None:
+        """After a step with a learning rate above zero: at least one trainable tensor must have changed.
+
+        Raises:
+            ReferenceError: none did.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            return
+        after = self._sums()
+        if all(torch.equal(after[name], value) for name, value in before.items()):
+            raise ReferenceError(
+                f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches them, or "
+                "each update is smaller than the weights' dtype can hold: train in float32, raise the learning rate, or "
+                "check that the trainable layers are used in the forward."
+            )
+
+    @property
+    def pending(self) -> bool:
+        """Whether values were remembered and not yet compared."""
+        return self._before is not None
+
+    def _sums(self) -> dict[str, Tensor]:
+        # Two sums per tensor, since a copy of every tensor would be a second model.
+        return {
+            name: torch.stack([value.double().sum(), value.double().square().sum()])
+            for name, value in ((name, tensor.detach()) for name, tensor in trainable_tensors(self._policy).items())
+        }
+
+
+def require_trainable(policy: nn.Module) -> None:
+    """Refuse a model in which nothing would train.
+
+    Raises:
+        ReferenceError: no parameter requires a gradient.
+    """
+    if not trainable_tensors(policy):
+        raise ReferenceError(
+            f"Nothing would train: none of the {sum(1 for _ in policy.parameters())} parameters of "
+            f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs is_trainable=True; a merged "
+            "or frozen model needs requires_grad_(True), or a new adapter (`peft_config`, in a run file `lora:`)."
+        )

@@ -1,0 +1,37 @@
+"""What every reference is to the rest of the program, whatever its means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tether.models.structure import evaluation_mode
+from tether.types import ReferenceIdentity, Scores, ScoringBatch
+
+# The one scoring function with the run's layout bound to it, as `functools.partial(score, layout=...)`.
+Scorer = Callable[[nn.Module, ScoringBatch], Scores]
+
+
+class Reference(Protocol):
+    """A frozen policy that gives log-probabilities."""
+
+    identity: ReferenceIdentity
+
+    def score(self, batch: ScoringBatch) -> Tensor:
+        """Log-probabilities of the batch's completion tokens: float32 `[N]` nats, without gradient, dropout off."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must hold because nothing else can rebuild them; empty for most means."""
+        ...
+
+
+@contextmanager
+def frozen_pass(model: nn.Module) -> Iterator[None]:
+    """How every reference pass runs: no gradient, evaluation mode."""
+    with torch.no_grad(), evaluation_mode(model):
+        yield

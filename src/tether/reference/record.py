@@ -1,0 +1,86 @@
+"""The reference on disk: its identity in the run folder and in every checkpoint, and the tensors that rebuild it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tether.errors import ReferenceError
+from tether.models.fingerprint import model_fingerprint
+from tether.models.structure import unwrap
+from tether.reference.guard import GuardResult
+from tether.reference.protocol import Reference
+from tether.reference.snapshot import SnapshotReference
+from tether.types import ReferenceIdentity
+
+RECORD = "reference.json"
+TENSORS = "reference.safetensors"
+# A snapshot up to this share of the model travels in each checkpoint; a larger one is the start model itself, which
+# the run is started from again and which its fingerprint proves.
+_SHARE = 0.25
+
+
+def write_record(folder: Path, reference: Reference, line: str, guard: GuardResult | None) -> None:
+    """Write `reference.json` into a run folder or a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"identity": reference.identity.to_dict(), "line": line, "guard": guard.to_dict() if guard else None}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(folder: Path, reference: Reference, policy: nn.Module) -> None:
+    """Write the tensors that a resumed run needs to rebuild the reference, unless they are most of the model."""
+    tensors = reference.state()
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    if tensors and sum(tensor.numel() for tensor in tensors.values()) <= _SHARE * size:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
+
+
+def read_identity(folder: Path) -> ReferenceIdentity | None:
+    """The identity recorded in a checkpoint or run folder; None where there is none.
+
+    Raises:
+        ReferenceError: a record that cannot be read.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return ReferenceIdentity(**json.loads(path.read_text(encoding="utf-8"))["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReferenceError(f"{path} is no record of a reference that Tether wrote ({error}).") from error
+
+
+def restore(folder: Path, reference: Reference, policy: nn.Module) -> None:
+    """Make the reference of a resumed run the one of its checkpoint, or refuse.
+
+    Args:
+        folder: the checkpoint.
+        reference: what this run resolved from its own arguments; a snapshot takes the checkpoint's tensors.
+        policy: the model at this run's start.
+
+    Raises:
+        ReferenceError: the two are different references; the message has both identities.
+    """
+    recorded = read_identity(folder)
+    if recorded is None:
+        raise ReferenceError(
+            f"{folder} has no {RECORD}, so the reference it was trained against is unknown. Resume from a checkpoint "
+            "that Tether wrote, or start a new run from its weights."
+        )
+    tensors: dict[str, Tensor] = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
+    if tensors and isinstance(reference, SnapshotReference):
+        reference.load_state(tensors)
+        with reference.swapped():
+            without = recorded.meaning == "base"
+            found: dict[str, Any] = {"fingerprint": model_fingerprint(unwrap(policy), without_adapters=without)}
+        reference.identity = ReferenceIdentity(**{**reference.identity.to_dict(), **found})
+    mine = reference.identity
+    if (mine.meaning, mine.fingerprint) != (recorded.meaning, recorded.fingerprint):
+        raise ReferenceError(
+            f"Resuming with another reference. The checkpoint {folder} was trained against {recorded}; this run has "
+            f"{mine}. Start from the same model and the same reference settings, or begin a new run."
+        )

@@ -1,0 +1,56 @@
+"""Means `model`: a second model, with its own weights and dtype."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tether.errors import ReferenceError
+from tether.models.structure import transformers_model
+from tether.reference.protocol import Scorer, frozen_pass
+from tether.types import ReferenceIdentity, ScoringBatch
+
+
+class ModelReference:
+    """Another model; frozen here."""
+
+    def __init__(self, model: nn.Module, scorer: Scorer, identity: ReferenceIdentity) -> None:
+        self._model, self._scorer, self.identity = model.requires_grad_(False), scorer, identity
+
+    def score(self, batch: ScoringBatch) -> Tensor:
+        """See `Reference.score`. Moves the batch to the reference's device and the answer back."""
+        device = next(self._model.parameters()).device
+        with frozen_pass(self._model):
+            return self._scorer(self._model, batch.to(device)).token_logps.to(batch.input_ids.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: the model is rebuilt from its source, and its fingerprint is checked."""
+        return {}
+
+
+def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
+    """Refuse a model that cannot be this policy's reference.
+
+    Raises:
+        ReferenceError: the policy itself or one that shares its trainable tensors, a model without a language-model head
+            (sequence classification, say), or one with another vocabulary.
+    """
+    ours, theirs = transformers_model(policy), transformers_model(reference)
+    trainable = {parameter.data_ptr() for parameter in policy.parameters() if parameter.requires_grad}
+    shared = sum(parameter.data_ptr() in trainable for parameter in reference.parameters())
+    if ours is theirs or shared:
+        raise ReferenceError(
+            f"ref_model shares {shared or 'all its'} tensors with the policy, so it would move in training. Leave ref_model "
+            "out (the reference is then the policy at the start), or pass a model of its own."
+        )
+    head = theirs.get_output_embeddings()
+    if head is None:
+        raise ReferenceError(
+            f"ref_model is a {type(theirs).__name__}, which has no language-model head; a reference gives each token a "
+            "probability. Load it with AutoModelForCausalLM."
+        )
+    sizes = [model.config.get_text_config().vocab_size for model in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        raise ReferenceError(
+            f"ref_model has a vocabulary of {sizes[1]} tokens and the policy one of {sizes[0]}; log-probabilities of "
+            "different vocabularies cannot be compared. Use a reference with the policy's tokenizer."
+        )

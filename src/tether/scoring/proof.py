@@ -1,0 +1,96 @@
+"""Prove it or do not use it: the tree layout must give what each sequence gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tether.errors import ConfigError, ScoringError
+from tether.models.structure import dtype_of, evaluation_mode, transformers_model
+from tether.scoring.attention import remove_tree_attention
+from tether.scoring.batch import pack, sequence_sources, sequences
+from tether.scoring.score import Layout, score
+from tether.types import Example, ScoringBatch
+
+# Largest difference of one token's log-probability, in nats, that rounding explains.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 3e-1}
+
+
+def tolerance(model: nn.Module) -> float:
+    """Nats by which two right computations of a token's log-probability may differ in the model's dtype."""
+    device = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype_of(model)
+    return TOLERANCE[dtype]
+
+
+def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
+    """The plainest way: each sequence in a forward of its own, all its logits, an ordinary log-softmax.
+
+    Slow; it is what every other way is compared with.
+
+    Returns:
+        `token_logps [N]` in float32.
+    """
+    parts = []
+    for row, where in zip(sequences(batch), sequence_sources(batch), strict=True):
+        logits = model(input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False).logits[0]
+        parts.append(logits[where].float().log_softmax(-1).gather(-1, row[where + 1, None])[:, 0])
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The layout a run uses, and the proof: largest difference per token from scoring alone, in nats."""
+
+    layout: Layout
+    difference: float
+    line: str
+
+
+def choose_layout(
+    model: nn.Module, examples: Sequence[Example], *, requested: Layout | None = None
+) -> LayoutChoice:
+    """Score real examples as a tree and alone, and take the tree layout only if they agree.
+
+    Args:
+        model: the policy.
+        examples: a few real ones; with two completions or more, so that a leak between them would show.
+        requested: a layout that is forced; it is proved all the same.
+
+    Returns:
+        The choice with one line to print.
+
+    Raises:
+        ScoringError: no layout gives what scoring alone gives, or the one that was forced does not.
+    """
+    device = next(model.parameters()).device
+    batch, limit = pack(examples).to(device), tolerance(model)
+    with torch.no_grad(), evaluation_mode(model):
+        alone = score_alone(model, batch)
+        reason = ""
+        for layout in (requested,) if requested else ("tree", "padded"):
+            difference, problem = _compare(model, batch, alone, layout)
+            if difference <= limit:
+                tokens = f"{difference:.1e} nats from each sequence alone, {len(alone)} tokens (allowed {limit:.0e})"
+                return LayoutChoice(layout, difference, f"scoring: {layout} layout, at most {tokens}{reason}")
+            reason += f"; {layout} layout refused: {problem or f'{difference:.1e} nats off'}"
+            if layout == "tree":
+                remove_tree_attention(transformers_model(model))
+    raise ScoringError(
+        f"{type(transformers_model(model)).__name__} is not scored as it scores each sequence alone{reason}. "
+        f"Allowed are {limit:.0e} nats per token. "
+        + ("Leave `scoring_layout` unset to let Tether choose." if requested else "This architecture is not supported.")
+    )
+
+
+def _compare(model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout) -> tuple[float, str]:
+    try:
+        difference = (score(model, batch, layout=layout).token_logps - alone).abs().max().item()
+    except ConfigError:
+        raise
+    except (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return float("inf"), f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return (difference, "") if difference == difference else (float("inf"), "not a number")

@@ -1,0 +1,123 @@
+"""The one scoring function, for the policy and for the reference alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tether.errors import ConfigError, ScoringError
+from tether.models.structure import transformers_model
+from tether.scoring.attention import forest_forward, install_tree_attention
+from tether.scoring.batch import sequence_sources, sequences
+from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
+from tether.types import Scores, ScoringBatch
+
+Layout = Literal["tree", "padded"]
+Output = Literal["entropy", "top1", "mean_logits"]
+
+
+def score(
+    model: nn.Module,
+    batch: ScoringBatch,
+    *,
+    outputs: tuple[Output, ...] = (),
+    layout: Layout = "tree",
+    chunk: int = CHUNK,
+) -> Scores:
+    """Log-probability of every completion token of a batch under a causal language model.
+
+    Differentiable in the model's trainable tensors. The model is called through its own forward, wrappers included, in
+    the mode (training or evaluation) that it is in.
+
+    Args:
+        model: a transformers or PEFT model, wrapped or not, on the batch's device.
+        batch: B packed prompts with K completions and N completion tokens, see `pack`.
+        outputs: further values of each token's distribution, from the same pass: `entropy`, `top1`, `mean_logits`.
+        layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its own.
+        chunk: tokens whose logits exist at once.
+
+    Returns:
+        `Scores` with `token_logps [N]` in float32 nats.
+
+    Raises:
+        ScoringError: the model cannot be called this way, for instance it has no language-model head.
+        ConfigError: an unknown layout or output.
+    """
+    if layout not in _LAYOUTS or not set(outputs) <= set(OUTPUTS):
+        raise ConfigError(f"score(): layout {layout!r}, outputs {outputs!r}; layouts are tree and padded, outputs {OUTPUTS}.")
+    inner = transformers_model(model)
+    head = head_of(inner)
+    inputs, sources, context = _LAYOUTS[layout](inner, batch)
+    with _capture_hidden(head.module) as captured, context:
+        model(**inputs, use_cache=False)
+    if len(captured) != 1:
+        raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed.")
+    hidden = captured[0].flatten(0, 1).index_select(0, sources)
+    found = token_scores(head, hidden, batch.targets, outputs=outputs, chunk=chunk)
+    return Scores(
+        token_logps=found.token_logps,
+        completion_index=batch.completion_index,
+        num_completions=batch.num_completions,
+        entropy=found.entropy,
+        top1=found.top1,
+        mean_logits=found.mean_logits,
+    )
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The language-model head, with the scale and softcap that the architecture applies to its logits."""
+    module = model.get_output_embeddings()
+    if module is None:
+        raise ScoringError(
+            f"{type(model).__name__} has no language-model head, so it gives no token a probability. "
+            "Load it with AutoModelForCausalLM."
+        )
+    config: Any = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def _capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what enters the head and let it compute nothing: the fused head does its work on scored rows only."""
+    captured: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(args[0])
+        return (args[0][:, :0], *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+    install_tree_attention(model)
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
+    return inputs, batch.sources, forest_forward()
+
+
+def _padded(_: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+    rows = sequences(batch)
+    width = max(len(row) for row in rows)
+    ids = batch.input_ids.new_zeros(len(rows), width)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    positions = torch.arange(width, device=ids.device).expand_as(ids)
+    sources = torch.cat([i * width + where for i, where in enumerate(sequence_sources(batch))])
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, sources, nullcontext()
+
+
+_LAYOUTS: dict[str, Callable[[PreTrainedModel, ScoringBatch], tuple[dict[str, Any], Tensor, Any]]] = {
+    "tree": _tree,
+    "padded": _padded,
+}

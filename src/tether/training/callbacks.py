@@ -1,0 +1,101 @@
+"""What happens beside the steps: the guards, the metrics file, the progress display."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tether.errors import TetherError
+from tether.reference import FrozenProbe, TrainingProof
+
+METRICS = "metrics.jsonl"
+_STUCK_LOGS = 20
+
+
+class GuardCallback(TrainerCallback):
+    """Runs the guards of `tether.reference.guard` at their moments.
+
+    Args:
+        proof: that something trains.
+        begin: called once before the first step; checks start equality and returns the frozen probe, or None for no
+            reference.
+        every: steps between two checks of the frozen probe; 0 for never.
+    """
+
+    def __init__(self, proof: TrainingProof, begin: Callable[[TrainerState], FrozenProbe | None], every: int) -> None:
+        self._proof, self._begin, self._every = proof, begin, every
+        self._probe: FrozenProbe | None = None
+        self._moving = False
+        self._zero_margins = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Start equality, and the optimizer's tensors."""
+        self._probe = self._begin(state)
+        if kwargs.get("optimizer") is not None:
+            self._proof.require_optimizer(kwargs["optimizer"])
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Remember whether this step can change anything: a warm-up starts at a learning rate of 0."""
+        optimizer: torch.optim.Optimizer = kwargs["optimizer"]
+        self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Something changed, and the reference did not."""
+        if self._proof.pending and self._moving:
+            self._proof.require_change(state.global_step)
+        if self._probe is not None and self._every and state.global_step % self._every == 0:
+            self._probe.check(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """The reference is still where it was."""
+        if self._probe is not None and self._every:
+            self._probe.check(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Stop on a loss that is not a number, and on margins that stay exactly zero."""
+        logs: dict[str, float] = kwargs.get("logs") or {}
+        for name in ("loss", "grad_norm", "rewards/margins"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise TetherError(
+                    f"{name} is {logs[name]} at step {state.global_step}. Lower the learning rate, or check for a reference "
+                    "or a policy in float16; the last checkpoint is from before this step."
+                )
+        if "rewards/margins" in logs:
+            self._zero_margins = self._zero_margins + 1 if logs["rewards/margins"] == 0.0 else 0
+            if self._zero_margins >= _STUCK_LOGS:
+                raise TetherError(
+                    f"The margin between chosen and rejected was exactly 0 in {_STUCK_LOGS} logs up to step "
+                    f"{state.global_step}: the policy is its own reference, or nothing trains."
+                )
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl` in the run folder, one JSON object a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Start anew, or keep the lines up to the step that the run resumes from."""
+        if not state.is_world_process_zero:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if state.global_step and self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= state.global_step]
+        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Append one line."""
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if state.is_world_process_zero and logs:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,49 @@
+"""Where a run resumes from, and whether a model's folder belongs to an earlier run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from tether.errors import ConfigError, ReferenceError
+from tether.reference.record import read_identity
+
+
+def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> Path | None:
+    """The checkpoint to resume from; None for a fresh start.
+
+    Args:
+        resume: a checkpoint's path, or True for the last one in the output folder.
+        output_dir: the run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not resume:
+        return None
+    if resume is True:
+        last = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
+        if last is None:
+            raise ConfigError(f"There is no checkpoint in {output_dir} to resume from. Start without resuming.")
+        return Path(last)
+    if not Path(resume).is_dir():
+        raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
+    return Path(resume)
+
+
+def refuse_silent_reanchoring(source: str) -> None:
+    """A model that Tether trained has a reference on record; starting from it must say which reference is meant.
+
+    Raises:
+        ReferenceError: `source` is such a model's folder.
+    """
+    folder = Path(source)
+    recorded = read_identity(folder) if folder.is_dir() else None
+    if recorded is not None:
+        raise ReferenceError(
+            f"{source} was trained by Tether against the reference {recorded.source!r} (meaning {recorded.meaning}, "
+            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as they are "
+            "now, `reference: {model: ...}` (in Python `ref_model`) for the earlier one; or resume that run from its "
+            "checkpoint."
+        )

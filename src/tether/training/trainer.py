@@ -1,0 +1,330 @@
+"""The one glue class over `transformers.Trainer`: it connects data, scoring, reference and objective to the steps."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from tether.data import Prepared, example_from_row, prepare
+from tether.errors import ConfigError, DataError
+from tether.models import load_policy, load_tokenizer
+from tether.models.structure import disable_dropout, transformers_model, unwrap
+from tether.reference import (
+    SAME,
+    FrozenProbe,
+    GuardResult,
+    ReferenceSpec,
+    Resolved,
+    Scorer,
+    TrainingProof,
+    compare_with_start,
+    require_start_equality,
+    resolve,
+)
+from tether.reference.record import restore, write_record, write_tensors
+from tether.scoring import choose_layout, pack, score
+from tether.training.arguments import PreferenceConfig
+from tether.training.callbacks import GuardCallback, MetricsFile
+from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
+from tether.training.collate import collate
+from tether.training.metrics import MetricSums
+from tether.training.reduce import reduce_loss
+from tether.types import LossOutput, Scores, ScoringBatch
+
+logger = logging.getLogger("tether")
+Rows = Dataset | list[dict[str, Any]] | str | Path
+_PROBE_ROWS = 8
+_OUTPUTS = ("entropy", "top1", "mean_logits")
+
+
+class TetherTrainer(Trainer):
+    """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the arguments."""
+
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        ref_model: str | Path | nn.Module | None = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, ScoringBatch]] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if args is None:
+            raise ConfigError("args is missing; pass a configuration such as DPOConfig(output_dir=...).")
+        if train_dataset is None:
+            raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
+        source = str(model) if isinstance(model, (str, Path)) else _source_of(model)
+        if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
+            refuse_silent_reanchoring(source)
+        meaning = _meaning(args, ref_model)
+        # Data before weights: what is wrong with the rows is known in seconds.
+        tokenizer = processing_class or load_tokenizer(source, **self._loading(args, tokenizer=True))
+        self.data_reports: dict[str, Any] = {}
+        train = self._prepare("train", train_dataset, tokenizer, args)
+        evaluation = self._prepare_evaluation(eval_dataset, tokenizer, args)
+        policy = load_policy(source, **self._loading(args)) if isinstance(model, (str, Path)) else model
+        policy = _with_adapter(policy, peft_config)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        proof = TrainingProof(policy)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or collate,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is a share of the whole step's mean; transformers must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._tokens_seen = 0
+        self.guard: GuardResult | None = None
+        self._probe = pack([example_from_row(train[i]) for i in range(min(_PROBE_ROWS, len(train)))]).to(args.device)
+        choice = choose_layout(policy, self._probe_examples(train), requested=args.scoring_layout)
+        self._scorer: Scorer = functools.partial(score, layout=choice.layout)
+        self._say(choice.line)
+        spec = self._reference_spec(meaning, ref_model, source)
+        self.resolved: Resolved = resolve(spec, policy, self._probe, self._scorer, self._scorer_for)
+        self._say(self.resolved.line)
+        self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
+        self.add_callback(MetricsFile(Path(args.output_dir)))
+        self._write_data_report()
+
+    # -- what a preference trainer defines -------------------------------------------------------------------------
+
+    def judge(self, policy: Scores, reference_logps: Tensor) -> LossOutput:
+        """Combine the policy's scores with the reference's log-probs `[K]`; each kind of trainer says how."""
+        raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def _loading(self, args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
+        given = args.model_init_kwargs or {}
+        options: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
+        options.setdefault("trust_remote_code", args.trust_remote_code)
+        known = ("revision", "trust_remote_code")
+        return {name: options[name] for name in known if name in options} if tokenizer else options
+
+    def _prepare(self, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig) -> Dataset:
+        prepared: Prepared = prepare(
+            rows,
+            tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            boundary=args.prompt_boundary,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        self.data_reports[name] = prepared.report.to_dict()
+        for line in prepared.report.lines():
+            self._say(line)
+        return prepared.dataset
+
+    def _prepare_evaluation(self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig) -> Any:
+        if rows is None:
+            return None
+        if isinstance(rows, Mapping):
+            return {name: self._prepare(f"eval_{name}", part, tokenizer, args) for name, part in rows.items()}
+        return self._prepare("eval", rows, tokenizer, args)
+
+    def _reference_spec(self, meaning: str, ref_model: Any, policy_source: str) -> ReferenceSpec:
+        if isinstance(ref_model, (str, Path)):
+            source, ref_model = str(ref_model), load_policy(str(ref_model), **self._loading(self.args))
+        else:
+            source = policy_source if ref_model is None else _source_of(ref_model)
+        if ref_model is not None:
+            ref_model = ref_model.to(self.args.device)
+        revision = getattr(transformers_model(ref_model or self.model).config, "_commit_hash", None)
+        return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision)  # type: ignore[arg-type]
+
+    def _probe_examples(self, train: Dataset) -> list[Any]:
+        return [example_from_row(train[i]) for i in range(min(2, len(train)))]
+
+    def _scorer_for(self, model: nn.Module) -> Scorer:
+        choice = choose_layout(model, self._probe_examples(self.train_dataset), requested=self.args.scoring_layout)  # type: ignore
+        self._say(f"reference {choice.line}")
+        return functools.partial(score, layout=choice.layout)
+
+    def _begin(self, state: TrainerState) -> FrozenProbe | None:
+        """Before the first step: the guards, and the record in the run folder."""
+        reference = self.resolved.reference
+        if reference.identity.meaning == "none":
+            self._record(Path(self.args.output_dir))
+            return None
+        model = unwrap(self.model)
+        if state.global_step == 0:
+            self.guard = compare_with_start(model, reference, self._scorer, self._probe, SAME)
+            self._say(
+                f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
+                f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {SAME:.0e})"
+            )
+            if reference.identity.meaning == "start":
+                require_start_equality(self.guard, reference)
+        self._record(Path(self.args.output_dir))
+        return FrozenProbe(reference, self._probe, SAME)
+
+    def _record(self, folder: Path) -> None:
+        if self.is_world_process_zero():
+            write_record(folder, self.resolved.reference, self.resolved.line, self.guard)
+
+    def _write_data_report(self) -> None:
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "data.json").write_text(json.dumps(self.data_reports, indent=2) + "\n", encoding="utf-8")
+
+    def _say(self, line: str) -> None:
+        logger.info(line)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`. Resuming restores the checkpoint's reference or refuses.
+
+        Raises:
+            ReferenceError: a guard found the reference wrong, moved, or another than the checkpoint's.
+        """
+        folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
+        if folder is not None:
+            restore(folder, self.resolved.reference, unwrap(self.model))
+        return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Examples of the whole optimizer step, over its micro-batches and all processes."""
+        if not batch_samples:
+            return None
+        count = torch.tensor(sum(inputs["batch"].num_examples for inputs in batch_samples), device=device)
+        return self.accelerator.reduce(count, reduction="sum")  # type: ignore[return-value]
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
+        # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
+        reference = self.resolved.reference.score(batch)
+        policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
+        output = self.judge(policy, policy.sum_by_completion(reference))
+        self._sums[mode].add(output.metrics)
+        return output
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's share of the step's mean loss."""
+        batch: ScoringBatch = inputs["batch"].to(self.args.device)
+        output = self._judge_batch(model, batch, "train")
+        self._tokens_seen += _sequence_tokens(batch)
+        total = num_items_in_batch if num_items_in_batch is not None else batch.num_examples
+        loss = reduce_loss(output.per_example, total, self.accelerator.num_processes)
+        return (loss, output) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss and metrics over real pairs, in memory that does not grow with the data."""
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        rows = 0
+        for inputs in dataloader:
+            batch = inputs["batch"].to(self.args.device)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses = self._judge_batch(model, batch, "eval").per_example
+            count = torch.tensor(float(len(losses)), device=losses.device)
+            self._sums["eval"].add({"loss": (losses.sum(), count)})
+            rows += len(losses)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        means = self._sums["eval"].means(self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_unseen(eval_dataset)
+        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+
+    def _prepare_unseen(self, rows: Any) -> Any:
+        if isinstance(rows, Mapping):
+            return {name: self._prepare_unseen(part) for name, part in rows.items()}
+        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
+            return rows
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            raise DataError("Evaluating new rows needs the trainer's tokenizer; pass processing_class.")
+        return self._prepare("eval", rows, self.processing_class, self.args)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step metrics, means since the last log, to a training log."""
+        if "loss" in logs:
+            tokens = torch.tensor(self._tokens_seen, device=self.args.device)
+            logs |= self._sums["train"].means(self.accelerator)
+            logs["num_tokens"] = float(self.accelerator.reduce(tokens, reduction="sum"))  # type: ignore[arg-type]
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            self._record(folder)
+            write_tensors(folder, self.resolved.reference, unwrap(self.model))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Two per parameter and token forward, four backward; the estimate that transformers makes."""
+        batch: ScoringBatch = inputs["batch"]
+        return 6 * batch.input_ids.numel() * transformers_model(self.model).num_parameters(exclude_embeddings=True)
+
+
+def _sequence_tokens(batch: ScoringBatch) -> int:
+    """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
+    return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+
+
+def _source_of(model: nn.Module) -> str:
+    config = transformers_model(model).config
+    return getattr(config, "_name_or_path", "") or "object in memory"
+
+
+def _meaning(args: PreferenceConfig, ref_model: Any) -> str:
+    if ref_model is not None and args.reference not in (None, "model"):
+        raise ConfigError(
+            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one of them out."
+        )
+    if ref_model is None and args.reference == "model":
+        raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
+    return args.reference or ("start" if ref_model is None else "model")
+
+
+def _with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    if peft_config is None:
+        return policy
+    if isinstance(policy, PeftModel):
+        raise ConfigError(
+            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that adapter, or "
+            "merge it first with model.merge_and_unload()."
+        )
+    if not isinstance(policy, PreTrainedModel):
+        raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
+    return get_peft_model(policy, peft_config)

@@ -1,0 +1,280 @@
+"""The records that flow through Tether, from a row of preferences to a loss.
+
+    row -> Preference -> Example -> ScoringBatch -> Scores -> LossOutput
+
+Vocabulary, two levels: `token_logps [N]` has one value per completion token, `logps [K]` one per completion.
+Log-probabilities are natural logarithms (nats) in float32. K counts completions, N scored tokens, T tokens in a
+packed row, B examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Messages = list[dict[str, Any]]
+Kind = Literal["pair"]
+Meaning = Literal["start", "base", "model", "none"]
+Means = Literal["adapter_off", "snapshot", "model", "none"]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One row of preference data after the schema check, before any tokenizer.
+
+    Args:
+        prompt: text, or a list of chat messages.
+        completions: for `kind="pair"` the chosen and the rejected one, in that order; text or messages like `prompt`.
+        kind: what the completions mean to each other.
+        source_row: number of the row in the data it came from, starting at 0.
+
+    Example:
+        >>> row = Preference(prompt="2 + 2 =", completions=(" 4", " 5"), kind="pair", source_row=0)
+        >>> row.completions[0]
+        ' 4'
+    """
+
+    prompt: str | Messages
+    completions: tuple[str | Messages, ...]
+    kind: Kind
+    source_row: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised, truncated preference: one prompt and its K completions.
+
+    Args:
+        prompt_ids: int64 `[P]`, at least one token.
+        completion_ids: K int64 tensors `[C_k]`, each at least one token and ending in the end-of-turn token
+            unless truncation removed it.
+        source_row: number of the row in the data it came from.
+
+    Example:
+        >>> example = Example.of([1, 5, 6], [[7, 2], [8, 9, 2]])
+        >>> [len(ids) for ids in example.completion_ids]
+        [2, 3]
+        >>> example.keys[0] == Example.of([1, 5, 6], [[7, 2]]).keys[0]
+        True
+    """
+
+    prompt_ids: Tensor
+    completion_ids: tuple[Tensor, ...]
+    source_row: int = -1
+
+    @classmethod
+    def of(cls, prompt_ids: list[int], completion_ids: list[list[int]], source_row: int = -1) -> Example:
+        """Build an example from plain lists of token ids."""
+        return cls(
+            torch.as_tensor(prompt_ids, dtype=torch.int64),
+            tuple(torch.as_tensor(ids, dtype=torch.int64) for ids in completion_ids),
+            source_row,
+        )
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """K digests of exactly what a model sees: the prompt ids and the ids of one completion."""
+        prompt = self.prompt_ids.numpy().tobytes()
+        head = len(self.prompt_ids).to_bytes(8, "little") + prompt
+        return tuple(blake2b(head + ids.numpy().tobytes(), digest_size=16).digest() for ids in self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where one prompt and its completions lie in a packed row: the trunk, then the branches, without gaps.
+
+    Example:
+        >>> tree = Tree(start=0, trunk=3, branches=(2, 4))
+        >>> tree.spans(), tree.end
+        (((0, 3), (3, 5), (5, 9)), 9)
+    """
+
+    start: int
+    trunk: int
+    branches: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Index after the last token of the tree."""
+        return self.start + self.trunk + sum(self.branches)
+
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """`(start, end)` of the trunk, then of each branch."""
+        edges = [self.start]
+        for length in (self.trunk, *self.branches):
+            edges.append(edges[-1] + length)
+        return tuple(zip(edges[:-1], edges[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The trees of a packed row, in order and without gaps.
+
+    `cache` holds tensors that attention derives from the layout once per micro-batch (masks); it is no part of the
+    forest's value.
+
+    Example:
+        >>> forest = Forest((Tree(0, 3, (2, 4)), Tree(9, 1, (1,))))
+        >>> forest.length
+        11
+    """
+
+    trees: tuple[Tree, ...]
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the row, T."""
+        return self.trees[-1].end
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """A micro-batch as a forest packed in one row without padding.
+
+    Args:
+        input_ids: int64 `[1, T]`.
+        position_ids: int64 `[1, T]`; restart at 0 in each tree, every branch starts at its trunk's length.
+        forest: where trunks and branches lie.
+        sources: int64 `[N]`, index in the row whose hidden state predicts a scored token.
+        targets: int64 `[N]`, the token predicted.
+        completion_index: int64 `[N]`, which of the K completions a scored token belongs to.
+        example_index: int64 `[K]`, which of the B examples a completion belongs to.
+        keys: K content digests, see `Example.keys`.
+
+    Example:
+        A prompt `[1, 5]` with completions `[7, 2]` and `[8]`:
+
+        >>> from tether.scoring import pack
+        >>> batch = pack([Example.of([1, 5], [[7, 2], [8]])])
+        >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+        ([[1, 5, 7, 2, 8]], [[0, 1, 2, 3, 2]])
+        >>> batch.sources.tolist(), batch.targets.tolist(), batch.completion_index.tolist()
+        ([1, 2, 1], [7, 2, 8], [0, 0, 1])
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    forest: Forest
+    sources: Tensor
+    targets: Tensor
+    completion_index: Tensor
+    example_index: Tensor
+    keys: tuple[bytes, ...]
+
+    @property
+    def num_completions(self) -> int:
+        """K."""
+        return len(self.keys)
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.forest.trees)
+
+    def to(self, device: torch.device | str) -> ScoringBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of the completion tokens of a `ScoringBatch`.
+
+    Args:
+        token_logps: float32 `[N]`, log-probability of each completion token, in nats.
+        completion_index: int64 `[N]`.
+        num_completions: K.
+        entropy: float32 `[N]`, entropy in nats of the distribution each token was drawn from; None unless asked for.
+        top1: bool `[N]`, True where the token is the most likely one; None unless asked for.
+        mean_logits: float32 `[N]`, mean logit over the vocabulary; None unless asked for.
+
+    Example:
+        >>> scores = Scores(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), 2)
+        >>> scores.logps.tolist(), scores.mean_logps.tolist(), scores.lengths.tolist()
+        ([-3.0, -4.0], [-1.5, -4.0], [2, 1])
+    """
+
+    token_logps: Tensor
+    completion_index: Tensor
+    num_completions: int
+    entropy: Tensor | None = None
+    top1: Tensor | None = None
+    mean_logits: Tensor | None = None
+
+    def sum_by_completion(self, values: Tensor) -> Tensor:
+        """Sum `values [N]` over the tokens of each completion: `[K]`, in float32 or better."""
+        values = values if values.dtype == torch.float64 else values.float()
+        return values.new_zeros(self.num_completions).index_add(0, self.completion_index, values)
+
+    @property
+    def logps(self) -> Tensor:
+        """Log-probability of each completion, `[K]`."""
+        return self.sum_by_completion(self.token_logps)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, int64 `[K]`."""
+        return torch.bincount(self.completion_index, minlength=self.num_completions)
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """Mean log-probability per token of each completion, `[K]`."""
+        return self.logps / self.lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """An objective's answer: one loss per example, not reduced, and what to report.
+
+    Args:
+        per_example: float `[B]`.
+        metrics: name to `(sum, count)`, both detached; the mean over a step is the quotient of the summed parts.
+
+    Example:
+        >>> output = LossOutput(torch.tensor([0.5, 1.5]), {"rewards/margins": (torch.tensor(3.0), torch.tensor(2.0))})
+        >>> output.per_example.mean().item()
+        1.0
+    """
+
+    per_example: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """Which reference a run is tethered to; printed, stored in the run folder and in every checkpoint.
+
+    Args:
+        meaning: what the user declared.
+        means: how it is computed.
+        source: name or path the weights came from, or what object they were.
+        revision: commit of the source where it has one.
+        dtype: dtype of the weights.
+        fingerprint: content hash of the weights that define it; empty for `none`.
+
+    Example:
+        >>> identity = ReferenceIdentity("start", "snapshot", "tiny", None, "float32", "b2:00ff")
+        >>> ReferenceIdentity(**identity.to_dict()) == identity
+        True
+    """
+
+    meaning: Meaning
+    means: Means
+    source: str
+    revision: str | None
+    dtype: str
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)

@@ -1,0 +1,324 @@
+"""The house rules, read from the source: who may import whom, how long things may be, how much may be said twice.
+
+Each rule is a function from a tree to a list of complaints. Each is tested twice: the package has none, and a small
+tree that breaks the rule is caught.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "tether"
+
+# A room may import rooms of a lower rank and itself. Rooms of one rank do not know each other.
+RANKS = {
+    **dict.fromkeys(("types", "errors"), 0),
+    **dict.fromkeys(("models", "data"), 1),
+    "scoring": 2,
+    **dict.fromkeys(("reference", "objectives"), 3),
+    "rollout": 4,
+    "training": 5,
+    **dict.fromkeys(("evaluate", "plan", "report"), 6),
+    "config": 7,
+    **dict.fromkeys(("cli", "__main__"), 8),
+}
+# Rooms that may import only what is named here and the standard library.
+CLOSED = {"errors": set(), "types": {"torch"}, "objectives": {"torch", "tether.types"}}
+
+FUNCTION_LINES = 60
+CLASS_LINES = 400
+FILE_LINES = 400
+REPEATED_WINDOW = 6
+REPEATED_SHARE = 0.02
+FILE_BYTES = 2**20
+
+# Written in two parts, so that this file does not contain what it looks for.
+ADDRESSES = re.compile(
+    "|".join(
+        re.escape(first + second)
+        for first, second in (
+            ("pypi", ".org"),
+            ("python", "hosted"),
+            ("registry.npm", "js"),
+            ("download.py", "torch.org"),
+            ("deb.", "debian.org"),
+            ("/opt", "/pypi"),
+            ("/opt", "/wheels"),
+        )
+    )
+    + r"|(?<![\w.}>-])/(?:work|root|home/\w+)/\w"
+)
+
+
+def parse(folder: Path) -> dict[str, ast.Module]:
+    """Dotted module name to syntax tree, for every file of a package folder; `__init__` stands for its folder."""
+    trees = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = (folder.name, *path.relative_to(folder).with_suffix("").parts)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree.path = path  # type: ignore[attr-defined]
+        trees[name] = tree
+    return trees
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether a node is `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(tree: ast.Module, module: str, *, typing: bool = True, lazy: bool = True) -> Iterator[tuple[int, str, str]]:
+    """`(line, module, name)` of each import; `name` is empty for `import module`. Relative ones are made absolute.
+
+    `typing` includes those under `TYPE_CHECKING`, `lazy` those inside functions.
+    """
+    is_package = tree.path.name == "__init__.py"  # type: ignore[attr-defined]
+    stack: list[ast.AST] = list(tree.body)
+    while stack:
+        node = stack.pop()
+        if (is_type_checking(node) and not typing) or (isinstance(node, ast.FunctionDef) and not lazy):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                base = module.split(".")
+                base = base[: len(base) - node.level + is_package]
+                source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, source, alias.name) for alias in node.names)
+        stack.extend(ast.iter_child_nodes(node))
+
+
+def room_of(module: str) -> str:
+    """The room a module of the package is in; empty for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def wrong_imports(folder: Path) -> list[str]:
+    """Imports that point upwards or sideways, or into a room that is closed to them."""
+    trees, complaints = parse(folder), []
+    package = folder.name
+    for module, tree in trees.items():
+        room = room_of(module)
+        if not room:
+            eager = imports(tree, module, typing=False, lazy=False)
+            complaints += [
+                f"{module}:{line} imports {source} when the package is imported; import it on first use"
+                for line, source, _ in eager
+                if source.split(".")[0] not in sys.stdlib_module_names
+            ]
+            continue
+        if room not in RANKS:
+            complaints.append(f"{module}: room {room!r} has no rank")
+            continue
+        for line, source, name in imports(tree, module):
+            full = f"{source}.{name}" if source == package and name else source
+            target = room_of(full) if full.split(".")[0] == package else None
+            # `from tether import __version__` and the like: a name of the package, no room.
+            rank = RANKS.get(target, -1) if target is not None else -1
+            if target != room and rank >= RANKS[room]:
+                complaints.append(f"{module}:{line} imports {full}: {room} may not know {target}")
+            outside = full.split(".")[0] not in sys.stdlib_module_names and target != room
+            known = full.split(".")[0] if target is None else f"tether.{target}"
+            if outside and room in CLOSED and known not in CLOSED[room]:
+                complaints.append(f"{module}:{line} imports {full}: {room} is closed to it")
+    return complaints
+
+
+def import_cycles(folder: Path) -> list[str]:
+    """Circles among modules, imports inside functions included; those for the type checker alone do not count."""
+    trees = parse(folder)
+    graph: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        targets = set()
+        for _, source, name in imports(tree, module, typing=False):
+            targets.add(f"{source}.{name}" if f"{source}.{name}" in trees else source)
+        graph[module] = (targets & trees.keys()) - {folder.name}
+    cycles, done = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            cycles.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in graph.keys() - {folder.name}:
+        visit(module, [])
+    return cycles
+
+
+def over_budget(folder: Path) -> list[str]:
+    """Functions, classes and files that are too long, counted with their docstrings."""
+    complaints = []
+    for module, tree in parse(folder).items():
+        lines = len(tree.path.read_text(encoding="utf-8").splitlines())  # type: ignore[attr-defined]
+        if lines > FILE_LINES:
+            complaints.append(f"{module}: {lines} lines, at most {FILE_LINES}")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            budget = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
+            if length > budget:
+                complaints.append(f"{module}:{node.lineno} {node.name}: {length} lines, at most {budget}")
+    return complaints
+
+
+def code_lines(tree: ast.Module) -> list[tuple[int, str]]:
+    """`(line number, text)` of what is neither blank, comment, import, docstring nor bare punctuation."""
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        is_import = isinstance(node, ast.Import | ast.ImportFrom)
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_import or (is_docstring and isinstance(node.value.value, str)):
+            skipped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    text = tree.path.read_text(encoding="utf-8").splitlines()  # type: ignore[attr-defined]
+    stripped = ((number, " ".join(line.split())) for number, line in enumerate(text, 1) if number not in skipped)
+    return [(number, line) for number, line in stripped if re.search(r"\w", line) and not line.startswith("#")]
+
+
+def repeated_lines(folder: Path) -> tuple[float, list[str]]:
+    """The share of code lines that lie in a run of `REPEATED_WINDOW` lines found in two places, and those places."""
+    sources = {module: code_lines(tree) for module, tree in parse(folder).items()}
+    windows: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
+    for module, lines in sources.items():
+        for start in range(len(lines) - REPEATED_WINDOW + 1):
+            windows[tuple(text for _, text in lines[start : start + REPEATED_WINDOW])].append((module, start))
+    repeated, places = set(), []
+    for found in windows.values():
+        first = found[0]
+        apart = [place for place in found[1:] if place[0] != first[0] or place[1] - first[1] >= REPEATED_WINDOW]
+        if apart:
+            places.append(" = ".join(f"{module}:{sources[module][start][0]}" for module, start in [first, *apart]))
+            for module, start in [first, *apart]:
+                repeated.update((module, start + offset) for offset in range(REPEATED_WINDOW))
+    total = sum(map(len, sources.values()))
+    return len(repeated) / max(total, 1), places
+
+
+def tracked_files(folder: Path) -> list[Path]:
+    """What git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    names = found.stdout.decode().split("\0")
+    return [folder / name for name in sorted(set(names)) if name and (folder / name).is_file()]
+
+
+def unfit_files(folder: Path) -> list[str]:
+    """Tracked files that are too large, or that name a package registry or a path of one machine."""
+    complaints = []
+    for path in tracked_files(folder):
+        if path.stat().st_size > FILE_BYTES:
+            complaints.append(f"{path.relative_to(folder)}: {path.stat().st_size} bytes, at most {FILE_BYTES}")
+            continue
+        for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").splitlines(), 1):
+            if match := ADDRESSES.search(line):
+                complaints.append(f"{path.relative_to(folder)}:{number} names {match.group()!r}")
+    return complaints
+
+
+def plant(folder: Path, **files: str) -> Path:
+    """A package `tether` under `folder`; keys are paths with `__` for `/`."""
+    package = folder / "tether"
+    for name, text in files.items():
+        path = package / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return package
+
+
+def test_imports_point_downwards() -> None:
+    assert wrong_imports(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("scoring__score", "from tether.training.trainer import Trainer"),
+        ("scoring__score", "def late():\n    import tether.reference"),
+        ("scoring__score", "from tether import cli"),
+        ("scoring__score", "from ..reference import guard"),
+        ("reference__guard", "from tether.objectives import sigmoid"),
+        ("objectives__pairwise", "import transformers"),
+        ("objectives__pairwise", "from tether.scoring import score"),
+        ("types", "import numpy"),
+        ("errors", "import torch"),
+        ("attic__box", "x = 1"),
+    ],
+)
+def test_an_import_upwards_is_caught(tmp_path: Path, place: str, text: str) -> None:
+    assert len(wrong_imports(plant(tmp_path, **{place: text}))) >= 1
+
+
+def test_an_eager_import_of_the_package_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "tether").mkdir()
+    (tmp_path / "tether" / "__init__.py").write_text("from tether.training import DPOTrainer\n")
+    assert len(wrong_imports(tmp_path / "tether")) == 1
+    lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tether.training import DPOTrainer\n"
+    (tmp_path / "tether" / "__init__.py").write_text(lazy + "def __getattr__(name):\n    import tether.training\n")
+    assert wrong_imports(tmp_path / "tether") == []
+
+
+def test_no_import_cycles() -> None:
+    assert import_cycles(PACKAGE) == []
+
+
+def test_an_import_cycle_is_caught(tmp_path: Path) -> None:
+    circle = plant(
+        tmp_path, data__a="from tether.data import b", data__b="from . import c", data__c="from tether.data.a import x"
+    )
+    assert len(import_cycles(circle)) == 1
+    assert import_cycles(plant(tmp_path / "line", data__a="from tether.data import b", data__b="")) == []
+
+
+def test_functions_classes_and_files_stay_within_budget() -> None:
+    assert over_budget(PACKAGE) == []
+
+
+def test_what_is_over_budget_is_caught(tmp_path: Path) -> None:
+    function = "def f():\n" + "    x = 1\n" * FUNCTION_LINES
+    assert len(over_budget(plant(tmp_path / "function", models__a=function))) == 1
+    assert len(over_budget(plant(tmp_path / "file", models__a="x = 1\n" * (FILE_LINES + 1)))) == 1
+    assert len(over_budget(plant(tmp_path / "class", models__a="class A:\n" + "    x = 1\n" * CLASS_LINES))) == 2
+    assert over_budget(plant(tmp_path / "fits", models__a="def f():\n" + "    x = 1\n" * (FUNCTION_LINES - 1))) == []
+
+
+def test_little_is_said_twice() -> None:
+    share, places = repeated_lines(PACKAGE)
+    assert share <= REPEATED_SHARE, f"{share:.1%} of the code is found in two places: {places}"
+
+
+def test_what_is_said_twice_is_caught(tmp_path: Path) -> None:
+    body = "".join(f"x{number} = {number}  \n" for number in range(REPEATED_WINDOW))
+    share, places = repeated_lines(plant(tmp_path / "twice", models__a=body, data__b="# copied\n\n" + body))
+    assert (share, len(places)) == (1.0, 1)
+    shorter = "\n".join(body.splitlines()[:-1])
+    assert repeated_lines(plant(tmp_path / "short", models__a=shorter, data__b=shorter)) == (0.0, [])
+
+
+def test_tracked_files_are_small_and_name_no_machine() -> None:
+    assert unfit_files(ROOT) == []
+
+
+def test_unfit_files_are_caught(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "large.bin").write_bytes(bytes(FILE_BYTES + 1))
+    (tmp_path / "address.md").write_text("see https://pypi" + ".org/simple\n")
+    (tmp_path / "path.py").write_text("folder = '/wor" + "k/main'\n")
+    (tmp_path / "fine.md").write_text("a page in frame/work/ and on apache.org\n")
+    names = [complaint.split(":")[0] for complaint in unfit_files(tmp_path)]
+    assert names == ["address.md", "large.bin", "path.py"]
