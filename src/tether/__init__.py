@@ -1,0 +1,25 @@
+"""Tether: preference training that never lets the reference policy be wrong.
+
+>>> from tether import DPOConfig, DPOTrainer
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tether.scoring import pack, score
+    from tether.training import DPOConfig, DPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["DPOConfig", "DPOTrainer", "__version__", "pack", "score"]
+
+# Imported when first used: torch and transformers take seconds, and `tether --help` needs neither.
+_HOMES = {"DPOConfig": "training", "DPOTrainer": "training", "pack": "scoring", "score": "scoring"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tether' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    return getattr(import_module(f"tether.{_HOMES[name]}"), name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -107,7 +108,7 @@ class Tree:
         edges = [self.start]
         for length in (self.trunk, *self.branches):
             edges.append(edges[-1] + length)
-        return tuple(zip(edges[:-1], edges[1:], strict=True))
+        return tuple(pairwise(edges))
 
 
 @dataclass(frozen=True)

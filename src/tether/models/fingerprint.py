@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -80,8 +80,8 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *,
         >>> fingerprint(a) == fingerprint(b), fingerprint(a) == fingerprint(a, extra=b"other")
         (True, False)
     """
-    listed: Iterable[tuple[str, Tensor]] = tensors.items() if isinstance(tensors, Mapping) else tensors
-    pairs = sorted(listed, key=lambda pair: pair[0])
+    listed = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs = sorted(cast(Iterable[tuple[str, Tensor]], listed), key=lambda pair: pair[0])
     seen: set[str] = set()
     for name, tensor in pairs:
         _check_readable(name, tensor)
@@ -208,7 +208,7 @@ def _check_readable(name: str, tensor: Tensor) -> None:
 def _digest(tensor: Tensor) -> bytes:
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for chunk in _chunks(tensor.detach()):
-        digest.update(memoryview(chunk.cpu().view(torch.uint8).numpy()))
+        digest.update(chunk.cpu().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -97,9 +97,9 @@ def load_policy(
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            # Never unpickle: a pickle runs the code it brings.
             folder,
             dtype=chosen,
+            # Never unpickle: a pickle runs the code it brings.
             use_safetensors=True,
             output_loading_info=True,
             **options,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import PeftModel
@@ -69,7 +70,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     # Turning adapters on again makes PEFT mark their tensors trainable, also those that were not.
     required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     try:
-        with inner.disable_adapter():
+        with ExitStack() as stack:
+            with warnings.catch_warnings():
+                # PEFT warns of trained biases, which stay in effect; whoever calls this takes care of them.
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+                stack.enter_context(inner.disable_adapter())
             yield
     finally:
         for parameter, value in required:

@@ -12,7 +12,8 @@ def sigmoid(
     """The DPO loss, `-(1 - e) log s(d) - e log s(-d)` with `d = beta (chosen - rejected)` and s the logistic function.
 
     Args:
-        chosen_logratios: `[B]` nats, log-probability of the chosen completion under the policy minus under the reference.
+        chosen_logratios: `[B]` nats, log-probability of the chosen completion under the policy minus under the
+            reference.
         rejected_logratios: `[B]` nats, the same of the rejected completion.
         beta: inverse temperature, per nat; larger keeps the policy closer to the reference.
         label_smoothing: probability e in [0, 0.5) that a label is wrong (conservative DPO).
@@ -21,8 +22,8 @@ def sigmoid(
         `[B]` nats; `log 2` at zero margin.
 
     Reference:
-        Rafailov et al., Direct Preference Optimization, eq. 7, arXiv:2305.18290; label smoothing: Mitchell, A note on DPO
-        with noisy preferences, eq. 3 (2023).
+        Rafailov et al., Direct Preference Optimization, eq. 7, arXiv:2305.18290; label smoothing: Mitchell, A note on
+        DPO with noisy preferences, eq. 3 (2023).
 
     Example:
         >>> import torch

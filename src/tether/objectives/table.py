@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from torch import Tensor
 
@@ -38,7 +39,8 @@ OBJECTIVES: dict[str, Objective] = {
             function=pairwise.sigmoid,
             kind="pair",
             options={"beta": (0.0, float("inf"), False), "label_smoothing": (0.0, 0.5, True)},
-            convention="log-probs summed over completion tokens; beta per nat; label_smoothing is the chance of a wrong label",
+            convention="log-probs summed over completion tokens; beta per nat; label_smoothing is the chance of "
+            "a wrong label",
         ),
     )
 }
@@ -52,8 +54,6 @@ def check_options(name: str, options: dict[str, float]) -> str | None:
     >>> check_options("sigmoud", {})
     "loss 'sigmoud' is not known; did you mean sigmoid? Known are: sigmoid."
     """
-    from difflib import get_close_matches
-
     if name not in OBJECTIVES:
         near = get_close_matches(name, OBJECTIVES, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -64,5 +64,6 @@ def check_options(name: str, options: dict[str, float]) -> str | None:
             return f"{option} does not apply to loss {name!r}; it takes {', '.join(allowed)}."
         low, high, inclusive = allowed[option]
         if not (low <= value < high) or (value == low and not inclusive):
-            return f"{option} is {value}; for loss {name!r} it must be {'at least' if inclusive else 'above'} {low:g} and below {high:g}."
+            bound = f"{'at least' if inclusive else 'above'} {low:g} and below {high:g}"
+            return f"{option} is {value}; for loss {name!r} it must be {bound}."
     return None

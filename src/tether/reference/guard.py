@@ -55,7 +55,8 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
         return
     identity = reference.identity
     causes = {
-        "adapter_off": "the adapter is not zero at the start (a continued adapter, or an initialisation such as PiSSA or "
+        "adapter_off": "the adapter is not zero at the start (a continued adapter, or an initialisation such as "
+        "PiSSA or "
         "OLoRA that rewrites the base), so the weights without it are not the start. Leave `reference_means` unset, or "
         "set it to snapshot",
         "snapshot": "the policy's weights changed after the trainer was made. Make the trainer after the last change",
@@ -63,7 +64,8 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
     }
     raise ReferenceError(
         f"The policy is not at its reference before the first update: on {result.rows} rows a token's log-probability "
-        f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the policy at "
+        f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the "
+        "policy at "
         f"the start, computed by {identity.means}. Likely cause: {causes.get(identity.means, 'unknown')}."
     )
 
@@ -120,7 +122,8 @@ class TrainingProof:
         tensors = trainable_tensors(self._policy)
         if not any(id(parameter) in held for parameter in tensors.values()):
             raise ReferenceError(
-                f"The optimizer holds none of the {len(tensors)} trainable tensors, so no step would change the policy. "
+                f"The optimizer holds none of the {len(tensors)} trainable tensors, so no step would change the "
+                "policy. "
                 "Make the optimizer from the model that is passed to the trainer, after adapters are added."
             )
         self._before = self._sums()
@@ -137,8 +140,10 @@ class TrainingProof:
         after = self._sums()
         if all(torch.equal(after[name], value) for name, value in before.items()):
             raise ReferenceError(
-                f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches them, or "
-                "each update is smaller than the weights' dtype can hold: train in float32, raise the learning rate, or "
+                f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches "
+                "them, or "
+                "each update is smaller than the weights' dtype can hold: train in float32, raise the learning "
+                "rate, or "
                 "check that the trainable layers are used in the forward."
             )
 
@@ -164,6 +169,7 @@ def require_trainable(policy: nn.Module) -> None:
     if not trainable_tensors(policy):
         raise ReferenceError(
             f"Nothing would train: none of the {sum(1 for _ in policy.parameters())} parameters of "
-            f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs is_trainable=True; a merged "
+            f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs "
+            "is_trainable=True; a merged "
             "or frozen model needs requires_grad_(True), or a new adapter (`peft_config`, in a run file `lora:`)."
         )

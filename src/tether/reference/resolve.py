@@ -20,8 +20,8 @@ from tether.reference.separate import ModelReference, refuse_wrong_model
 from tether.reference.snapshot import SnapshotReference
 from tether.types import Meaning, Means, ReferenceIdentity, ScoringBatch
 
-# Two passes of the same kernels over the same weights differ by nothing; this leaves room for kernels that do not repeat
-# to the bit, in any dtype.
+# Two passes of the same kernels over the same weights differ by nothing; this leaves room for kernels that do not
+# repeat to the bit, in any dtype.
 SAME = 1e-5
 
 MEANS: dict[Meaning, tuple[Means, ...]] = {
@@ -115,7 +115,9 @@ def _resolve_start(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, 
     if spec.means == "model":
         twin = copy.deepcopy(unwrap(policy))
         reference = ModelReference(twin, scorer, _identity(spec, "model", policy, without_adapters=False))
-        return Resolved(reference, f"reference: start, by model: a frozen copy of all {_count(twin)} parameters, as forced")
+        return Resolved(
+            reference, f"reference: start, by model: a frozen copy of all {_count(twin)} parameters, as forced"
+        )
     if spec.means == "snapshot" or objection:
         identity = _identity(spec, "snapshot", policy, without_adapters=False)
         why = "as forced" if spec.means else f"because {objection}"
@@ -131,7 +133,8 @@ def _resolve_base(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, s
     rewritten = _rewritten_base(policy)
     if rewritten:
         raise ReferenceError(
-            f"reference: base was asked for, but {rewritten} wrote into the base weights, so the model without its adapter is "
+            f"reference: base was asked for, but {rewritten} wrote into the base weights, so the model without "
+            "its adapter is "
             "no longer the base. Use reference: start, or name the base as reference: {model: ...}."
         )
     outside = _outside_adapter(policy)

@@ -31,15 +31,16 @@ def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
     """Refuse a model that cannot be this policy's reference.
 
     Raises:
-        ReferenceError: the policy itself or one that shares its trainable tensors, a model without a language-model head
-            (sequence classification, say), or one with another vocabulary.
+        ReferenceError: the policy itself or one that shares its trainable tensors, a model without a language-model
+            head (sequence classification, say), or one with another vocabulary.
     """
     ours, theirs = transformers_model(policy), transformers_model(reference)
     trainable = {parameter.data_ptr() for parameter in policy.parameters() if parameter.requires_grad}
     shared = sum(parameter.data_ptr() in trainable for parameter in reference.parameters())
     if ours is theirs or shared:
         raise ReferenceError(
-            f"ref_model shares {shared or 'all its'} tensors with the policy, so it would move in training. Leave ref_model "
+            f"ref_model shares {shared or 'all its'} tensors with the policy, so it would move in training. "
+            "Leave ref_model "
             "out (the reference is then the policy at the start), or pass a model of its own."
         )
     head = theirs.get_output_embeddings()

@@ -83,7 +83,8 @@ class SnapshotReference:
         if ours != theirs:
             odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
             raise ReferenceError(
-                f"The checkpoint's snapshot of the reference does not fit this model: {len(odd)} tensors differ, such as "
+                f"The checkpoint's snapshot of the reference does not fit this model: {len(odd)} tensors differ, "
+                "such as "
                 f"{odd[0]!r} ({theirs.get(odd[0])} in the checkpoint, {ours.get(odd[0])} here). "
                 "Resume with the same model, adapter and trainable tensors."
             )

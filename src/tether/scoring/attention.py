@@ -111,8 +111,8 @@ def tree_attention(
 ) -> Tensor:
     """Attention over a packed forest by segments, without a `T x T` mask.
 
-    The trunk and the first branch are one causal segment. Each further branch attends to the trunk's keys and, causally,
-    to its own.
+    The trunk and the first branch are one causal segment. Each further branch attends to the trunk's keys and,
+    causally, to its own.
 
     Args:
         query: `[1, heads, T, head_dim]`.

@@ -59,7 +59,8 @@ def _tree(start: int, example: Example) -> Tree:
     if len(example.prompt_ids) == 0 or not branches or min(branches) == 0:
         raise ScoringError(
             f"Row {example.source_row} has a prompt of {len(example.prompt_ids)} tokens and completions of "
-            f"{branches} tokens; each needs at least one. Start the prompt with the tokenizer's BOS token, or drop the row."
+            f"{branches} tokens; each needs at least one. Start the prompt with the tokenizer's BOS token, or "
+            "drop the row."
         )
     return Tree(start, len(example.prompt_ids), branches)
 

@@ -30,7 +30,9 @@ class Head:
     @property
     def is_plain(self) -> bool:
         """Whether the module is exactly a linear layer, so that its weight may be used directly."""
-        return type(self.module) is nn.Linear and not self.module._forward_hooks and self.module.weight.is_floating_point()
+        return (
+            type(self.module) is nn.Linear and not self.module._forward_hooks and self.module.weight.is_floating_point()
+        )
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and softcap of the raw product, in float32."""

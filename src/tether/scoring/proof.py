@@ -50,9 +50,7 @@ class LayoutChoice:
     line: str
 
 
-def choose_layout(
-    model: nn.Module, examples: Sequence[Example], *, requested: Layout | None = None
-) -> LayoutChoice:
+def choose_layout(model: nn.Module, examples: Sequence[Example], *, requested: Layout | None = None) -> LayoutChoice:
     """Score real examples as a tree and alone, and take the tree layout only if they agree.
 
     Args:

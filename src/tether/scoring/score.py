@@ -38,7 +38,8 @@ def score(
         model: a transformers or PEFT model, wrapped or not, on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values of each token's distribution, from the same pass: `entropy`, `top1`, `mean_logits`.
-        layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its own.
+        layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
+            own.
         chunk: tokens whose logits exist at once.
 
     Returns:
@@ -49,14 +50,18 @@ def score(
         ConfigError: an unknown layout or output.
     """
     if layout not in _LAYOUTS or not set(outputs) <= set(OUTPUTS):
-        raise ConfigError(f"score(): layout {layout!r}, outputs {outputs!r}; layouts are tree and padded, outputs {OUTPUTS}.")
+        raise ConfigError(
+            f"score(): layout {layout!r}, outputs {outputs!r}; layouts are tree and padded, outputs {OUTPUTS}."
+        )
     inner = transformers_model(model)
     head = head_of(inner)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     with _capture_hidden(head.module) as captured, context:
         model(**inputs, use_cache=False)
     if len(captured) != 1:
-        raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed.")
+        raise ScoringError(
+            f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed."
+        )
     hidden = captured[0].flatten(0, 1).index_select(0, sources)
     found = token_scores(head, hidden, batch.targets, outputs=outputs, chunk=chunk)
     return Scores(

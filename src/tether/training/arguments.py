@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,45 +11,55 @@ from transformers import TrainingArguments
 from tether.errors import ConfigError
 from tether.objectives import check_options
 from tether.reference import ReferenceSpec
+from tether.scoring import Layout
 from tether.types import Meaning, Means
-
-
-def _help(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class PreferenceConfig(TrainingArguments):
     """What every preference trainer takes, on top of `transformers.TrainingArguments`.
 
-    Defaults that differ from transformers' are TRL 1.16's: `learning_rate` 1e-6, `logging_steps` 10,
-    `gradient_checkpointing` on, bfloat16 where the device computes it well (CUDA with bfloat16 support).
+    Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
+
+    Args:
+        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it.
+        remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
+        logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
+        max_length: tokens of prompt and completion together; None: no truncation.
+        truncation_mode: what is kept of a longer sequence: `keep_start` or `keep_end`.
+        prompt_boundary: what to do when a prompt's tokens are no prefix of prompt and completion tokenised together:
+            `split`, `drop` or `error`.
+        dataset_num_proc: processes that prepare the data.
+        disable_dropout: set every dropout probability of the policy to 0.
+        model_init_kwargs: keywords for loading models that are named by a string.
+        trust_remote_code: run code that comes with a model repository.
+        reference: what the reference means: `start`, `base`, `model` or `none`; unset: `start`, or `model` when
+            `ref_model` is given.
+        reference_means: force how it is computed: `adapter_off`, `snapshot` or `model`; unset: chosen and printed.
+        reference_check_steps: steps between two checks that the reference has not moved; 0: never.
+        scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
+
+    Raises:
+        ConfigError: a value that is not allowed.
     """
 
-    learning_rate: float = _help("Initial learning rate for AdamW.", 1e-6)
-    logging_steps: float = _help("Steps between two logs.", 10)
-    gradient_checkpointing: bool = _help("Recompute activations in the backward to save memory.", True)
-    bf16: bool | None = _help("Mixed precision in bfloat16; unset: on a CUDA device that supports it.", None)
-    remove_unused_columns: bool = _help("Kept off: the batch is made of columns that no model forward names.", False)
-    logging_nan_inf_filter: bool = _help("Kept off: a loss that is not a number must be seen.", False)
-
-    max_length: int | None = _help("Tokens of prompt and completion together; None: no truncation.", 1024)
-    truncation_mode: str = _help("What is kept of a sequence that is too long: keep_start or keep_end.", "keep_start")
-    prompt_boundary: str = _help(
-        "When a prompt's tokens are no prefix of prompt and completion tokenised together: split, drop or error.", "split"
-    )
-    dataset_num_proc: int | None = _help("Processes that prepare the data.", None)
-    disable_dropout: bool = _help("Set every dropout probability of the policy to 0.", True)
-    model_init_kwargs: dict[str, Any] | str | None = _help("Keywords for loading a model named by a string.", None)
-    trust_remote_code: bool = _help("Run code that comes with a model repository.", False)
-    reference: Meaning | None = _help(
-        "What the reference means: start, base, model or none; unset: start, or model when ref_model is given.", None
-    )
-    reference_means: Means | None = _help(
-        "Force how the reference is computed: adapter_off, snapshot or model; unset: chosen and printed.", None
-    )
-    reference_check_steps: int = _help("Steps between two checks that the reference has not moved; 0: never.", 50)
-    scoring_layout: str | None = _help("Force tree or padded; unset: tree where it is proved equal.", None)
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    gradient_checkpointing: bool = True  # type: ignore[override]
+    bf16: bool | None = None  # type: ignore[override]
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    prompt_boundary: str = "split"
+    dataset_num_proc: int | None = None
+    disable_dropout: bool = True
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    reference: Meaning | None = None
+    reference_means: Means | None = None
+    reference_check_steps: int = 50
+    scoring_layout: Layout | None = None
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -84,13 +94,18 @@ class PreferenceConfig(TrainingArguments):
 class DPOConfig(PreferenceConfig):
     """Configuration of `DPOTrainer`; names and defaults as in TRL 1.16.
 
+    Args:
+        loss_type: a name in `tether.objectives.OBJECTIVES`.
+        beta: how strongly the policy is held to the reference, per nat; above 0.
+        label_smoothing: chance that a label is wrong, from 0 to below 0.5.
+
     Raises:
         ConfigError: an unknown loss, or an option outside its range.
     """
 
-    loss_type: str | list[str] = _help("Name of the loss; see tether.objectives.OBJECTIVES.", "sigmoid")
-    beta: float = _help("How strongly the policy is held to the reference, per nat.", 0.1)
-    label_smoothing: float = _help("Chance that a label is wrong, from 0 to below 0.5.", 0.0)
+    loss_type: str | list[str] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)

@@ -40,7 +40,9 @@ class GuardCallback(TrainerCallback):
         if kwargs.get("optimizer") is not None:
             self._proof.require_optimizer(kwargs["optimizer"])
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
         """Remember whether this step can change anything: a warm-up starts at a learning rate of 0."""
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
@@ -63,7 +65,8 @@ class GuardCallback(TrainerCallback):
         for name in ("loss", "grad_norm", "rewards/margins"):
             if name in logs and not math.isfinite(logs[name]):
                 raise TetherError(
-                    f"{name} is {logs[name]} at step {state.global_step}. Lower the learning rate, or check for a reference "
+                    f"{name} is {logs[name]} at step {state.global_step}. Lower the learning rate, or check for "
+                    "a reference "
                     "or a policy in float16; the last checkpoint is from before this step."
                 )
         if "rewards/margins" in logs:

@@ -43,7 +43,8 @@ def refuse_silent_reanchoring(source: str) -> None:
     if recorded is not None:
         raise ReferenceError(
             f"{source} was trained by Tether against the reference {recorded.source!r} (meaning {recorded.meaning}, "
-            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as they are "
+            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as "
+            "they are "
             "now, `reference: {model: ...}` (in Python `ref_model`) for the earlier one; or resume that run from its "
             "checkpoint."
         )

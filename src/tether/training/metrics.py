@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -24,6 +26,6 @@ class MetricSums:
         names = sorted(self._sums)
         if not names:
             return {}
-        table = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
+        table = cast(Tensor, accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum"))
         self._sums = {}
-        return {name: (total / count) for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
+        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}

@@ -14,7 +14,8 @@ class DPOTrainer(TetherTrainer):
     """Direct preference optimization; arguments as in TRL 1.16.
 
     Args:
-        model: the policy: a name, a folder, a .gguf file, or a model in memory (which is then the start; disk is not read).
+        model: the policy: a name, a folder, a .gguf file, or a model in memory (which is then the start; disk is not
+            read).
         ref_model: another model as the reference; left out, the reference is what `args.reference` says, by default the
             policy at the start.
         args: `DPOConfig`.
@@ -34,7 +35,7 @@ class DPOTrainer(TetherTrainer):
         Rafailov et al., Direct Preference Optimization, arXiv:2305.18290.
     """
 
-    args: DPOConfig
+    args: DPOConfig  # type: ignore[override]
 
     def judge(self, policy: Scores, reference_logps: Tensor) -> LossOutput:
         """The configured pair loss."""

@@ -8,8 +8,8 @@ from torch import Tensor
 def reduce_loss(per_example: Tensor, total: int | Tensor, processes: int) -> Tensor:
     """Share of one micro-batch in the mean over all examples of an optimizer step.
 
-    The shares of all micro-batches add up to the mean over the step, however the step is split; data parallelism averages
-    gradients over processes, hence the factor.
+    The shares of all micro-batches add up to the mean over the step, however the step is split; data parallelism
+    averages gradients over processes, hence the factor.
 
     Args:
         per_example: `[B]`, this micro-batch's losses.

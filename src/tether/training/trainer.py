@@ -7,15 +7,20 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared, example_from_row, prepare
@@ -51,7 +56,8 @@ _OUTPUTS = ("entropy", "top1", "mean_logits")
 
 
 class TetherTrainer(Trainer):
-    """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the arguments."""
+    """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
+    arguments."""
 
     args: PreferenceConfig
 
@@ -104,12 +110,12 @@ class TetherTrainer(Trainer):
         self._probe = pack([example_from_row(train[i]) for i in range(min(_PROBE_ROWS, len(train)))]).to(args.device)
         choice = choose_layout(policy, self._probe_examples(train), requested=args.scoring_layout)
         self._scorer: Scorer = functools.partial(score, layout=choice.layout)
-        self._say(choice.line)
+        logger.info(choice.line)
         spec = self._reference_spec(meaning, ref_model, source)
         self.resolved: Resolved = resolve(spec, policy, self._probe, self._scorer, self._scorer_for)
-        self._say(self.resolved.line)
+        logger.info(self.resolved.line)
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
-        self.add_callback(MetricsFile(Path(args.output_dir)))
+        self.add_callback(MetricsFile(self.run_folder))
         self._write_data_report()
 
     # -- what a preference trainer defines -------------------------------------------------------------------------
@@ -139,7 +145,7 @@ class TetherTrainer(Trainer):
         )
         self.data_reports[name] = prepared.report.to_dict()
         for line in prepared.report.lines():
-            self._say(line)
+            logger.info(line)
         return prepared.dataset
 
     def _prepare_evaluation(self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig) -> Any:
@@ -156,33 +162,34 @@ class TetherTrainer(Trainer):
             source = policy_source if ref_model is None else _source_of(ref_model)
         if ref_model is not None:
             ref_model = ref_model.to(self.args.device)
-        revision = getattr(transformers_model(ref_model or self.model).config, "_commit_hash", None)
+        revision = getattr(transformers_model(ref_model or self.policy).config, "_commit_hash", None)
         return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision)  # type: ignore[arg-type]
 
     def _probe_examples(self, train: Dataset) -> list[Any]:
         return [example_from_row(train[i]) for i in range(min(2, len(train)))]
 
     def _scorer_for(self, model: nn.Module) -> Scorer:
-        choice = choose_layout(model, self._probe_examples(self.train_dataset), requested=self.args.scoring_layout)  # type: ignore
-        self._say(f"reference {choice.line}")
+        examples = self._probe_examples(cast(Dataset, self.train_dataset))
+        choice = choose_layout(model, examples, requested=self.args.scoring_layout)
+        logger.info(f"reference {choice.line}")
         return functools.partial(score, layout=choice.layout)
 
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
         reference = self.resolved.reference
         if reference.identity.meaning == "none":
-            self._record(Path(self.args.output_dir))
+            self._record(self.run_folder)
             return None
-        model = unwrap(self.model)
+        model = self.policy
         if state.global_step == 0:
             self.guard = compare_with_start(model, reference, self._scorer, self._probe, SAME)
-            self._say(
+            logger.info(
                 f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
                 f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {SAME:.0e})"
             )
             if reference.identity.meaning == "start":
                 require_start_equality(self.guard, reference)
-        self._record(Path(self.args.output_dir))
+        self._record(self.run_folder)
         return FrozenProbe(reference, self._probe, SAME)
 
     def _record(self, folder: Path) -> None:
@@ -191,16 +198,24 @@ class TetherTrainer(Trainer):
 
     def _write_data_report(self) -> None:
         if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "data.json").write_text(json.dumps(self.data_reports, indent=2) + "\n", encoding="utf-8")
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            (self.run_folder / "data.json").write_text(json.dumps(self.data_reports, indent=2) + "\n", encoding="utf-8")
 
-    def _say(self, line: str) -> None:
-        logger.info(line)
+    @property
+    def policy(self) -> nn.Module:
+        """The model in training, outside wrappers of data parallelism."""
+        return unwrap(cast(nn.Module, self.model))
+
+    @property
+    def run_folder(self) -> Path:
+        """Where records, metrics and checkpoints go."""
+        return Path(cast(str, self.args.output_dir))
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train; see `transformers.Trainer.train`. Resuming restores the checkpoint's reference or refuses.
 
         Raises:
@@ -208,7 +223,7 @@ class TetherTrainer(Trainer):
         """
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
-            restore(folder, self.resolved.reference, unwrap(self.model))
+            restore(folder, self.resolved.reference, self.policy)
         return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -246,7 +261,7 @@ class TetherTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Mean loss and metrics over real pairs, in memory that does not grow with the data."""
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
         rows = 0
         for inputs in dataloader:
@@ -259,13 +274,13 @@ class TetherTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         means = self._sums["eval"].means(self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
         """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_unseen(eval_dataset)
-        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+        return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
 
     def _prepare_unseen(self, rows: Any) -> Any:
         if isinstance(rows, Mapping):
@@ -289,12 +304,12 @@ class TetherTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             self._record(folder)
-            write_tensors(folder, self.resolved.reference, unwrap(self.model))
+            write_tensors(folder, self.resolved.reference, self.policy)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
         batch: ScoringBatch = inputs["batch"]
-        return 6 * batch.input_ids.numel() * transformers_model(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * batch.input_ids.numel() * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
 
 
 def _sequence_tokens(batch: ScoringBatch) -> int:
@@ -310,7 +325,8 @@ def _source_of(model: nn.Module) -> str:
 def _meaning(args: PreferenceConfig, ref_model: Any) -> str:
     if ref_model is not None and args.reference not in (None, "model"):
         raise ConfigError(
-            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one of them out."
+            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
+            "of them out."
         )
     if ref_model is None and args.reference == "model":
         raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
@@ -322,7 +338,8 @@ def _with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
         return policy
     if isinstance(policy, PeftModel):
         raise ConfigError(
-            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that adapter, or "
+            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
+            "adapter, or "
             "merge it first with model.merge_and_unload()."
         )
     if not isinstance(policy, PreTrainedModel):

@@ -1,0 +1,328 @@
+"""The reference `start` is right for every kind of trainable tensors (INV-1, 2, 3, 4, 5, 10)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tether.errors import ConfigError, ReferenceError
+from tether.models.structure import adapters_off, trainable_tensors
+from tether.reference import (
+    SAME,
+    FrozenProbe,
+    ReferenceSpec,
+    compare_with_start,
+    require_start_equality,
+    resolve,
+)
+from tether.reference.guard import require_trainable
+from tether.scoring import pack, score
+from tiny import ragged_examples, tiny_model
+
+PROBE = pack(ragged_examples())
+
+
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **changes}
+    )
+
+
+def with_lora(**changes) -> PeftModel:
+    with warnings.catch_warnings():
+        # PEFT warns that a model with trained biases is not itself with its adapter off: that is what is tested here.
+        warnings.simplefilter("ignore")
+        return get_peft_model(tiny_model(), lora(**changes))
+
+
+def unfrozen_norms():
+    model = with_lora()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+def several_adapters():
+    model = with_lora()
+    model.add_adapter("second", lora(r=2))
+    model.set_adapter("second")
+    return model
+
+
+def named_adapter():
+    return get_peft_model(tiny_model(), lora(), adapter_name="preferences")
+
+
+def continued_adapter(tmp=None):
+    """An adapter that has learnt something before, as from supervised fine-tuning."""
+    model = with_lora()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def merged():
+    model = continued_adapter().merge_and_unload()
+    return model.requires_grad_(True)
+
+
+def edited_in_memory():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.3)
+    return model
+
+
+@dataclass
+class Case:
+    build: Callable
+    means: str
+
+
+CASES = {
+    "full": Case(tiny_model, "snapshot"),
+    "full, edited in memory": Case(edited_in_memory, "snapshot"),
+    "merged in memory": Case(merged, "snapshot"),
+    "lora": Case(with_lora, "adapter_off"),
+    "dora": Case(lambda: with_lora(use_dora=True), "adapter_off"),
+    "rslora": Case(lambda: with_lora(use_rslora=True), "adapter_off"),
+    "bias all": Case(lambda: biased(bias="all"), "snapshot"),
+    "bias lora_only": Case(lambda: biased(bias="lora_only"), "snapshot"),
+    "pissa": Case(lambda: with_lora(init_lora_weights="pissa"), "snapshot"),
+    "olora": Case(lambda: with_lora(init_lora_weights="olora"), "snapshot"),
+    "random init": Case(lambda: with_lora(init_lora_weights=False), "snapshot"),
+    "modules_to_save": Case(lambda: with_lora(modules_to_save=["lm_head"]), "adapter_off"),
+    "trainable token indices": Case(lambda: with_lora(trainable_token_indices=[5, 6, 7]), "adapter_off"),
+    "unfrozen norms": Case(unfrozen_norms, "snapshot"),
+    "adapter on the head": Case(lambda: with_lora(target_modules=["q_proj", "lm_head"]), "adapter_off"),
+    "several adapters": Case(several_adapters, "adapter_off"),
+    "adapter not called default": Case(named_adapter, "adapter_off"),
+    "continued adapter": Case(continued_adapter, "snapshot"),
+}
+
+
+def biased(**changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(tiny_model("qwen2"), lora(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    return model
+
+
+def resolved(policy, **declared):
+    return resolve(ReferenceSpec(**declared), policy, PROBE, score, lambda model: score).reference
+
+
+def take_steps(policy, count=3, rate=0.1):
+    """Plain gradient steps on the trainable tensors; returns how far the policy's scores moved."""
+    tensors = list(trainable_tensors(policy).values())
+    with torch.no_grad():
+        before = score(policy, PROBE).token_logps
+    for _ in range(count):
+        loss = (score(policy, PROBE).logps * torch.tensor([1.0, -1.0]).repeat(4)).mean()
+        for tensor, grad in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
+            if grad is not None:
+                with torch.no_grad():
+                    tensor -= rate * grad
+    with torch.no_grad():
+        return (score(policy, PROBE).token_logps - before).abs().max().item()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_the_start_and_stays_there(name, checkpointing):
+    """INV-1, 2, 4: equal before the first update, and identical after updates, whatever trains."""
+    policy = CASES[name].build()
+    if checkpointing:
+        from functools import partial
+
+        policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        base._set_gradient_checkpointing(True, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+    policy.train()
+    with torch.no_grad():
+        start = score(policy, PROBE).token_logps
+    reference = resolved(policy)
+    assert reference.identity.means == CASES[name].means
+    assert torch.equal(reference.score(PROBE), start) or name == "dora"
+    torch.testing.assert_close(reference.score(PROBE), start, atol=SAME, rtol=0)
+    require_start_equality(compare_with_start(policy, reference, score, PROBE, SAME), reference)
+    probe = FrozenProbe(reference, PROBE, SAME)
+    assert take_steps(policy) > 1e-3
+    torch.testing.assert_close(reference.score(PROBE), start, atol=SAME, rtol=0)
+    assert probe.check(3) <= SAME
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_means_of_one_meaning_agree(name):
+    """INV-4: adapter_off (where it may be used), snapshot and a separate copy, before and after updates."""
+    policy = CASES[name].build()
+    allowed = ["snapshot", "model"] + (["adapter_off"] if CASES[name].means == "adapter_off" else [])
+    references = [resolved(policy, means=means) for means in allowed]
+    for _ in range(2):
+        first, *others = (reference.score(PROBE) for reference in references)
+        for other in others:
+            torch.testing.assert_close(other, first, atol=SAME, rtol=0)
+        take_steps(policy, 1)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.means == "snapshot"])
+def test_adapter_off_is_refused_where_it_would_be_wrong(name):
+    """INV-4, negative control: the wrong reference really differs, or drifts, and forcing it is an error."""
+    policy = CASES[name].build()
+    with pytest.raises(ReferenceError, match="that would not be the start"):
+        resolved(policy, means="adapter_off")
+    if not isinstance(policy, PeftModel):
+        return
+    start = score(policy, PROBE).token_logps.detach()
+    take_steps(policy)
+    with torch.no_grad(), adapters_off(policy):
+        wrong = score(policy, PROBE).token_logps
+    assert (wrong - start).abs().max() > 1e-3
+
+
+def test_a_pass_leaves_the_policy_bit_for_bit():
+    """The swap comes back, also when scoring fails, and modes and trainability stay as they were."""
+    for case in CASES.values():
+        policy = case.build()
+        policy.train()
+        reference = resolved(policy)
+        take_steps(policy, 1)
+        before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        trains = [parameter.requires_grad for parameter in policy.parameters()]
+        reference.score(PROBE)
+        reference._scorer = None
+        with pytest.raises(TypeError):
+            reference.score(PROBE)
+        assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+        assert trains == [parameter.requires_grad for parameter in policy.parameters()]
+        assert policy.training
+
+
+def test_a_moved_reference_stops_the_run():
+    """INV-2, negative control: a frozen tensor that is edited is noticed."""
+    policy = with_lora()
+    probe = FrozenProbe(resolved(policy), PROBE, SAME)
+    with torch.no_grad():
+        policy.get_base_model().model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ReferenceError, match="The reference moved: at step 7"):
+        probe.check(7)
+
+
+def test_a_policy_away_from_its_start_is_refused():
+    """INV-1, negative control: weights edited after the reference was resolved."""
+    policy = tiny_model()
+    reference = resolved(policy)
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.1)
+    result = compare_with_start(policy, reference, score, PROBE, SAME)
+    assert not result.passed
+    with pytest.raises(ReferenceError, match="weights changed after the trainer was made"):
+        require_start_equality(result, reference)
+
+
+def test_an_inference_adapter_says_why_nothing_trains(tmp_path):
+    """INV-4, 5: is_trainable=False."""
+    with_lora().save_pretrained(tmp_path)
+    policy = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    with pytest.raises(ReferenceError, match="is_trainable=True"):
+        require_trainable(policy)
+    resolved(policy)
+    assert not trainable_tensors(policy), "a reference pass must not make an inference adapter trainable"
+    require_trainable(PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True))
+
+
+def test_base_is_the_model_without_its_adapter():
+    plain = score(tiny_model(), PROBE).token_logps.detach()
+    for build in (continued_adapter, unfrozen_norms):
+        policy = build()
+        reference = resolved(policy, meaning="base")
+        take_steps(policy)
+        torch.testing.assert_close(reference.score(PROBE), plain, atol=SAME, rtol=0)
+    assert resolved(continued_adapter(), meaning="base").identity.means == "adapter_off"
+    assert resolved(unfrozen_norms(), meaning="base").identity.means == "snapshot"
+
+
+def test_base_is_refused_where_the_base_was_rewritten():
+    for init in ("pissa", "olora"):
+        with pytest.raises(ReferenceError, match="wrote into the base"):
+            resolved(with_lora(init_lora_weights=init), meaning="base")
+
+
+def test_another_model_is_the_reference_and_wrong_ones_are_refused():
+    """INV-11."""
+    from transformers import LlamaForSequenceClassification
+
+    policy, other = tiny_model(), tiny_model(seed=1)
+    reference = resolved(policy, meaning="model", model=other, source="other")
+    expected = score(other, PROBE).token_logps.detach()
+    take_steps(policy)
+    torch.testing.assert_close(reference.score(PROBE), expected)
+    assert not trainable_tensors(other)
+    with pytest.raises(ReferenceError, match="shares"):
+        resolved(policy, meaning="model", model=policy)
+    with pytest.raises(ReferenceError, match="shares"):
+        resolved(policy, meaning="model", model=copy.copy(policy))
+    with pytest.raises(ReferenceError, match="vocabulary of 50"):
+        resolved(policy, meaning="model", model=tiny_model(vocab_size=50))
+    with pytest.raises(ReferenceError, match="no language-model head"):
+        resolved(policy, meaning="model", model=LlamaForSequenceClassification(policy.config))
+
+
+def test_none_runs_no_model(monkeypatch):
+    """INV-9: counted."""
+    policy = tiny_model()
+    reference = resolve(ReferenceSpec("none"), policy, PROBE, None, None).reference
+    monkeypatch.setattr(policy, "forward", None)
+    assert reference.score(PROBE).tolist() == [0.0] * len(PROBE.targets)
+
+
+def test_policy_and_reference_are_scored_by_one_function():
+    """INV-10: every scoring call goes through the function that was given."""
+    calls = []
+
+    def counting(model, batch):
+        calls.append(model)
+        return score(model, batch)
+
+    policy = with_lora()
+    for means in ("adapter_off", "snapshot", "model"):
+        reference = resolve(ReferenceSpec(means=means), policy, PROBE, counting, lambda model: counting).reference
+        calls.clear()
+        compare_with_start(policy, reference, counting, PROBE, SAME)
+        assert len(calls) == 2
+
+
+def test_meanings_and_means_that_do_not_fit_are_refused():
+    """INV-3, 24."""
+    with pytest.raises(ConfigError, match="allowed are start, base, model, none"):
+        ReferenceSpec("old")
+    with pytest.raises(ConfigError, match="cannot compute the meaning 'base'"):
+        ReferenceSpec("base", "model")
+    with pytest.raises(ConfigError, match="came without a model"):
+        resolved(tiny_model(), meaning="model")
+
+
+def test_identity_says_what_the_reference_is():
+    """INV-3: the hash is of the content, so that a random adapter does not change what is under it."""
+    first, second = resolved(with_lora()).identity, resolved(with_lora(r=8)).identity
+    assert first == second
+    assert first.fingerprint.startswith("b2:")
+    assert first.meaning == "start"
+    edited = with_lora()
+    with torch.no_grad():
+        edited.get_base_model().lm_head.weight[0, 0] += 1e-3
+    assert resolved(edited).identity.fingerprint != first.fingerprint
+    assert resolved(continued_adapter()).identity.fingerprint != first.fingerprint

@@ -1,0 +1,141 @@
+"""The fused head equals an ordinary log-softmax, in values and gradients (INV-19, 20, 22)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tether.scoring.head import Head, token_scores
+
+N, HIDDEN, VOCABULARY = 11, 6, 13
+
+
+def plain(head, hidden, targets):
+    logits = head.module(hidden) * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits, logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+class Doubled(nn.Module):
+    """A head that is not a plain linear layer, as one with an adapter."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden):
+        return 2 * self.linear(hidden)
+
+
+def make(bias, dtype=torch.float64, wrap=False):
+    torch.manual_seed(0)
+    linear = nn.Linear(HIDDEN, VOCABULARY, bias=bias, dtype=dtype)
+    return Doubled(linear) if wrap else linear
+
+
+HEADS = {
+    "linear": Head(make(False)),
+    "bias": Head(make(True)),
+    "scaled": Head(make(True), scale=0.25),
+    "softcapped": Head(make(False), scale=3.0, softcap=1.5),
+    "wrapped": Head(make(True, wrap=True), softcap=4.0),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("name", HEADS)
+def test_values_and_gradients_equal_the_plain_form(name, trainable, chunk):
+    head = HEADS[name]
+    head.module.requires_grad_(trainable)
+    hidden = torch.randn(N, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    targets, weights = torch.arange(N) % VOCABULARY, torch.linspace(-1, 2, N, dtype=torch.float64)
+    results = []
+    for function in (
+        lambda h: token_scores(head, h, targets, chunk=chunk).token_logps,
+        lambda h: plain(head, h, targets)[1],
+    ):
+        leaf = hidden.clone().requires_grad_()
+        head.module.zero_grad()
+        logps = function(leaf)
+        (logps * weights).sum().backward()
+        grads = [p.grad.clone() for p in head.module.parameters()] if trainable else []
+        results.append([logps.detach(), leaf.grad, *grads])
+    for fused, expected in zip(*results, strict=True):
+        torch.testing.assert_close(fused, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_further_outputs_equal_their_definitions(name):
+    head = HEADS[name]
+    hidden = torch.randn(N, HIDDEN, dtype=torch.float64)
+    targets = torch.arange(N) % VOCABULARY
+    logits, _ = plain(head, hidden, targets)
+    found = token_scores(head, hidden, targets, outputs=("entropy", "top1", "mean_logits"), chunk=3)
+    probs = logits.softmax(-1)
+    torch.testing.assert_close(found.entropy, -(probs * probs.log()).sum(-1))
+    torch.testing.assert_close(found.mean_logits, logits.mean(-1))
+    assert torch.equal(found.top1, logits.argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gradcheck(name):
+    head, targets = HEADS[name], torch.arange(4)
+    head.module.requires_grad_(True)
+    hidden = torch.randn(4, HIDDEN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h: token_scores(head, h, targets, chunk=3).token_logps, hidden)
+
+
+def test_half_precision_is_float32_from_the_logits_on():
+    """INV-22: the products are rounded to bfloat16, nothing after them."""
+    head = Head(make(False, torch.bfloat16))
+    hidden, targets = torch.randn(N, HIDDEN, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.long)
+    found = token_scores(head, hidden, targets).token_logps
+    assert found.dtype == torch.float32
+    expected = head.module(hidden).float().log_softmax(-1)[:, 0]
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
+
+
+def test_extreme_logits_stay_finite():
+    head = Head(nn.Linear(HIDDEN, VOCABULARY, bias=False))
+    with torch.no_grad():
+        head.module.weight.mul_(1e4)
+    hidden = torch.randn(N, HIDDEN, requires_grad=True)
+    found = token_scores(head, hidden, torch.arange(N) % VOCABULARY, outputs=("entropy",))
+    found.token_logps.sum().backward()
+    assert found.token_logps.isfinite().all()
+    assert hidden.grad.isfinite().all()
+    assert (found.entropy >= -1e-4).all()
+    assert (found.entropy <= math.log(VOCABULARY)).all()
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_the_whole_logit_matrix_never_exists(trainable):
+    """INV-20: the largest tensor has chunk x vocabulary numbers; with a plain head it has N x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return result
+
+    rows, vocabulary, chunk = 300, 500, 20
+    head = Head(nn.Linear(HIDDEN, vocabulary, bias=False).requires_grad_(trainable))
+    hidden, targets = torch.randn(rows, HIDDEN, requires_grad=True), torch.zeros(rows, dtype=torch.long)
+    with Largest() as fused:
+        token_scores(
+            head, hidden, targets, chunk=chunk, outputs=("entropy", "top1", "mean_logits")
+        ).token_logps.sum().backward()
+    with Largest() as whole:
+        plain(head, hidden, targets)[1].sum().backward()
+    assert fused.size <= chunk * vocabulary
+    assert whole.size == rows * vocabulary

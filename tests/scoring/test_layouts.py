@@ -1,0 +1,251 @@
+"""Every layout gives what each sequence gives alone (INV-16, 17, 19, 21)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tether.errors import ConfigError, ScoringError
+from tether.models.structure import evaluation_mode
+from tether.scoring import attention, choose_layout, pack, score, score_alone
+from tether.types import Example, Scores
+from tiny import CONFIGS, VOCABULARY, ragged_examples, tiny_model
+
+OUTPUTS = ("entropy", "top1", "mean_logits")
+
+
+def gradients(model, batch, layout, checkpointing):
+    """Gradient of a loss in which every completion has a weight of its own."""
+    model.train()
+    model.zero_grad()
+    if checkpointing:
+        model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+    calls = []
+    hook = next(m for n, m in model.named_modules() if n.endswith("mlp")).register_forward_pre_hook(
+        lambda *_: calls.append(1)
+    )
+    scores = score(model, batch, layout=layout)
+    (scores.logps * torch.arange(1.0, scores.num_completions + 1)).sum().backward()
+    hook.remove()
+    if checkpointing:
+        model._set_gradient_checkpointing(False)
+    assert len(calls) == (2 if checkpointing else 1), "recomputed exactly when checkpointing"
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_layout_scores_as_alone(family):
+    """INV-16: values to 1e-5 per token."""
+    model, batch = tiny_model(family).eval(), pack(ragged_examples())
+    with torch.no_grad():
+        alone = score_alone(model, batch)
+        found = {layout: score(model, batch, layout=layout, outputs=OUTPUTS) for layout in ("tree", "padded")}
+    for scores in found.values():
+        torch.testing.assert_close(scores.token_logps, alone, atol=1e-5, rtol=0)
+    for name in OUTPUTS:
+        torch.testing.assert_close(getattr(found["tree"], name), getattr(found["padded"], name), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_agree(family, checkpointing):
+    """INV-16, 19: gradients to 1e-4 relative, with and without gradient checkpointing."""
+    model, batch = tiny_model(family), pack(ragged_examples())
+    padded = gradients(model, batch, "padded", False)
+    tree = gradients(model, batch, "tree", checkpointing)
+    assert (tree - padded).norm() <= 1e-4 * padded.norm()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_other_completions_and_rows_do_not_matter(family):
+    """INV-16: alone, beside siblings, beside other trees."""
+    model, examples = tiny_model(family).eval(), ragged_examples(completions=4)
+    with torch.no_grad():
+        together = score(model, pack(examples)).logps
+        for i, example in enumerate(examples):
+            for k, ids in enumerate(example.completion_ids):
+                single = score(model, pack([Example(example.prompt_ids, (ids,))])).logps
+                torch.testing.assert_close(single[0], together[4 * i + k], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_only_a_token_and_those_before_it_matter(family):
+    """INV-17: a token changes its own score and later ones in its branch, nothing else."""
+    model = tiny_model(family).eval()
+    prompt, chosen, rejected = [5, 6, 7], [8, 9, 10, 11], [12, 13, 14]
+    changed = [8, 9, 50, 11]
+    with torch.no_grad():
+        before = score(model, pack([Example.of(prompt, [chosen, rejected])])).token_logps
+        after = score(model, pack([Example.of(prompt, [changed, rejected])])).token_logps
+    same = torch.isclose(before, after, atol=1e-5, rtol=0)
+    assert same.tolist() == [True, True, False, False, True, True, True]
+
+
+def test_prompt_tokens_are_not_scored():
+    """INV-17: N counts completion tokens only, and the first is predicted by the prompt's last token."""
+    batch = pack([Example.of([5, 6, 7], [[8, 9], [10]])])
+    assert batch.targets.tolist() == [8, 9, 10]
+    assert batch.sources.tolist() == [2, 3, 2]
+
+
+def broken_forests():
+    """Ways to break isolation between the branches or the trees of a packed row."""
+    original = attention._Kernel.__call__
+
+    def lose_causality(self, query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    def lose_trunk(self, query, key, value):
+        length = query.shape[2]
+        return original(self, query, key[:, :, -length:], value[:, :, -length:])
+
+    return {"later tokens are seen": lose_causality, "the trunk is lost": lose_trunk}
+
+
+@pytest.mark.parametrize("fault", broken_forests())
+def test_a_broken_mask_is_caught(fault, monkeypatch):
+    """INV-16, negative control: the oracle and the start-up proof see a wrong mask."""
+    model, examples = tiny_model(), ragged_examples()
+    monkeypatch.setattr(attention._Kernel, "__call__", broken_forests()[fault])
+    with torch.no_grad():
+        difference = score(model, pack(examples)).token_logps - score_alone(model, pack(examples))
+    assert difference.abs().max() > 1e-2
+    choice = choose_layout(model, examples)
+    assert choice.layout == "padded"
+    assert "tree layout refused" in choice.line
+
+
+def test_leaking_branches_are_caught(monkeypatch):
+    """INV-16, negative control: a forest told as one long sequence lets branches and trees see each other."""
+    model, examples = tiny_model(), ragged_examples()
+    leak = pack(examples)
+    tree = replace(leak.forest.trees[0], trunk=1, branches=(leak.forest.length - 1,))
+    with torch.no_grad():
+        wrong = score(model, replace(leak, forest=replace(leak.forest, trees=(tree,)))).token_logps
+        right = score_alone(model, leak)
+    assert (wrong - right).abs().max() > 1e-2
+
+
+def test_the_window_is_honoured():
+    """A sliding window narrower than the sequences changes the scores, in the tree as alone."""
+    batch = pack(ragged_examples())
+    wide = tiny_model("mistral_window", sliding_window=200).eval()
+    narrow = tiny_model("mistral_window").eval()
+    narrow.load_state_dict(wide.state_dict())
+    with torch.no_grad():
+        assert (score(wide, batch).token_logps - score(narrow, batch).token_logps).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}, {"sliding_window": 4}]
+)
+def test_attention_options_equal_the_dense_form(options):
+    """Softcap, sinks and window, each against one dense masked attention."""
+    torch.manual_seed(0)
+    batch = pack(ragged_examples())
+    forest, length = batch.forest, batch.forest.length
+    query = torch.randn(1, 4, length, 8)
+    key, value = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+    found = attention.tree_attention(torch.nn.Identity(), query, key, value, forest, **options)
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
+    if "softcap" in options:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    scores = scores.masked_fill(~dense_mask(batch, options.get("sliding_window")), -torch.inf)
+    if "s_aux" in options:
+        sink = options["s_aux"].reshape(1, 4, 1, 1).expand(1, 4, length, 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    torch.testing.assert_close(found, (weights @ value.repeat_interleave(2, 1)).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def dense_mask(batch, window):
+    """Bool `[T, T]`: written from the definition, pair of tokens by pair of tokens."""
+    tree = torch.empty(batch.forest.length, dtype=torch.long)
+    branch = torch.zeros(batch.forest.length, dtype=torch.long)
+    for i, spans in enumerate(tree.spans() for tree in batch.forest.trees):
+        tree[spans[0][0] : spans[-1][1]] = i
+        for k, (start, end) in enumerate(spans):
+            branch[start:end] = k
+    position = batch.position_ids[0]
+    same_tree = tree[:, None] == tree
+    related = (branch == 0) | (branch[:, None] == branch)
+    distance = position[:, None] - position
+    return same_tree & related & (distance >= 0) & (distance < (window or 10**9))
+
+
+def test_dropout_is_off_while_scoring_in_evaluation_mode():
+    """INV-21: and on in training mode, so that the test could fail."""
+    model, batch = tiny_model("gpt2", dropout=True), pack(ragged_examples())
+    model.train()
+    with torch.no_grad():
+        noisy = score(model, batch).token_logps
+        with evaluation_mode(model):
+            first, second = score(model, batch).token_logps, score(model, batch).token_logps
+    assert torch.equal(first, second)
+    assert not torch.allclose(noisy, first, atol=1e-3)
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_a_recurrent_model_falls_back_with_a_reason():
+    """INV-18: state that runs along the row cannot be a tree."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8))
+    choice = choose_layout(model, ragged_examples())
+    assert choice.layout == "padded"
+    assert "tree layout refused" in choice.line
+    with pytest.raises(ScoringError, match="Leave `scoring_layout` unset"):
+        choose_layout(model, ragged_examples(), requested="tree")
+
+
+def test_generation_is_untouched_by_tree_attention():
+    """A model that has been scored as a tree generates and forwards as before."""
+    model = tiny_model().eval()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+    def answers():
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+            return logits, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+
+    logits, tokens = answers()
+    score(model, pack(ragged_examples()))
+    after_logits, after_tokens = answers()
+    assert torch.equal(logits, after_logits)
+    assert torch.equal(tokens, after_tokens)
+
+
+def test_padded_columns_never_matter():
+    """INV-17: padding after a sequence does not change it."""
+    model = tiny_model().eval()
+    short, long = Example.of([5], [[6, 7]]), Example.of([5] * 10, [[6] * 20])
+    with torch.no_grad():
+        alone = score(model, pack([short]), layout="padded").token_logps
+        beside = score(model, pack([short, long]), layout="padded").token_logps[:2]
+    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=0)
+
+
+def test_wrong_calls_are_refused():
+    model, batch = tiny_model(), pack(ragged_examples())
+    with pytest.raises(ConfigError, match="layouts are tree and padded"):
+        score(model, batch, layout="grid")
+    with pytest.raises(ScoringError, match="at least one"):
+        pack([Example.of([], [[1]])])
+    with pytest.raises(ScoringError, match="at least one"):
+        pack([Example.of([1], [[1], []])])
+    with pytest.raises(ScoringError, match="no example"):
+        pack([])
+
+
+def test_scores_add_up_by_completion():
+    scores = Scores(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 2]), 3)
+    assert scores.logps.tolist() == [-1.0, 0.0, -6.0]
+    assert scores.mean_logps.tolist() == [-1.0, 0.0, -3.0]
