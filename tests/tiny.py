@@ -83,3 +83,48 @@ def ragged_examples(count: int = 3, *, completions: int = 2, longest: int = 20, 
     examples = [Example.of(ids(length()), [ids(length()) for _ in range(completions)], i) for i in range(count)]
     short = Example.of(ids(1), [ids(1), *(ids(longest) for _ in range(completions - 1))], count)
     return [*examples, short]
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(*, chat: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained here on a few words; ChatML unless `chat` is False."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the film was good and the film was bad", "I liked it, I did not like it"] * 5, trainer
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML if chat else None,
+    )
+
+
+def pair_rows(count: int = 12) -> list[dict[str, str]]:
+    """Text pairs of uneven lengths."""
+    words = ["good", "bad", "a long and winding", "not what I liked", "fine", "dull, as the last one was", "it"]
+    return [
+        {
+            "prompt": f"The film number {i} was" + " really" * (i % 4),
+            "chosen": " " + " and ".join(words[(i + k) % 7] for k in range(1 + i % 3)),
+            "rejected": " " + " or ".join(words[(i + 3 + k) % 7] for k in range(1 + (i + 1) % 4)),
+        }
+        for i in range(count)
+    ]

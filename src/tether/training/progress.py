@@ -1,0 +1,199 @@
+"""The live display of a run: steps, loss, margin, accuracy, speed, time left; plain lines where there is no terminal.
+
+`install_progress(trainer)` puts it in the place of transformers' own displays. Everything is written to `console()`,
+standard error, so that what a command answers on standard output stays clean.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+# What is shown, in this order: the name in a log without its `eval_` prefix, the name on the display, its format.
+_SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/margins", "margin", "{:.4g}"),
+    ("rewards/accuracies", "accuracy", "{:.3f}"),
+)
+SEPARATOR = " · "
+
+
+@functools.cache
+def console() -> Console:
+    """The one console on standard error; lines printed to it appear above a live display."""
+    return Console(stderr=True, highlight=False)
+
+
+def install_progress(trainer: Trainer) -> ProgressDisplay:
+    """Show a trainer's progress with `ProgressDisplay` in place of transformers' displays; may be called again.
+
+    Args:
+        trainer: any trainer; with `disable_tqdm` in its arguments the display is plain lines.
+
+    Returns:
+        The display; close it when training ends with an exception.
+    """
+    for display in (ProgressCallback, PrinterCallback, ProgressDisplay):
+        trainer.remove_callback(display)
+    display = ProgressDisplay(live=False if trainer.args.disable_tqdm else None)
+    trainer.add_callback(display)
+    return display
+
+
+class ProgressDisplay(TrainerCallback):
+    """One live line on a terminal; without one, one line per log. Only the first process shows anything.
+
+    Args:
+        live: force the live line on or off; None: on where standard error is a terminal.
+        target: where to write; None: `console()`.
+    """
+
+    def __init__(self, live: bool | None = None, target: Console | None = None) -> None:
+        self._console = target or console()
+        self._live = self._console.is_terminal if live is None else live
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._evaluated = 0
+        self._figures = ""
+        self._clock = _Clock()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Start the clock and the live line."""
+        self._clock = _Clock(state.global_step)
+        if not state.is_world_process_zero or not self._live:
+            return
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        self._progress = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self._progress.start()
+        # A script that dies of an exception must leave the terminal with its cursor.
+        atexit.register(self.close)
+        self._refresh(state)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """What lies between steps (evaluation, saving) is no part of the tokens' speed."""
+        self._clock.step_begins()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Move the bar."""
+        self._clock.step_ends()
+        self._refresh(state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Show the figures of a training log, or of an evaluation as a line that stays."""
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            speed = self._clock.tokens_per_second(logs.get("num_tokens"))
+            self._figures = SEPARATOR.join([*figures(logs, ""), *([f"{speed:.0f} tokens/s"] if speed else [])])
+            if not self._live:
+                self._print(self._line(state))
+            self._refresh(state)
+        for prefix in evaluations(logs):
+            name = prefix.removesuffix("_")
+            self._print(SEPARATOR.join([f"{name} at step {state.global_step}", *figures(logs, prefix)]))
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Count evaluated batches behind the figures."""
+        self._evaluated += 1
+        self._refresh(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Back to training."""
+        self._evaluated = 0
+        self._refresh(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Take the live line away and leave the last figures as a plain one."""
+        if self._progress is not None:
+            self.close()
+            self._print(self._line(state))
+
+    def close(self) -> None:
+        """Give the terminal back; harmless when nothing is shown."""
+        atexit.unregister(self.close)
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _line(self, state: TrainerState) -> str:
+        left = self._clock.seconds_left(state.global_step, state.max_steps)
+        return SEPARATOR.join(
+            part
+            for part in (
+                f"step {state.global_step}/{state.max_steps}",
+                self._figures,
+                f"{_duration(left)} left" if left else "",
+                f"evaluating, batch {self._evaluated}" if self._evaluated else "",
+            )
+            if part
+        )
+
+    def _refresh(self, state: TrainerState) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, description=self._line(state))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+
+class _Clock:
+    """Time inside steps for the speed, time over all for what is left."""
+
+    def __init__(self, step: int = 0) -> None:
+        self._begin = time.monotonic()
+        self._first_step = step
+        self._step_begin = self._begin
+        self._busy = 0.0
+        self._tokens: float | None = None if step else 0.0
+
+    def step_begins(self) -> None:
+        self._step_begin = time.monotonic()
+
+    def step_ends(self) -> None:
+        self._busy += time.monotonic() - self._step_begin
+
+    def tokens_per_second(self, total: float | None) -> float | None:
+        """Speed since the last call; `total` counts from the beginning of the run."""
+        if total is None:
+            return None
+        before, busy = self._tokens, self._busy
+        self._tokens, self._busy = total, 0.0
+        # The first log of a resumed run may count tokens that this process has not seen.
+        return None if before is None or busy <= 0 else (total - before) / busy
+
+    def seconds_left(self, step: int, total: int) -> float | None:
+        done = step - self._first_step
+        return (time.monotonic() - self._begin) / done * (total - step) if done > 0 else None
+
+
+def evaluations(logs: dict[str, Any]) -> list[str]:
+    """Prefixes of the evaluations in a log, such as `eval_` or `eval_held_out_`."""
+    return [name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")]
+
+
+def figures(logs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Loss, margin and accuracy of a log in words, where they are there.
+
+    Args:
+        logs: name to value, as the trainer logs them.
+        prefix: of the names, such as `eval_`.
+
+    Returns:
+        Parts such as `loss 0.6931`.
+    """
+    return [f"{label} {form.format(logs[prefix + name])}" for name, label, form in _SHOWN if prefix + name in logs]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,134 @@
+"""Number by number with TRL 1.16.0, and with golden numbers of it where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tether import DPOConfig, DPOTrainer
+from tiny import pair_rows, tiny_model, tiny_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden.json"
+METRICS = (
+    "loss",
+    "grad_norm",
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
+    *(f"{kind}/{name}" for kind in ("logps", "logits") for name in ("chosen", "rejected")),
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+)
+CASES = {
+    "full, another model as reference": {"reference": True},
+    "full, start": {},
+    "lora, start": {"lora": True},
+    "lora, checkpointing": {"lora": True, "gradient_checkpointing": True},
+    "accumulated": {"reference": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
+}
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+
+
+def run(config_class, trainer_class, folder, case):
+    """Train for 3 SGD steps; returns the logged metrics, the evaluation's, and the weights."""
+    case = dict(case)
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = tiny_model(**sizes)
+    reference = tiny_model(seed=1, **sizes) if case.pop("reference", False) else None
+    if reference is None and "lora" not in case and trainer_class is not DPOTrainer:
+        # TRL would load its reference from the name in the config, whatever the model in memory holds.
+        reference = tiny_model(**sizes)
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if case.pop("lora", False) else None
+    settings = {
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": 24,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trainer_class(
+            model=model,
+            ref_model=reference,
+            args=config_class(output_dir=str(folder), **{**settings, **case}),
+            train_dataset=Dataset.from_list(pair_rows()),
+            eval_dataset=Dataset.from_list(pair_rows(7)),
+            processing_class=tokenizer,
+            peft_config=peft,
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_A" in name:
+                # The two draw the adapter at different points of the random stream; B is zero, so the start is the same.
+                parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+        trainer.train()
+        evaluation = trainer.evaluate()
+    steps = [{name: log[name] for name in METRICS} for log in trainer.state.log_history if "loss" in log]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return steps, {name: evaluation[f"eval_{name}"] for name in METRICS if f"eval_{name}" in evaluation}, weights
+
+
+def digest(weights):
+    return {name: [tensor.sum().item(), tensor.square().sum().item()] for name, tensor in sorted(weights.items())}
+
+
+@needs_trl
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_equal_trl(name, tmp_path):
+    """Loss, every logged metric and the weights after 3 SGD steps, within 1e-4."""
+    from trl import DPOConfig as TheirConfig
+    from trl import DPOTrainer as TheirTrainer
+
+    ours, our_evaluation, our_weights = run(DPOConfig, DPOTrainer, tmp_path / "ours", CASES[name])
+    theirs, their_evaluation, their_weights = run(TheirConfig, TheirTrainer, tmp_path / "theirs", CASES[name])
+    assert len(ours) == len(theirs) == 3
+    # What TRL averages over micro-batches instead of tokens differs when a step has several; rewards and losses do not.
+    per_token = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+    skipped = per_token if "gradient_accumulation_steps" in CASES[name] else set()
+    for mine, their in zip(ours, theirs, strict=True):
+        for metric in set(METRICS) - skipped:
+            assert mine[metric] == pytest.approx(their[metric], abs=1e-4, rel=1e-4), metric
+    # TRL's evaluation averages batches, the last of which is smaller; ours averages rows.
+    assert our_evaluation.keys() >= their_evaluation.keys() - {"num_tokens"}
+    assert our_weights.keys() == their_weights.keys()
+    for parameter, value in our_weights.items():
+        torch.testing.assert_close(value, their_weights[parameter], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_equal_the_golden_numbers(name, tmp_path):
+    """The same against numbers that TRL 1.16.0 gave (`python tests/parity/make_golden.py`)."""
+    golden = json.loads(GOLDEN.read_text())[name]
+    steps, _, weights = run(DPOConfig, DPOTrainer, tmp_path, CASES[name])
+    per_token = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+    skipped = per_token if "gradient_accumulation_steps" in CASES[name] else set()
+    for mine, expected in zip(steps, golden["steps"], strict=True):
+        for metric in set(METRICS) - skipped:
+            assert mine[metric] == pytest.approx(expected[metric], abs=1e-4, rel=1e-4), metric
+    found = digest(weights)
+    assert found.keys() == golden["weights"].keys()
+    for parameter, sums in golden["weights"].items():
+        assert found[parameter] == pytest.approx(sums, abs=1e-3, rel=1e-4), parameter
+
+
+def test_the_comparison_can_fail(tmp_path):
+    """Negative control: another beta gives other numbers than the golden ones."""
+    golden = json.loads(GOLDEN.read_text())["full, another model as reference"]
+    steps, _, _ = run(DPOConfig, DPOTrainer, tmp_path, {"reference": True, "beta": 0.2})
+    assert steps[0]["loss"] != pytest.approx(golden["steps"][0]["loss"], abs=1e-4, rel=1e-4)
