@@ -19,10 +19,12 @@ from transformers.trainer_callback import PrinterCallback
 # What is shown, in this order: the name in a log without its `eval_` prefix, the name on the display, its format.
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
-    ("rewards/margins", "margin", "{:.4g}"),
-    ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("rewards/margins", "margin", "{:.3g}"),
+    ("rewards/accuracies", "accuracy", "{:.2f}"),
 )
-SEPARATOR = " · "
+# With these figures a line of a run of some hundred steps fits a terminal of 80 columns; a bar needs a wider one.
+SEPARATOR = "  "
+_WIDE = 110
 
 
 @functools.cache
@@ -60,6 +62,7 @@ class ProgressDisplay(TrainerCallback):
         self._live = self._console.is_terminal if live is None else live
         self._progress: Progress | None = None
         self._task: Any = None
+        self._training = False
         self._evaluated = 0
         self._figures = ""
         self._clock = _Clock()
@@ -67,15 +70,8 @@ class ProgressDisplay(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Start the clock and the live line."""
         self._clock = _Clock(state.global_step)
-        if not state.is_world_process_zero or not self._live:
-            return
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-        self._progress = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
-        self._progress.start()
-        # A script that dies of an exception must leave the terminal with its cursor.
-        atexit.register(self.close)
-        self._refresh(state)
+        self._training = True
+        self._start(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """What lies between steps (evaluation, saving) is no part of the tokens' speed."""
@@ -104,15 +100,20 @@ class ProgressDisplay(TrainerCallback):
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Count evaluated batches behind the figures."""
         self._evaluated += 1
+        self._start(state)
         self._refresh(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Back to training."""
+        """Back to training, or to nothing when an evaluation was all."""
         self._evaluated = 0
-        self._refresh(state)
+        if self._training:
+            self._refresh(state)
+        else:
+            self.close()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Take the live line away and leave the last figures as a plain one."""
+        self._training = False
         if self._progress is not None:
             self.close()
             self._print(self._line(state))
@@ -123,6 +124,18 @@ class ProgressDisplay(TrainerCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _start(self, state: TrainerState) -> None:
+        if self._progress is not None or not self._live or not state.is_world_process_zero:
+            return
+        bar = [BarColumn(bar_width=20)] if self._console.width >= _WIDE else []
+        text = TextColumn("{task.description}", markup=False)
+        self._progress = Progress(*bar, text, console=self._console, refresh_per_second=4, transient=True)
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self._progress.start()
+        # A script that dies of an exception must leave the terminal with its cursor.
+        atexit.register(self.close)
+        self._refresh(state)
 
     def _line(self, state: TrainerState) -> str:
         left = self._clock.seconds_left(state.global_step, state.max_steps)

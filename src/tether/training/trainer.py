@@ -78,6 +78,10 @@ class TetherTrainer(Trainer):
             raise ConfigError("args is missing; pass a configuration such as DPOConfig(output_dir=...).")
         if train_dataset is None:
             raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(
+                f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no."
+            )
         source = str(model) if isinstance(model, (str, Path)) else _source_of(model)
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
             refuse_silent_reanchoring(source)

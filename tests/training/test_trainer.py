@@ -1,0 +1,413 @@
+"""The trainer's laws: guards, records, resumption, and one gradient for every split of a step."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import tether.training.trainer as trainer_module
+from tether import DPOConfig, DPOTrainer
+from tether.errors import ConfigError, DataError, ReferenceError, TetherError
+from tiny import pair_rows, tiny_model, tiny_tokenizer
+
+ROWS = pair_rows(12)
+TOKENIZER = tiny_tokenizer()
+
+
+def policy(seed=0, **changes):
+    return tiny_model(seed=seed, vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes)
+
+
+def lora(**changes):
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+
+
+def config(folder, **changes):
+    return DPOConfig(
+        output_dir=str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            **changes,
+        },
+    )
+
+
+def trainer(folder, model=None, *, rows=ROWS, **arguments):
+    settings = {name: arguments.pop(name) for name in list(arguments) if name in DPOConfig.__dataclass_fields__}
+    return DPOTrainer(
+        model=policy() if model is None else model,
+        args=config(folder, **settings),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        processing_class=TOKENIZER,
+        **arguments,
+    )
+
+
+def weights(run):
+    return {name: tensor.detach().clone() for name, tensor in run.policy.named_parameters() if tensor.requires_grad}
+
+
+def step_logs(run, name="loss"):
+    return [log[name] for log in run.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
+def test_step_one_starts_at_ln_2(adapter, tmp_path):
+    """INV-1: loss ln 2 and rewards exactly 0 before the first update, also for weights edited in memory."""
+    model = policy()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    run = trainer(tmp_path, model, peft_config=adapter, learning_rate=1e-3)
+    run.train()
+    assert step_logs(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert step_logs(run, "rewards/margins")[0] == 0.0
+    assert step_logs(run)[-1] < math.log(2)
+    assert run.guard.passed
+    assert run.guard.max_difference == 0.0
+
+
+@pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
+@pytest.mark.parametrize("splits", [(4, 2), (2, 4), (1, 8)])
+def test_one_gradient_for_every_split_of_a_step(splits, adapter, tmp_path):
+    """INV-25: 8 x 1 equals 4 x 2, 2 x 4 and 1 x 8, with uneven lengths and a last step that is not full."""
+    size, accumulation = splits
+    settings = {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "lr_scheduler_type": "constant",
+    }
+
+    def weights_after(size, accumulation):
+        torch.manual_seed(0)
+        run = trainer(
+            tmp_path,
+            policy(),
+            peft_config=adapter,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        )
+        run.train()
+        return weights(run), [log["loss"] for log in run.state.log_history if "loss" in log]
+
+    whole, whole_losses = weights_after(8, 1)
+    split, split_losses = weights_after(size, accumulation)
+    assert split_losses == pytest.approx(whole_losses, abs=1e-5)
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_metrics_are_means_over_rows(tmp_path):
+    """INV-26: the same evaluation for every batch size, the last batch smaller than the others."""
+    found = []
+    for size in (1, 3, 5, 12):
+        run = trainer(
+            tmp_path,
+            policy(),
+            ref_model=policy(seed=1),
+            eval_dataset=Dataset.from_list(ROWS),
+            per_device_eval_batch_size=size,
+        )
+        metrics = run.evaluate()
+        found.append(
+            {name: value for name, value in metrics.items() if "/" in name or name in ("eval_loss", "eval_entropy")}
+        )
+    assert "eval_rewards/margins" in found[0]
+    assert "eval_loss" in found[0]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "continued adapter", "another model"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):
+    """INV-7: train(6) equals train(3), a new process' worth of objects, resume(3): exactly."""
+
+    def build():
+        torch.manual_seed(5)
+        model, arguments = policy(), {}
+        if kind == "lora":
+            arguments["peft_config"] = lora()
+        if kind == "continued adapter":
+            model = get_peft_model(model, lora())
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+        if kind == "another model":
+            arguments["ref_model"] = policy(seed=1)
+        return model, arguments
+
+    def run(folder, resume=None, **settings):
+        model, arguments = build()
+        one = trainer(folder, model, max_steps=6, save_strategy="steps", save_steps=3, **arguments, **settings)
+        one.train(resume_from_checkpoint=resume)
+        return one
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert step_logs(resumed) == step_logs(whole)
+    for name in ("rewards/margins", "logps/chosen"):
+        assert step_logs(resumed, name)[-3:] == step_logs(whole, name)[-3:]
+    other = weights(resumed)
+    assert all(torch.equal(value, other[name]) for name, value in weights(whole).items())
+
+
+def test_the_snapshot_of_a_resumed_run_comes_from_its_checkpoint(tmp_path):
+    """INV-8: a randomly initialised adapter is another one in the next process; the checkpoint holds the start."""
+
+    def run(folder, seed, **arguments):
+        model = policy()
+        torch.manual_seed(seed)
+        return trainer(
+            folder,
+            model,
+            peft_config=lora(init_lora_weights=False),
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            **arguments,
+        )
+
+    first = run(tmp_path, 1)
+    probe = first.resolved.reference.score(first._probe)
+    first.train()
+    second = run(tmp_path, 2)
+    assert not torch.allclose(second.resolved.reference.score(second._probe), probe, atol=1e-3)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(second.resolved.reference.score(second._probe), probe)
+    assert second.resolved.reference.identity == first.resolved.reference.identity
+
+
+def test_resuming_with_another_reference_is_refused(tmp_path):
+    """INV-8: both identities are in the message."""
+    first = trainer(tmp_path, ref_model=policy(seed=1), max_steps=2, save_strategy="steps", save_steps=1)
+    first.train()
+    second = trainer(tmp_path, ref_model=policy(seed=2), max_steps=3)
+    with pytest.raises(ReferenceError, match="another reference") as error:
+        second.train(resume_from_checkpoint=True)
+    for run in (first, second):
+        assert run.resolved.reference.identity.fingerprint in str(error.value)
+
+
+def test_a_trained_folder_as_the_model_is_never_a_silent_start(tmp_path):
+    """INV-8: it asks, and takes an explicit answer."""
+    run = trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    run.train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    TOKENIZER.save_pretrained(folder)
+    with pytest.raises(ReferenceError, match="Say what this run is tethered to"):
+        trainer(tmp_path / "next", str(folder))
+    assert trainer(tmp_path / "next", str(folder), reference="start").resolved.reference.identity.meaning == "start"
+
+
+def test_records_in_the_run_folder(tmp_path):
+    """INV-3: what the reference is, and that it was proved, is on disk; so is what was done to the data."""
+    run = trainer(
+        tmp_path, peft_config=lora(), save_strategy="steps", save_steps=2, eval_dataset=Dataset.from_list(ROWS[:3])
+    )
+    run.train()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        record = json.loads((folder / "reference.json").read_text())
+        assert record["identity"] == run.resolved.reference.identity.to_dict()
+        assert record["guard"]["passed"] is True
+        assert "adapter_off" in record["line"]
+    assert json.loads((tmp_path / "data.json").read_text())["train"]["rows"] == len(ROWS)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+class Meddle(TrainerCallback):
+    """Edits a frozen tensor in the middle of the run."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            with torch.no_grad():
+                base.model.embed_tokens.weight.add_(0.1)
+
+
+def test_a_moved_reference_stops_the_run(tmp_path):
+    """INV-2: checked cheaply during the run."""
+    run = trainer(tmp_path, peft_config=lora(), reference_check_steps=1, callbacks=[Meddle()])
+    with pytest.raises(ReferenceError, match="The reference moved: at step 2"):
+        run.train()
+
+
+def test_weights_edited_after_the_trainer_was_made_are_refused(tmp_path):
+    """INV-1: the guard runs on real rows before the first update."""
+    model = policy()
+    run = trainer(tmp_path, model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    before = weights(run)
+    with pytest.raises(ReferenceError, match="The policy is not at its reference"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+
+
+def test_nothing_to_train_is_an_error(tmp_path):
+    """INV-5."""
+    with pytest.raises(ReferenceError, match="Nothing would train"):
+        trainer(tmp_path, policy().requires_grad_(False))
+
+
+def test_an_optimizer_of_another_model_is_an_error(tmp_path):
+    """INV-5."""
+    optimizer = torch.optim.SGD(policy().parameters(), lr=0.1)
+    with pytest.raises(ReferenceError, match="The optimizer holds none"):
+        trainer(tmp_path, optimizers=(optimizer, None)).train()
+
+
+def test_steps_that_change_nothing_are_an_error(tmp_path):
+    """INV-5: updates below the resolution of the weights' dtype."""
+    model = policy().to(torch.bfloat16)
+    with pytest.raises(ReferenceError, match="No trainable tensor changed in step 1"):
+        trainer(tmp_path, model, optim="sgd", learning_rate=1e-12).train()
+
+
+def test_a_warm_up_from_zero_is_no_error(tmp_path):
+    """INV-5: the first step of a warm-up has a learning rate of 0; the check waits for the second."""
+    trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=2).train()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    """INV-28."""
+    with pytest.raises(TetherError, match="is nan at step"):
+        trainer(tmp_path, optim="sgd", learning_rate=1e30, max_grad_norm=0.0).train()
+
+
+def test_no_reference_runs_no_reference(tmp_path, monkeypatch):
+    """INV-9: one scoring call per micro-batch, where a reference makes two."""
+    calls = []
+    original = trainer_module.score
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "score", counting)
+    run = trainer(tmp_path, reference="none", max_steps=2)
+    calls.clear()
+    run.train()
+    assert len(calls) == 2
+    run = trainer(tmp_path, max_steps=2, reference_check_steps=0)
+    calls.clear()
+    run.train()
+    assert len(calls) == 4 + 3  # two steps with a reference, and the guards before the first
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_layouts_train_alike(layout, tmp_path):
+    """INV-19: the same run on every layout."""
+    run = trainer(tmp_path, scoring_layout=layout, optim="sgd", ref_model=policy(seed=1))
+    run.train()
+    assert run._scorer.keywords["layout"] == layout
+    expected = trainer(tmp_path, optim="sgd", ref_model=policy(seed=1))
+    expected.train()
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(run)[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_trains_alike(tmp_path):
+    """INV-21: LoRA with checkpointing gives the gradients that LoRA without gives."""
+    runs = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        run = trainer(
+            tmp_path, peft_config=lora(), gradient_checkpointing=checkpointing, optim="sgd", learning_rate=0.5
+        )
+        run.train()
+        runs.append(weights(run))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta", 0.5), ("label_smoothing", 0.2), ("max_length", 20), ("truncation_mode", "keep_end")]
+)
+def test_options_take_effect(name, value, tmp_path):
+    """INV-24: on a fixed batch the number changes."""
+    evaluation = []
+    for settings in ({"max_length": 22}, {"max_length": 22, name: value}):
+        run = trainer(tmp_path, ref_model=policy(seed=1), eval_dataset=Dataset.from_list(ROWS), **settings)
+        evaluation.append(run.evaluate()["eval_loss"])
+    assert evaluation[0] != pytest.approx(evaluation[1], abs=1e-4)
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    """INV-21."""
+    for disable, expected in ((True, 0.0), (False, 0.5)):
+        run = trainer(tmp_path, peft_config=lora(lora_dropout=0.5), disable_dropout=disable)
+        rates = {module.p for module in run.policy.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {expected}
+
+
+def test_new_rows_are_evaluated_after_training(tmp_path):
+    """INV-15: rows that were not there when the run began, and several sets."""
+    run = trainer(tmp_path, eval_dataset={"a": Dataset.from_list(ROWS[:3]), "b": Dataset.from_list(ROWS[3:])})
+    run.train()
+    both = run.evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= both.keys()
+    assert run.evaluate(Dataset.from_list(ROWS[:3]))["eval_loss"] == pytest.approx(both["eval_a_loss"], abs=1e-6)
+
+
+def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
+    """INV-38: reloaded in plain transformers and peft."""
+    model = policy()
+    model.save_pretrained(tmp_path / "base")
+    run = trainer(tmp_path / "run", model, peft_config=lora())
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    reloaded = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, run.policy.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert "tether" not in (tmp_path / "base" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"loss_type": "sigmod"}, ConfigError, "did you mean sigmoid"),
+        ({"loss_type": ["sigmoid", "sft"]}, ConfigError, "one loss is needed"),
+        ({"beta": -0.1}, ConfigError, "above 0"),
+        ({"label_smoothing": 0.7}, ConfigError, "below 0.5"),
+        ({"truncation_mode": "middle"}, ConfigError, "keep_start, keep_end"),
+        ({"max_length": 1}, ConfigError, "at least 2"),
+        ({"scoring_layout": "grid"}, ConfigError, "tree, padded"),
+        ({"reference": "old"}, ConfigError, "allowed are start, base, model, none"),
+        ({"reference": "base", "reference_means": "model"}, ConfigError, "cannot compute"),
+        ({"reference": "model"}, ConfigError, "no ref_model was given"),
+        ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns=True"),
+        ({"reference_check_steps": -1}, ConfigError, "0 \\(never\\) or more"),
+        ({"rows": "missing.jsonl"}, DataError, "missing.jsonl"),
+        ({"model": "no/such/model/here"}, ConfigError, "does not exist"),
+        ({"eval_strategy": "steps"}, ConfigError, "no eval_dataset"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_construction(arguments, error, words, tmp_path):
+    """INV-24, 33."""
+    with pytest.raises(error, match=words):
+        trainer(tmp_path, **arguments)
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        trainer(tmp_path, get_peft_model(policy(), lora()), peft_config=lora())
