@@ -64,7 +64,8 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = bool(cuda and torch.cuda.is_bf16_supported() and not self.fp16)
+            wanted = cuda and torch.cuda.is_bf16_supported() and not self.fp16
+            self.bf16 = bool(wanted)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", ("keep_start", "keep_end"))

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 
@@ -23,9 +24,12 @@ class MetricSums:
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all processes since the last call, by name; forgets them."""
-        names = sorted(self._sums)
+        # A process may have had no rows, and must take part in the sum all the same.
+        names = sorted({name for part in gather_object([sorted(self._sums)]) for name in part})
         if not names:
             return {}
-        table = cast(Tensor, accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum"))
+        nothing = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        sums = torch.stack([self._sums.get(name, nothing) for name in names])
+        table = cast(Tensor, accelerator.reduce(sums, reduction="sum"))
         self._sums = {}
         return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}

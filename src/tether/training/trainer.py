@@ -280,6 +280,15 @@ class TetherTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Rows are shared among processes without repeating some to even them out: each counts once."""
+        settings = self.accelerator.dataloader_config
+        before, settings.even_batches = settings.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            settings.even_batches = before
+
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
         """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):

@@ -1,0 +1,64 @@
+"""One process of `test_processes.py`, started by torchrun: trains, evaluates, writes what it found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from tether import DPOConfig, DPOTrainer
+from tiny import pair_rows, tiny_model, tiny_tokenizer
+
+
+def run(folder: Path, size: int, accumulation: int) -> None:
+    """Two epochs of 12 rows in steps of 8 pairs, the second step of an epoch not full; then 7 rows of evaluation."""
+    tokenizer = tiny_tokenizer()
+    trainer = DPOTrainer(
+        model=tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        args=DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=size,
+            per_device_eval_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=2,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(pair_rows(12)),
+        eval_dataset=Dataset.from_list(pair_rows(7)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    probe = trainer.resolved.reference.score(trainer._probe)
+    trainer.train()
+    numbers = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    numbers += [log["rewards/margins"] for log in trainer.state.log_history if "loss" in log]
+    metrics = trainer.evaluate()
+    numbers += [metrics[f"eval_{name}"] for name in ("loss", "rewards/margins", "entropy", "logps/chosen")]
+    found = {name: p.detach().contiguous() for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    found |= {"numbers": torch.tensor(numbers, dtype=torch.float64), "probe": probe}
+    save_file(found, folder / f"rank{trainer.args.process_index}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        # Everything is on disk; gloo's threads sometimes abort a process that ends in the ordinary way.
+        os._exit(0)
