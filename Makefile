@@ -12,7 +12,7 @@ SHELL := /bin/bash
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PYTHON ?= $(shell $(FIND_PYTHON))
 
 BIN := .venv/bin
@@ -30,7 +30,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(DEMO_STAMP)
-	@$(OFFLINE) $(BIN)/tether demo
+	@$(OFFLINE) $(BIN)/tether demo $(ARGS)
 
 test: $(DEV_STAMP)
 	@$(PYTEST) $(ARGS)

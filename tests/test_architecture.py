@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +30,14 @@ RANKS = {
     "training": 5,
     **dict.fromkeys(("evaluate", "plan", "report"), 6),
     "config": 7,
-    **dict.fromkeys(("cli", "__main__"), 8),
+    "cli": 8,
+    "__main__": 9,
 }
 # Rooms that may import only what is named here and the standard library.
 CLOSED = {"errors": set(), "types": {"torch"}, "objectives": {"torch", "tether.types"}}
+
+# Where a package is imported by another name than it is installed by; pydantic pins its core.
+DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
 
 FUNCTION_LINES = 60
 CLASS_LINES = 400
@@ -231,6 +236,21 @@ def unfit_files(folder: Path) -> list[str]:
     return complaints
 
 
+def undeclared_imports(folder: Path, pyproject: str) -> list[str]:
+    """Packages that are imported, and that pyproject.toml names neither as a dependency nor in an extra."""
+    project = tomllib.loads(pyproject)["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    named = [line for lines in [project["dependencies"], *extras] for line in lines]
+    known = {re.split(r"[^\w.-]", name, maxsplit=1)[0].lower().replace("-", "_") for name in named}
+    return [
+        f"{module}:{line} imports {source}"
+        for module, tree in parse(folder).items()
+        for line, source, _ in sorted(imports(tree, module))
+        if (top := source.split(".")[0]) not in sys.stdlib_module_names | {folder.name}
+        and DISTRIBUTIONS.get(top, top).lower() not in known
+    ]
+
+
 def plant(folder: Path, **files: str) -> Path:
     """A package `tether` under `folder`; keys are paths with `__` for `/`."""
     package = folder / "tether"
@@ -283,6 +303,22 @@ def test_an_import_cycle_is_caught(tmp_path: Path) -> None:
     )
     assert len(import_cycles(circle)) == 1
     assert import_cycles(plant(tmp_path / "line", data__a="from tether.data import b", data__b="")) == []
+
+
+def test_what_is_imported_is_declared() -> None:
+    assert undeclared_imports(PACKAGE, (ROOT / "pyproject.toml").read_text(encoding="utf-8")) == []
+
+
+def test_an_undeclared_import_is_caught(tmp_path: Path) -> None:
+    package = plant(
+        tmp_path, data__a="import yaml, json\nfrom tether import types\nimport vaderSentiment.x", data__b=""
+    )
+    declared = '[project]\ndependencies = ["PyYAML>=6"]\noptional-dependencies.demo = ["vaderSentiment==3"]\n'
+    assert undeclared_imports(package, declared) == []
+    assert undeclared_imports(package, "[project]\ndependencies = ['yaml']\n") == [
+        "tether.data.a:1 imports yaml",
+        "tether.data.a:3 imports vaderSentiment.x",
+    ]
 
 
 def test_functions_classes_and_files_stay_within_budget() -> None:

@@ -75,7 +75,7 @@ def run(config_class, trainer_class, folder, case):
         )
         for name, parameter in trainer.model.named_parameters():
             if "lora_A" in name:
-                # The two draw the adapter at different points of the random stream; B is zero, so the start is the same.
+                # The two draw the adapter at different points of the random stream; B is zero, the start is the same.
                 parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
         trainer.train()
         evaluation = trainer.evaluate()

@@ -68,7 +68,7 @@ def step_logs(run, name="loss"):
 
 @pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
 def test_step_one_starts_at_ln_2(adapter, tmp_path):
-    """INV-1: loss ln 2 and rewards exactly 0 before the first update, also for weights edited in memory."""
+    """INV-1, 6: loss ln 2 and rewards exactly 0 before the first update, also for weights edited in memory."""
     model = policy()
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
@@ -162,7 +162,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):
     whole = run(tmp_path / "whole")
     resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
     assert step_logs(resumed) == step_logs(whole)
-    for name in ("rewards/margins", "logps/chosen"):
+    assert resumed.guard == whole.guard
+    for name in ("rewards/margins", "logps/chosen", "num_tokens"):
         assert step_logs(resumed, name)[-3:] == step_logs(whole, name)[-3:]
     other = weights(resumed)
     assert all(torch.equal(value, other[name]) for name, value in weights(whole).items())
@@ -348,6 +349,13 @@ def test_options_take_effect(name, value, tmp_path):
         run = trainer(tmp_path, ref_model=policy(seed=1), eval_dataset=Dataset.from_list(ROWS), **settings)
         evaluation.append(run.evaluate()["eval_loss"])
     assert evaluation[0] != pytest.approx(evaluation[1], abs=1e-4)
+
+
+def test_training_rows_inside_the_evaluation_set_are_counted(tmp_path, caplog):
+    """INV-35."""
+    run = trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS[:3]))
+    assert run.data.reports["eval"]["overlap"] == {"rows": 3, "prompts": 3, "train_rows": len(ROWS)}
+    assert "3 of 12 training rows are in this evaluation set" in caplog.text
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def write_tensors(folder: Path, reference: Reference, policy: nn.Module) -> None
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
 
 
-def read_identity(folder: Path) -> ReferenceIdentity | None:
-    """The identity recorded in a checkpoint or run folder; None where there is none.
+def read_record(folder: Path) -> tuple[ReferenceIdentity, GuardResult | None] | None:
+    """The identity and the start check recorded in a checkpoint or run folder; None where there is no record.
 
     Raises:
         ReferenceError: a record that cannot be read.
@@ -49,12 +49,14 @@ def read_identity(folder: Path) -> ReferenceIdentity | None:
     if not path.is_file():
         return None
     try:
-        return ReferenceIdentity(**json.loads(path.read_text(encoding="utf-8"))["identity"])
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        guard = {name: value for name, value in (record["guard"] or {}).items() if name != "passed"}
+        return ReferenceIdentity(**record["identity"]), GuardResult(**guard) if guard else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReferenceError(f"{path} is no record of a reference that Tether wrote ({error}).") from error
 
 
-def restore(folder: Path, reference: Reference, policy: nn.Module) -> None:
+def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResult | None:
     """Make the reference of a resumed run the one of its checkpoint, or refuse.
 
     Args:
@@ -62,25 +64,30 @@ def restore(folder: Path, reference: Reference, policy: nn.Module) -> None:
         reference: what this run resolved from its own arguments; a snapshot takes the checkpoint's tensors.
         policy: the model at this run's start.
 
+    Returns:
+        The start check of the run that wrote the checkpoint.
+
     Raises:
         ReferenceError: the two are different references; the message has both identities.
     """
-    recorded = read_identity(folder)
-    if recorded is None:
+    found = read_record(folder)
+    if found is None:
         raise ReferenceError(
             f"{folder} has no {RECORD}, so the reference it was trained against is unknown. Resume from a checkpoint "
             "that Tether wrote, or start a new run from its weights."
         )
+    recorded, guard = found
     tensors: dict[str, Tensor] = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
     if tensors and isinstance(reference, SnapshotReference):
         reference.load_state(tensors)
         with reference.swapped():
             without = recorded.meaning == "base"
-            found: dict[str, Any] = {"fingerprint": model_fingerprint(unwrap(policy), without_adapters=without)}
-        reference.identity = ReferenceIdentity(**{**reference.identity.to_dict(), **found})
+            fingerprint = model_fingerprint(unwrap(policy), without_adapters=without)
+        reference.identity = replace(reference.identity, fingerprint=fingerprint)
     mine = reference.identity
     if (mine.meaning, mine.fingerprint) != (recorded.meaning, recorded.fingerprint):
         raise ReferenceError(
             f"Resuming with another reference. The checkpoint {folder} was trained against {recorded}; this run has "
             f"{mine}. Start from the same model and the same reference settings, or begin a new run."
         )
+    return guard

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError, ReferenceError
-from tether.reference.record import read_identity
+from tether.reference.record import read_record
 
 
 def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> Path | None:
@@ -39,8 +39,9 @@ def refuse_silent_reanchoring(source: str) -> None:
         ReferenceError: `source` is such a model's folder.
     """
     folder = Path(source)
-    recorded = read_identity(folder) if folder.is_dir() else None
-    if recorded is not None:
+    found = read_record(folder) if folder.is_dir() else None
+    if found is not None:
+        recorded, _ = found
         raise ReferenceError(
             f"{source} was trained by Tether against the reference {recorded.source!r} (meaning {recorded.meaning}, "
             f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as "

@@ -155,7 +155,7 @@ class ProgressDisplay(TrainerCallback):
             self._progress.update(self._task, completed=state.global_step, description=self._line(state))
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Clock:

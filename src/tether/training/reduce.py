@@ -18,8 +18,8 @@ def reduce_loss(per_example: Tensor, total: int | Tensor, processes: int) -> Ten
 
     Example:
         >>> import torch
-        >>> halves = torch.tensor([1.0, 3.0]), torch.tensor([5.0])
-        >>> sum(reduce_loss(half, 3, 1).item() for half in halves)
+        >>> halves = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([4.0])
+        >>> sum(reduce_loss(half, 4, 1).item() for half in halves)
         3.0
     """
     return per_example.sum() * (processes / total)

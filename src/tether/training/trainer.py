@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from tether.data import Prepared, example_from_row, prepare
-from tether.errors import ConfigError, DataError
+from tether.data import example_from_row
+from tether.errors import ConfigError
 from tether.models import load_policy, load_tokenizer
 from tether.models.structure import disable_dropout, transformers_model, unwrap
 from tether.reference import (
@@ -45,12 +45,12 @@ from tether.training.arguments import PreferenceConfig
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
 from tether.training.collate import collate
+from tether.training.datasets import Rows, RunData
 from tether.training.metrics import MetricSums
 from tether.training.reduce import reduce_loss
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
-Rows = Dataset | list[dict[str, Any]] | str | Path
 _PROBE_ROWS = 8
 _OUTPUTS = ("entropy", "top1", "mean_logits")
 
@@ -87,11 +87,10 @@ class TetherTrainer(Trainer):
             refuse_silent_reanchoring(source)
         meaning = _meaning(args, ref_model)
         # Data before weights: what is wrong with the rows is known in seconds.
-        tokenizer = processing_class or load_tokenizer(source, **self._loading(args, tokenizer=True))
-        self.data_reports: dict[str, Any] = {}
-        train = self._prepare("train", train_dataset, tokenizer, args)
-        evaluation = self._prepare_evaluation(eval_dataset, tokenizer, args)
-        policy = load_policy(source, **self._loading(args)) if isinstance(model, (str, Path)) else model
+        tokenizer = processing_class or load_tokenizer(source, **_loading(args, tokenizer=True))
+        self.data = RunData(tokenizer, args)
+        train, evaluation = self.data.prepare_all(train_dataset, eval_dataset)
+        policy = load_policy(source, **_loading(args)) if isinstance(model, (str, Path)) else model
         policy = _with_adapter(policy, peft_config)
         if args.disable_dropout:
             disable_dropout(policy)
@@ -109,7 +108,7 @@ class TetherTrainer(Trainer):
         # The loss is a share of the whole step's mean; transformers must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._tokens_seen = 0
+        self._new_tokens = 0
         self.guard: GuardResult | None = None
         self._probe = pack([example_from_row(train[i]) for i in range(min(_PROBE_ROWS, len(train)))]).to(args.device)
         choice = choose_layout(policy, self._probe_examples(train), requested=args.scoring_layout)
@@ -130,38 +129,11 @@ class TetherTrainer(Trainer):
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
-    def _loading(self, args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
-        given = args.model_init_kwargs or {}
-        options: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
-        options.setdefault("trust_remote_code", args.trust_remote_code)
-        known = ("revision", "trust_remote_code")
-        return {name: options[name] for name in known if name in options} if tokenizer else options
-
-    def _prepare(self, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig) -> Dataset:
-        prepared: Prepared = prepare(
-            rows,
-            tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            boundary=args.prompt_boundary,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
-        self.data_reports[name] = prepared.report.to_dict()
-        for line in prepared.report.lines():
-            logger.info(line)
-        return prepared.dataset
-
-    def _prepare_evaluation(self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig) -> Any:
-        if rows is None:
-            return None
-        if isinstance(rows, Mapping):
-            return {name: self._prepare(f"eval_{name}", part, tokenizer, args) for name, part in rows.items()}
-        return self._prepare("eval", rows, tokenizer, args)
-
     def _reference_spec(self, meaning: str, ref_model: Any, policy_source: str) -> ReferenceSpec:
         if isinstance(ref_model, (str, Path)):
-            source, ref_model = str(ref_model), load_policy(str(ref_model), **self._loading(self.args))
+            # A revision belongs to the policy's repository.
+            options = {name: value for name, value in _loading(self.args).items() if name != "revision"}
+            source, ref_model = str(ref_model), load_policy(str(ref_model), **options)
         else:
             source = policy_source if ref_model is None else _source_of(ref_model)
         if ref_model is not None:
@@ -203,7 +175,7 @@ class TetherTrainer(Trainer):
     def _write_data_report(self) -> None:
         if self.is_world_process_zero():
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            (self.run_folder / "data.json").write_text(json.dumps(self.data_reports, indent=2) + "\n", encoding="utf-8")
+            (self.run_folder / "data.json").write_text(json.dumps(self.data.reports, indent=2) + "\n", encoding="utf-8")
 
     @property
     def policy(self) -> nn.Module:
@@ -227,7 +199,7 @@ class TetherTrainer(Trainer):
         """
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
-            restore(folder, self.resolved.reference, self.policy)
+            self.guard = restore(folder, self.resolved.reference, self.policy)
         return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -251,7 +223,7 @@ class TetherTrainer(Trainer):
         """This micro-batch's share of the step's mean loss."""
         batch: ScoringBatch = inputs["batch"].to(self.args.device)
         output = self._judge_batch(model, batch, "train")
-        self._tokens_seen += _sequence_tokens(batch)
+        self._new_tokens += _sequence_tokens(batch)
         total = num_items_in_batch if num_items_in_batch is not None else batch.num_examples
         loss = reduce_loss(output.per_example, total, self.accelerator.num_processes)
         return (loss, output) if return_outputs else loss
@@ -300,19 +272,24 @@ class TetherTrainer(Trainer):
             return {name: self._prepare_unseen(part) for name, part in rows.items()}
         if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
             return rows
-        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
-            raise DataError("Evaluating new rows needs the trainer's tokenizer; pass processing_class.")
-        return self._prepare("eval", rows, self.processing_class, self.args)
+        return self.data.prepare("eval", rows).dataset
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
         if "loss" in logs:
-            tokens = torch.tensor(self._tokens_seen, device=self.args.device)
             logs |= self._sums["train"].means(self.accelerator)
-            logs["num_tokens"] = float(self.accelerator.reduce(tokens, reduction="sum"))  # type: ignore[arg-type]
+            logs["num_tokens"] = float(self._count_tokens())
         super().log(logs, start_time)
 
+    def _count_tokens(self) -> int:
+        """Tokens trained on by all processes; kept in the trainer's state, which a checkpoint holds."""
+        new = torch.tensor(self._new_tokens, device=self.args.device)
+        self._new_tokens = 0
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(new, reduction="sum"))  # type: ignore[arg-type]
+        return self.state.num_input_tokens_seen
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._count_tokens()
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
@@ -328,6 +305,15 @@ class TetherTrainer(Trainer):
 def _sequence_tokens(batch: ScoringBatch) -> int:
     """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
     return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+
+
+def _loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
+    """Keywords for loading what is named by a string."""
+    given = args.model_init_kwargs or {}
+    options: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    known = ("revision", "trust_remote_code")
+    return {name: options[name] for name in known if name in options} if tokenizer else options
 
 
 def _source_of(model: nn.Module) -> str:

@@ -1,0 +1,127 @@
+"""The verdict cards at the top of the page: a number, its interval, and what may be concluded from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tether.report.charts import interval_strip
+from tether.report.html import Html, tag
+from tether.report.numbers import as_number, number, signed
+from tether.report.read import Run
+
+
+def verdict_cards(run: Run) -> list[Html]:
+    """One card for each result of `evaluation.json`, and one for the reference.
+
+    Args:
+        run: what was read.
+
+    Returns:
+        The cards; without `evaluation.json`, the accuracy of the last evaluation stands in, without an interval.
+    """
+    cards = []
+    for name, result in run.evaluation.items():
+        if isinstance(result, dict) and "before_mean" in result:
+            cards.append(_change_card(name, result))
+        elif isinstance(result, dict) and "value" in result:
+            cards.append(_value_card(name, result))
+    accuracy = run.last("eval_rewards/accuracies")
+    if "reward_accuracy" not in run.evaluation and math.isfinite(accuracy):
+        cards.insert(0, _card("Reward accuracy", number(accuracy, 3), None, ["last evaluation during training"], None))
+    guard = _guard_card(run.reference)
+    return [*cards, guard] if guard is not None else cards
+
+
+def title_of(name: str) -> str:
+    """A key of a JSON file as a heading.
+
+    >>> title_of("reward_accuracy")
+    'Reward accuracy'
+    """
+    words = str(name).replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def _card(
+    title: str, figure: Html | str, strip: Html | None, notes: list[str], verdict: tuple[str, str] | None
+) -> Html:
+    return tag(
+        "div",
+        tag("h2", title),
+        tag("p", figure, class_="figure"),
+        strip,
+        tag("div", (tag("p", note) for note in notes if note), class_="note"),
+        tag("p", verdict[0], class_=f"verdict {verdict[1]}") if verdict else None,
+        class_="card",
+    )
+
+
+def _interval(result: dict[str, Any], decimals: int, write: Any = number) -> str:
+    low, high = as_number(result.get("low")), as_number(result.get("high"))
+    if math.isnan(low) or math.isnan(high):
+        return "no interval"
+    return f"95 % interval {write(low, decimals)} to {write(high, decimals)}"
+
+
+def _count(result: dict[str, Any], of: str) -> str:
+    return f"{number(result['n'])} {of}" if "n" in result else ""
+
+
+def _value_card(name: str, result: dict[str, Any]) -> Html:
+    value, low, high = (as_number(result.get(key)) for key in ("value", "low", "high"))
+    notes = [_interval(result, 3), _count(result, "held-out pairs" if name == "reward_accuracy" else "rows")]
+    chance = "accuracy" in name or "win_rate" in name
+    strip = verdict = None
+    if chance:
+        strip = interval_strip(value, low, high, 0.5, (0.0, 1.0))
+        verdict = _verdict(low, high, 0.5, ("Above chance", "Below chance", "Not told apart from chance"))
+    return _card(title_of(name), number(value, 3), strip, notes, verdict)
+
+
+def _change_card(name: str, result: dict[str, Any]) -> Html:
+    low, high = as_number(result.get("low")), as_number(result.get("high"))
+    before, after = number(result.get("before_mean"), 2), number(result.get("after_mean"), 2)
+    difference = as_number(result.get("difference"))
+    figure = tag("span", tag("span", before, class_="was"), tag("span", " → ", class_="arrow"), after)
+    change = f"change {signed(difference, 2)}"
+    judge = f"judged by {result['judge']}" if result.get("judge") else ""
+    who = ", ".join(part for part in (_count(result, "held-out prompts"), judge) if part)
+    strip = None
+    if math.isfinite(low) and math.isfinite(high):
+        reach = 1.15 * max(abs(low), abs(high)) or 1.0
+        strip = interval_strip(difference, low, high, 0.0, (-reach, reach))
+    verdict = _verdict(
+        low, high, 0.0, ("Rose: the interval excludes zero", "Fell: the interval excludes zero", "No clear change")
+    )
+    return _card(
+        f"{title_of(name)}, before and after", figure, strip, [change, _interval(result, 2, signed), who], verdict
+    )
+
+
+def _verdict(low: float, high: float, mark: float, words: tuple[str, str, str]) -> tuple[str, str] | None:
+    if math.isnan(low) or math.isnan(high):
+        return None
+    if low > mark:
+        return words[0], "good"
+    return (words[1], "bad") if high < mark else (words[2], "open")
+
+
+def _guard_card(reference: dict[str, Any]) -> Html | None:
+    if not reference:
+        return None
+    guard = reference.get("guard")
+    identity = reference.get("identity")
+    meaning = identity.get("meaning") if isinstance(identity, dict) else None
+    if meaning == "none":
+        return _card("Reference", "None", None, ["this objective is trained without a reference"], None)
+    if not isinstance(guard, dict):
+        unmatched = "the policy does not start there, so the two were not compared"
+        note = "no comparison at the start is on record" if meaning == "start" else unmatched
+        return _card("Reference", title_of(str(meaning or "declared")), None, [note], None)
+    notes = [
+        f"before the first update, a token differed by at most {number(guard.get('max_difference'))} nats",
+        f"{number(guard.get('rows'))} rows compared, {number(guard.get('tolerance'))} nats allowed",
+    ]
+    verdict = ("Started at its reference", "good") if guard.get("passed") else ("Not the same", "bad")
+    return _card("Reference guard", "Passed" if guard.get("passed") else "Failed", None, notes, verdict)

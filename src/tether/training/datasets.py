@@ -1,0 +1,73 @@
+"""The data sets of a run: prepared before any weights load, reported, and compared with each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from tether.data import Prepared, overlap, prepare
+from tether.training.arguments import PreferenceConfig
+
+logger = logging.getLogger("tether")
+Rows = Dataset | list[dict[str, Any]] | str | Path | list[str]
+
+
+@dataclass
+class RunData:
+    """Prepares rows for one run and keeps the reports.
+
+    Args:
+        tokenizer: the policy's.
+        args: lengths, truncation, boundary policy.
+        reports: name of a set to its report, for `data.json`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    args: PreferenceConfig
+    reports: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, name: str, rows: Rows) -> Prepared:
+        """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
+        prepared = prepare(
+            rows,
+            self.tokenizer,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            boundary=self.args.prompt_boundary,
+            num_proc=self.args.dataset_num_proc,
+            name=name,
+        )
+        self.reports[name] = prepared.report.to_dict()
+        for line in prepared.report.lines():
+            logger.info(line)
+        return prepared
+
+    def prepare_all(self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None) -> tuple[Dataset, Any]:
+        """Prepare the training set and the evaluation sets, and count training rows inside each of the latter.
+
+        Returns:
+            The training set, and the evaluation set, a dictionary of them, or None.
+        """
+        training = self.prepare("train", train)
+        if evaluation is None:
+            return training.dataset, None
+        named = isinstance(evaluation, Mapping)
+        parts = {f"eval_{name}": rows for name, rows in evaluation.items()} if named else {"eval": evaluation}
+        prepared = {name: self.prepare(name, rows) for name, rows in parts.items()}
+        for name, part in prepared.items():
+            shared = overlap(training, part)
+            self.reports[name]["overlap"] = shared.to_dict()
+            if shared.rows or shared.prompts:
+                logger.warning(
+                    f"{name}: {shared.rows} of {shared.train_rows} training rows are in this evaluation set word for "
+                    f"word, and {shared.prompts} share a prompt with it; its figures are too good by as much."
+                )
+        if named:
+            return training.dataset, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
+        return training.dataset, prepared["eval"].dataset

@@ -1,0 +1,327 @@
+"""The page shows what the run folder holds, nothing else, and text stays text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tether.errors import ConfigError
+from tether.report import write_report
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+IDENTITY = {
+    "meaning": "start",
+    "means": "snapshot",
+    "source": "tiny",
+    "revision": None,
+    "dtype": "float32",
+    "fingerprint": "b2:00ff",
+}
+GUARD = {"rows": 8, "max_difference": 2.5e-7, "tolerance": 1e-5, "passed": True}
+STEP = {
+    "step": 1,
+    "epoch": 0.5,
+    "loss": 0.69,
+    "rewards/chosen": 0.1,
+    "rewards/rejected": -0.1,
+    "rewards/accuracies": 0.5,
+    "rewards/margins": 0.2,
+    "logps/chosen": -30.0,
+    "logps/rejected": -31.0,
+    "grad_norm": 1.0,
+    "learning_rate": 5e-6,
+    "num_tokens": 1200,
+}
+
+
+class Page(HTMLParser):
+    """Elements, visible text and nesting of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in {"meta", "br"}:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.text += data
+
+
+def run_folder(folder: Path, **files: Any) -> Path:
+    """A run folder with metrics, and with the named files as JSON or text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = files.pop("metrics", [STEP, {**STEP, "step": 2, "loss": 0.6}])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, value in files.items():
+        if name == "config":
+            (folder / "config.yaml").write_text(value)
+        else:
+            (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def page_of(folder: Path, **files: Any) -> Page:
+    return Page(write_report(run_folder(folder, **files)).read_text(encoding="utf-8"))
+
+
+def full_run() -> dict[str, Any]:
+    return {
+        "config": "model: tiny\nlora: {r: 16}\nobjective: {loss: sigmoid, beta: 0.1}\n",
+        "reference": {"identity": IDENTITY, "guard": GUARD, "line": "reference: start by snapshot"},
+        "data": {"train": {"rows": 100, "dropped": {"identical": 3}}, "eval": {"rows": 1234}},
+        "evaluation": {
+            "reward_accuracy": {"value": 0.71, "low": 0.65, "high": 0.77, "n": 200},
+            "sentiment": {
+                "before_mean": 0.1,
+                "after_mean": 0.4,
+                "difference": 0.3,
+                "low": 0.2,
+                "high": 0.4,
+                "n": 50,
+                "judge": "VADER",
+            },
+        },
+        "samples": [
+            {"prompt": "The film", "before": " bad", "after": " good", "score_before": -0.5, "score_after": 0.5}
+        ],
+        "metrics": [STEP, {"step": 2, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 0.3}],
+    }
+
+
+def test_a_full_run_is_told_in_words_and_numbers(tmp_path: Path) -> None:
+    text = page_of(tmp_path / "first", **full_run()).text
+    for said in (
+        "first",
+        "sigmoid, β 0.1",
+        "LoRA, r 16",
+        "0.710, interval 0.650 to 0.770, against 0.5",
+        "95 % interval 0.650 to 0.770200 held-out pairsAbove chance",
+        "0.10 → 0.40",
+        "change +0.3095 % interval +0.20 to +0.4050 held-out prompts, judged by VADER",
+        "Rose: the interval excludes zero",
+        "The reference is the policy as it was before the first update.",
+        "trainable tensors swapped for a copy kept from the start",
+        "scored the same 8 rows; the log-probability of a token differed by at most 2.5e−7 nats",
+        "the guard passed",
+        "b2:00ff",
+        "Droppedidentical 3–",
+        "Rows1001,234",
+        "Before−0.50bad",
+        "After0.50+1.00good",
+        "loss: sigmoid",
+        "ln 2: policy equals reference",
+    ):
+        assert said in text
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+    source = write_report(run_folder(tmp_path / "run", **full_run())).read_text(encoding="utf-8")
+    page = Page(source)
+    assert set(page.tags).isdisjoint({"script", "link", "img", "iframe", "object", "embed", "base", "form"})
+    assert not {name for name, _ in page.attributes} & {"src", "href", "action", "background"}
+    assert not {name for name, _ in page.attributes if name.startswith("on")}
+    assert not re.search(r"url\(|@import|https?:", source)
+    assert "prefers-color-scheme: dark" in source
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+def poisoned(value: Any) -> Any:
+    """The same structure with the attack in every string and name."""
+    if isinstance(value, dict):
+        return {key: poisoned(item) for key, item in value.items()} | {ATTACK: ATTACK}
+    if isinstance(value, list):
+        return [poisoned(item) for item in value]
+    return ATTACK if isinstance(value, str) else value
+
+
+def test_inv_39_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
+    run = full_run()
+    files = {name: poisoned(run[name]) for name in ("reference", "data", "evaluation", "samples")}
+    files["data"][ATTACK] = {ATTACK: [ATTACK, {ATTACK: ATTACK}]}
+    files["evaluation"][ATTACK] = {"value": 1.0, "low": ATTACK, "high": None}
+    files["samples"].append({"prompt": [{"role": ATTACK, "content": ATTACK}], "before": {ATTACK: 1}, "after": None})
+    files["metrics"] = [*run["metrics"], {"step": 3, f"eval_{ATTACK}_rewards/margins": 0.5, "loss": ATTACK}]
+    files["config"] = (
+        f"model: '{ATTACK.replace(chr(39), '')}'\nobjective: {{loss: [a, '<b>'], beta: x}}\nlora: {{r: <i>}}\n"
+    )
+    folder = tmp_path / "<script>alert(3)<"
+    page = page_of(folder, **files)
+    allowed = set(page_of(tmp_path / "clean", **run).tags) | {"br"}
+    assert set(page.tags) <= allowed
+    assert not {name for name, _ in page.attributes if name.startswith("on") or name == "src"}
+    assert page.text.count("<script>alert(1)</script>") > 20
+    assert "<script>alert(3)<" in page.text
+
+
+def test_the_audit_is_a_table_that_folds_what_found_nothing(tmp_path: Path) -> None:
+    counts = {"identical": 2, "empty_completion": 0}
+    train = {
+        "name": "train",
+        "rows": 9,
+        "dropped": counts,
+        "cut": [0, 0],
+        "lengths": {"prompt": {"p50": 8, "max": 12.5}},
+    }
+    text = page_of(tmp_path / "run", data={"train": train, "seed": 3}).text
+    said = (
+        "The dataTrainRows9Droppedidentical 2Lengths · promptp50 8, max 12.5Seed31 that are zero or emptyTrainCut0, 0"
+    )
+    assert said in text
+
+
+def test_missing_parts_are_left_out(tmp_path: Path) -> None:
+    text = page_of(tmp_path / "bare").text
+    for heading in ("The reference", "Before and after", "The data", "Configuration", "Reference guard"):
+        assert heading not in text
+    assert "Loss" in text
+    assert "Steps2" in text
+
+
+@pytest.mark.parametrize("left_out", ["config", "reference", "data", "evaluation", "samples"])
+def test_any_one_part_may_be_missing(tmp_path: Path, left_out: str) -> None:
+    run = full_run()
+    del run[left_out]
+    headings = {
+        "config": "Configuration",
+        "reference": "The reference",
+        "data": "The data",
+        "evaluation": "95 % interval",
+        "samples": "Before and after",
+    }
+    text = page_of(tmp_path / "run", **run).text
+    assert [heading for heading in headings.values() if heading not in text] == [headings[left_out]]
+
+
+def test_values_that_are_not_numbers_do_no_harm(tmp_path: Path) -> None:
+    run = full_run()
+    run["evaluation"]["reward_accuracy"] = {"value": math.nan, "low": math.nan, "high": None, "n": 0}
+    run["evaluation"]["sentiment"] = {"before_mean": None, "after_mean": math.inf, "difference": "x"}
+    run["reference"]["guard"] = {"rows": None, "max_difference": math.inf, "tolerance": 1e-5, "passed": False}
+    run["samples"] = [{"prompt": "a"}, {"before": "b", "score_before": math.nan, "score_after": 1.0}, "no row"]
+    run["metrics"] = [
+        {**STEP, "loss": math.nan, "grad_norm": None},
+        {**STEP, "step": 2, "loss": -math.inf},
+        {"step": None},
+    ]
+    text = page_of(tmp_path / "run", **run).text
+    assert "Failed" in text
+    assert "at most infinite nats" in text
+    assert "no interval" in text
+    assert "nan" not in text.lower().replace("finance", "")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.51, 0.7, "Above chance"),
+        (0.2, 0.49, "Below chance"),
+        (0.45, 0.6, "Not told apart from chance"),
+        (0.5, 0.6, "Not told apart from chance"),
+    ],
+)
+def test_a_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, verdict: str) -> None:
+    accuracy = {"reward_accuracy": {"value": (low + high) / 2, "low": low, "high": high, "n": 9}}
+    assert verdict in page_of(tmp_path / "run", evaluation=accuracy).text
+
+
+def test_without_evaluation_the_last_evaluation_of_training_stands_in(tmp_path: Path) -> None:
+    run = full_run()
+    del run["evaluation"]
+    assert "Reward accuracy0.750last evaluation during training" in page_of(tmp_path / "run", **run).text
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        (
+            {"identity": {**IDENTITY, "meaning": "none", "means": "none"}, "guard": None},
+            "this objective needs no reference",
+        ),
+        ({"identity": {**IDENTITY, "meaning": "model"}, "guard": None}, "so the two were not compared"),
+        ({"identity": IDENTITY, "guard": None}, "No comparison of the two before the first update is on record"),
+        ({"identity": IDENTITY, "guard": {**GUARD, "passed": False}}, "the guard did not pass"),
+    ],
+)
+def test_the_reference_is_told_as_it_was(tmp_path: Path, reference: dict[str, Any], said: str) -> None:
+    assert said in page_of(tmp_path / "run", reference=reference).text
+
+
+def test_the_later_line_of_a_resumed_step_counts(tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 0.6}]
+    text = page_of(tmp_path / "run", metrics=lines).text
+    assert "train from 0.7 at step 1 to 0.6 at step 2" in text
+
+
+def test_each_evaluation_set_has_its_line(tmp_path: Path) -> None:
+    lines = [
+        STEP,
+        *({"step": 1, f"eval_{name}_rewards/margins": 0.5, f"eval_{name}_loss": 0.6} for name in ("help", "harm")),
+    ]
+    text = page_of(tmp_path / "run", metrics=lines).text
+    assert "eval help from 0.6 at step 1" in text
+    assert "eval harm from 0.6 at step 1" in text
+
+
+def test_the_same_files_give_the_same_page_and_nothing_else_is_left(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", **full_run())
+    before = {path.name for path in folder.iterdir()}
+    first = write_report(folder).read_bytes()
+    assert write_report(str(folder)).read_bytes() == first
+    assert {path.name for path in folder.iterdir()} == before | {"report.html"}
+
+
+def test_text_that_utf8_cannot_hold_is_replaced(tmp_path: Path) -> None:
+    assert "a?b" in page_of(tmp_path / "run", samples=[{"prompt": "a\ud800b", "before": "", "after": ""}]).text
+
+
+def test_no_metrics_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"looked for .*gone/metrics\.jsonl.*no such folder"):
+        write_report(tmp_path / "gone")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"looked for .*metrics\.jsonl.*holds notes\.txt"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is empty"):
+        write_report(tmp_path)
+
+
+def test_half_a_line_at_the_end_is_dropped_and_one_before_it_is_an_error(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(lines + '{"step": 3, "lo')
+    assert "at step 2" in Page(write_report(folder).read_text(encoding="utf-8")).text
+    (folder / "metrics.jsonl").write_text('{"step": 3, "lo\n' + lines)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1 is no JSON"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(("name", "text"), [("samples", "{}"), ("reference", "[1]"), ("data", "{")])
+def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name: str, text: str) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / f"{name}.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"{name}\.json .* remove it"):
+        write_report(folder)
