@@ -1,0 +1,30 @@
+"""From rows of preferences to token ids: sources, schema, render, tokenize, truncate, and the report of it all."""
+
+from tether.data.audit import Report
+from tether.data.prepare import Overlap, Prepared, example_from_row, overlap, prepare
+from tether.data.render import Rendered, chat_template, render
+from tether.data.schema import Schema, preferences, read_preferences
+from tether.data.sources import load_rows
+from tether.data.tokenize import Encoder, Tokenized, tokenize
+from tether.data.truncate import truncate, truncated_lengths
+
+__all__ = [
+    "Encoder",
+    "Overlap",
+    "Prepared",
+    "Rendered",
+    "Report",
+    "Schema",
+    "Tokenized",
+    "chat_template",
+    "example_from_row",
+    "load_rows",
+    "overlap",
+    "preferences",
+    "prepare",
+    "read_preferences",
+    "render",
+    "tokenize",
+    "truncate",
+    "truncated_lengths",
+]

@@ -1,0 +1,190 @@
+"""What preparation found and did to the rows: the report that is printed and written to `data.json`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.data.render import Rendered
+from tether.data.schema import Form
+
+# Why rows are dropped, in the order in which it is looked for.
+DROPS = {
+    "identical": "chosen equal to rejected",
+    "empty_completion": "an empty completion",
+    "boundary": "no exact prompt boundary",
+    "empty_prompt": "a prompt of no tokens",
+    "prompt_too_long": "a prompt that fills max_length",
+    "identical_after_truncation": "chosen equal to rejected within max_length",
+}
+_QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+# Markers of common chat templates; a tokenizer's own special tokens are added to them.
+_CONTROL_WORDS = ("im_start", "im_end", "endoftext", "begin_of_text", "start_header_id", "end_header_id", "eot_id")
+_ROLES = ("system", "user", "assistant", "end")
+_MARKERS = (
+    *(f"<|{word}|>" for word in (*_CONTROL_WORDS, *_ROLES)),
+    *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<SYS>", "</SYS>"),
+)
+_MARKER_SHAPE = re.compile(r"<[^\s<>]{1,40}>|\[/?[A-Z_]{2,20}\]")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows of one data set.
+
+    Args:
+        name: what the rows are called.
+        rows: how many came.
+        kept: how many were left to train on.
+        dropped: reason to number of rows, for every reason in `DROPS`.
+        form: `standard` or `conversational`.
+        shared_prompt: the prompt was taken from what chosen and rejected begin with together.
+        unused_columns: columns that were not read.
+        message_fields: fields of messages, beside role and content, that reached the chat template.
+        duplicates: kept rows that repeat an earlier row exactly.
+        repeated_prompts: rows of text whose completions both begin with the whole prompt again.
+        max_length: limit on the tokens of prompt and completion together; None for no limit.
+        truncation_mode: what was kept of longer ones.
+        cut_prompts: kept rows whose prompt was cut.
+        cut_completions: completions that were cut, by position (chosen, rejected).
+        boundary: the policy for prompts whose ids are no prefix of the whole's.
+        boundaries: kind of boundary to number of rows that came to be tokenised, see `Tokenized`.
+        ends_added: completions that got an end-of-turn token because the template writes none.
+        marker_rows: rows whose text carries template markers or special tokens.
+        markers: marker to number of rows with it.
+        tokens: of all kept rows, with each prompt counted once.
+        completion_tokens: of all kept completions.
+        lengths: `prompt`, `chosen`, `rejected` to quantiles of their lengths in tokens, after truncation.
+        template_hash: of the chat template; None for text.
+        fingerprint: content hash of the prepared ids; equal ids have an equal one, on every process and day.
+    """
+
+    name: str
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    form: Form
+    shared_prompt: bool
+    unused_columns: tuple[str, ...]
+    message_fields: tuple[str, ...]
+    duplicates: int
+    repeated_prompts: int
+    max_length: int | None
+    truncation_mode: str
+    cut_prompts: int
+    cut_completions: tuple[int, ...]
+    boundary: str
+    boundaries: dict[str, int]
+    ends_added: int
+    marker_rows: int
+    markers: dict[str, int]
+    tokens: int
+    completion_tokens: int
+    lengths: dict[str, dict[str, int]]
+    template_hash: str | None
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        plain = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def lines(self) -> list[str]:
+        """A summary to print: one line on size, then one for each thing a user should know."""
+        middle = ", ".join(f"{part} {quantiles['p50']}" for part, quantiles in self.lengths.items())
+        head = f"{self.kept:,} of {self.rows:,} pairs, {self.tokens:,} tokens (prompts once); median length: {middle}"
+        dropped = ", ".join(f"{count} with {DROPS[reason]}" for reason, count in self.dropped.items() if count)
+        moved = self.boundaries.get("split", 0), self.boundaries.get("template", 0)
+        notes = {
+            f"dropped {dropped}": dropped,
+            f"cut {self.cut_prompts} prompts and {sum(self.cut_completions)} completions to {self.max_length} tokens": (
+                self.cut_prompts or any(self.cut_completions)
+            ),
+            f"{self.duplicates} rows repeat another row": self.duplicates,
+            f"in {self.repeated_prompts} rows both completions repeat the prompt": self.repeated_prompts,
+            f"{moved[0]} rows have no exact prompt boundary (policy {self.boundary})": moved[0],
+            f"in {moved[1]} rows the template renders the prompt otherwise alone (policy {self.boundary})": moved[1],
+            f"{self.ends_added} completions got an end-of-turn token, as the template writes none": self.ends_added,
+            f"{self.marker_rows} rows carry template markers: {', '.join(self.markers)}": self.marker_rows,
+            f"not read: columns {', '.join(self.unused_columns)}": self.unused_columns,
+            f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,
+        }
+        return [f"{self.name}: {text}" for text, holds in {head: True, **notes}.items() if holds]
+
+
+@dataclass
+class Tally:
+    """Counts of one batch of rows, or of several added up."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    boundaries: Counter[str] = field(default_factory=Counter)
+    markers: Counter[str] = field(default_factory=Counter)
+    marker_rows: int = 0
+    repeated_prompts: int = 0
+    ends_added: int = 0
+    cut_prompts: int = 0
+    cut_completions: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of `other` to these."""
+        for name, value in other.__dict__.items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class MarkerFinder:
+    """Finds text that a tokenizer would read, or a template would write, as control tokens.
+
+    Args:
+        tokenizer: its special tokens are looked for, beside the markers of common templates.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> MarkerFinder(SimpleNamespace(all_special_tokens=["</s>"])).find(["a <b>text</b> [INST]", "end</s>"])
+        ['</s>', '[INST]']
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        special = [str(token) for token in tokenizer.all_special_tokens if str(token).strip()]
+        self.markers = frozenset((*_MARKERS, *special))
+        odd = sorted(token for token in special if not _MARKER_SHAPE.fullmatch(token))
+        self.pattern = re.compile("|".join([*map(re.escape, odd), _MARKER_SHAPE.pattern]))
+
+    def find(self, texts: Iterable[str]) -> list[str]:
+        """The distinct markers in some texts, sorted."""
+        return sorted({found for text in texts for found in self.pattern.findall(text)} & self.markers)
+
+
+def quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Quantiles of lengths, each one a length that occurs.
+
+    Example:
+        >>> quantiles([3, 1, 2])
+        {'min': 1, 'p50': 2, 'p90': 3, 'p99': 3, 'max': 3}
+    """
+    ordered = sorted(lengths)
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in _QUANTILES.items()}
+
+
+def digest(*texts: str) -> bytes:
+    """A 16-byte digest of some texts, in order.
+
+    Example:
+        >>> digest("ab", "c") == digest("a", "bc")
+        False
+    """
+    whole = blake2b(digest_size=16)
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        whole.update(len(encoded).to_bytes(8, "little") + encoded)
+    return whole.digest()
+
+
+def row_digest(row: Rendered) -> bytes:
+    """Digest of what a model sees of a row before truncation, however the row was stored."""
+    return digest(row.prompt, *row.texts)

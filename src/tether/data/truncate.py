@@ -1,0 +1,97 @@
+"""Truncation, one pure function of lengths. Run once by `prepare`, so that policy, reference, training and evaluation
+see the same tokens.
+
+All completions of a row share one prompt, which is computed once, so the prompt has one cut. The cut of a completion
+depends on the prompt's length, `max_length` and itself: never on a sibling. A row that fits is never cut.
+
+- `keep_start`: the prompt is never cut; a completion keeps its first `max_length - P` tokens. A row whose prompt fills
+  `max_length` is dropped. Equal to TRL 1.16.
+- `keep_end`: a completion keeps its first tokens, as many as fit beside the prompt or beside `max_length // 2` tokens of
+  it, whichever is shorter; the prompt keeps as many of its last tokens as fit beside the longest completion. TRL keeps
+  the last `max_length` tokens of each sequence, which cuts one prompt differently for chosen and rejected and can begin
+  a completion in its middle; neither is possible with a shared prompt.
+
+A completion that is cut ends without an end-of-turn token: none is put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from tether.errors import ConfigError
+from tether.types import Example
+
+TruncationMode = Literal["keep_start", "keep_end"]
+TRUNCATION_MODES: tuple[TruncationMode, ...] = ("keep_start", "keep_end")
+
+
+def truncated_lengths(
+    prompt: int, completions: Sequence[int], max_length: int | None, mode: TruncationMode = "keep_start"
+) -> tuple[int, list[int]] | None:
+    """How many tokens a row keeps: the last ones of its prompt, the first ones of each completion.
+
+    Args:
+        prompt: tokens of the prompt, P.
+        completions: tokens of each completion, `[K]`.
+        max_length: tokens of prompt and completion together, at least 2; None for no limit.
+        mode: `keep_start` or `keep_end`, see the module.
+
+    Returns:
+        Tokens kept of the prompt and of each completion, or None when the row has to be dropped.
+
+    Raises:
+        ConfigError: the mode is unknown, or `max_length` leaves no room for a prompt and a completion.
+
+    Example:
+        >>> truncated_lengths(6, [2, 9], 8)
+        (6, [2, 2])
+        >>> truncated_lengths(6, [2, 9], 8, "keep_end")
+        (4, [2, 4])
+        >>> truncated_lengths(6, [2, 1], 8, "keep_end")
+        (6, [2, 1])
+        >>> truncated_lengths(8, [2, 9], 8) is None
+        True
+    """
+    if mode not in TRUNCATION_MODES:
+        raise ConfigError(f"truncation_mode is {mode!r}; it must be `keep_start` or `keep_end`.")
+    if max_length is None:
+        return prompt, list(completions)
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; a prompt and a completion need at least 2 tokens.")
+    room = max_length - (min(prompt, max_length // 2) if mode == "keep_end" else prompt)
+    if room <= 0:
+        return None
+    kept = [min(length, room) for length in completions]
+    return min(prompt, max_length - max(kept)), kept
+
+
+def truncate(example: Example, max_length: int | None, mode: TruncationMode = "keep_start") -> Example | None:
+    """Cut an example to `max_length` tokens of prompt and completion together.
+
+    Args:
+        example: one prompt and its K completions.
+        max_length: in tokens, at least 2; None for no limit.
+        mode: `keep_start` or `keep_end`, see the module.
+
+    Returns:
+        The example cut, or None when no completion token would be left.
+
+    Raises:
+        ConfigError: see `truncated_lengths`.
+
+    Example:
+        >>> cut = truncate(Example.of([1, 5, 6], [[7, 2], [8, 9, 4, 2]]), 5)
+        >>> [ids.tolist() for ids in cut.completion_ids]
+        [[7, 2], [8, 9]]
+    """
+    lengths = truncated_lengths(len(example.prompt_ids), [len(ids) for ids in example.completion_ids], max_length, mode)
+    if lengths is None:
+        return None
+    prompt, completions = lengths
+    return replace(
+        example,
+        prompt_ids=example.prompt_ids[len(example.prompt_ids) - prompt :],
+        completion_ids=tuple(ids[:kept] for ids, kept in zip(example.completion_ids, completions, strict=True)),
+    )
