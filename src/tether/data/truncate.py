@@ -6,10 +6,10 @@ depends on the prompt's length, `max_length` and itself: never on a sibling. A r
 
 - `keep_start`: the prompt is never cut; a completion keeps its first `max_length - P` tokens. A row whose prompt fills
   `max_length` is dropped. Equal to TRL 1.16.
-- `keep_end`: a completion keeps its first tokens, as many as fit beside the prompt or beside `max_length // 2` tokens of
-  it, whichever is shorter; the prompt keeps as many of its last tokens as fit beside the longest completion. TRL keeps
-  the last `max_length` tokens of each sequence, which cuts one prompt differently for chosen and rejected and can begin
-  a completion in its middle; neither is possible with a shared prompt.
+- `keep_end`: a completion keeps its first tokens, as many as fit beside the whole prompt or beside `max_length // 2`
+  tokens of it, whichever is shorter; the prompt keeps as many of its last tokens as fit beside the longest completion.
+  TRL keeps the last `max_length` tokens of each sequence, which cuts one prompt differently for chosen and rejected and
+  can begin a completion in its middle; neither is possible with a shared prompt.
 
 A completion that is cut ends without an end-of-turn token: none is put in its place.
 """

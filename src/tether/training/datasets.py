@@ -11,10 +11,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tether.data import Prepared, overlap, prepare
+from tether.data import Prepared, example_from_row, overlap, prepare
 from tether.training.arguments import PreferenceConfig
+from tether.types import Example
 
 logger = logging.getLogger("tether")
+_FRONT = 32
 Rows = Dataset | list[dict[str, Any]] | str | Path | list[str]
 
 
@@ -71,3 +73,16 @@ class RunData:
         if named:
             return training.dataset, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
         return training.dataset, prepared["eval"].dataset
+
+
+def probe_examples(rows: Dataset, count: int, *, longest: bool = False) -> list[Example]:
+    """A few real rows for a check: the shortest near the front, so that it is cheap; with a long one on request.
+
+    Args:
+        rows: a prepared set.
+        count: how many, at least 2 with `longest`.
+        longest: begin with a long row, which reaches beyond sliding windows.
+    """
+    front = [example_from_row(rows[i]) for i in range(min(_FRONT, len(rows)))]
+    front.sort(key=lambda example: len(example.prompt_ids) + sum(len(ids) for ids in example.completion_ids))
+    return [front.pop(), *front[: count - 1]] if longest else front[:count]

@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from tether.data import example_from_row
 from tether.errors import ConfigError
 from tether.models import load_policy, load_tokenizer
 from tether.models.structure import disable_dropout, transformers_model, unwrap
@@ -45,7 +44,7 @@ from tether.training.arguments import PreferenceConfig
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
 from tether.training.collate import collate
-from tether.training.datasets import Rows, RunData
+from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.metrics import MetricSums
 from tether.training.reduce import reduce_loss
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -110,8 +109,8 @@ class TetherTrainer(Trainer):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._new_tokens = 0
         self.guard: GuardResult | None = None
-        self._probe = pack([example_from_row(train[i]) for i in range(min(_PROBE_ROWS, len(train)))]).to(args.device)
-        choice = choose_layout(policy, self._probe_examples(train), requested=args.scoring_layout)
+        self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
+        choice = choose_layout(policy, probe_examples(train, 2, longest=True), requested=args.scoring_layout)
         self._scorer: Scorer = functools.partial(score, layout=choice.layout)
         logger.info(choice.line)
         spec = self._reference_spec(meaning, ref_model, source)
@@ -141,11 +140,8 @@ class TetherTrainer(Trainer):
         revision = getattr(transformers_model(ref_model or self.policy).config, "_commit_hash", None)
         return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision)  # type: ignore[arg-type]
 
-    def _probe_examples(self, train: Dataset) -> list[Any]:
-        return [example_from_row(train[i]) for i in range(min(2, len(train)))]
-
     def _scorer_for(self, model: nn.Module) -> Scorer:
-        examples = self._probe_examples(cast(Dataset, self.train_dataset))
+        examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         choice = choose_layout(model, examples, requested=self.args.scoring_layout)
         logger.info(f"reference {choice.line}")
         return functools.partial(score, layout=choice.layout)
