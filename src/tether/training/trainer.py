@@ -46,6 +46,7 @@ from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
 from tether.training.collate import collate
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.metrics import MetricSums
+from tether.training.progress import install_progress
 from tether.training.reduce import reduce_loss
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -81,6 +82,7 @@ class TetherTrainer(Trainer):
             raise ConfigError(
                 f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no."
             )
+        _make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else _source_of(model)
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
             refuse_silent_reanchoring(source)
@@ -116,6 +118,8 @@ class TetherTrainer(Trainer):
         spec = self._reference_spec(meaning, ref_model, source)
         self.resolved: Resolved = resolve(spec, policy, self._probe, self._scorer, self._scorer_for)
         logger.info(self.resolved.line)
+        logger.info(self.convention())
+        self._display = install_progress(self)
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
         self.add_callback(MetricsFile(self.run_folder))
         self._write_data_report()
@@ -125,6 +129,10 @@ class TetherTrainer(Trainer):
     def judge(self, policy: Scores, reference_logps: Tensor) -> LossOutput:
         """Combine the policy's scores with the reference's log-probs `[K]`; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    def convention(self) -> str:
+        """What the objective is and what its options mean, in one line; each kind of trainer says it."""
+        raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +204,10 @@ class TetherTrainer(Trainer):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
             self.guard = restore(folder, self.resolved.reference, self.policy)
-        return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+        finally:
+            self._display.close()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Examples of the whole optimizer step, over its micro-batches and all processes."""
@@ -301,6 +312,13 @@ class TetherTrainer(Trainer):
 def _sequence_tokens(batch: ScoringBatch) -> int:
     """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
     return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+
+
+def _make_audible(args: PreferenceConfig) -> None:
+    """What a run says about its reference and its data must be seen, also in a script that never set up logging."""
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
 
 
 def _loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
