@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import struct
 import time
 import uuid
 from hashlib import blake2b
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 CONVERSION = 1
 STALE_AFTER = 3600.0
 MAGIC = b"GGUF"
+# A cut file ends anywhere, so that reading it fails in any of these ways.
+_READING_ERRORS = (OSError, ValueError, LookupError, ImportError, NotImplementedError, struct.error)
 
 
 def cache_root() -> Path:
@@ -129,7 +132,7 @@ def _write(path: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except _READING_ERRORS as error:
         raise ConfigError(
             f"The GGUF file '{path}' cannot be read: {error}. Allowed are complete files of architectures that "
             "transformers converts (Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and others). Download the "

@@ -1,0 +1,81 @@
+"""What a command says when it fails: one paragraph and an exit code, whatever went wrong."""
+
+from __future__ import annotations
+
+import errno
+
+import typer
+
+from tether.errors import TetherError
+
+# The parent of typer's public BadParameter: every misuse of commands and options. Typer does not export it.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
+
+
+class Interrupted(TetherError):
+    """The user stopped the run; the message says how it goes on."""
+
+    exit_code = INTERRUPTED
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Say what went wrong, for the person at the terminal.
+
+    Args:
+        error: what reached the command line.
+
+    Returns:
+        One paragraph and the exit code: 2 for bad input, 1 for a failed run, 130 for an interruption.
+    """
+    if isinstance(error, TetherError):
+        return str(error), error.exit_code
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "Stopped.", INTERRUPTED
+    if isinstance(error, UsageError):
+        return f"{_sentence(error.format_message())} `tether --help` lists what there is.", 2  # type: ignore
+    # torch is not imported here; its error is known by its name.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            f"The memory is full: {_first_line(error)} Lower `train.per_device_train_batch_size` (to 1 at least) or "
+            "`train.max_length`, or train an adapter (`lora:`) in place of the whole model.",
+            1,
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return _explain_system(error), 1
+    return (
+        f"An error that Tether did not expect: {type(error).__name__}: {_first_line(error)} This is a bug in Tether or "
+        "in a library under it. Run the same command with --debug for the traceback, and report it together with that.",
+        1,
+    )
+
+
+def print_error(paragraph: str) -> None:
+    """Print a paragraph on standard error, in one line where there is no terminal to wrap it for."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    text = Text.assemble(("Error: ", "bold red"), " ".join(paragraph.split()))
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _explain_system(error: OSError) -> str:
+    place = f" '{error.filename}'" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"There is no space left on the disk for{place or ' the run'}. Free some (old checkpoint-* folders are the "
+            "largest), or write elsewhere with `output=FOLDER`; `train.save_total_limit` keeps fewer checkpoints."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = place or " a file of the run"
+        return f"No permission for{what}: {error.strerror}. Change its rights, or write elsewhere with `output=FOLDER`."
+    return f"The system refused{place or ' a request'}: {error.strerror}. With --debug there is a traceback."
+
+
+def _first_line(error: BaseException) -> str:
+    return _sentence((str(error).strip().splitlines() or ["without a message"])[0])
+
+
+def _sentence(line: str) -> str:
+    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -1,0 +1,67 @@
+"""The entry of the command line: which commands there are, and how each of them ends."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from tether.cli.demo import demo
+from tether.cli.errors import explain, print_error
+from tether.cli.train import TrainCommand, train
+
+app = typer.Typer(
+    help="Preference training that never lets the reference policy be wrong.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(
+    "train",
+    cls=TrainCommand,
+    help="Train the model of a run file on its pairs, evaluate it, and write the run folder.",
+)(train)
+app.command(
+    "demo",
+    help="Tune a real language model on preferences in minutes, compare before and after, and write the report.",
+)(demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: what follows `tether`; None takes it from the process.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 1 for a failed run, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        # With standalone_mode off, errors arrive here, and the code of an early exit (--help) is returned.
+        return app(args=arguments, prog_name="tether", standalone_mode=False) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        paragraph, code = explain(error)
+        print_error(paragraph)
+        return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tether {version('tether')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tether(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""

@@ -1,0 +1,82 @@
+"""What a command lets through to the terminal: Tether's lines and warnings that matter, not the libraries' noise."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from tether.training.progress import console
+
+# Messages of libraries that are right in general and mean nothing here, each with its reason.
+_NOISE = (
+    # Tether tells padding by its mask; a tokenizer's tokens are the ones that count.
+    "The tokenizer has new PAD/BOS/EOS tokens",
+    # Tether checks lengths itself, after truncation.
+    "Token indices sequence length is longer than the specified maximum",
+    # What the CPU has no use for.
+    "'pin_memory' argument is set as true but no accelerator is found",
+)
+
+
+class _Lines(logging.Handler):
+    """Prints records to the console of the progress display, so that the two do not write over each other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if any(message.startswith(noise) for noise in _NOISE):
+            return
+        own = record.name.split(".")[0] == "tether"
+        style = "" if record.levelno < logging.WARNING else "yellow"
+        text = message if own else f"{record.name.split('.')[0]}: {message}"
+        console().print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    # Without the file and line of a library, which --debug shows.
+    console().print(f"{category.__name__}: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def terminal_output(debug: bool) -> Iterator[None]:
+    """Send what matters to the console while a command runs, and leave logging as it was.
+
+    Args:
+        debug: let everything through, libraries' information included.
+    """
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    handler = _Lines(logging.DEBUG if debug else logging.INFO)
+    own, theirs = logging.getLogger("tether"), logging.getLogger("transformers")
+    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in (own, theirs)]
+    for logger, level in ((own, logging.INFO), (theirs, logging.INFO if debug else logging.WARNING)):
+        logger.setLevel(level)
+        logger.propagate = False
+        logger.handlers = [handler]
+    # Launched by torchrun or accelerate, the first process speaks for all.
+    if os.environ.get("RANK", "0") != "0":
+        own.setLevel(logging.WARNING)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                # Deprecations speak to whoever calls a library; users of a command cannot act on them.
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+                for noise in _NOISE:
+                    warnings.filterwarnings("ignore", message=noise)
+                warnings.showwarning = _show_warning
+            yield
+    finally:
+        for logger, level, propagate, handlers in before:
+            logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers
+        datasets.enable_progress_bars()
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,118 @@
+"""From a checked run file to a run folder; what `tether train` and `tether demo` share."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tether.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tether.config import RunConfig
+    from tether.training import DPOConfig, DPOTrainer
+
+CONFIG = "config.yaml"
+EVALUATION = "evaluation.json"
+_RESULTS = ("*.safetensors", "checkpoint-*")
+
+
+def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> DPOTrainer:
+    """Check the data, load the model, prove the reference; write the resolved configuration.
+
+    Args:
+        run: a checked run file.
+        checkpoint: where the run is going to resume from; None for a new run, whose output folder must hold no other.
+
+    Raises:
+        TetherError: bad input, before weights are loaded where possible.
+    """
+    from transformers import set_seed
+
+    from tether.config import build
+    from tether.training import DPOTrainer
+
+    output = Path(run.output)
+    arguments, adapter, keywords = build(run)
+    if checkpoint is None:
+        _refuse_used_folder(output)
+    # An adapter begins with random numbers, and transformers seeds only after it is made.
+    set_seed(arguments.seed)
+    trainer = DPOTrainer(args=arguments, peft_config=adapter, **keywords)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / CONFIG).write_text(run.dump_yaml(), encoding="utf-8")
+    logging.getLogger("tether").info(_batch_line(arguments))
+    return trainer
+
+
+def train_and_evaluate(trainer: DPOTrainer, checkpoint: Path | None = None) -> None:
+    """Train with the progress display, evaluate at the end, save the model and what was found.
+
+    Args:
+        trainer: see `make_trainer`.
+        checkpoint: where to resume from.
+    """
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.eval_dataset is not None and not _evaluated_at_end(trainer):
+        trainer.evaluate()
+    trainer.save_model(str(trainer.run_folder))
+    if trainer.is_world_process_zero():
+        write_evaluation(trainer.run_folder, _accuracies(trainer))
+
+
+def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
+    """Add results, by name, to `evaluation.json` in a run folder."""
+    path = folder / EVALUATION
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if results:
+        path.write_text(json.dumps({**found, **results}, indent=2) + "\n", encoding="utf-8")
+
+
+def _accuracies(trainer: DPOTrainer) -> dict[str, Any]:
+    """Reward accuracy on each evaluation set after the last step, with its 95 % interval."""
+    from tether.evaluate import wilson_interval
+
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    results = {}
+    for name, rows in sets.items():
+        key = f"eval_{name}_rewards/accuracies" if name else "eval_rewards/accuracies"
+        value = next((entry[key] for entry in reversed(trainer.state.log_history) if key in entry), None)
+        if value is not None and rows is not None:
+            pairs = len(rows)  # type: ignore[arg-type]
+            low, high = wilson_interval(round(value * pairs), pairs)
+            results[f"reward_accuracy_{name}" if name else "reward_accuracy"] = {
+                "value": value,
+                "low": low,
+                "high": high,
+                "n": pairs,
+            }
+    return results
+
+
+def _batch_line(arguments: DPOConfig) -> str:
+    micro, steps, devices = (
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        arguments.world_size,
+    )
+    split = f"{steps} micro-batch{'es' if steps > 1 else ''} of {micro}"
+    return f"batch: {micro * steps * devices} pairs per step, {split}" + (f" on {devices} devices" * (devices > 1))
+
+
+def _refuse_used_folder(output: Path) -> None:
+    """A folder with results of an earlier run would end up holding two runs, and `--resume` would not know which."""
+    found = sorted(path.name for pattern in _RESULTS for path in output.glob(pattern))
+    if found:
+        raise ConfigError(
+            f"The output folder '{output}' already holds a run ({', '.join(found[:3])}). Continue that run with "
+            "--resume, write elsewhere with output=FOLDER, or remove the folder."
+        )
+
+
+def _evaluated_at_end(trainer: DPOTrainer) -> bool:
+    return any(
+        entry.get("step") == trainer.state.global_step and any(name.startswith("eval_") for name in entry)
+        for entry in trainer.state.log_history
+    )

@@ -1,0 +1,107 @@
+"""`tether train run.yaml [key=value …]`: from a run file to a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from tether.cli.errors import Interrupted
+
+if TYPE_CHECKING:
+    from tether.config import RunConfig
+    from tether.training import DPOTrainer
+
+_LAST = "last"
+
+
+class TrainCommand(TyperCommand):
+    """Lets `--resume` stand alone for the last checkpoint; typer has no options with a value that may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare `--resume` its value."""
+        return super().parse_args(ctx, [f"--resume={_LAST}" if arg == "--resume" else arg for arg in args])
+
+
+def train(
+    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to set, as in train.learning_rate=1e-5 lora=null.", metavar="KEY=VALUE"),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on from the last checkpoint in the output folder, or with --resume=PATH from that one.",
+            metavar="[=PATH]",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")
+    ] = False,
+) -> None:
+    """Train, evaluate and write the run folder.
+
+    Args:
+        run_file: the YAML run file.
+        overrides: `key=value`, applied in order.
+        resume: a checkpoint's folder, or `last`.
+        debug: let the libraries speak.
+
+    Raises:
+        TetherError: bad input, before weights are loaded where possible, or a failed run.
+    """
+    # Here and not on top, so that `tether --help` does not wait for torch.
+    from tether.cli.output import terminal_output
+    from tether.config import load_run_file
+
+    run = load_run_file(run_file, overrides or ())
+    with terminal_output(debug):
+        try:
+            trainer = _run(run, resume)
+        except KeyboardInterrupt:
+            command = ["tether", "train", str(run_file), *(overrides or ())]
+            raise Interrupted(_how_to_go_on(Path(run.output), command)) from None
+    if trainer.is_world_process_zero():
+        for line in _summary(trainer, Path(run.output)):
+            typer.echo(line)
+
+
+def _run(run: RunConfig, resume: str | None) -> DPOTrainer:
+    from tether.cli.run import make_trainer, train_and_evaluate
+    from tether.report import write_report
+    from tether.training.checkpoint import resume_folder
+
+    checkpoint = resume_folder(True if resume == _LAST else resume, run.output)
+    trainer = make_trainer(run, checkpoint)
+    train_and_evaluate(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        write_report(trainer.run_folder)
+    return trainer
+
+
+def _how_to_go_on(output: Path, command: Sequence[str]) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if last is None:
+        return "Stopped, before the first checkpoint was written. Start again with the same command."
+    return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join([*command, '--resume'])}"
+
+
+def _summary(trainer: DPOTrainer, output: Path) -> list[str]:
+    """Final figures and where things are, a line each."""
+    from tether.training.progress import SEPARATOR, evaluations, figures
+
+    logs = trainer.state.log_history
+    last = next((entry for entry in reversed(logs) if "loss" in entry), {})
+    lines = [SEPARATOR.join([f"trained {trainer.state.global_step} steps", *figures(last)])]
+    final = {prefix: entry for entry in logs for prefix in evaluations(entry)}
+    lines += [SEPARATOR.join([prefix.removesuffix("_"), *figures(entry, prefix)]) for prefix, entry in final.items()]
+    kind = "adapter" if (output / "adapter_config.json").is_file() else "model"
+    return [*lines, f"{kind} and tokenizer: {output}", f"report: {output / 'report.html'}"]

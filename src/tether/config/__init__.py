@@ -1,0 +1,8 @@
+"""The YAML run file: read strictly, checked whole, turned into what the trainer takes."""
+
+from tether.config.build import build, split_batch
+from tether.config.load import check_run, load_run_file
+from tether.config.schema import json_schema
+from tether.config.sections import RunConfig
+
+__all__ = ["RunConfig", "build", "check_run", "json_schema", "load_run_file", "split_batch"]

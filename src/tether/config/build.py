@@ -1,0 +1,193 @@
+"""From a checked run file to what the trainer takes."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from tether.config.fields import ELSEWHERE, known_fields
+from tether.config.sections import RunConfig
+from tether.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from tether.training import DPOConfig
+
+# Pairs that are computed at once on one device unless the run file says otherwise: enough to keep a device busy, as
+# pairs are packed without padding, and few enough for a small one's memory.
+MICRO_BATCH = 4
+_PLACES = {
+    "loss": "objective.loss",
+    "num_train_epochs": "train.epochs",
+    **{name: place.strip("`") for name, place in ELSEWHERE.items() if place.startswith("`") and place.endswith("`")},
+}
+
+
+def build(run: RunConfig) -> tuple[DPOConfig, LoraConfig | None, dict[str, Any]]:
+    """Make the trainer's arguments of a run; loads neither data nor a model.
+
+    Args:
+        run: a checked run file.
+
+    Returns:
+        The configuration, the adapter or None, and further keywords for `DPOTrainer`.
+
+    Raises:
+        ConfigError: values that are each allowed but not together.
+    """
+    options = _options(run)
+    keywords = {
+        "model": run.model.name,
+        "ref_model": run.reference.model,
+        "train_dataset": run.data.train,
+        "eval_dataset": run.data.eval,
+    }
+    return _configuration(options), _adapter(run), keywords
+
+
+def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
+    """Split `train.batch_size` over devices and micro-batches.
+
+    `per_device_train_batch_size` and `gradient_accumulation_steps` are kept where they are given.
+
+    Args:
+        run: a checked run file.
+        devices: processes that train, one a device.
+
+    Returns:
+        Pairs per micro-batch and device, and micro-batches per step.
+
+    Raises:
+        ConfigError: no such split exists.
+    """
+    further = run.train.further
+    micro, steps = further.get("per_device_train_batch_size"), further.get("gradient_accumulation_steps")
+    for name, value in (("per_device_train_batch_size", micro), ("gradient_accumulation_steps", steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"`train.{name}` is {value}; allowed is a whole number from 1.")
+    if "batch_size" not in run.train.model_fields_set and (micro or steps):
+        return micro or MICRO_BATCH, steps or 1
+    pairs = run.train.batch_size
+    said = ", ".join(
+        f"{count} {what}" for count, what in ((micro, "pairs a micro-batch"), (steps, "micro-batches")) if count
+    )
+    unit = devices * (micro or 1) * (steps or 1)
+    fitting = f"{unit}" if micro and steps else f"a multiple of {unit}"
+    if pairs % unit or (micro and steps and pairs != unit):
+        raise ConfigError(
+            f"`train.batch_size` is {pairs} pairs per step, which {devices} {'device' if devices == 1 else 'devices'}"
+            f"{f' with {said}' if said else ''} cannot make up. Set it to {fitting}"
+            f"{', or leave the other keys out' if said else ''}."
+        )
+    share = pairs // devices
+    if steps:
+        micro = share // steps
+    elif not micro:
+        micro = max(size for size in range(1, MICRO_BATCH + 1) if share % size == 0)
+    return micro, share // micro
+
+
+def _options(run: RunConfig) -> dict[str, Any]:
+    # torchrun and accelerate set WORLD_SIZE; without them there is one process.
+    micro, steps = split_batch(run, int(os.environ.get("WORLD_SIZE", "1")))
+    loading = {
+        "dtype": run.model.dtype,
+        "revision": run.model.revision,
+        "attn_implementation": run.model.attention,
+    }
+    options = {
+        **run.train.further,
+        "output_dir": run.output,
+        "num_train_epochs": run.train.epochs,
+        "learning_rate": run.train.learning_rate,
+        "max_length": run.train.max_length,
+        "max_steps": run.train.max_steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": steps,
+        "loss_type": run.objective.loss,
+        "beta": run.objective.beta,
+        "label_smoothing": run.objective.label_smoothing,
+        # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
+        "reference": run.reference.meaning if "reference" in run.model_fields_set else None,
+        "reference_means": run.reference.means,
+        "trust_remote_code": run.model.trust_remote_code,
+        "model_init_kwargs": {name: value for name, value in loading.items() if value is not None},
+    }
+    _refuse_idle_options(run)
+    return options
+
+
+def _refuse_idle_options(run: RunConfig) -> None:
+    """An option that cannot take effect is an error."""
+    further = run.train.further
+    if run.lora is not None and run.lora.dropout and further.get("disable_dropout", True):
+        raise ConfigError(
+            f"`lora.dropout` is {run.lora.dropout}, but every dropout is switched off, so that policy and "
+            "reference differ by training alone. Leave it out, or set `train.disable_dropout: false`."
+        )
+    if run.data.eval is None:
+        for name in ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end"):
+            if further.get(name) not in (None, False, "no"):
+                raise ConfigError(
+                    f"`train.{name}` is {further[name]}, but there is nothing to evaluate. Name rows in `data.eval`."
+                )
+
+
+def _adapter(run: RunConfig) -> LoraConfig | None:
+    if run.lora is None:
+        return None
+    from peft import LoraConfig
+
+    lora = run.lora
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=lora.target,
+        lora_dropout=lora.dropout,
+        bias=lora.bias,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=lora.init,  # type: ignore[arg-type]
+        modules_to_save=lora.modules_to_save,
+    )
+
+
+def _configuration(options: dict[str, Any]) -> DPOConfig:
+    from tether.training import DPOConfig
+
+    try:
+        return DPOConfig(**options)
+    except Exception as error:
+        # transformers checks combinations and machines; the key that fails alone is the one to name.
+        culprit = next((name for name in options if name in known_fields() and _fails_alone(name, options[name])), None)
+        message = " ".join(str(error).split())
+        if isinstance(error, ConfigError):
+            raise ConfigError(_in_run_file_words(message)) from error
+        where = (
+            f"`train.{culprit}` is {options[culprit]!r}, which" if culprit else "The keys of `train` together are what"
+        )
+        raise ConfigError(f"{where} the trainer's configuration refuses: {message.rstrip('.')}.") from error
+
+
+def _fails_alone(name: str, value: Any) -> bool:
+    from tether.training import DPOConfig
+
+    try:
+        DPOConfig(**{"output_dir": "unused", name: value})
+    except Exception:
+        return True
+    return False
+
+
+def _in_run_file_words(message: str) -> str:
+    """Names of Python fields at the front of a message as the run file writes them."""
+
+    def rename(match: re.Match[str]) -> str:
+        name = match.group()
+        place = _PLACES.get(name) or (f"train.{name}" if name in known_fields() else None)
+        return f"`{place}`" if place else name
+
+    return re.sub(r"^\w+", rename, message)

@@ -1,0 +1,173 @@
+"""Reading and writing YAML: strict about keys, and with the numbers and switches that people mean.
+
+PyYAML reads YAML 1.1, where `5e-6` is text, `no` is false, `010` is eight and `1:30` is ninety. Here the rules of
+YAML 1.2 hold: `5e-6` is a number, only `true` and `false` are switches, and the rest is text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tether.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+_RESOLVERS = (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds plain values only, never objects."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (yaml fills it per class)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as the same values."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _letters = ["" if letter == "\0" else letter for letter in _first]
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _letters)
+# The integers of 1.1 would read 010 as eight.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """Read a YAML file whose top is a mapping.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its values, and the line of every key by its path.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, a key is given twice or is no text.
+    """
+    if not path.is_file():
+        raise ConfigError(_missing(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+    values, lines = parse(text, str(path))
+    if not isinstance(values, dict):
+        came = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"{path} holds {came}; a run file is a mapping that begins with keys such as `model:` and `data:`."
+        )
+    return values, lines
+
+
+def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Parse YAML text.
+
+    Args:
+        text: one document.
+        name: what to call it in messages.
+
+    Returns:
+        The value, and the line of every key by its path.
+
+    Raises:
+        ConfigError: it is no YAML, a key is given twice or is no text.
+    """
+    loader = _Loader("")
+    lines: dict[KeyPath, int] = {}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        _record_lines(node, (), lines, name, ())
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(_syntax(error, name)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
+    finally:
+        loader.dispose()
+
+
+def write_document(values: Any) -> str:
+    """YAML that `parse` reads back as the same values, keys in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str, above: tuple[int, ...]) -> None:
+    if id(node) in above:
+        raise ConfigError(f"{name}, line {node.start_mark.line + 1}: `{_dotted(path)}` contains itself.")
+    above = (*above, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*path, index)] = item.start_mark.line + 1
+            _record_lines(item, (*path, index), lines, name, above)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    own: set[str] = set()
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            raise ConfigError(
+                f"{name}, line {line}: the key `{getattr(key, 'value', '')}` is no text. Put a name in quotes."
+            )
+        here = (*path, key.value)
+        if key.value in own:
+            raise ConfigError(
+                f"{name}, line {line}: `{_dotted(here)}` was given before, on line {lines[here]}. Keep one of the two."
+            )
+        own.add(key.value)
+        lines[here] = line
+        _record_lines(value, here, lines, name, above)
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _syntax(error: yaml.MarkedYAMLError, name: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
+    problem = error.problem or "cannot be understood"
+    if "'\\t'" in problem:
+        return f"{where}: there is a tab. YAML is indented with spaces; replace the tab by spaces."
+    context = f" {error.context}" if error.context else ""
+    return (
+        f"{where}: this is not YAML: {problem}{context}. Check the indentation, the colons and the quotes of that line."
+    )
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; give the run file in it, a YAML file."
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""
+    return (
+        f"The run file '{path}' does not exist.{hint} Give the path of a YAML file; a relative one starts in "
+        f"'{Path.cwd()}'."
+    )

@@ -1,0 +1,112 @@
+"""The keys of `train:` that are fields of `tether.DPOConfig`: which exist, and what may stand there."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from tether.config.sections import Train
+
+# Fields that the run file says elsewhere. One place for each thing, so that no two can disagree.
+ELSEWHERE = {
+    "output_dir": "`output`",
+    "loss_type": "`objective.loss`",
+    "beta": "`objective.beta`",
+    "label_smoothing": "`objective.label_smoothing`",
+    "reference": "`reference`",
+    "reference_means": "`reference.means`",
+    "model_init_kwargs": "`model`",
+    "trust_remote_code": "`model.trust_remote_code`",
+    "resume_from_checkpoint": "the option --resume",
+    "local_rank": "the launcher (torchrun or accelerate)",
+    "do_train": "the command: `tether train` trains",
+    "do_eval": "`data.eval`: rows given there are evaluated",
+    "do_predict": "`data.eval`: rows given there are evaluated",
+}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+    type(None): "null",
+}
+_FEW = 12
+
+
+@functools.cache
+def known_fields() -> dict[str, Any]:
+    """Type by name of the fields of `DPOConfig` that a run file may set under `train`."""
+    from tether.training import DPOConfig
+
+    hints = typing.get_type_hints(DPOConfig)
+    names = (field.name for field in dataclasses.fields(DPOConfig) if field.init)
+    return {name: hints[name] for name in names if name not in ELSEWHERE and name not in Train.model_fields}
+
+
+def problem_with(name: str, value: Any) -> str | None:
+    """What is allowed for a field in place of `value`, in words; None if the value may stand.
+
+    Args:
+        name: a key of `known_fields()`.
+        value: from the run file.
+
+    Returns:
+        Words that complete "allowed is".
+    """
+    hint = known_fields()[name]
+    choices = [choice for kind in _branches(hint) for choice in _choices(kind)]
+    # A field typed `IntervalStrategy | str` takes any text for Python's sake; only the enumeration's values work.
+    if choices and isinstance(value, str) and value not in choices:
+        longer = [choice for choice in choices if value and choice.startswith(value)]
+        near = longer[:1] or difflib.get_close_matches(value, choices, n=1)
+        return _listed(choices) + (f" (did you mean {near[0]}?)" if near else "")
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError:
+        return describe_type(hint)
+    # None of these fields has a meaning below zero; transformers checks few of them.
+    if isinstance(value, (int, float)) and value < 0:
+        return f"{describe_type(hint)}, from 0 on"
+    return None
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words: `int | None` is "a whole number or null"."""
+    words: list[str] = []
+    for kind in _branches(hint):
+        choices = _choices(kind)
+        if choices:
+            words.append(_listed(choices))
+        elif kind is not str or not any(_choices(other) for other in _branches(hint)):
+            words.append(_WORDS.get(typing.get_origin(kind) or kind, "an object that only a script can give"))
+    return " or ".join(dict.fromkeys(words))
+
+
+def _listed(choices: list[str]) -> str:
+    return ", ".join(choices[:_FEW]) + (", …" if len(choices) > _FEW else "")
+
+
+def _branches(hint: Any) -> Iterator[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _branches(part)
+    else:
+        yield hint
+
+
+def _choices(kind: Any) -> list[str]:
+    if typing.get_origin(kind) is Literal:
+        return [str(choice) for choice in typing.get_args(kind)]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [str(choice.value) for choice in kind]
+    return []

@@ -1,0 +1,164 @@
+"""From what pydantic found to one paragraph that says where, what came, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from tether.config.document import KeyPath
+from tether.config.sections import Allowed, RunConfig, Train
+
+_SHOWN = 3
+_KINDS = (
+    (bool, "a switch"),
+    (int, "a whole number"),
+    (float, "a number with a fraction"),
+    (str, "text"),
+    (list, "a list"),
+    (dict, "a mapping"),
+)
+
+
+def describe(error: ValidationError, values: dict[str, Any], place: Callable[[KeyPath], str], fields: list[str]) -> str:
+    """One paragraph about all problems of a run file; the first ones in full.
+
+    Args:
+        error: from validating `values` as a `RunConfig`.
+        values: the run file's contents.
+        place: where a key was given, such as `run.yaml, line 3`.
+        fields: names that `train` takes besides its own.
+
+    Returns:
+        The paragraph.
+    """
+    sentences: dict[KeyPath, str] = {}
+    for problem in error.errors(include_url=False):
+        path, model, allowed = _resolve(problem["loc"])
+        if path not in sentences:
+            sentences[path] = f"{place(path)}: {_sentence(problem, path, model, allowed, values, fields)}"
+    shown = list(sentences.values())[:_SHOWN]
+    more = len(sentences) - len(shown)
+    return " ".join(shown) + (f" There are {more} further problems." if more > 1 else " There is one more." * more)
+
+
+def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
+    """A sentence about a key that no section has, with the nearest one that exists.
+
+    Args:
+        path: of the key.
+        known: keys that exist beside it.
+        fields: names that `train` takes besides its own.
+
+    Returns:
+        The sentence.
+    """
+    key, parent = str(path[-1]), path[:-1]
+    elsewhere = dict(_leaves(fields))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if near:
+        hint = f"Did you mean `{dotted((*parent, near[0]))}`?"
+    elif key in elsewhere:
+        hint = f"It belongs in `{elsewhere[key]}`."
+    elif far := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
+        hint = f"Did you mean `{elsewhere[far[0]]}`?"
+    elif parent == ("train",):
+        hint = f"Allowed are {', '.join(Train.model_fields)}, and the fields of tether.DPOConfig."
+    else:
+        hint = f"Allowed are {', '.join(known)}."
+    return f"`{dotted(path)}` is not known. {hint}"
+
+
+def wrong_value(path: KeyPath, value: Any, allowed: str) -> str:
+    """A sentence about a value that is not allowed.
+
+    Args:
+        path: of the key.
+        value: what came.
+        allowed: what may come, in words.
+
+    Returns:
+        The sentence.
+    """
+    advice = ""
+    if isinstance(value, str) and "number" in allowed and _is_number(value):
+        advice = " Take the quotes away."
+    return f"`{dotted(path)}` is {show(value)}; allowed is {allowed}.{advice}"
+
+
+def show(value: Any) -> str:
+    """A value and its kind, shortened: `'32' (text)`."""
+    if value is None:
+        return "empty (null)"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    text = text if len(text) <= 60 else text[:57] + "…"
+    return f"{text} ({next((words for kind, words in _KINDS if isinstance(value, kind)), type(value).__name__)})"
+
+
+def dotted(path: KeyPath) -> str:
+    """A key as overrides write it: `train.batch_size`."""
+    return ".".join(map(str, path))
+
+
+def _resolve(location: KeyPath) -> tuple[KeyPath, type[BaseModel], str]:
+    """The key that an error belongs to, the section it is in, and what is allowed there.
+
+    pydantic adds the branch of a union and the index in a list to the location; the key is where sections end.
+    """
+    owner: type[BaseModel] = RunConfig
+    inner: type[BaseModel] | None = RunConfig
+    path: list[str | int] = []
+    allowed = ""
+    for part in location:
+        if inner is None:
+            break
+        owner = inner
+        path.append(part)
+        if part not in owner.model_fields:
+            break
+        field = owner.model_fields[str(part)]
+        allowed = next((item.words for item in field.metadata if isinstance(item, Allowed)), "")
+        inner = _section_in(field.annotation)
+        if inner is not None:
+            allowed = allowed or f"a mapping with the keys {', '.join(inner.model_fields)}"
+    return tuple(path), owner, allowed
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _sentence(
+    problem: Any, path: KeyPath, model: type[BaseModel], allowed: str, values: dict[str, Any], fields: list[str]
+) -> str:
+    if problem["type"] == "extra_forbidden":
+        return unknown_key(path, model.model_fields, fields)
+    if problem["type"] == "missing":
+        return f"`{dotted(path)}` is missing. {model.model_fields[str(path[-1])].description}"
+    if problem["type"] == "value_error":
+        return f"`{dotted(path)}`: {problem['ctx']['error']}."
+    value: Any = values
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else problem["input"]
+    return wrong_value(path, value, allowed)
+
+
+def _leaves(fields: list[str]) -> Iterator[tuple[str, str]]:
+    """`(key, dotted path)` of every key inside a section."""
+    yield from ((name, f"train.{name}") for name in fields)
+    for section, field in RunConfig.model_fields.items():
+        inner = _section_in(field.annotation)
+        yield from ((name, f"{section}.{name}") for name in (inner.model_fields if inner else ()))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

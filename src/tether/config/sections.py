@@ -1,0 +1,241 @@
+"""The run file as types: every key, its default, and what is allowed for it.
+
+Defaults that `tether.DPOConfig` has too are the same there (a test holds them together), so that a run file and a
+script that say the same train the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from tether.config.document import write_document
+from tether.types import Meaning, Means
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What may stand at a key, in words; printed when something else came."""
+
+    words: str
+
+
+class Section(BaseModel):
+    """A mapping of the run file: no unknown keys, no silent conversion, not changed once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+# Sections that may be written as one text: that text stands for this key of theirs.
+SHORT_FORMS = {"model": "name", "reference": "meaning"}
+
+
+def _named(section: str, kind: type[Section]) -> BeforeValidator:
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {SHORT_FORMS[section]: value}
+        if not isinstance(value, (dict, Section)):
+            raise PydanticCustomError("short_form", "neither text nor a mapping")
+        return value
+
+    return BeforeValidator(expand, json_schema_input_type=str | kind)
+
+
+Text = Annotated[str, Field(min_length=1), Allowed("text")]
+Count = Annotated[int, Field(ge=1), Allowed("a whole number from 1")]
+Flag = Annotated[bool, Allowed("true or false")]
+Sources = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
+    Allowed("a path, a glob or a hub name, or a list of them"),
+]
+EvaluationSources = Annotated[
+    Sources | Annotated[dict[str, Sources], Field(min_length=1)] | None,
+    Allowed("a path, a glob or a hub name, a list of them, or a mapping of names to them"),
+]
+# Initialisations that need nothing besides their name; EVA, CorDA and LoftQ need data or a configuration of their own.
+_INITIALISATIONS = r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"
+
+
+class Model(Section):
+    """`model:` the policy. `model: name` is short for `model: {name: name}`."""
+
+    name: Text = Field(description="Hub name, folder of a model or of an adapter, or .gguf file.")
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Allowed("auto, float32, bfloat16 or float16")
+    ] = Field(
+        default="auto", description="Type of the weights; auto: float32 without an accelerator, else the checkpoint's."
+    )
+    revision: Annotated[Text | None, Allowed("text (in quotes if it looks like a number), or null")] = Field(
+        default=None, description="Branch, tag or commit of a hub name."
+    )
+    attention: Annotated[Text | None, Allowed("text, such as sdpa or eager, or null")] = Field(
+        default=None, description="Attention implementation of transformers; null: its default."
+    )
+    trust_remote_code: Flag = Field(
+        default=False, description="Run Python code that comes with the model's repository."
+    )
+
+
+class Lora(Section):
+    """`lora:` a new adapter on the model. Left out: full fine-tuning, or the model's own adapter is continued."""
+
+    r: Count = Field(default=16, description="Rank.")
+    alpha: Annotated[float, Field(gt=0), Allowed("a number above 0")] = Field(
+        default=32, description="Scale; the update is multiplied by alpha / r."
+    )
+    target: Annotated[
+        Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)],
+        Allowed("all-linear, or a list of module names such as [q_proj, v_proj]"),
+    ] = Field(default="all-linear", description="Modules that get an adapter.")
+    dropout: Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 to below 1")] = Field(
+        default=0.0, description="Dropout before the adapter; takes effect with `train.disable_dropout: false` only."
+    )
+    bias: Annotated[Literal["none", "all", "lora_only"], Allowed("none, all or lora_only")] = Field(
+        default="none", description="Biases that are trained too."
+    )
+    rslora: Flag = Field(default=False, description="Scale by alpha / sqrt(r).")
+    dora: Flag = Field(default=False, description="Train magnitude and direction apart (DoRA).")
+    init: Annotated[
+        bool | Annotated[str, Field(pattern=_INITIALISATIONS)],
+        Allowed("true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N"),
+    ] = Field(default=True, description="How the adapter begins; true: at zero.")
+    modules_to_save: Annotated[list[Text] | None, Allowed("a list of module names, or null")] = Field(
+        default=None, description="Modules that are trained in full beside the adapter."
+    )
+
+
+class Data(Section):
+    """`data:` the rows; relative paths start in the current folder."""
+
+    train: Sources = Field(description="Rows with prompt, chosen and rejected: path, glob, hub name, or a list.")
+    eval: EvaluationSources = Field(default=None, description="Held-out rows, or a mapping of names to several sets.")
+
+
+class Reference(Section):
+    """`reference:` what the policy is held to. `start`, `base` and `none` are short for `{meaning: …}`.
+
+    `{model: name}` is short for `{meaning: model, model: name}`; `means` forces how the reference is computed, as in
+    `{meaning: start, means: snapshot}`.
+    """
+
+    meaning: Annotated[Meaning, Allowed("start, base, none, or {model: name}")] = Field(
+        default="start",
+        description="start: the policy before its first update; base: without adapters; model: another one.",
+    )
+    model: Annotated[Text | None, Allowed("text: hub name, folder or .gguf file; or null")] = Field(
+        default=None, description="The other model, for the meaning `model`."
+    )
+    means: Annotated[Means | None, Allowed("adapter_off, snapshot, model, or null (chosen and printed)")] = Field(
+        default=None, description="Forces how the reference is computed; null: chosen and printed."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_means_model(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("model") is not None and "meaning" not in value:
+            return {**value, "meaning": "model"}
+        return value
+
+    @model_validator(mode="after")
+    def _model_where_it_belongs(self) -> Reference:
+        if (self.meaning == "model") != (self.model is not None):
+            raise ValueError(
+                f"its meaning is {self.meaning} and its model is {self.model or 'null'}; a model is named for the "
+                "meaning `model` and for no other. Write {model: name}, or leave `reference.model` out"
+            )
+        return self
+
+
+class Objective(Section):
+    """`objective:` the loss and its options."""
+
+    loss: Text = Field(default="sigmoid", description="Name of the loss; see tether.objectives.OBJECTIVES.")
+    beta: Annotated[float, Allowed("a number above 0")] = Field(
+        default=0.1, description="How strongly the policy is held to the reference, per nat."
+    )
+    label_smoothing: Annotated[float, Allowed("a number from 0 to below 0.5")] = Field(
+        default=0.0, description="Chance that a label is wrong."
+    )
+
+
+class Train(Section):
+    """`train:` the steps. Besides these keys, any field of `tether.DPOConfig` by its Python name."""
+
+    # The further keys are checked against DPOConfig in `tether.config.fields`.
+    model_config = ConfigDict(extra="allow")
+
+    epochs: Annotated[float, Field(gt=0), Allowed("a number above 0")] = Field(
+        default=3.0, description="Passes over the rows."
+    )
+    learning_rate: Annotated[float, Field(ge=0), Allowed("a number from 0, such as 5.0e-6")] = Field(
+        default=1e-6, description="Learning rate after the warm-up."
+    )
+    batch_size: Count = Field(
+        default=8,
+        description="Pairs per optimizer step over all devices. Split into micro-batches by the program: of at most 4 "
+        "pairs, or of `per_device_train_batch_size`.",
+    )
+    max_length: Annotated[int | None, Field(ge=2), Allowed("a whole number from 2, or null")] = Field(
+        default=1024, description="Tokens of prompt and completion together; null: no truncation."
+    )
+    max_steps: Annotated[int, Allowed("a whole number from 1, or -1 for no limit")] = Field(
+        default=-1, description="Optimizer steps after which the run ends whatever `epochs` says; -1: no limit."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_epochs(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "num_train_epochs" not in value:
+            return value
+        if "epochs" in value:
+            raise ValueError("`epochs` and `num_train_epochs` are two names of one thing; leave one of them out")
+        rest = dict(value)
+        return {"epochs": rest.pop("num_train_epochs"), **rest}
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> Train:
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"`max_steps` is {self.max_steps}; allowed is a whole number from 1, or -1 for no limit")
+        return self
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The keys that are not named above: fields of `DPOConfig`."""
+        return dict(self.model_extra or {})
+
+
+class RunConfig(Section):
+    """A whole run file, checked.
+
+    Args:
+        model: the policy.
+        lora: a new adapter; None trains the model as it is.
+        data: the rows.
+        reference: what the policy is held to.
+        objective: the loss.
+        train: the steps.
+        output: the run folder.
+    """
+
+    model: Annotated[
+        Model, _named("model", Model), Allowed("a name, or a mapping such as {name: …, dtype: float32}")
+    ] = Field(description="Name the policy: a hub name, a folder, or a .gguf file.")
+    lora: Lora | None = Field(default=None, description="A new adapter; null: none.")
+    data: Data = Field(description="Name the rows, as in `data: {train: pairs.jsonl}`.")
+    reference: Annotated[Reference, _named("reference", Reference), Allowed("start, base, none, or {model: name}")] = (
+        Reference()
+    )
+    objective: Objective = Objective()
+    train: Train = Train()
+    output: Text = Field(default="runs/run", description="The run folder; left out: runs/ and the run file's name.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as plain values."""
+        return self.model_dump(mode="json")
+
+    def dump_yaml(self) -> str:
+        """The resolved run file; reading it gives the same run."""
+        return write_document(self.to_dict())

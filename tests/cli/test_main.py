@@ -1,0 +1,85 @@
+"""The command itself: help, version, and how errors of every kind end."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+
+import pytest
+import torch
+import typer
+
+from tether.cli.errors import explain
+from tether.errors import ConfigError, DataError, ReferenceError, TetherError
+
+Tether = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(tether: Tether, arguments: list[str]) -> None:
+    code, out, err = tether(*arguments)
+    assert (code, err) == (0, "")
+    assert "train" in out
+
+
+def test_version(tether: Tether) -> None:
+    assert tether("--version") == (0, f"tether {version('tether')}\n", "")
+
+
+def test_help_of_the_module_waits_for_no_library() -> None:
+    """`python -m tether` equals `tether`, and its help imports nothing that takes seconds."""
+    code = (
+        "import runpy, sys; sys.argv = ['tether', '--help']\n"
+        "try: runpy.run_module('tether', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "slow = {'torch', 'transformers', 'datasets', 'peft', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: tether" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("a"), 2, "a"),
+        (DataError("a"), 2, "a"),
+        (ReferenceError("a"), 1, "a"),
+        (TetherError("a"), 1, "a"),
+        (KeyboardInterrupt(), 130, "Stopped."),
+        (typer.Abort(), 130, "Stopped."),
+        (typer.BadParameter("no good"), 2, "no good. `tether --help` lists what there is."),
+        (OSError(errno.ENOSPC, "No space left", "out/x"), 1, "There is no space left on the disk for 'out/x'."),
+        (OSError(errno.ENOSPC, "No space left"), 1, "There is no space left on the disk for the run."),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "No permission for 'out': Permission denied."),
+        (OSError(errno.EIO, "Input/output error", "x"), 1, "The system refused 'x': Input/output error."),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "The memory is full: CUDA out of memory. Lower"),
+        (RuntimeError("shapes differ\nsecond line"), 1, "RuntimeError: shapes differ. This is a bug in Tether or in a"),
+        (ZeroDivisionError(), 1, "ZeroDivisionError: without a message. This is a bug"),
+    ],
+)
+def test_every_error_is_one_paragraph_with_its_code(error: BaseException, code: int, message: str) -> None:
+    paragraph, found = explain(error)
+    assert found == code
+    assert message in paragraph
+    assert "\n" not in paragraph
+
+
+def test_an_error_that_nobody_expected_shows_its_traceback_only_on_request(
+    tether: Tether, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setattr("tether.config.load_run_file", fail)
+    code, _, err = tether("train", "run.yaml")
+    assert code == 1
+    assert "ZeroDivisionError: of nothing. This is a bug" in err
+    assert "Traceback" not in err
+    code, _, err = tether("train", "run.yaml", "--debug")
+    assert code == 1
+    assert "Traceback" in err

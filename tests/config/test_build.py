@@ -1,0 +1,153 @@
+"""From a run file to the trainer's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from tether.config import RunConfig, build, check_run, split_batch
+from tether.errors import ConfigError
+from tether.training import DPOConfig
+
+
+def run_with(**sections: Any) -> RunConfig:
+    values = {"model": "tiny", "data": {"train": "pairs.jsonl"}, "output": "unused"}
+    return check_run({**values, **sections})
+
+
+def test_defaults_are_those_of_the_python_configuration() -> None:
+    run, defaults = run_with(), {field.name: field.default for field in dataclasses.fields(DPOConfig)}
+    assert defaults["num_train_epochs"] == run.train.epochs
+    assert defaults["per_device_train_batch_size"] == run.train.batch_size
+    assert (defaults["loss_type"], defaults["beta"]) == (run.objective.loss, run.objective.beta)
+    assert defaults["label_smoothing"] == run.objective.label_smoothing
+    for name in ("learning_rate", "max_length", "max_steps"):
+        assert defaults[name] == getattr(run.train, name)
+
+
+def test_every_section_arrives() -> None:
+    arguments, adapter, keywords = build(
+        run_with(
+            model={"name": "tiny", "dtype": "float32", "attention": "eager", "revision": "main"},
+            lora={"r": 4, "alpha": 8, "target": ["q_proj"], "bias": "lora_only", "rslora": True, "init": "olora"},
+            data={"train": ["a.jsonl", "b.jsonl"], "eval": {"x": "c.jsonl"}},
+            reference={"meaning": "start", "means": "snapshot"},
+            objective={"beta": 0.3, "label_smoothing": 0.1},
+            train={"epochs": 2, "learning_rate": 5e-6, "batch_size": 12, "max_length": 99, "logging_steps": 7},
+        )
+    )
+    assert (arguments.num_train_epochs, arguments.learning_rate, arguments.logging_steps) == (2, 5e-6, 7)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 3)
+    assert (arguments.beta, arguments.label_smoothing, arguments.max_length) == (0.3, 0.1, 99)
+    assert (arguments.reference, arguments.reference_means) == ("start", "snapshot")
+    assert arguments.model_init_kwargs == {"dtype": "float32", "attn_implementation": "eager", "revision": "main"}
+    assert adapter is not None
+    assert (adapter.r, adapter.lora_alpha, adapter.target_modules) == (4, 8, {"q_proj"})
+    assert (adapter.bias, adapter.use_rslora, adapter.init_lora_weights) == ("lora_only", True, "olora")
+    assert keywords == {
+        "model": "tiny",
+        "ref_model": None,
+        "train_dataset": ["a.jsonl", "b.jsonl"],
+        "eval_dataset": {"x": "c.jsonl"},
+    }
+
+
+def test_a_reference_left_out_stays_undeclared() -> None:
+    assert build(run_with())[0].reference is None
+    assert build(run_with(reference="start"))[0].reference == "start"
+    arguments, _, keywords = build(run_with(reference={"model": "other"}))
+    assert (arguments.reference, keywords["ref_model"]) == ("model", "other")
+
+
+@pytest.mark.parametrize(
+    ("train", "devices", "split"),
+    [
+        ({}, 1, (4, 2)),
+        ({"batch_size": 32}, 1, (4, 8)),
+        ({"batch_size": 32}, 4, (4, 2)),
+        ({"batch_size": 3}, 1, (3, 1)),
+        ({"batch_size": 7}, 1, (1, 7)),
+        ({"batch_size": 18}, 1, (3, 6)),
+        ({"batch_size": 32, "per_device_train_batch_size": 16}, 1, (16, 2)),
+        ({"batch_size": 32, "gradient_accumulation_steps": 2}, 2, (8, 2)),
+        ({"batch_size": 6, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 1, (3, 2)),
+        ({"per_device_train_batch_size": 3}, 1, (3, 1)),
+        ({"gradient_accumulation_steps": 5}, 1, (4, 5)),
+    ],
+)
+def test_pairs_per_step_are_split(train: dict[str, int], devices: int, split: tuple[int, int]) -> None:
+    assert split_batch(run_with(train=train), devices) == split
+    if "batch_size" in train:
+        assert split[0] * split[1] * devices == train["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("train", "devices", "message"),
+    [
+        (
+            {"batch_size": 6},
+            4,
+            "`train.batch_size` is 6 pairs per step, which 4 devices cannot make up. Set it to a multiple of 4.",
+        ),
+        (
+            {"batch_size": 32, "per_device_train_batch_size": 3},
+            1,
+            "Set it to a multiple of 3, or leave the other keys out.",
+        ),
+        (
+            {"batch_size": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            1,
+            "1 device with 2 pairs a micro-batch, 2 micro-batches cannot make up. Set it to 4, or",
+        ),
+        (
+            {"per_device_train_batch_size": 0},
+            1,
+            "`train.per_device_train_batch_size` is 0; allowed is a whole number from 1.",
+        ),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(train: dict[str, int], devices: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_batch(run_with(train=train), devices)
+    assert message in str(caught.value)
+
+
+def test_devices_are_counted_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="3 devices cannot make up"):
+        build(run_with(train={"batch_size": 8}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"loss": "sigmoud"}}, "`objective.loss` 'sigmoud' is not known; did you mean sigmoid?"),
+        ({"objective": {"beta": -1}}, "`objective.beta` is -1.0;"),
+        ({"objective": {"label_smoothing": 0.7}}, "`objective.label_smoothing` is 0.7;"),
+        ({"reference": {"meaning": "base", "means": "model"}}, "cannot compute the meaning 'base'"),
+        ({"train": {"truncation_mode": "keep"}}, "`train.truncation_mode` is 'keep'"),
+        ({"lora": {"dropout": 0.1}}, "`lora.dropout` is 0.1, but every dropout is switched off"),
+        ({"train": {"eval_strategy": "steps"}}, "`train.eval_strategy` is steps, but there is nothing to evaluate."),
+        (
+            {"train": {"lr_scheduler_kwargs": "{"}},
+            "`train.lr_scheduler_kwargs` is '{', which the trainer's configuration refuses",
+        ),
+        (
+            {"train": {"load_best_model_at_end": True, "eval_strategy": "epoch"}, "data": {"train": "a", "eval": "b"}},
+            "`train.load_best_model_at_end` is True, which the trainer's configuration refuses",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(run_with(**sections))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_adapter_dropout_needs_dropout() -> None:
+    _, adapter, _ = build(run_with(lora={"dropout": 0.1}, train={"disable_dropout": False}))
+    assert adapter is not None
+    assert adapter.lora_dropout == 0.1

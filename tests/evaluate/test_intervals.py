@@ -1,0 +1,71 @@
+"""Intervals: worked numbers, and that they hold what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tether.errors import ConfigError
+from tether.evaluate.intervals import Z95, bootstrap_mean_difference, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "expected"),
+    # Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3.
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_wilson_agrees_with_published_intervals(successes: int, n: int, expected: tuple[float, float]):
+    assert wilson_interval(successes, n) == pytest.approx(expected, abs=5e-5)
+
+
+def test_wilson_ends_are_the_shares_that_the_test_just_accepts():
+    share, n = 0.3, 40
+    for end in wilson_interval(share * n, n):
+        assert abs(share - end) == pytest.approx(Z95 * np.sqrt(end * (1 - end) / n))
+
+
+def test_wilson_is_symmetric_and_knows_nothing_without_trials():
+    low, high = wilson_interval(7, 9)
+    assert wilson_interval(2, 9) == pytest.approx((1 - high, 1 - low))
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(9, 9)[1] == 1.0
+    with pytest.raises(ConfigError, match="3 successes of 2 trials"):
+        wilson_interval(3, 2)
+
+
+def test_bootstrap_of_pairs_is_near_the_normal_interval():
+    random = np.random.default_rng(1)
+    before = random.normal(size=400)
+    after = before + 0.2 + random.normal(scale=0.5, size=400)
+    difference, low, high = bootstrap_mean_difference(before, after)
+    half = Z95 * (after - before).std() / np.sqrt(400)
+    assert difference == pytest.approx((after - before).mean())
+    assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.1 * half)
+
+
+def test_bootstrap_without_pairs_does_not_use_their_order():
+    random = np.random.default_rng(2)
+    before = random.normal(size=300)
+    after = before + 0.1
+    _, low, high = bootstrap_mean_difference(before, after, paired=False)
+    half = Z95 * np.sqrt(before.var() / 300 + after.var() / 300)
+    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.1 * half)
+    assert bootstrap_mean_difference(before, after)[1:] == pytest.approx((0.1, 0.1))
+    assert bootstrap_mean_difference(before, after[:7], paired=False)[0] == pytest.approx(
+        after[:7].mean() - before.mean()
+    )
+
+
+def test_bootstrap_is_the_same_for_the_same_seed():
+    before, after = np.random.default_rng(3).normal(size=(2, 20))
+    assert bootstrap_mean_difference(before, after, seed=4) == bootstrap_mean_difference(before, after, seed=4)
+    assert bootstrap_mean_difference(before, after, seed=4) != bootstrap_mean_difference(before, after, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [([], [], "0 values before"), ([1.0], [1.0, 2.0], "1 values before and 2 after"), ([np.nan], [1.0], "not finite")],
+)
+def test_bootstrap_refuses(before: list[float], after: list[float], message: str):
+    with pytest.raises(ConfigError, match=message):
+        bootstrap_mean_difference(before, after)
