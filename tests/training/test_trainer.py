@@ -177,8 +177,7 @@ def test_the_snapshot_of_a_resumed_run_comes_from_its_checkpoint(tmp_path):
         torch.manual_seed(seed)
         return trainer(
             folder,
-            model,
-            peft_config=lora(init_lora_weights=False),
+            get_peft_model(model, lora(init_lora_weights=False)),
             max_steps=4,
             save_strategy="steps",
             save_steps=2,
@@ -212,7 +211,7 @@ def test_a_trained_folder_as_the_model_is_never_a_silent_start(tmp_path):
     run.train()
     folder = tmp_path / "run" / "checkpoint-1"
     TOKENIZER.save_pretrained(folder)
-    with pytest.raises(ReferenceError, match="Say what this run is tethered to"):
+    with pytest.raises(ConfigError, match="Say what this run is tethered to"):
         trainer(tmp_path / "next", str(folder))
     assert trainer(tmp_path / "next", str(folder), reference="start").resolved.reference.identity.meaning == "start"
 
@@ -403,7 +402,9 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, none"),
         ({"reference": "base", "reference_means": "model"}, ConfigError, "cannot compute"),
         ({"reference": "model"}, ConfigError, "no ref_model was given"),
-        ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns=True"),
+        ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns=True came; it must stay False"),
+        ({"label_smoothing_factor": 0.1}, ConfigError, "`label_smoothing` is the objective's"),
+        ({"use_liger_kernel": True}, ConfigError, "which scoring relies on"),
         ({"reference_check_steps": -1}, ConfigError, "0 \\(never\\) or more"),
         ({"rows": "missing.jsonl"}, DataError, "missing.jsonl"),
         ({"model": "no/such/model/here"}, ConfigError, "does not exist"),
@@ -414,6 +415,22 @@ def test_wrong_arguments_are_refused_at_construction(arguments, error, words, tm
     """INV-24, 33."""
     with pytest.raises(error, match=words):
         trainer(tmp_path, **arguments)
+
+
+def test_two_runs_of_one_configuration_are_one(tmp_path):
+    """The adapter's random start is part of the configuration's seed, from a script as from the command line."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(found))
+        found.append(weights(trainer(tmp_path, peft_config=lora(), seed=seed)))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert not all(torch.equal(value, found[2][name]) for name, value in found[0].items())
+
+
+def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DPOConfig, "n_gpu", 2)
+    with pytest.raises(ConfigError, match="torchrun --nproc_per_node 2"):
+        trainer(tmp_path)
 
 
 def test_an_adapter_on_an_adapter_is_refused(tmp_path):

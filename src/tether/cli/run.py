@@ -28,8 +28,6 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> DPOTrainer:
     Raises:
         TetherError: bad input, before weights are loaded where possible.
     """
-    from transformers import set_seed
-
     from tether.config import build
     from tether.training import DPOTrainer
 
@@ -37,8 +35,6 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> DPOTrainer:
     arguments, adapter, keywords = build(run)
     if checkpoint is None:
         _refuse_used_folder(output)
-    # An adapter begins with random numbers, and transformers seeds only after it is made.
-    set_seed(arguments.seed)
     trainer = DPOTrainer(args=arguments, peft_config=adapter, **keywords)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)

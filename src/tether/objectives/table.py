@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 
 from torch import Tensor
 
@@ -64,6 +65,8 @@ def check_options(name: str, options: dict[str, float]) -> str | None:
             return f"{option} does not apply to loss {name!r}; it takes {', '.join(allowed)}."
         low, high, inclusive = allowed[option]
         if not (low <= value < high) or (value == low and not inclusive):
-            bound = f"{'at least' if inclusive else 'above'} {low:g} and below {high:g}"
+            bound = f"{'at least' if inclusive else 'above'} {low:g}" + (
+                f" and below {high:g}" if isfinite(high) else ""
+            )
             return f"{option} is {value}; for loss {name!r} it must be {bound}."
     return None

@@ -14,6 +14,19 @@ from tether.reference import ReferenceSpec
 from tether.scoring import Layout
 from tether.types import Meaning, Means
 
+# Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
+_WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "the batch is made of columns that no model's forward names"),
+    "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
+    "label_smoothing_factor": (0.0, "it belongs to a loss over labels; `label_smoothing` is the objective's"),
+    "train_sampling_strategy": ("random", "packed rows gain nothing from batches of like lengths"),
+    "label_names": (None, "batches have no labels"),
+    "include_for_metrics": ([], "there is no compute_metrics"),
+    "batch_eval_metrics": (False, "there is no compute_metrics"),
+    "eval_accumulation_steps": (None, "no predictions are kept during evaluation"),
+    "use_liger_kernel": (False, "it would replace the model's forward, which scoring relies on"),
+}
+
 
 @dataclass
 class PreferenceConfig(TrainingArguments):
@@ -75,9 +88,9 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(f"max_length is {self.max_length}; a prompt and a completion need at least 2 tokens.")
         if self.reference_check_steps < 0:
             raise ConfigError(f"reference_check_steps is {self.reference_check_steps}; it must be 0 (never) or more.")
-        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
-            if getattr(self, name):
-                raise ConfigError(f"{name}=True came; Tether trains with it off, see the field's help.")
+        for name, (kept, reason) in _WITHOUT_EFFECT.items():
+            if getattr(self, name, kept) != kept:
+                raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
         ReferenceSpec(meaning=self.reference or "start", means=self.reference_means if self.reference else None)
         super().__post_init__()
 

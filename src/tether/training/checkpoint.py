@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError
 from tether.reference.record import read_record
 
 
@@ -36,13 +36,13 @@ def refuse_silent_reanchoring(source: str) -> None:
     """A model that Tether trained has a reference on record; starting from it must say which reference is meant.
 
     Raises:
-        ReferenceError: `source` is such a model's folder.
+        ConfigError: `source` is such a model's folder.
     """
     folder = Path(source)
     found = read_record(folder) if folder.is_dir() else None
     if found is not None:
         recorded, _ = found
-        raise ReferenceError(
+        raise ConfigError(
             f"{source} was trained by Tether against the reference {recorded.source!r} (meaning {recorded.meaning}, "
             f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as "
             "they are "

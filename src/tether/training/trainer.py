@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -74,14 +75,7 @@ class TetherTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        if args is None:
-            raise ConfigError("args is missing; pass a configuration such as DPOConfig(output_dir=...).")
-        if train_dataset is None:
-            raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise ConfigError(
-                f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no."
-            )
+        args = _check_arguments(args, train_dataset, eval_dataset)
         _make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else _source_of(model)
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
@@ -90,9 +84,9 @@ class TetherTrainer(Trainer):
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or load_tokenizer(source, **_loading(args, tokenizer=True))
         self.data = RunData(tokenizer, args)
-        train, evaluation = self.data.prepare_all(train_dataset, eval_dataset)
+        train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
         policy = load_policy(source, **_loading(args)) if isinstance(model, (str, Path)) else model
-        policy = _with_adapter(policy, peft_config)
+        policy = _with_adapter(policy, peft_config, args.seed)
         if args.disable_dropout:
             disable_dropout(policy)
         proof = TrainingProof(policy)
@@ -272,7 +266,11 @@ class TetherTrainer(Trainer):
         """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_unseen(eval_dataset)
-        return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
+        try:
+            return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
+        except BaseException:
+            self._display.close()
+            raise
 
     def _prepare_unseen(self, rows: Any) -> Any:
         if isinstance(rows, Mapping):
@@ -314,6 +312,21 @@ def _sequence_tokens(batch: ScoringBatch) -> int:
     return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
 
 
+def _check_arguments(args: PreferenceConfig | None, train: Any, evaluation: Any) -> PreferenceConfig:
+    if args is None:
+        raise ConfigError("args is missing; pass a configuration such as DPOConfig(output_dir=...).")
+    if train is None:
+        raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
+    if args.eval_strategy != "no" and evaluation is None:
+        raise ConfigError(f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no.")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
+            f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    return args
+
+
 def _make_audible(args: PreferenceConfig) -> None:
     """What a run says about its reference and its data must be seen, also in a script that never set up logging."""
     if not logger.hasHandlers():
@@ -346,7 +359,7 @@ def _meaning(args: PreferenceConfig, ref_model: Any) -> str:
     return args.reference or ("start" if ref_model is None else "model")
 
 
-def _with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+def _with_adapter(policy: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     if peft_config is None:
         return policy
     if isinstance(policy, PeftModel):
@@ -357,4 +370,6 @@ def _with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
         )
     if not isinstance(policy, PreTrainedModel):
         raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
+    # An adapter begins at random; two runs of one configuration begin alike.
+    set_seed(seed)
     return get_peft_model(policy, peft_config)
