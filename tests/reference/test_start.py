@@ -23,7 +23,7 @@ from tether.reference import (
 )
 from tether.reference.guard import require_trainable
 from tether.scoring import pack, score
-from tiny import ragged_examples, tiny_model
+from tiny import VOCABULARY, ragged_examples, tiny_model
 
 PROBE = pack(ragged_examples())
 
@@ -38,7 +38,8 @@ def with_lora(**changes) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT warns that a model with trained biases is not itself with its adapter off: that is what is tested here.
         warnings.simplefilter("ignore")
-        return get_peft_model(tiny_model(), lora(**changes))
+        # One token more than the examples use.
+        return get_peft_model(tiny_model(vocab_size=VOCABULARY + 1), lora(**changes))
 
 
 def unfrozen_norms():
@@ -88,6 +89,48 @@ class Case:
     means: str
 
 
+def continued_tokens():
+    """Token embeddings that have learnt, of tokens that no probe row contains."""
+    model = with_lora(trainable_token_indices=[VOCABULARY])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.5)
+    return model
+
+
+def continued_embedding():
+    """An adapter on the embedding that has learnt one token, which no probe row contains."""
+    model = with_lora(target_modules=["q_proj", "embed_tokens"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_embedding_A" in name:
+                parameter.zero_()
+                parameter[:, VOCABULARY] = 1.0
+            if "lora_embedding_B" in name:
+                parameter.fill_(0.3)
+    return model
+
+
+def continued_module():
+    model = with_lora(modules_to_save=["embed_tokens"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter[VOCABULARY] += 0.5
+    return model
+
+
+def beside_a_frozen_adapter():
+    """A learnt, frozen adapter that is active beside the one in training."""
+    model = continued_adapter()
+    model.add_adapter("second", lora(r=2))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second." in name)
+    return model
+
+
 CASES = {
     "full": Case(tiny_model, "snapshot"),
     "full, edited in memory": Case(edited_in_memory, "snapshot"),
@@ -107,6 +150,10 @@ CASES = {
     "several adapters": Case(several_adapters, "adapter_off"),
     "adapter not called default": Case(named_adapter, "adapter_off"),
     "continued adapter": Case(continued_adapter, "snapshot"),
+    "continued token indices": Case(continued_tokens, "snapshot"),
+    "continued adapter on the embedding": Case(continued_embedding, "snapshot"),
+    "continued modules_to_save": Case(continued_module, "snapshot"),
+    "beside a frozen adapter": Case(beside_a_frozen_adapter, "snapshot"),
 }
 
 
@@ -148,7 +195,6 @@ def test_the_reference_is_the_start_and_stays_there(name, checkpointing):
     if checkpointing:
         from functools import partial
 
-        policy.get_base_model() if isinstance(policy, PeftModel) else policy
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         base._set_gradient_checkpointing(True, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
     policy.train()
@@ -184,8 +230,8 @@ def test_adapter_off_is_refused_where_it_would_be_wrong(name):
     policy = CASES[name].build()
     with pytest.raises(ReferenceError, match="that would not be the start"):
         resolved(policy, means="adapter_off")
-    if not isinstance(policy, PeftModel):
-        return
+    if not isinstance(policy, PeftModel) or name.startswith("continued "):
+        return  # the difference of a continued part may lie on tokens that the probe lacks
     start = score(policy, PROBE).token_logps.detach()
     take_steps(policy)
     with torch.no_grad(), adapters_off(policy):
@@ -236,16 +282,17 @@ def test_a_policy_away_from_its_start_is_refused():
 def test_an_inference_adapter_says_why_nothing_trains(tmp_path):
     """INV-4, 5: is_trainable=False."""
     with_lora().save_pretrained(tmp_path)
-    policy = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    policy = PeftModel.from_pretrained(tiny_model(vocab_size=VOCABULARY + 1), tmp_path)
     with pytest.raises(ReferenceError, match="is_trainable=True"):
         require_trainable(policy)
     resolved(policy)
     assert not trainable_tensors(policy), "a reference pass must not make an inference adapter trainable"
-    require_trainable(PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True))
+    base = tiny_model(vocab_size=VOCABULARY + 1)
+    require_trainable(PeftModel.from_pretrained(base, tmp_path, is_trainable=True))
 
 
 def test_base_is_the_model_without_its_adapter():
-    plain = score(tiny_model(), PROBE).token_logps.detach()
+    plain = score(tiny_model(vocab_size=VOCABULARY + 1), PROBE).token_logps.detach()
     for build in (continued_adapter, unfrozen_norms):
         policy = build()
         reference = resolved(policy, meaning="base")
@@ -279,6 +326,21 @@ def test_another_model_is_the_reference_and_wrong_ones_are_refused():
         resolved(policy, meaning="model", model=tiny_model(vocab_size=50))
     with pytest.raises(ReferenceError, match="no language-model head"):
         resolved(policy, meaning="model", model=LlamaForSequenceClassification(policy.config))
+
+
+def test_a_swap_under_autocast_is_seen_by_both():
+    """Autocast keeps cast copies of weights; neither side may score with the other's."""
+    policy = tiny_model()
+    reference = resolved(policy)
+    take_steps(policy, rate=1.0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = score(policy, PROBE).token_logps
+        first = reference.score(PROBE)
+        again = score(policy, PROBE).token_logps
+        second = reference.score(PROBE)
+    assert torch.equal(expected, again)
+    assert torch.equal(first, second)
+    assert (expected - first).abs().max() > 1e-2
 
 
 def test_none_runs_no_model(monkeypatch):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tether.training.trainer as trainer_module
@@ -317,7 +317,7 @@ def test_layouts_train_alike(layout, tmp_path):
     """INV-19: the same run on every layout."""
     run = trainer(tmp_path, scoring_layout=layout, optim="sgd", ref_model=policy(seed=1))
     run.train()
-    assert run._scorer.keywords["layout"] == layout
+    assert run.layout == layout
     expected = trainer(tmp_path, optim="sgd", ref_model=policy(seed=1))
     expected.train()
     for name, value in weights(expected).items():
@@ -357,6 +357,113 @@ def test_training_rows_inside_the_evaluation_set_are_counted(tmp_path, caplog):
     assert "3 of 12 training rows are in this evaluation set" in caplog.text
 
 
+@pytest.mark.parametrize("means", ["snapshot", "model"])
+@pytest.mark.parametrize("name", ["start", "another"])
+def test_mixed_precision_is_the_same_for_policy_and_reference(name, means, tmp_path):
+    """INV-1, 10: in bfloat16 a copy of the policy as its reference gives exactly zero margins."""
+    arguments = {"reference": "start", "reference_means": means} if name == "start" else {"ref_model": policy()}
+    run = trainer(tmp_path, bf16=True, eval_dataset=Dataset.from_list(ROWS), max_steps=1, **arguments)
+    before = run.evaluate()
+    assert before["eval_rewards/margins"] == 0.0
+    run.train()
+    assert step_logs(run, "rewards/margins")[0] == 0.0
+    exact = trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS)).evaluate()
+    assert before["eval_logps/chosen"] != exact["eval_logps/chosen"], "bfloat16 takes effect before training too"
+    assert before["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=1e-2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_reference_survives_evaluation_generation_saving_and_loading(tied, tmp_path):
+    """INV-2: the same log-probs of a fixed probe, to the bit, with tied and untied embeddings."""
+    run = trainer(
+        tmp_path,
+        policy(tie_word_embeddings=tied),
+        eval_dataset=Dataset.from_list(ROWS),
+        save_strategy="steps",
+        save_steps=2,
+    )
+    probe = run.resolved.reference.score(run._probe)
+    run.train()
+    run.evaluate()
+    run.policy.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert torch.equal(run.resolved.reference.score(run._probe), probe)
+    resumed = trainer(tmp_path, policy(tie_word_embeddings=tied), max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(resumed.resolved.reference.score(resumed._probe), probe)
+
+
+def test_a_revision_is_recorded(tmp_path):
+    """INV-6: the commit that a model was loaded from is part of its identity."""
+    model = policy()
+    model.config._commit_hash = "0123abc"
+    assert trainer(tmp_path, model).resolved.reference.identity.revision == "0123abc"
+
+
+@pytest.mark.parametrize("family", ["opt", "falcon"])
+def test_randomness_outside_dropout_modules_is_disabled_too(family, tmp_path):
+    """INV-21: layer drop and rates that a forward reads from attributes or the configuration."""
+    from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "opt":
+        model = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, layerdrop=0.5, dropout=0.3))
+    else:
+        model = FalconForCausalLM(FalconConfig(**sizes, hidden_dropout=0.5, attention_dropout=0.3))
+    run = trainer(tmp_path, model)
+    model.train()
+    with torch.no_grad():
+        first, second = (run._scorer(model, run._probe).token_logps for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_an_interrupted_evaluation_leaves_nothing_behind(tmp_path):
+    class Interrupt(TrainerCallback):
+        armed = True
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if self.armed:
+                raise KeyboardInterrupt
+
+    interrupt = Interrupt()
+    run = trainer(tmp_path, ref_model=policy(seed=1), eval_dataset=Dataset.from_list(ROWS), callbacks=[interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate()
+    interrupt.armed = False
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.evaluate()["eval_loss"], abs=1e-7)
+
+
+def test_metrics_survive_a_torn_line_and_an_evaluation_before_training(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS), **settings)
+    first.evaluate()
+    first.train()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert lines[0]["step"] == 0
+    assert "eval_loss" in lines[0]
+
+
+def test_steps_that_a_gradient_scaler_skips_are_no_error(tmp_path, monkeypatch):
+    """In float16 the first steps are often skipped until the scale is right."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    skips = iter([True, True])
+    original = AcceleratedOptimizer.step
+
+    def step(self, closure=None):
+        self._skipped = next(skips, False)
+        if not self._skipped:
+            original(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: self._skipped))
+    trainer(tmp_path).train()
+
+
 def test_dropout_is_off_unless_asked_for(tmp_path):
     """INV-21."""
     for disable, expected in ((True, 0.0), (False, 0.5)):
@@ -386,7 +493,13 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(reloaded(ids).logits, run.policy.eval()(ids).logits, atol=1e-5, rtol=1e-5)
-    assert "tether" not in (tmp_path / "base" / "config.json").read_text()
+    whole = trainer(tmp_path / "full", policy())
+    whole.train()
+    whole.save_model(str(tmp_path / "model"))
+    assert "tether" not in (tmp_path / "model" / "config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, whole.policy.eval()(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +510,7 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"beta": -0.1}, ConfigError, "above 0"),
         ({"label_smoothing": 0.7}, ConfigError, "below 0.5"),
         ({"truncation_mode": "middle"}, ConfigError, "keep_start, keep_end"),
-        ({"max_length": 1}, ConfigError, "at least 2"),
+        ({"max_length": 1}, ConfigError, "whole number from 2"),
         ({"scoring_layout": "grid"}, ConfigError, "tree, padded"),
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, none"),
         ({"reference": "base", "reference_means": "model"}, ConfigError, "cannot compute"),
@@ -431,6 +544,36 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(DPOConfig, "n_gpu", 2)
     with pytest.raises(ConfigError, match="torchrun --nproc_per_node 2"):
         trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"data_collator": lambda rows: {"input_ids": rows}}, "dictionary with a ScoringBatch"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "models in memory"),
+        ({"model_init_kwargs": "{broken"}, "no JSON"),
+        ({"reference_means": "bogus"}, "adapter_off, snapshot, model"),
+        ({"max_length": "1024"}, "whole number"),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "virtual tokens"),
+    ],
+)
+def test_more_wrong_arguments(arguments, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        trainer(tmp_path, **arguments).train()
+
+
+def test_wrong_calls_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ConfigError, match="a TrainingArguments came"):
+        DPOTrainer(
+            model=policy(), args=TrainingArguments(str(tmp_path)), train_dataset=ROWS, processing_class=TOKENIZER
+        )
+    run = trainer(tmp_path)
+    with pytest.raises(ConfigError, match="predicts nothing"):
+        run.predict(ROWS)
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        run.evaluate("nowhere.jsonl")
 
 
 def test_an_adapter_on_an_adapter_is_refused(tmp_path):

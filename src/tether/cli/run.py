@@ -51,7 +51,8 @@ def train_and_evaluate(trainer: DPOTrainer, checkpoint: Path | None = None) -> N
         checkpoint: where to resume from.
     """
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.eval_dataset is not None and not _evaluated_at_end(trainer):
+    # With load_best_model_at_end the model is another one now than at the last evaluation.
+    if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
         trainer.evaluate()
     trainer.save_model(str(trainer.run_folder))
     if trainer.is_world_process_zero():

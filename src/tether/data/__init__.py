@@ -1,7 +1,7 @@
 """From rows of preferences to token ids: sources, schema, render, tokenize, truncate, and the report of it all."""
 
 from tether.data.audit import Report
-from tether.data.prepare import Overlap, Prepared, example_from_row, overlap, prepare
+from tether.data.prepare import Overlap, Prepared, example_from_row, longest_row, overlap, prepare
 from tether.data.render import Rendered, chat_template, render
 from tether.data.schema import Schema, preferences, read_preferences
 from tether.data.sources import load_rows
@@ -19,6 +19,7 @@ __all__ = [
     "chat_template",
     "example_from_row",
     "load_rows",
+    "longest_row",
     "overlap",
     "preferences",
     "prepare",

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -142,6 +143,12 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
         3
     """
     return Example.of(row["prompt_ids"], row["completion_ids"], row["source_row"])
+
+
+def longest_row(dataset: Dataset) -> int:
+    """Index of the row of `Prepared.dataset` whose prompt and longest completion have the most tokens together."""
+    prompts, *completions = (np.asarray(lengths) for lengths in _lengths(dataset.data.table))
+    return int((prompts + np.max(completions, axis=0)).argmax())
 
 
 def overlap(train: Prepared, evaluation: Prepared) -> Overlap:

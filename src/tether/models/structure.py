@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,9 +12,13 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from tether.errors import ConfigError
+
+# Names of rates that make a forward in training mode random.
+_RANDOM = re.compile("drop|jitter")
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel | PeftModel:
@@ -94,13 +99,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in modules and in the attributes that attention functions read."""
+    """Set every rate of dropout, layer drop and router jitter to 0, in modules and in configurations."""
     for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout", "dropout_prob", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if isinstance(value, float) and value and _RANDOM.search(name):
+                    setattr(holder, name, 0.0)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -155,7 +155,7 @@ class TrainingProof:
     def _sums(self) -> dict[str, Tensor]:
         # Two sums per tensor, since a copy of every tensor would be a second model.
         return {
-            name: torch.stack([value.double().sum(), value.double().square().sum()])
+            name: torch.stack([value.sum(dtype=torch.float64), torch.linalg.vector_norm(value, dtype=torch.float64)])
             for name, value in ((name, tensor.detach()) for name, tensor in trainable_tensors(self._policy).items())
         }
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from peft import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ReferenceError
@@ -159,6 +164,9 @@ def _objection_to_adapter_off(policy: nn.Module, probe: ScoringBatch, scorer: Sc
     outside = _outside_adapter(policy)
     if outside:
         return f"{_some(outside)} outside the adapter would train"
+    learnt = _learnt_for_some_tokens(policy)
+    if learnt:
+        return f"the adapter on {learnt!r} already holds something"
     off = AdapterOffReference(policy, scorer, NoReference.identity)
     result = compare_with_start(policy, off, scorer, probe, SAME)
     if result.passed:
@@ -166,6 +174,28 @@ def _objection_to_adapter_off(policy: nn.Module, probe: ScoringBatch, scorer: Sc
     rewritten = _rewritten_base(policy)
     because = f"{rewritten} rewrote the base weights" if rewritten else "the adapter already holds something"
     return f"without the adapter a token is {result.max_difference:.2g} nats from the start ({because})"
+
+
+def _learnt_for_some_tokens(policy: nn.Module) -> str:
+    """Path of an adapter part that has learnt and acts on few tokens, which a probe may lack; empty for none."""
+    for path, module in unwrap(policy).named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            original, active = list(module.original_module.parameters()), module.active_adapters
+            pairs = [(copied, original) for name, copied in module.modules_to_save.items() if name in active]
+            differs = any(
+                not torch.equal(*pair) for copied, base in pairs for pair in zip(copied.parameters(), base, strict=True)
+            )
+        elif isinstance(module, TrainableTokensLayer):
+            originals: Any = module.trainable_tokens_original
+            deltas = module.trainable_tokens_delta.items()
+            differs = any(not torch.equal(delta, originals[name]) for name, delta in deltas)
+        elif isinstance(module, LoraEmbedding):
+            differs = any(bool(module.get_delta_weight(name).any()) for name in module.active_adapters)
+        else:
+            continue
+        if differs:
+            return path
+    return ""
 
 
 def _rewritten_base(policy: nn.Module) -> str:

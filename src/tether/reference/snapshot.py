@@ -56,10 +56,13 @@ class SnapshotReference:
             for name in self._live:
                 self._exchange(name)
                 exchanged.append(name)
+            # Autocast keeps the weights it has cast, and would go on with those from before the exchange.
+            torch.clear_autocast_cache()
             yield
         finally:
             for name in exchanged:
                 self._exchange(name)
+            torch.clear_autocast_cache()
 
     def _exchange(self, name: str) -> None:
         # By copy, one tensor at a time: storage stays where optimizer, wrappers and hooks expect it.

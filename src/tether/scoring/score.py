@@ -55,6 +55,7 @@ def score(
         )
     inner = transformers_model(model)
     head = head_of(inner)
+    _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     with _capture_hidden(head.module) as captured, context:
         model(**inputs, use_cache=False)
@@ -72,6 +73,21 @@ def score(
         top1=found.top1,
         mean_logits=found.mean_logits,
     )
+
+
+def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:
+    """Some rotary embeddings take their factors from the longest sequence of a forward, so that rows would mix."""
+    config: Any = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    longest = int(batch.position_ids.max()) + 1
+    if longest > limit:
+        raise ScoringError(
+            f"A sequence has {longest} tokens, and {type(model).__name__} changes its rotary embedding "
+            f"({rope['rope_type']}) for every row of a forward beyond {limit}. Set max_length to {limit} or less."
+        )
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -105,6 +121,9 @@ def _capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if chunk:
+        raise ScoringError(f"{type(model).__name__} attends in chunks of {chunk} tokens along the row")
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
     return inputs, batch.sources, forest_forward()

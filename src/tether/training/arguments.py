@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "include_for_metrics": ([], "there is no compute_metrics"),
     "batch_eval_metrics": (False, "there is no compute_metrics"),
     "eval_accumulation_steps": (None, "no predictions are kept during evaluation"),
+    "bf16_full_eval": (False, "evaluation scores as training does"),
+    "fp16_full_eval": (False, "evaluation scores as training does"),
+    "prediction_loss_only": (False, "evaluation keeps no predictions in any case"),
+    "eval_use_gather_object": (False, "no predictions are gathered"),
+    "resume_from_checkpoint": (None, "pass it to train()"),
     "use_liger_kernel": (False, "it would replace the model's forward, which scoring relies on"),
 }
 
@@ -84,8 +90,11 @@ class PreferenceConfig(TrainingArguments):
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; a prompt and a completion need at least 2 tokens.")
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
+            raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = _keywords(self.model_init_kwargs)
+        self._refuse("reference_means", (None, "adapter_off", "snapshot", "model"))
         if self.reference_check_steps < 0:
             raise ConfigError(f"reference_check_steps is {self.reference_check_steps}; it must be 0 (never) or more.")
         for name, (kept, reason) in _WITHOUT_EFFECT.items():
@@ -102,6 +111,16 @@ class PreferenceConfig(TrainingArguments):
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""
         return {}
+
+
+def _keywords(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"model_init_kwargs is {text!r}, which is no JSON ({error}); pass a dictionary.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"model_init_kwargs is {text!r}; it must be a JSON object, or a dictionary.")
+    return found
 
 
 @dataclass

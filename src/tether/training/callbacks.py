@@ -49,7 +49,9 @@ class GuardCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Something changed, and the reference did not."""
-        if self._proof.pending and self._moving:
+        # In float16 the gradient scaler skips steps until it has found its scale.
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        if self._proof.pending and self._moving and not skipped:
             self._proof.require_change(state.global_step)
         if self._probe is not None and self._every and state.global_step % self._every == 0:
             self._probe.check(state.global_step)
@@ -62,12 +64,12 @@ class GuardCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Stop on a loss that is not a number, and on margins that stay exactly zero."""
         logs: dict[str, float] = kwargs.get("logs") or {}
-        for name in ("loss", "grad_norm", "rewards/margins"):
+        for name in ("loss", "rewards/margins", *(() if args.fp16 else ("grad_norm",))):
             if name in logs and not math.isfinite(logs[name]):
                 raise TetherError(
-                    f"{name} is {logs[name]} at step {state.global_step}. Lower the learning rate, or check for "
-                    "a reference "
-                    "or a policy in float16; the last checkpoint is from before this step."
+                    f"{name} is {logs[name]} at step {state.global_step}; a loss must be a number. Lower the "
+                    "learning rate, or "
+                    "train in float32 or bfloat16 where float16 overflows; the weights since the last log are lost."
                 )
         if "rewards/margins" in logs:
             self._zero_margins = self._zero_margins + 1 if logs["rewards/margins"] == 0.0 else 0
@@ -83,17 +85,17 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
+        self._earlier = self._path.stat().st_size if self._path.is_file() else 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Start anew, or keep the lines up to the step that the run resumes from."""
-        if not state.is_world_process_zero:
+        """Drop the lines of an earlier run, or, resuming, keep those up to the step that the run resumes from."""
+        if not state.is_world_process_zero or not self._path.is_file():
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if state.global_step and self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= state.global_step]
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        written = self._path.read_bytes()
+        lines = (written if state.global_step else written[self._earlier :]).decode("utf-8", "replace").splitlines()
+        kept = "".join(line + "\n" for line in lines if _step_of(line) <= state.global_step)
+        self._path.write_text(kept, encoding="utf-8")
+        self._earlier = 0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Append one line."""
@@ -102,3 +104,11 @@ class MetricsFile(TrainerCallback):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a logged line; infinite for one that a killed run left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

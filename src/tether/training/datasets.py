@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tether.data import Prepared, example_from_row, overlap, prepare
+from tether.data import Prepared, example_from_row, longest_row, overlap, prepare
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
@@ -81,8 +81,8 @@ def probe_examples(rows: Dataset, count: int, *, longest: bool = False) -> list[
     Args:
         rows: a prepared set.
         count: how many, at least 2 with `longest`.
-        longest: begin with a long row, which reaches beyond sliding windows.
+        longest: begin with the longest row of all, for what depends on length, such as sliding windows.
     """
     front = [example_from_row(rows[i]) for i in range(min(_FRONT, len(rows)))]
     front.sort(key=lambda example: len(example.prompt_ids) + sum(len(ids) for ids in example.completion_ids))
-    return [front.pop(), *front[: count - 1]] if longest else front[:count]
+    return [example_from_row(rows[longest_row(rows)]), *front[: count - 1]] if longest else front[:count]

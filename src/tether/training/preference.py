@@ -19,7 +19,7 @@ class DPOTrainer(TetherTrainer):
         ref_model: another model as the reference; left out, the reference is what `args.reference` says, by default the
             policy at the start.
         args: `DPOConfig`.
-        data_collator: makes a `ScoringBatch` of prepared rows; left out, they are packed.
+        data_collator: makes `{"batch": ScoringBatch}` of prepared rows; left out, they are packed.
         train_dataset: rows with `prompt`, `chosen` and `rejected`: a `datasets.Dataset`, a list, a path or a hub name.
         eval_dataset: the same, or a dictionary of several sets.
         processing_class: the tokenizer; left out, it is loaded from the model's source.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -11,22 +10,20 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerState,
-    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.errors import ConfigError
 from tether.models import load_policy, load_tokenizer
-from tether.models.structure import disable_dropout, transformers_model, unwrap
+from tether.models.structure import disable_dropout, evaluation_mode, transformers_model, unwrap
 from tether.reference import (
     SAME,
     FrozenProbe,
@@ -40,7 +37,7 @@ from tether.reference import (
     resolve,
 )
 from tether.reference.record import restore, write_record, write_tensors
-from tether.scoring import choose_layout, pack, score
+from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
@@ -49,6 +46,7 @@ from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
 from tether.training.reduce import reduce_loss
+from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -75,18 +73,20 @@ class TetherTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = _check_arguments(args, train_dataset, eval_dataset)
-        _make_audible(args)
-        source = str(model) if isinstance(model, (str, Path)) else _source_of(model)
+        args = check_arguments(args, train_dataset, eval_dataset)
+        make_audible(args)
+        source = str(model) if isinstance(model, (str, Path)) else source_of(model)
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
             refuse_silent_reanchoring(source)
-        meaning = _meaning(args, ref_model)
+        meaning = declared_meaning(args, ref_model)
+        if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in (model, ref_model)):
+            raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
         # Data before weights: what is wrong with the rows is known in seconds.
-        tokenizer = processing_class or load_tokenizer(source, **_loading(args, tokenizer=True))
+        tokenizer = processing_class or load_tokenizer(source, **loading(args, tokenizer=True))
         self.data = RunData(tokenizer, args)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
-        policy = load_policy(source, **_loading(args)) if isinstance(model, (str, Path)) else model
-        policy = _with_adapter(policy, peft_config, args.seed)
+        policy = load_policy(source, **loading(args)) if isinstance(model, (str, Path)) else model
+        policy = with_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
         proof = TrainingProof(policy)
@@ -106,16 +106,17 @@ class TetherTrainer(Trainer):
         self._new_tokens = 0
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
-        choice = choose_layout(policy, probe_examples(train, 2, longest=True), requested=args.scoring_layout)
-        self._scorer: Scorer = functools.partial(score, layout=choice.layout)
-        logger.info(choice.line)
+        self.add_callback(MetricsFile(self.run_folder))
+        self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
+        self.layout, self._scorer = self._proved(policy, "")
+        self._require_determinism()
         spec = self._reference_spec(meaning, ref_model, source)
-        self.resolved: Resolved = resolve(spec, policy, self._probe, self._scorer, self._scorer_for)
+        self.resolved: Resolved = resolve(
+            spec, policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
+        )
         logger.info(self.resolved.line)
         logger.info(self.convention())
         self._display = install_progress(self)
-        self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
-        self.add_callback(MetricsFile(self.run_folder))
         self._write_data_report()
 
     # -- what a preference trainer defines -------------------------------------------------------------------------
@@ -133,20 +134,44 @@ class TetherTrainer(Trainer):
     def _reference_spec(self, meaning: str, ref_model: Any, policy_source: str) -> ReferenceSpec:
         if isinstance(ref_model, (str, Path)):
             # A revision belongs to the policy's repository.
-            options = {name: value for name, value in _loading(self.args).items() if name != "revision"}
+            options = {name: value for name, value in loading(self.args).items() if name != "revision"}
             source, ref_model = str(ref_model), load_policy(str(ref_model), **options)
         else:
-            source = policy_source if ref_model is None else _source_of(ref_model)
+            source = policy_source if ref_model is None else source_of(ref_model)
         if ref_model is not None:
             ref_model = ref_model.to(self.args.device)
         revision = getattr(transformers_model(ref_model or self.policy).config, "_commit_hash", None)
         return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision)  # type: ignore[arg-type]
 
-    def _scorer_for(self, model: nn.Module) -> Scorer:
+    def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
+        """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
-        choice = choose_layout(model, examples, requested=self.args.scoring_layout)
-        logger.info(f"reference {choice.line}")
-        return functools.partial(score, layout=choice.layout)
+        with self.accelerator.autocast():
+            choice = choose_layout(model, examples, requested=self.args.scoring_layout)
+        logger.info(f"{whose}{choice.line}")
+
+        def scorer(model: nn.Module, batch: ScoringBatch, **options: Any) -> Scores:
+            with self.accelerator.autocast():
+                return score(model, batch, layout=choice.layout, **options)
+
+        return choice.layout, scorer
+
+    def _require_determinism(self) -> None:
+        """With dropout disabled, training mode must compute what evaluation mode does."""
+        if not self.args.disable_dropout:
+            return
+        with torch.no_grad():
+            self.policy.train()
+            training = self._scorer(self.policy, self._probe).token_logps
+            with evaluation_mode(self.policy):
+                difference = (training - self._scorer(self.policy, self._probe).token_logps).abs().max().item()
+        if difference > SAME:
+            raise ConfigError(
+                f"With dropout disabled, {type(transformers_model(self.policy)).__name__} still differs between "
+                "training "
+                f"and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to train with its "
+                "randomness."
+            )
 
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
@@ -155,14 +180,13 @@ class TetherTrainer(Trainer):
             self._record(self.run_folder)
             return None
         model = self.policy
-        if state.global_step == 0:
+        if state.global_step == 0 and reference.identity.meaning == "start":
             self.guard = compare_with_start(model, reference, self._scorer, self._probe, SAME)
             logger.info(
                 f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
                 f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {SAME:.0e})"
             )
-            if reference.identity.meaning == "start":
-                require_start_equality(self.guard, reference)
+            require_start_equality(self.guard, reference)
         self._record(self.run_folder)
         return FrozenProbe(reference, self._probe, SAME)
 
@@ -196,6 +220,7 @@ class TetherTrainer(Trainer):
             ReferenceError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
+        self._sums["train"], self._new_tokens = MetricSums(), 0
         if folder is not None:
             self.guard = restore(folder, self.resolved.reference, self.policy)
         try:
@@ -207,7 +232,7 @@ class TetherTrainer(Trainer):
         """Examples of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        count = torch.tensor(sum(inputs["batch"].num_examples for inputs in batch_samples), device=device)
+        count = torch.tensor(sum(_batch_of(inputs).num_examples for inputs in batch_samples), device=device)
         return self.accelerator.reduce(count, reduction="sum")  # type: ignore[return-value]
 
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
@@ -222,7 +247,7 @@ class TetherTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's mean loss."""
-        batch: ScoringBatch = inputs["batch"].to(self.args.device)
+        batch = _batch_of(inputs).to(self.args.device)
         output = self._judge_batch(model, batch, "train")
         self._new_tokens += _sequence_tokens(batch)
         total = num_items_in_batch if num_items_in_batch is not None else batch.num_examples
@@ -240,9 +265,10 @@ class TetherTrainer(Trainer):
         """Mean loss and metrics over real pairs, in memory that does not grow with the data."""
         model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
+        self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
         rows = 0
         for inputs in dataloader:
-            batch = inputs["batch"].to(self.args.device)
+            batch = _batch_of(inputs).to(self.args.device)
             with torch.no_grad(), self.compute_loss_context_manager():
                 losses = self._judge_batch(model, batch, "eval").per_example
             count = torch.tensor(float(len(losses)), device=losses.device)
@@ -264,7 +290,10 @@ class TetherTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
         """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        known = (
+            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
+        )
+        if eval_dataset is not None and not known:
             eval_dataset = self._prepare_unseen(eval_dataset)
         try:
             return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
@@ -272,12 +301,20 @@ class TetherTrainer(Trainer):
             self._display.close()
             raise
 
-    def _prepare_unseen(self, rows: Any) -> Any:
+    def _prepare_unseen(self, rows: Any, name: str = "eval") -> Any:
         if isinstance(rows, Mapping):
-            return {name: self._prepare_unseen(part) for name, part in rows.items()}
+            return {key: self._prepare_unseen(part, f"{name}_{key}") for key, part in rows.items()}
         if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
             return rows
-        return self.data.prepare("eval", rows).dataset
+        return self.data.prepare(name, rows).dataset
+
+    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
+        """Not offered: there are no predictions to keep.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("predict() came; a preference trainer predicts nothing. Use evaluate(rows), or tether.score.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
@@ -303,73 +340,21 @@ class TetherTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
-        batch: ScoringBatch = inputs["batch"]
+        batch = _batch_of(inputs)
         return 6 * batch.input_ids.numel() * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
+
+
+def _batch_of(inputs: Any) -> ScoringBatch:
+    batch = inputs.get("batch") if isinstance(inputs, Mapping) else None
+    if not isinstance(batch, ScoringBatch):
+        raise ConfigError(
+            f"The data collator returned {type(inputs).__name__}; it must return a dictionary with a "
+            "ScoringBatch under "
+            "'batch', as tether.training.collate does. Leave data_collator out to pack the rows."
+        )
+    return batch
 
 
 def _sequence_tokens(batch: ScoringBatch) -> int:
     """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
     return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
-
-
-def _check_arguments(args: PreferenceConfig | None, train: Any, evaluation: Any) -> PreferenceConfig:
-    if args is None:
-        raise ConfigError("args is missing; pass a configuration such as DPOConfig(output_dir=...).")
-    if train is None:
-        raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
-    if args.eval_strategy != "no" and evaluation is None:
-        raise ConfigError(f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no.")
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
-            f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
-    return args
-
-
-def _make_audible(args: PreferenceConfig) -> None:
-    """What a run says about its reference and its data must be seen, also in a script that never set up logging."""
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
-
-
-def _loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
-    """Keywords for loading what is named by a string."""
-    given = args.model_init_kwargs or {}
-    options: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given)
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    known = ("revision", "trust_remote_code")
-    return {name: options[name] for name in known if name in options} if tokenizer else options
-
-
-def _source_of(model: nn.Module) -> str:
-    config = transformers_model(model).config
-    return getattr(config, "_name_or_path", "") or "object in memory"
-
-
-def _meaning(args: PreferenceConfig, ref_model: Any) -> str:
-    if ref_model is not None and args.reference not in (None, "model"):
-        raise ConfigError(
-            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
-            "of them out."
-        )
-    if ref_model is None and args.reference == "model":
-        raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
-    return args.reference or ("start" if ref_model is None else "model")
-
-
-def _with_adapter(policy: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
-    if peft_config is None:
-        return policy
-    if isinstance(policy, PeftModel):
-        raise ConfigError(
-            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
-            "adapter, or "
-            "merge it first with model.merge_and_unload()."
-        )
-    if not isinstance(policy, PreTrainedModel):
-        raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
-    # An adapter begins at random; two runs of one configuration begin alike.
-    set_seed(seed)
-    return get_peft_model(policy, peft_config)

@@ -1,0 +1,112 @@
+"""What every benchmark needs: the machine and versions it ran on, workers in processes of their own, and tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("tether", "trl", "torch", "transformers", "accelerate", "peft", "datasets")
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended without a result."""
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """The machine, as far as it decides how fast something runs."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_gib": round(pages / 2**30, 1),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions; a package that is missing is left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has had resident so far, in MiB."""
+    line = _field("/proc/self/status", "VmHWM")
+    if line:
+        return int(line.split()[0]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def run_worker(script: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Run `python script SPEC.json OUT.json` in a process of its own, without network, and read what it wrote.
+
+    Args:
+        script: reads the specification and writes its result, both JSON.
+        spec: the specification; `threads` in it is also set for the libraries that read it from the environment.
+
+    Raises:
+        WorkerError: it failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="tether-bench-") as folder:
+        asked, answered = Path(folder, "spec.json"), Path(folder, "result.json")
+        asked.write_text(json.dumps({**spec, "folder": folder}), encoding="utf-8")
+        threads = str(spec.get("threads", cores()))
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [sys.executable, "-W", "ignore", str(script), str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or not answered.is_file():
+            tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+            raise WorkerError(f"{script.name} ended with code {done.returncode}:\n{tail}")
+        return json.loads(answered.read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns of text: the first flush left, the others flush right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        aligned = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _field(file: str, name: str) -> str:
+    """The value of the first `name: value` line of a file of the system; empty where there is none."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -1,0 +1,99 @@
+"""One run of `vs_trl.py` in a process of its own: train a few steps with one tool, write times, memory and losses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import peak_memory_mib
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+
+
+class Clock(TrainerCallback):
+    """Wall and processor time at the end of each step; what lies between two ends is a step with all around it."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read both clocks."""
+        self.wall.append(time.perf_counter())
+        self.processor.append(time.process_time())
+
+
+def make_trainer(spec: dict[str, Any], clock: Clock) -> Any:
+    """The trainer of either tool, from the same arguments: a script that changes its import line."""
+    if spec["tool"] == "trl":
+        from trl import DPOConfig, DPOTrainer
+    else:
+        from tether import DPOConfig, DPOTrainer
+    arguments = DPOConfig(
+        output_dir=str(Path(spec["folder"], "run")),
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        use_cpu=True,
+        per_device_train_batch_size=spec["pairs"],
+        max_steps=spec["warmup"] + spec["steps"],
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="constant",
+        gradient_checkpointing=spec["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False} if spec["gradient_checkpointing"] else None,
+        max_length=spec["max_length"],
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=spec["seed"],
+    )
+    # Both tools draw the adapter's start from this seed, so that they train the same weights.
+    torch.manual_seed(spec["seed"])
+    trainer = DPOTrainer(
+        model=spec["model"],
+        args=arguments,
+        train_dataset=Dataset.from_list(spec["rows"]),
+        callbacks=[clock],
+        peft_config=LoraConfig(r=spec["lora_r"], target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    # Not shuffled: step i is the same rows in every run of either tool.
+    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
+    return trainer
+
+
+def main() -> None:
+    """Read the specification, train, write the result."""
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(spec["threads"])
+    clock = Clock()
+    trainer = make_trainer(spec, clock)
+    ready = peak_memory_mib()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    first = spec["warmup"] - 1
+    result = {
+        "tool": spec["tool"],
+        "step_seconds": _differences(clock.wall[first:]),
+        "processor_seconds": _differences(clock.processor[first:]),
+        "peak_mib": peak_memory_mib(),
+        "peak_mib_before_training": ready,
+        "losses": [entry["loss"] for entry in logs],
+        "num_tokens": _differences([0, *(entry["num_tokens"] for entry in logs)]),
+        "threads": torch.get_num_threads(),
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _differences(values: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(values)]
+
+
+if __name__ == "__main__":
+    main()

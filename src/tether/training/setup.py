@@ -1,0 +1,90 @@
+"""What a trainer's constructor asks before and while it loads: arguments, meaning, sources, adapters."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from tether.errors import ConfigError
+from tether.models.structure import transformers_model
+from tether.training.arguments import PreferenceConfig
+
+logger = logging.getLogger("tether")
+
+
+def check_arguments(args: PreferenceConfig | None, train: Any, evaluation: Any) -> PreferenceConfig:
+    if not isinstance(args, PreferenceConfig):
+        came = "nothing" if args is None else f"a {type(args).__name__}"
+        raise ConfigError(f"args: {came} came; pass a configuration such as DPOConfig(output_dir=...).")
+    if train is None:
+        raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
+    if args.eval_strategy != "no" and evaluation is None:
+        raise ConfigError(f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no.")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
+            f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    return args
+
+
+def make_audible(args: PreferenceConfig) -> None:
+    """What a run says about its reference and its data must be seen, also in a script that never set up logging."""
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+
+
+def loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
+    """Keywords for loading what is named by a string."""
+    options = dict(cast(dict[str, Any], args.model_init_kwargs or {}))
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    known = ("revision", "trust_remote_code")
+    return {name: options[name] for name in known if name in options} if tokenizer else options
+
+
+def source_of(model: nn.Module) -> str:
+    config = transformers_model(model).config
+    return getattr(config, "_name_or_path", "") or "object in memory"
+
+
+def declared_meaning(args: PreferenceConfig, ref_model: Any) -> str:
+    if ref_model is not None and args.reference not in (None, "model"):
+        raise ConfigError(
+            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
+            "of them out."
+        )
+    if ref_model is None and args.reference == "model":
+        raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
+    return args.reference or ("start" if ref_model is None else "model")
+
+
+def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: PreferenceConfig) -> nn.Module:
+    if peft_config is None:
+        return policy
+    if isinstance(policy, PeftModel):
+        raise ConfigError(
+            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
+            "adapter, or "
+            "merge it first with model.merge_and_unload()."
+        )
+    if not isinstance(policy, PreTrainedModel):
+        raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
+    if peft_config.is_prompt_learning and peft_config.peft_type != PeftType.PREFIX_TUNING:
+        raise ConfigError(
+            f"peft_config is {peft_config.peft_type}, which lengthens the input by virtual tokens; a packed row "
+            "has no place "
+            "for them. Use LoRA or another adapter on layers, or prefix tuning."
+        )
+    if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
+        logger.warning(
+            "lora_dropout has no effect: disable_dropout is on, so that policy and reference differ by training"
+        )
+    # An adapter begins at random; two runs of one configuration begin alike.
+    set_seed(args.seed)
+    return get_peft_model(policy, peft_config)
