@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import common
 import lengths
@@ -40,14 +41,15 @@ def test_rows_have_exactly_the_lengths_of_the_profile():
     assert list(tokens_per_step(tokenizer, rows, 3)) == [3 * 2 * 26] * 2
 
 
-def test_rows_are_ragged_within_the_spread_and_repeat_with_the_seed():
-    tokenizer, profile = tiny_tokenizer(), Profile(prompt=100, completion=50, pairs=20)
-    rows = make_rows(tokenizer, profile, steps=1)
+def test_rows_are_ragged_by_the_spread_and_repeat_with_the_seed():
+    tokenizer, profile = tiny_tokenizer(), Profile(prompt=100, completion=50, pairs=400)
+    rows = make_rows(tokenizer, profile, steps=1, spread=0.5)
     found = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
-    assert 70 <= min(found) < 90
-    assert 110 < max(found) <= 130
-    assert rows == make_rows(tokenizer, profile, steps=1)
-    assert rows != make_rows(tokenizer, profile, steps=1, seed=1)
+    assert max(found) <= lengths.LONGEST
+    assert fmean(found) == pytest.approx(100, rel=0.1)
+    assert pstdev(math.log(length) for length in found) == pytest.approx(0.5, rel=0.1)
+    assert rows == make_rows(tokenizer, profile, steps=1, spread=0.5)
+    assert rows != make_rows(tokenizer, profile, steps=1, spread=0.5, seed=1)
 
 
 def test_speed_is_our_steps_over_theirs_and_memory_our_peak_over_theirs():
