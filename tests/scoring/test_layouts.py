@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import evaluation_mode
 from tether.scoring import attention, choose_layout, pack, score, score_alone
+from tether.scoring.batch import sequence_sources, sequences
 from tether.types import Example, Scores
 from tiny import CONFIGS, VOCABULARY, ragged_examples, tiny_model
 
@@ -70,6 +71,26 @@ def test_other_completions_and_rows_do_not_matter(family):
             for k, ids in enumerate(example.completion_ids):
                 single = score(model, pack([Example(example.prompt_ids, (ids,))])).logps
                 torch.testing.assert_close(single[0], together[4 * i + k], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_left_padded_batch_scores_alike(family):
+    """INV-16: what a plain left-padded forward of the same model gives."""
+    model, batch = tiny_model(family).eval(), pack(ragged_examples())
+    rows = sequences(batch)
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in rows])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.log_softmax(
+            -1
+        )
+        found = []
+        for i, (row, where) in enumerate(zip(rows, sequence_sources(batch), strict=True)):
+            shifted = where + width - len(row)
+            found.append(logits[i, shifted].gather(-1, row[where + 1, None])[:, 0])
+        torch.testing.assert_close(score(model, batch).token_logps, torch.cat(found), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

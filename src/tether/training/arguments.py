@@ -20,7 +20,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "the batch is made of columns that no model's forward names"),
     "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
     "label_smoothing_factor": (0.0, "it belongs to a loss over labels; `label_smoothing` is the objective's"),
-    "train_sampling_strategy": ("random", "packed rows gain nothing from batches of like lengths"),
     "label_names": (None, "batches have no labels"),
     "include_for_metrics": ([], "there is no compute_metrics"),
     "batch_eval_metrics": (False, "there is no compute_metrics"),
@@ -90,6 +89,8 @@ class PreferenceConfig(TrainingArguments):
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
+        # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
+        self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
         if isinstance(self.model_init_kwargs, str):
