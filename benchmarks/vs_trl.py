@@ -89,7 +89,7 @@ def model_folder(model: Path | None) -> str:
 def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Everything that decides what is computed."""
     return {
-        "model": folder,
+        "model": Path(folder).name,
         "dtype": "float32",
         "lora": {"r": LORA_R, "target_modules": "all-linear"},
         "learning_rate": LEARNING_RATE,
