@@ -144,7 +144,6 @@ class ScoringBatch:
         sources: int64 `[N]`, index in the row whose hidden state predicts a scored token.
         targets: int64 `[N]`, the token predicted.
         completion_index: int64 `[N]`, which of the K completions a scored token belongs to.
-        example_index: int64 `[K]`, which of the B examples a completion belongs to.
         keys: K content digests, see `Example.keys`.
 
     Example:
@@ -164,7 +163,6 @@ class ScoringBatch:
     sources: Tensor
     targets: Tensor
     completion_index: Tensor
-    example_index: Tensor
     keys: tuple[bytes, ...]
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tether.cli.run import Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ def demo(
     output: Annotated[
         Path | None, typer.Option(help="Run folder; left out: the first free one of runs/demo, …-2.")
     ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Train on the demo's pairs, compare before and after, write the report.
 

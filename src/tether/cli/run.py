@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from tether.errors import ConfigError
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
+# The option that every command has.
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]
 _RESULTS = ("*.safetensors", "checkpoint-*")
 
 

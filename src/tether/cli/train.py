@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
+from tether.cli.run import Debug
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -41,9 +42,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Train, evaluate and write the run folder.
 

@@ -65,8 +65,7 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
     raise ReferenceError(
         f"The policy is not at its reference before the first update: on {result.rows} rows a token's log-probability "
         f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the "
-        "policy at "
-        f"the start, computed by {identity.means}. Likely cause: {causes.get(identity.means, 'unknown')}."
+        f"policy at the start, computed by {identity.means}. Likely cause: {causes.get(identity.means, 'unknown')}."
     )
 
 
@@ -123,8 +122,7 @@ class TrainingProof:
         if not any(id(parameter) in held for parameter in tensors.values()):
             raise ReferenceError(
                 f"The optimizer holds none of the {len(tensors)} trainable tensors, so no step would change the "
-                "policy. "
-                "Make the optimizer from the model that is passed to the trainer, after adapters are added."
+                "policy. Make the optimizer from the model that is passed to the trainer, after adapters are added."
             )
         self._before = self._sums()
 
@@ -143,8 +141,7 @@ class TrainingProof:
                 f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches "
                 "them, or "
                 "each update is smaller than the weights' dtype can hold: train in float32, raise the learning "
-                "rate, or "
-                "check that the trainable layers are used in the forward."
+                "rate, or check that the trainable layers are used in the forward."
             )
 
     @property

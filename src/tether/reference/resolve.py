@@ -139,8 +139,7 @@ def _resolve_base(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, s
     if rewritten:
         raise ReferenceError(
             f"reference: base was asked for, but {rewritten} wrote into the base weights, so the model without "
-            "its adapter is "
-            "no longer the base. Use reference: start, or name the base as reference: {model: ...}."
+            "its adapter is no longer the base. Use reference: start, or name the base as reference: {model: ...}."
         )
     outside = _outside_adapter(policy)
     if spec.means == "adapter_off" and (outside or not adapter_tensors(policy)):

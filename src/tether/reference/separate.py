@@ -40,8 +40,7 @@ def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
     if ours is theirs or shared:
         raise ReferenceError(
             f"ref_model shares {shared or 'all its'} tensors with the policy, so it would move in training. "
-            "Leave ref_model "
-            "out (the reference is then the policy at the start), or pass a model of its own."
+            "Leave ref_model out (the reference is then the policy at the start), or pass a model of its own."
         )
     head = theirs.get_output_embeddings()
     if head is None:

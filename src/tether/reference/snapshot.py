@@ -87,8 +87,7 @@ class SnapshotReference:
             odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
             raise ReferenceError(
                 f"The checkpoint's snapshot of the reference does not fit this model: {len(odd)} tensors differ, "
-                "such as "
-                f"{odd[0]!r} ({theirs.get(odd[0])} in the checkpoint, {ours.get(odd[0])} here). "
+                f"such as {odd[0]!r} ({theirs.get(odd[0])} in the checkpoint, {ours.get(odd[0])} here). "
                 "Resume with the same model, adapter and trainable tensors."
             )
         with torch.no_grad():

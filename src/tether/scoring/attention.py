@@ -7,6 +7,7 @@ goes to the implementation that the model had before, unchanged.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,8 +80,6 @@ def _over_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
     forest = kwargs.pop("forest", None)
     if forest is not None:
         return tree_attention(module, query, key, value, forest, **kwargs), None
-    import sys
-
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise ScoringError(f"{type(module).__name__} has no eager attention function; load the model with sdpa.")

@@ -41,7 +41,6 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
             sources += [torch.tensor([trunk_end - 1]), torch.arange(start, end - 1)]
     completions = [ids for example in examples for ids in example.completion_ids]
     lengths = torch.tensor([len(ids) for ids in completions])
-    per_example = torch.tensor([len(example.completion_ids) for example in examples])
     return ScoringBatch(
         input_ids=torch.cat(pieces)[None],
         position_ids=torch.cat(positions)[None],
@@ -49,7 +48,6 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
         sources=torch.cat(sources),
         targets=torch.cat(completions),
         completion_index=torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        example_index=torch.repeat_interleave(torch.arange(len(examples)), per_example),
         keys=tuple(key for example in examples for key in example.keys),
     )
 

@@ -70,16 +70,14 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
     if isinstance(policy, PeftModel):
         raise ConfigError(
             "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
-            "adapter, or "
-            "merge it first with model.merge_and_unload()."
+            "adapter, or merge it first with model.merge_and_unload()."
         )
     if not isinstance(policy, PreTrainedModel):
         raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
     if peft_config.is_prompt_learning and peft_config.peft_type != PeftType.PREFIX_TUNING:
         raise ConfigError(
             f"peft_config is {peft_config.peft_type}, which lengthens the input by virtual tokens; a packed row "
-            "has no place "
-            "for them. Use LoRA or another adapter on layers, or prefix tuning."
+            "has no place for them. Use LoRA or another adapter on layers, or prefix tuning."
         )
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
         logger.warning(

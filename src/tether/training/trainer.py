@@ -168,8 +168,7 @@ class TetherTrainer(Trainer):
         if difference > SAME:
             raise ConfigError(
                 f"With dropout disabled, {type(transformers_model(self.policy)).__name__} still differs between "
-                "training "
-                f"and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to train with its "
+                f"training and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to train with its "
                 "randomness."
             )
 
@@ -349,8 +348,7 @@ def _batch_of(inputs: Any) -> ScoringBatch:
     if not isinstance(batch, ScoringBatch):
         raise ConfigError(
             f"The data collator returned {type(inputs).__name__}; it must return a dictionary with a "
-            "ScoringBatch under "
-            "'batch', as tether.training.collate does. Leave data_collator out to pack the rows."
+            "ScoringBatch under 'batch', as tether.training.collate does. Leave data_collator out to pack the rows."
         )
     return batch
 
