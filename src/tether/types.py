@@ -9,6 +9,7 @@ packed row, B examples.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import pairwise
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 Messages = list[dict[str, Any]]
-Kind = Literal["pair"]
+Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
 Meaning = Literal["start", "base", "model", "none"]
 Means = Literal["adapter_off", "snapshot", "model", "none"]
 
@@ -29,9 +30,12 @@ class Preference:
 
     Args:
         prompt: text, or a list of chat messages.
-        completions: for `kind="pair"` the chosen and the rejected one, in that order; text or messages like `prompt`.
+        completions: text or messages like `prompt`. For `kind="pair"` the chosen and the rejected one, in that order;
+            for `ranked` the best first; for `unpaired` and `completion` one; for `prompt_only` none.
         kind: what the completions mean to each other.
         source_row: number of the row in the data it came from, starting at 0.
+        values: numbers that belong to the row, by name: `label` (1 desirable, 0 undesirable) of an `unpaired` one;
+            `weight` and `margin` where the data gives them.
 
     Example:
         >>> row = Preference(prompt="2 + 2 =", completions=(" 4", " 5"), kind="pair", source_row=0)
@@ -43,6 +47,7 @@ class Preference:
     completions: tuple[str | Messages, ...]
     kind: Kind
     source_row: int
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class Example:
         completion_ids: K int64 tensors `[C_k]`, each at least one token and ending in the end-of-turn token
             unless truncation removed it.
         source_row: number of the row in the data it came from.
+        values: numbers that belong to the example, by name, see `Preference`.
+        scored: K bool tensors `[C_k]`, True for completion tokens that are scored; None when all are. It leaves out
+            what the model did not write, such as the user's turns inside a conversation.
 
     Example:
         >>> example = Example.of([1, 5, 6], [[7, 2], [8, 9, 2]])
@@ -66,22 +74,38 @@ class Example:
     prompt_ids: Tensor
     completion_ids: tuple[Tensor, ...]
     source_row: int = -1
+    values: Mapping[str, float] = field(default_factory=dict)
+    scored: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def of(cls, prompt_ids: list[int], completion_ids: list[list[int]], source_row: int = -1) -> Example:
+    def of(
+        cls,
+        prompt_ids: list[int],
+        completion_ids: list[list[int]],
+        source_row: int = -1,
+        *,
+        values: Mapping[str, float] | None = None,
+        scored: list[list[bool]] | None = None,
+    ) -> Example:
         """Build an example from plain lists of token ids."""
         return cls(
             torch.as_tensor(prompt_ids, dtype=torch.int64),
             tuple(torch.as_tensor(ids, dtype=torch.int64) for ids in completion_ids),
             source_row,
+            values or {},
+            None if scored is None else tuple(torch.as_tensor(mask, dtype=torch.bool) for mask in scored),
         )
 
     @property
     def keys(self) -> tuple[bytes, ...]:
-        """K digests of exactly what a model sees: the prompt ids and the ids of one completion."""
+        """K digests of exactly what a model is asked: the ids of prompt and completion, and which are scored."""
         prompt = self.prompt_ids.numpy().tobytes()
         head = len(self.prompt_ids).to_bytes(8, "little") + prompt
-        return tuple(blake2b(head + ids.numpy().tobytes(), digest_size=16).digest() for ids in self.completion_ids)
+        digests = [blake2b(head + ids.numpy().tobytes(), digest_size=16) for ids in self.completion_ids]
+        for digest, mask in zip(digests, self.scored or (), strict=False):
+            if not mask.all():
+                digest.update(b"scored" + mask.numpy().tobytes())
+        return tuple(digest.digest() for digest in digests)
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,7 @@ class ScoringBatch:
         targets: int64 `[N]`, the token predicted.
         completion_index: int64 `[N]`, which of the K completions a scored token belongs to.
         keys: K content digests, see `Example.keys`.
+        values: float32 `[B]` each, by name, see `Preference`.
 
     Example:
         A prompt `[1, 5]` with completions `[7, 2]` and `[8]`:
@@ -164,6 +189,7 @@ class ScoringBatch:
     targets: Tensor
     completion_index: Tensor
     keys: tuple[bytes, ...]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_completions(self) -> int:
@@ -182,7 +208,8 @@ class ScoringBatch:
             for name, value in self.__dict__.items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        values = {name: value.to(device, non_blocking=True) for name, value in self.values.items()}
+        return replace(self, **moved, values=values)
 
 
 @dataclass(frozen=True)

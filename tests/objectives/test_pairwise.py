@@ -101,7 +101,7 @@ def test_preference_loss_and_its_metrics():
         top1=torch.tensor([True, False, True, True, True, True]),
         mean_logits=torch.tensor([0.5, 1.5, 4.0, 1.0, 2.0, 3.0]),
     )
-    reference = torch.tensor([-4.0, -4.0, -2.0, -4.0])
+    reference = Scores(torch.tensor([-4.0, -4.0, -2.0, -4.0]), torch.arange(4), 4)
     output = preference_loss(scores, reference, loss="sigmoid", beta=0.1, label_smoothing=0.0)
     margins = [0.1 * ((-3 + 4) - (-5 + 4)), 0.1 * ((-3 + 2) - (-4 + 4))]
     expected = [-math.log(1 / (1 + math.exp(-margin))) for margin in margins]

@@ -113,6 +113,37 @@ def test_prompt_tokens_are_not_scored():
     assert batch.sources.tolist() == [2, 3, 2]
 
 
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_a_mask_leaves_tokens_out_of_the_score_and_nothing_else(layout):
+    """Scored tokens keep the values that they have when all are scored."""
+    model = tiny_model("llama").eval()
+    whole = Example.of([5, 6, 7], [[8, 9, 10, 11], [12, 13]], values={"weight": 0.5})
+    mask = [[False, True, False, True], [True, False]]
+    part = Example.of([5, 6, 7], [[8, 9, 10, 11], [12, 13]], values={"weight": 2.0}, scored=mask)
+    batch = pack([whole, part])
+    assert batch.values["weight"].tolist() == [0.5, 2.0]
+    assert batch.completion_index.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3]
+    assert whole.keys[0] != part.keys[0]
+    with torch.no_grad():
+        found = score(model, batch, layout=layout).token_logps
+        alone = score_alone(model, batch)
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[6:], found[:6][torch.tensor([1, 3, 4])], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([Example.of([1], [[2, 3]], scored=[[False, False]])], "scores 0 of 2"),
+        ([Example.of([1], [[2, 3]], scored=[[True]])], "scores 1 of 1 positions of a completion of 2"),
+        ([Example.of([1], [[2]], values={"label": 1.0}), Example.of([1], [[2]])], "give every row the same"),
+    ],
+)
+def test_masks_and_values_that_do_not_fit_are_refused(examples, message):
+    with pytest.raises(ScoringError, match=message):
+        pack(examples)
+
+
 def broken_forests():
     """Ways to break isolation between the branches or the trees of a packed row."""
     original = attention._Kernel.__call__

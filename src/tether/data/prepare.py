@@ -29,6 +29,8 @@ from tether.data.truncate import TruncationMode, truncated_lengths
 from tether.errors import ConfigError, DataError
 from tether.types import Example, Preference
 
+# Columns of numbers that belong to a row, see `Preference.values`.
+VALUES = ("label", "weight", "margin")
 _IDS = pa.list_(pa.int32())
 _PARTS = ("prompt", "chosen", "rejected")
 _COLUMNS = pa.schema([("prompt_ids", _IDS), ("completion_ids", pa.list_(_IDS)), ("source_row", pa.int64())])
@@ -133,7 +135,8 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
     """One row of `Prepared.dataset` as an `Example`.
 
     Args:
-        row: with `prompt_ids`, `completion_ids` and `source_row`.
+        row: with `prompt_ids`, `completion_ids` and `source_row`; and where there are any, `scored` (lists of bools
+            like `completion_ids`) and the columns of `VALUES`.
 
     Returns:
         The example, with int64 ids.
@@ -142,7 +145,10 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
         >>> example_from_row({"prompt_ids": [1, 5], "completion_ids": [[7, 2], [2]], "source_row": 3}).source_row
         3
     """
-    return Example.of(row["prompt_ids"], row["completion_ids"], row["source_row"])
+    values = {name: row[name] for name in VALUES if name in row}
+    return Example.of(
+        row["prompt_ids"], row["completion_ids"], row["source_row"], values=values, scored=row.get("scored")
+    )
 
 
 def longest_row(dataset: Dataset) -> int:

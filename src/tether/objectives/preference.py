@@ -9,20 +9,20 @@ from tether.objectives.table import OBJECTIVES
 from tether.types import LossOutput, Scores
 
 
-def preference_loss(policy: Scores, reference_logps: Tensor, *, loss: str, **options: float) -> LossOutput:
+def preference_loss(policy: Scores, reference: Scores, *, loss: str, **options: float) -> LossOutput:
     """Loss of each pair of a batch, with TRL's metrics.
 
     Args:
         policy: scores of 2B completions, chosen and rejected in turn; `entropy`, `top1` and `mean_logits` are reported
             where they are there.
-        reference_logps: `[2B]` nats per completion under the reference.
+        reference: scores of the same completions under the reference.
         loss: a name in the table of objectives.
         options: the objective's own, such as `beta`.
 
     Returns:
         `per_example [B]` and the metrics.
     """
-    logratios = policy.logps - reference_logps
+    logratios = policy.logps - reference.logps
     chosen, rejected = logratios[0::2], logratios[1::2]
     per_example = OBJECTIVES[loss].function(chosen, rejected, **options)
     with torch.no_grad():

@@ -16,13 +16,14 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
 
     Args:
         examples: at least one; each with a prompt of at least one token (it predicts the first completion token)
-            and completions of at least one token.
+            and completions of at least one token, of which at least one is scored. All have the same `values`.
 
     Returns:
         The batch; completions are numbered in order, so pair i is completions 2i (chosen) and 2i + 1 (rejected).
 
     Raises:
-        ScoringError: no example, an empty prompt or an empty completion.
+        ScoringError: no example, an empty prompt, a completion that is empty or of which nothing is scored, or examples
+            with different `values`.
     """
     if not examples:
         raise ScoringError("pack() was given no example; at least one is needed.")
@@ -41,15 +42,39 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
             sources += [torch.tensor([trunk_end - 1]), torch.arange(start, end - 1)]
     completions = [ids for example in examples for ids in example.completion_ids]
     lengths = torch.tensor([len(ids) for ids in completions])
+    scored = torch.cat([mask for example in examples for mask in _scored(example)])
     return ScoringBatch(
         input_ids=torch.cat(pieces)[None],
         position_ids=torch.cat(positions)[None],
         forest=Forest(tuple(trees)),
-        sources=torch.cat(sources),
-        targets=torch.cat(completions),
-        completion_index=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        sources=torch.cat(sources)[scored],
+        targets=torch.cat(completions)[scored],
+        completion_index=torch.repeat_interleave(torch.arange(len(completions)), lengths)[scored],
         keys=tuple(key for example in examples for key in example.keys),
+        values=_values(examples),
     )
+
+
+def _scored(example: Example) -> list[Tensor]:
+    masks = example.scored or tuple(torch.ones(len(ids), dtype=torch.bool) for ids in example.completion_ids)
+    for ids, mask in zip(example.completion_ids, masks, strict=True):
+        if len(ids) != len(mask) or not mask.any():
+            raise ScoringError(
+                f"Row {example.source_row} scores {int(mask.sum())} of {len(mask)} positions of a completion of "
+                f"{len(ids)} tokens; the mask must have the completion's length and leave at least one token."
+            )
+    return list(masks)
+
+
+def _values(examples: Sequence[Example]) -> dict[str, Tensor]:
+    names = examples[0].values.keys()
+    for example in examples:
+        if example.values.keys() != names:
+            raise ScoringError(
+                f"Row {example.source_row} has the values {sorted(example.values)} and the first row of its batch "
+                f"{sorted(names)}; give every row the same."
+            )
+    return {name: torch.tensor([float(example.values[name]) for example in examples]) for name in names}
 
 
 def _tree(start: int, example: Example) -> Tree:
@@ -74,10 +99,7 @@ def sequences(batch: ScoringBatch) -> list[Tensor]:
 
 
 def sequence_sources(batch: ScoringBatch) -> list[Tensor]:
-    """For each of the K full sequences, where in it the hidden states lie that predict its completion: `[C_k]`."""
-    device = batch.input_ids.device
-    return [
-        torch.arange(tree.trunk - 1, tree.trunk - 1 + length, device=device)
-        for tree in batch.forest.trees
-        for length in tree.branches
-    ]
+    """For each of the K full sequences, where in it the hidden states lie that predict its scored tokens."""
+    # A token's position in its sequence is its position in the tree; a first token is predicted from the trunk's end.
+    positions = batch.position_ids[0, batch.sources]
+    return list(positions.split(torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tether.objectives import OBJECTIVES, preference_loss
 from tether.training.arguments import DPOConfig
 from tether.training.trainer import TetherTrainer
-from tether.types import LossOutput, Scores
+from tether.types import LossOutput, Scores, ScoringBatch
 
 
 class DPOTrainer(TetherTrainer):
@@ -37,9 +35,9 @@ class DPOTrainer(TetherTrainer):
 
     args: DPOConfig  # type: ignore[override]
 
-    def judge(self, policy: Scores, reference_logps: Tensor) -> LossOutput:
+    def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured pair loss."""
-        return preference_loss(policy, reference_logps, loss=str(self.args.loss_type), **self.args.objective_options())
+        return preference_loss(policy, reference, loss=str(self.args.loss_type), **self.args.objective_options())
 
     def convention(self) -> str:
         """What the objective's options mean, in one line."""

@@ -121,8 +121,8 @@ class TetherTrainer(Trainer):
 
     # -- what a preference trainer defines -------------------------------------------------------------------------
 
-    def judge(self, policy: Scores, reference_logps: Tensor) -> LossOutput:
-        """Combine the policy's scores with the reference's log-probs `[K]`; each kind of trainer says how."""
+    def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
+        """Combine the policy's scores with the reference's; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
 
     def convention(self) -> str:
@@ -238,7 +238,7 @@ class TetherTrainer(Trainer):
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.resolved.reference.score(batch)
         policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
-        output = self.judge(policy, policy.sum_by_completion(reference))
+        output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
         self._sums[mode].add(output.metrics)
         return output
 
