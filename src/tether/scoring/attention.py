@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tether.errors import ScoringError
+from tether.scoring.blocked import blocked_attention
 from tether.types import Forest
 
 PREFIX = "tether_tree_"
@@ -153,9 +154,13 @@ class _Kernel:
     def __init__(self, forest: Forest, dropout: float, scaling: float | None, window: int | None, softcap, sinks):
         self.forest, self.dropout, self.scaling = forest, dropout, scaling
         self.window, self.softcap, self.sinks = window, softcap, sinks
+        self.blocked = not dropout and softcap is None and sinks is None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
+        if self.blocked and query.device.type == "cpu" and query.dtype != torch.float16:
+            scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+            return blocked_attention(query, key, value, scaling=scaling, window=self.window or 0)
         if self.window is None or total <= self.window:
             return self._attend(query, key, value, 0)
         blocks = []
