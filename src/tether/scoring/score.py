@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import transformers_model
-from tether.scoring.attention import forest_forward, install_tree_attention
+from tether.scoring.attention import forest_forward, install_tree_attention, require_all_attended
 from tether.scoring.batch import sequence_sources, sequences
 from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
 from tether.types import Scores, ScoringBatch
@@ -57,8 +57,10 @@ def score(
     head = head_of(inner)
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
-    with _capture_hidden(head.module) as captured, context:
+    with _capture_hidden(head.module) as captured, context as attended:
         model(**inputs, use_cache=False)
+    if attended is not None:
+        require_all_attended(inner, attended)
     if len(captured) != 1:
         raise ScoringError(
             f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed."
@@ -124,6 +126,8 @@ def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], 
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if chunk:
         raise ScoringError(f"{type(model).__name__} attends in chunks of {chunk} tokens along the row")
+    if model._is_stateful:
+        raise ScoringError(f"{type(model).__name__} carries state along the row, which would run through the branches")
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
     return inputs, batch.sources, forest_forward()

@@ -355,4 +355,4 @@ def _batch_of(inputs: Any) -> ScoringBatch:
 
 def _sequence_tokens(batch: ScoringBatch) -> int:
     """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
-    return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+    return sum(batch.sequence_lengths)
