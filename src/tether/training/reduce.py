@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
+
+from tether.types import LossOutput
 
 
 def reduce_loss(per_example: Tensor, total: int | Tensor, processes: int) -> Tensor:
@@ -23,3 +27,19 @@ def reduce_loss(per_example: Tensor, total: int | Tensor, processes: int) -> Ten
         3.0
     """
     return per_example.sum() * (processes / total)
+
+
+def add_to_each(output: LossOutput, name: str, value: Tensor, weight: float) -> LossOutput:
+    """Add a term of the whole micro-batch to the loss of each of its examples, and report its mean over examples.
+
+    Micro-batches then enter the step by their share of its examples, as every other part of the loss does.
+
+    Args:
+        output: the objective's answer.
+        name: what the term is reported as, without its weight.
+        value: scalar, differentiable.
+        weight: what it is multiplied by in the loss.
+    """
+    count = value.new_tensor(float(len(output.per_example)))
+    metrics = {**output.metrics, name: (value.detach() * count, count)}
+    return replace(output, per_example=output.per_example + weight * value, metrics=metrics)
