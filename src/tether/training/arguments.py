@@ -54,6 +54,8 @@ class PreferenceConfig(TrainingArguments):
             `ref_model` is given.
         reference_means: force how it is computed: `adapter_off`, `snapshot` or `model`; unset: chosen and printed.
         reference_check_steps: steps between two checks that the reference has not moved; 0: never.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
+            configuration says; 0: none.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
 
     Raises:
@@ -76,6 +78,7 @@ class PreferenceConfig(TrainingArguments):
     reference: Meaning | None = None
     reference_means: Means | None = None
     reference_check_steps: int = 50
+    router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = _keywords(self.model_init_kwargs)
         self._refuse("reference_means", (None, "adapter_off", "snapshot", "model"))
+        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
+            raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 (none) or more.")
         if self.reference_check_steps < 0:
             raise ConfigError(f"reference_check_steps is {self.reference_check_steps}; it must be 0 (never) or more.")
         for name, (kept, reason) in _WITHOUT_EFFECT.items():

@@ -45,8 +45,16 @@ from tether.training.collate import collate
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
-from tether.training.reduce import reduce_loss, sum_and_count
-from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
+from tether.training.reduce import add_to_each, reduce_loss, sum_and_count
+from tether.training.setup import (
+    check_arguments,
+    declared_meaning,
+    loading,
+    make_audible,
+    router_coefficient,
+    source_of,
+    with_adapter,
+)
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -109,6 +117,7 @@ class TetherTrainer(Trainer):
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
+        self._router_coefficient = router_coefficient(args, policy)
         self.layout, self._scorer = self._proved(policy, "")
         self._require_determinism()
         spec = self._reference_spec(meaning, ref_model, source)
@@ -243,8 +252,11 @@ class TetherTrainer(Trainer):
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.resolved.reference.score(batch)
-        policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
+        outputs = (*_OUTPUTS, "aux_loss") if self._router_coefficient else _OUTPUTS
+        policy = self._scorer(model, batch, outputs=outputs)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
+        if policy.aux_loss is not None:
+            output = add_to_each(output, "aux_loss", policy.aux_loss, self._router_coefficient)
         self._sums[mode].add(output.metrics)
         return output
 
@@ -368,4 +380,4 @@ def _batch_of(inputs: Any) -> ScoringBatch:
 
 def _sequence_tokens(batch: ScoringBatch) -> int:
     """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
-    return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+    return sum(batch.sequence_lengths)
