@@ -54,6 +54,9 @@ class PreferenceConfig(TrainingArguments):
             `ref_model` is given.
         reference_means: force how it is computed: `adapter_off`, `snapshot` or `model`; unset: chosen and printed.
         reference_check_steps: steps between two checks that the reference has not moved; 0: never.
+        max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
+            many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
+            what the memory allows, printed; None: a batch is one forward.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
 
     Raises:
@@ -77,6 +80,7 @@ class PreferenceConfig(TrainingArguments):
     reference_means: Means | None = None
     reference_check_steps: int = 50
     scoring_layout: Layout | None = None
+    max_tokens_per_forward: int | str | None = "auto"
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -92,6 +96,13 @@ class PreferenceConfig(TrainingArguments):
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
+        limit = self.max_tokens_per_forward
+        if isinstance(limit, str) and limit.isdigit():  # from a command line
+            limit = self.max_tokens_per_forward = int(limit)
+        if limit not in (None, "auto") and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(
+                f"max_tokens_per_forward is {limit!r}; it must be `auto`, None or a whole number from 1 token."
+            )
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = _keywords(self.model_init_kwargs)
         self._refuse("reference_means", (None, "adapter_off", "snapshot", "model"))
