@@ -39,7 +39,8 @@ class PreferenceConfig(TrainingArguments):
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
 
     Args:
-        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it.
+        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be
+            faster on this CPU, which the trainer does when it knows the model's shapes.
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
@@ -83,10 +84,8 @@ class PreferenceConfig(TrainingArguments):
     max_tokens_per_forward: int | str | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            wanted = cuda and torch.cuda.is_bf16_supported() and not self.fp16
-            self.bf16 = bool(wanted)  # type: ignore[assignment]
+        if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
+            self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
@@ -113,6 +112,10 @@ class PreferenceConfig(TrainingArguments):
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
         ReferenceSpec(meaning=self.reference or "start", means=self.reference_means if self.reference else None)
         super().__post_init__()
+
+    def _computes_on_cpu(self) -> bool:
+        """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""
+        return (self.use_cpu or not torch.accelerator.is_available()) and self.deepspeed is None
 
     def _refuse(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)

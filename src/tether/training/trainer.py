@@ -46,6 +46,7 @@ from tether.training.collate import collate
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
+from tether.training.precision import choose_precision, require_same_precision, write_precision
 from tether.training.progress import install_progress
 from tether.training.reduce import reduce_loss, sum_and_count
 from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
@@ -92,6 +93,7 @@ class TetherTrainer(Trainer):
         policy = with_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
+        choose_precision(args, policy)
         proof = TrainingProof(policy)
         super().__init__(
             model=policy,
@@ -233,6 +235,7 @@ class TetherTrainer(Trainer):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
         if folder is not None:
+            require_same_precision(folder, self.args)
             self.guard = restore(folder, self.resolved.reference, self.policy)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
@@ -368,6 +371,7 @@ class TetherTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             self._record(folder)
+            write_precision(folder, self.args)
             write_tensors(folder, self.resolved.reference, self.policy)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
