@@ -175,8 +175,8 @@ class Train(Section):
     )
     batch_size: Count = Field(
         default=8,
-        description="Pairs per optimizer step over all devices. Split into micro-batches by the program: of at most 4 "
-        "pairs, or of `per_device_train_batch_size`.",
+        description="Pairs per optimizer step over all devices. Split into micro-batches by the program: as few as fit "
+        "`max_tokens_per_forward`, or of `per_device_train_batch_size`.",
     )
     max_length: Annotated[int | None, Field(ge=2), Allowed("a whole number from 2, or null")] = Field(
         default=1024, description="Tokens of prompt and completion together; null: no truncation."

@@ -39,7 +39,8 @@ class PreferenceConfig(TrainingArguments):
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
 
     Args:
-        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it.
+        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be
+            faster on this CPU, which the trainer does when it knows the model's shapes.
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
@@ -56,6 +57,9 @@ class PreferenceConfig(TrainingArguments):
         reference_check_steps: steps between two checks that the reference has not moved; 0: never.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
             configuration says; 0: none.
+        max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
+            many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
+            what the memory allows, printed; None: a batch is one forward.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
 
     Raises:
@@ -80,12 +84,11 @@ class PreferenceConfig(TrainingArguments):
     reference_check_steps: int = 50
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
+    max_tokens_per_forward: int | str | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            wanted = cuda and torch.cuda.is_bf16_supported() and not self.fp16
-            self.bf16 = bool(wanted)  # type: ignore[assignment]
+        if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
+            self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
@@ -95,6 +98,13 @@ class PreferenceConfig(TrainingArguments):
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
+        limit = self.max_tokens_per_forward
+        if isinstance(limit, str) and limit.isdigit():  # from a command line
+            limit = self.max_tokens_per_forward = int(limit)
+        if limit not in (None, "auto") and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(
+                f"max_tokens_per_forward is {limit!r}; it must be `auto`, None or a whole number from 1 token."
+            )
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = _keywords(self.model_init_kwargs)
         self._refuse("reference_means", (None, "adapter_off", "snapshot", "model"))
@@ -107,6 +117,10 @@ class PreferenceConfig(TrainingArguments):
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
         ReferenceSpec(meaning=self.reference or "start", means=self.reference_means if self.reference else None)
         super().__post_init__()
+
+    def _computes_on_cpu(self) -> bool:
+        """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""
+        return (self.use_cpu or not torch.accelerator.is_available()) and self.deepspeed is None
 
     def _refuse(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)

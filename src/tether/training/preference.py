@@ -39,6 +39,10 @@ class DPOTrainer(TetherTrainer):
         """The configured pair loss."""
         return preference_loss(policy, reference, loss=str(self.args.loss_type), **self.args.objective_options())
 
+    def couples_examples(self) -> bool:
+        """The table's row says it."""
+        return OBJECTIVES[str(self.args.loss_type)].averaged == "micro_batch"
+
     def convention(self) -> str:
         """What the objective's options mean, in one line."""
         options = ", ".join(f"{name} {value:g}" for name, value in self.args.objective_options().items())

@@ -39,11 +39,14 @@ from tether.reference import (
 from tether.reference.record import restore, write_record, write_tensors
 from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
+from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
 from tether.training.collate import collate
 from tether.training.datasets import Rows, RunData, probe_examples
+from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
+from tether.training.precision import choose_precision, require_same_precision, write_precision
 from tether.training.progress import install_progress
 from tether.training.reduce import add_to_each, reduce_loss, sum_and_count
 from tether.training.setup import (
@@ -98,6 +101,7 @@ class TetherTrainer(Trainer):
         policy = with_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
+        choose_precision(args, policy)
         proof = TrainingProof(policy)
         super().__init__(
             model=policy,
@@ -119,6 +123,7 @@ class TetherTrainer(Trainer):
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
         self._router_coefficient = router_coefficient(args, policy)
         self.layout, self._scorer = self._proved(policy, "")
+        self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout == "padded")
         self._require_determinism()
         spec = self._reference_spec(meaning, ref_model, source)
         self.resolved: Resolved = resolve(
@@ -138,6 +143,10 @@ class TetherTrainer(Trainer):
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
         return 0
+
+    def couples_examples(self) -> bool:
+        """Whether the loss of an example depends on the others it is scored with, so that a batch must stay whole."""
+        return False
 
     def convention(self) -> str:
         """What the objective is and what its options mean, in one line; each kind of trainer says it."""
@@ -235,6 +244,7 @@ class TetherTrainer(Trainer):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
         if folder is not None:
+            require_same_precision(folder, self.args)
             self.guard = restore(folder, self.resolved.reference, self.policy)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
@@ -249,7 +259,18 @@ class TetherTrainer(Trainer):
         counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
         return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
-    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        *first, last = self._budget.split(_batch_of(inputs), self.accelerator)
+        loss = torch.zeros((), device=self.args.device)
+        for part in first:
+            with accumulate_only(self.accelerator, model):
+                loss += super().training_step(model, vars(part), num_items_in_batch)
+        return loss + super().training_step(model, vars(last), num_items_in_batch)
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.resolved.reference.score(batch)
         outputs = (*_OUTPUTS, "aux_loss") if self._router_coefficient else _OUTPUTS
@@ -257,22 +278,24 @@ class TetherTrainer(Trainer):
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
         if policy.aux_loss is not None:
             output = add_to_each(output, "aux_loss", policy.aux_loss, self._router_coefficient)
-        self._sums[mode].add(output.metrics)
+        if mode is not None:
+            self._sums[mode].add(output.metrics)
         return output
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's mean loss."""
-        batch = _batch_of(inputs).to(self.args.device)
-        output = self._judge_batch(model, batch, "train")
-        self._new_tokens += _sequence_tokens(batch)
+        batch, repeated = _batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
+        output = self._judge_batch(model, batch, None if repeated else "train")
+        self._new_tokens += 0 if repeated else _sequence_tokens(batch)
         totals = num_items_in_batch
         if totals is None:
             totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
         loss = reduce_loss(output.per_example, totals[0], self.accelerator.num_processes)
         if output.per_token is not None:
             loss = loss + reduce_loss(output.per_token, totals[1].clamp(min=1), self.accelerator.num_processes)
+        loss = loss * 0.0 if repeated else loss
         return (loss, output) if return_outputs else loss
 
     def evaluation_loop(
@@ -289,13 +312,13 @@ class TetherTrainer(Trainer):
         self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
         rows = 0
         for inputs in dataloader:
-            batch = _batch_of(inputs).to(self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                output = self._judge_batch(model, batch, "eval")
-            self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
-            if output.per_token is not None:
-                self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
-            rows += len(output.per_example)
+            for part in self._budget.split(_batch_of(inputs)):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    output = self._judge_batch(model, part.batch.to(self.args.device), "eval")
+                self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
+                if output.per_token is not None:
+                    self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
+                rows += len(output.per_example)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         means = self._sums["eval"].means(self.accelerator)
         if _TOKEN_LOSS in means:
@@ -360,6 +383,7 @@ class TetherTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             self._record(folder)
+            write_precision(folder, self.args)
             write_tensors(folder, self.resolved.reference, self.policy)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
