@@ -16,7 +16,7 @@ from tether.scoring.batch import sequence_sources, sequences
 from tether.types import Example, Scores
 from tiny import CONFIGS, VOCABULARY, ragged_examples, tiny_model
 
-OUTPUTS = ("entropy", "top1", "mean_logits")
+OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
 
 
 def gradients(model, batch, layout, checkpointing):
