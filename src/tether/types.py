@@ -240,6 +240,8 @@ class Scores:
         entropy: float32 `[N]`, entropy in nats of the distribution each token was drawn from; None unless asked for.
         top1: bool `[N]`, True where the token is the most likely one; None unless asked for.
         mean_logits: float32 `[N]`, mean logit over the vocabulary; None unless asked for.
+        log_collision: float32 `[N]` nats, log of the sum of squared probabilities, which is the log-probability that
+            two draws agree; None unless asked for.
         aux_loss: scalar, the load-balancing loss of the batch's routers; None unless asked for.
 
     Example:
@@ -254,6 +256,7 @@ class Scores:
     entropy: Tensor | None = None
     top1: Tensor | None = None
     mean_logits: Tensor | None = None
+    log_collision: Tensor | None = None
     aux_loss: Tensor | None = None
 
     def sum_by_completion(self, values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tether.scoring import attention, choose_layout, pack, score, score_alone
 from tether.types import Example, Scores
 from tiny import ragged_examples, tiny_model
 
-OUTPUTS = ("entropy", "top1", "mean_logits")
+OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
 
 
 def test_prompt_tokens_are_not_scored():

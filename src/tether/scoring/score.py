@@ -19,7 +19,7 @@ from tether.scoring.router import has_router, load_balancing_loss
 from tether.types import Scores, ScoringBatch
 
 Layout = Literal["tree", "padded"]
-Output = Literal["entropy", "top1", "mean_logits", "aux_loss"]
+Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss"]
 
 
 def score(
@@ -38,8 +38,8 @@ def score(
     Args:
         model: a transformers or PEFT model, wrapped or not, on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
-        outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`; of
-            the whole batch `aux_loss`, see `load_balancing_loss`.
+        outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
+            `log_collision`; of the whole batch `aux_loss`, see `load_balancing_loss`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own.
         chunk: tokens whose logits exist at once.
@@ -84,6 +84,7 @@ def score(
         entropy=found.entropy,
         top1=found.top1,
         mean_logits=found.mean_logits,
+        log_collision=found.log_collision,
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
     )
 

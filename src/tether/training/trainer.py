@@ -62,7 +62,6 @@ from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
-_OUTPUTS = ("entropy", "top1", "mean_logits")
 _TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
@@ -71,6 +70,8 @@ class TetherTrainer(Trainer):
     arguments."""
 
     args: PreferenceConfig
+    # What scoring the policy gives besides log-probs.
+    outputs: tuple[str, ...] = ("entropy", "top1", "mean_logits")
 
     def __init__(
         self,
@@ -119,6 +120,7 @@ class TetherTrainer(Trainer):
         self._new_tokens = 0
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
+        self.check_rows(self._probe)
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
         self._router_coefficient = router_coefficient(args, policy)
@@ -139,6 +141,10 @@ class TetherTrainer(Trainer):
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """Combine the policy's scores with the reference's; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """Refuse rows that the objective cannot use as they are, by the first few of the training set."""
+        return
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
@@ -273,7 +279,7 @@ class TetherTrainer(Trainer):
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.resolved.reference.score(batch)
-        outputs = (*_OUTPUTS, "aux_loss") if self._router_coefficient else _OUTPUTS
+        outputs = (*self.outputs, "aux_loss") if self._router_coefficient else self.outputs
         policy = self._scorer(model, batch, outputs=outputs)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
         if policy.aux_loss is not None:
