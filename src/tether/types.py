@@ -20,8 +20,8 @@ from torch import Tensor
 
 Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
-Meaning = Literal["start", "base", "model", "none"]
-Means = Literal["adapter_off", "snapshot", "model", "none"]
+Meaning = Literal["start", "base", "model", "adapter", "none"]
+Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "none"]
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,9 @@ class ReferenceIdentity:
         source: name or path the weights came from, or what object they were.
         revision: commit of the source where it has one.
         dtype: dtype of the weights.
-        fingerprint: content hash of the weights that define it; empty for `none`.
+        fingerprint: content hash of the weights that define it; empty for `none`. It belongs to what the reference
+            computes and not to the means, so that two means of one meaning have one fingerprint.
+        sync: how the reference moves, in words; None for one that does not.
 
     Example:
         >>> identity = ReferenceIdentity("start", "snapshot", "tiny", None, "float32", "b2:00ff")
@@ -300,6 +302,7 @@ class ReferenceIdentity:
     revision: str | None
     dtype: str
     fingerprint: str
+    sync: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

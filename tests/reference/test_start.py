@@ -369,7 +369,7 @@ def test_policy_and_reference_are_scored_by_one_function():
 
 def test_meanings_and_means_that_do_not_fit_are_refused():
     """INV-3, 24."""
-    with pytest.raises(ConfigError, match="allowed are start, base, model, none"):
+    with pytest.raises(ConfigError, match="allowed are start, base, model, adapter, none"):
         ReferenceSpec("old")
     with pytest.raises(ConfigError, match="cannot compute the meaning 'base'"):
         ReferenceSpec("base", "model")

@@ -28,7 +28,6 @@ from tether.reference import (
     SAME,
     FrozenProbe,
     GuardResult,
-    ReferenceSpec,
     Resolved,
     Scorer,
     TrainingProof,
@@ -46,7 +45,8 @@ from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
 from tether.training.reduce import reduce_loss
-from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
+from tether.training.reference_setup import declared_meaning, reference_spec
+from tether.training.setup import check_arguments, loading, make_audible, source_of, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -110,7 +110,7 @@ class TetherTrainer(Trainer):
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
         self.layout, self._scorer = self._proved(policy, "")
         self._require_determinism()
-        spec = self._reference_spec(meaning, ref_model, source)
+        spec = reference_spec(args, meaning, ref_model, self.policy, source, tokenizer)
         self.resolved: Resolved = resolve(
             spec, policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
         )
@@ -130,18 +130,6 @@ class TetherTrainer(Trainer):
         raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
 
     # -- set-up ----------------------------------------------------------------------------------------------------
-
-    def _reference_spec(self, meaning: str, ref_model: Any, policy_source: str) -> ReferenceSpec:
-        if isinstance(ref_model, (str, Path)):
-            # A revision belongs to the policy's repository.
-            options = {name: value for name, value in loading(self.args).items() if name != "revision"}
-            source, ref_model = str(ref_model), load_policy(str(ref_model), **options)
-        else:
-            source = policy_source if ref_model is None else source_of(ref_model)
-        if ref_model is not None:
-            ref_model = ref_model.to(self.args.device)
-        revision = getattr(transformers_model(ref_model or self.policy).config, "_commit_hash", None)
-        return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision)  # type: ignore[arg-type]
 
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
         """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
@@ -180,14 +168,14 @@ class TetherTrainer(Trainer):
             return None
         model = self.policy
         if state.global_step == 0 and reference.identity.meaning == "start":
-            self.guard = compare_with_start(model, reference, self._scorer, self._probe, SAME)
+            self.guard = compare_with_start(model, reference, self._scorer, self._probe, reference.tolerance)
             logger.info(
                 f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
-                f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {SAME:.0e})"
+                f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {reference.tolerance:.0e})"
             )
             require_start_equality(self.guard, reference)
         self._record(self.run_folder)
-        return FrozenProbe(reference, self._probe, SAME)
+        return FrozenProbe(reference, self._probe, reference.tolerance)
 
     def _record(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -333,9 +321,8 @@ class TetherTrainer(Trainer):
         self._count_tokens()
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
-            self._record(folder)
-            write_tensors(folder, self.resolved.reference, self.policy)
+        self._record(folder)
+        write_tensors(folder, self.resolved.reference, self.policy, write=self.is_world_process_zero())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
