@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import tether.training.trainer as trainer_module
+from completions_server import serving
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, ReferenceError, TetherError
 from tether.reference import SAME, TrainingProof
@@ -282,3 +283,22 @@ def test_margins_that_stay_zero_stop_the_run():
         guard.on_log(args, state, TrainerControl(), logs={"loss": 0.69, "rewards/margins": margin})
     with pytest.raises(TetherError, match="exactly 0 in 20 logs"):
         guard.on_log(args, state, TrainerControl(), logs={"loss": 0.69, "rewards/margins": 0.0})
+
+
+@pytest.mark.parametrize("meaning", ["model", "start"])
+def test_a_run_against_a_served_reference_is_the_run_against_the_model(meaning, tmp_path):
+    """The same losses and weights as with the model in memory, to the server's rounding; nothing else is loaded."""
+    reference = policy(seed=1) if meaning == "model" else policy()
+    with serving(reference, "sft") as server:
+        remote = {"url": server.url, "model": "sft"}
+        run = trainer(
+            tmp_path / "remote", policy(), optim="sgd", reference=meaning, reference_remote=remote, max_steps=3
+        )
+        assert run.resolved.reference.identity.means == "remote"
+        run.train()
+    other = {"ref_model": policy(seed=1)} if meaning == "model" else {}
+    local = trainer(tmp_path / "local", policy(), optim="sgd", max_steps=3, **other)
+    local.train()
+    assert losses(run) == pytest.approx(losses(local), abs=1e-5)
+    for mine, theirs in zip(run.policy.parameters(), local.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)

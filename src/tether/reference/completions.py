@@ -81,9 +81,8 @@ class CompletionsServer:
                 f"{self._who()} answered for {len(found)} of {len(ids)} tokens: it truncates or changes the prompt. "
                 "Serve the model with a context of at least max_length + 1 tokens and without truncation."
             )
-        return [self._value(entry, token, place) for place, (entry, token) in enumerate(zip(found, ids, strict=True))][
-            1:
-        ]
+        # The first token has no value: nothing comes before it.
+        return [self._value(found[place], ids[place], place) for place in range(1, len(ids))]
 
     def _value(self, entry: Any, token: int, place: int) -> float:
         one = entry.get(str(token)) if isinstance(entry, dict) else None
