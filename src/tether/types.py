@@ -20,8 +20,8 @@ from torch import Tensor
 
 Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
-Meaning = Literal["start", "base", "model", "none"]
-Means = Literal["adapter_off", "snapshot", "model", "none"]
+Meaning = Literal["start", "base", "model", "adapter", "none"]
+Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "none"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class ScoringBatch:
         completion_index: int64 `[N]`, which of the K completions a scored token belongs to.
         keys: K content digests, see `Example.keys`.
         branches: K pairs `(tree, branch)`, where in the forest each completion lies.
-        num_examples: B.
+        examples: the B examples, as they came; what splits a batch packs some of them again.
         values: float32 `[B]` each, by name, see `Preference`.
 
     Example:
@@ -204,8 +204,18 @@ class ScoringBatch:
     completion_index: Tensor
     keys: tuple[bytes, ...]
     branches: tuple[tuple[int, int], ...]
-    num_examples: int
+    examples: tuple[Example, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.examples)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Completions of each of the B examples."""
+        return tuple(len(example.completion_ids) for example in self.examples)
 
     @property
     def num_completions(self) -> int:
@@ -313,7 +323,9 @@ class ReferenceIdentity:
         source: name or path the weights came from, or what object they were.
         revision: commit of the source where it has one.
         dtype: dtype of the weights.
-        fingerprint: content hash of the weights that define it; empty for `none`.
+        fingerprint: content hash of the weights that define it; empty for `none`. It belongs to what the reference
+            computes and not to the means, so that two means of one meaning have one fingerprint.
+        sync: how the reference moves, in words; None for one that does not.
 
     Example:
         >>> identity = ReferenceIdentity("start", "snapshot", "tiny", None, "float32", "b2:00ff")
@@ -327,6 +339,7 @@ class ReferenceIdentity:
     revision: str | None
     dtype: str
     fingerprint: str
+    sync: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

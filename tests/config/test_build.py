@@ -60,6 +60,33 @@ def test_a_reference_left_out_stays_undeclared() -> None:
     assert (arguments.reference, keywords["ref_model"]) == ("model", "other")
 
 
+def test_every_form_of_a_reference_reaches_the_configuration() -> None:
+    full = {"model": "o", "revision": "v1", "dtype": "bfloat16", "quantization": "4bit", "device": "cpu"}
+    arguments, _, keywords = build(run_with(reference={**full, "attention": "eager"}))
+    assert keywords["ref_model"] == "o"
+    assert arguments.ref_model_init_kwargs == {
+        "revision": "v1",
+        "dtype": "bfloat16",
+        "quantization": "4bit",
+        "device_map": "cpu",
+        "attn_implementation": "eager",
+    }
+    arguments = build(run_with(reference={"adapter": "sft", "means": "snapshot", "snapshot": "host"}))[0]
+    assert (arguments.reference, arguments.reference_adapter, arguments.reference_means) == (
+        "adapter",
+        "sft",
+        "snapshot",
+    )
+    assert arguments.reference_snapshot == "host"
+    arguments = build(run_with(reference={"sync": {"steps": 7, "alpha": 1.0}}))[0]
+    assert (arguments.sync_ref_model, arguments.ref_model_sync_steps, arguments.ref_model_mixup_alpha) == (True, 7, 1.0)
+    arguments = build(run_with(reference={"remote": {"url": "http://host:1", "model": "m"}}))[0]
+    assert (arguments.reference, arguments.reference_means) == ("model", "remote")
+    assert arguments.reference_remote["model"] == "m"
+    arguments = build(run_with(reference={"meaning": "start", "remote": {"url": "http://host:1"}}))[0]
+    assert (arguments.reference, arguments.reference_means) == ("start", "remote")
+
+
 @pytest.mark.parametrize(
     ("train", "devices", "split"),
     [

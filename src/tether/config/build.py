@@ -111,13 +111,29 @@ def _options(run: RunConfig) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
         **run.objective.arguments,
-        # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
-        "reference": run.reference.meaning if "reference" in run.model_fields_set else None,
-        "reference_means": run.reference.means,
+        **_reference(run),
         "trust_remote_code": run.model.trust_remote_code,
         "model_init_kwargs": {name: value for name, value in loading.items() if value is not None},
     }
     _refuse_idle_options(run)
+    return options
+
+
+def _reference(run: RunConfig) -> dict[str, Any]:
+    declared = run.reference
+    options: dict[str, Any] = {
+        # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
+        "reference": declared.meaning if "reference" in run.model_fields_set else None,
+        "reference_adapter": declared.adapter,
+        "reference_means": declared.means,
+        "reference_snapshot": declared.snapshot,
+        "reference_remote": declared.remote.model_dump() if declared.remote else None,
+        "ref_model_init_kwargs": declared.loading() or None,
+    }
+    if declared.sync is not None:
+        options["sync_ref_model"] = True
+        options["ref_model_sync_steps"] = declared.sync.steps
+        options["ref_model_mixup_alpha"] = declared.sync.alpha
     return options
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from tether.errors import ConfigError
-from tether.reference import ReferenceSpec
 from tether.scoring import Layout
-from tether.types import Meaning, Means
+from tether.training.reference_arguments import ReferenceArguments, keywords
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -33,8 +31,8 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
-    """What every preference trainer takes, on top of `transformers.TrainingArguments`.
+class PreferenceConfig(ReferenceArguments, TrainingArguments):
+    """What every preference trainer takes, on top of `transformers.TrainingArguments` and `ReferenceArguments`.
 
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
 
@@ -51,10 +49,6 @@ class PreferenceConfig(TrainingArguments):
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
-        reference: what the reference means: `start`, `base`, `model` or `none`; unset: `start`, or `model` when
-            `ref_model` is given.
-        reference_means: force how it is computed: `adapter_off`, `snapshot` or `model`; unset: chosen and printed.
-        reference_check_steps: steps between two checks that the reference has not moved; 0: never.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
             configuration says; 0: none.
         max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
@@ -79,9 +73,6 @@ class PreferenceConfig(TrainingArguments):
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
-    reference: Meaning | None = None
-    reference_means: Means | None = None
-    reference_check_steps: int = 50
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
     max_tokens_per_forward: int | str | None = "auto"
@@ -105,17 +96,13 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(
                 f"max_tokens_per_forward is {limit!r}; it must be `auto`, None or a whole number from 1 token."
             )
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = _keywords(self.model_init_kwargs)
-        self._refuse("reference_means", (None, "adapter_off", "snapshot", "model"))
         if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
             raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 (none) or more.")
-        if self.reference_check_steps < 0:
-            raise ConfigError(f"reference_check_steps is {self.reference_check_steps}; it must be 0 (never) or more.")
+        self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
+        self.check_reference()
         for name, (kept, reason) in _WITHOUT_EFFECT.items():
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
-        ReferenceSpec(meaning=self.reference or "start", means=self.reference_means if self.reference else None)
         super().__post_init__()
 
     def _computes_on_cpu(self) -> bool:
@@ -130,13 +117,3 @@ class PreferenceConfig(TrainingArguments):
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""
         return {}
-
-
-def _keywords(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"model_init_kwargs is {text!r}, which is no JSON ({error}); pass a dictionary.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"model_init_kwargs is {text!r}; it must be a JSON object, or a dictionary.")
-    return found

@@ -54,17 +54,6 @@ def source_of(model: nn.Module) -> str:
     return getattr(config, "_name_or_path", "") or "object in memory"
 
 
-def declared_meaning(args: PreferenceConfig, ref_model: Any) -> str:
-    if ref_model is not None and args.reference not in (None, "model"):
-        raise ConfigError(
-            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
-            "of them out."
-        )
-    if ref_model is None and args.reference == "model":
-        raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
-    return args.reference or ("start" if ref_model is None else "model")
-
-
 def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
     """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 without experts."""
     model = transformers_model(policy)
