@@ -9,7 +9,7 @@ import torch
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import evaluation_mode
-from tether.scoring import attention, choose_layout, pack, score, score_alone
+from tether.scoring import attention, attention_sdpa, choose_layout, pack, score, score_alone
 from tether.types import Example, Scores
 from tiny import ragged_examples, tiny_model
 
@@ -56,7 +56,7 @@ def test_masks_and_values_that_do_not_fit_are_refused(examples, message):
 
 def broken_forests():
     """Ways to break isolation between the branches or the trees of a packed row."""
-    original = attention._Kernel.__call__
+    original = attention_sdpa._Kernel.__call__
 
     def lose_causality(self, query, key, value):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
@@ -72,13 +72,13 @@ def broken_forests():
 def test_a_broken_mask_is_caught(fault, monkeypatch):
     """INV-16, negative control: the oracle and the start-up proof see a wrong mask."""
     model, examples = tiny_model(), ragged_examples()
-    monkeypatch.setattr(attention._Kernel, "__call__", broken_forests()[fault])
+    monkeypatch.setattr(attention_sdpa._Kernel, "__call__", broken_forests()[fault])
     with torch.no_grad():
         difference = score(model, pack(examples)).token_logps - score_alone(model, pack(examples))
     assert difference.abs().max() > 1e-2
     choice = choose_layout(model, examples)
     assert choice.layout == "padded"
-    assert "tree layout refused" in choice.line
+    assert "tree layout, sdpa attention refused" in choice.line
 
 
 def test_leaking_branches_are_caught(monkeypatch):

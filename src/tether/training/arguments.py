@@ -58,6 +58,8 @@ class PreferenceConfig(TrainingArguments):
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
             configuration says; 0: none.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
+        attention_backend: force what computes a tree's attention: `sdpa`, `flex` or `flash`; `auto`: FlexAttention on
+            CUDA where it is proved, SDPA elsewhere.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -81,6 +83,7 @@ class PreferenceConfig(TrainingArguments):
     reference_check_steps: int = 50
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -92,6 +95,7 @@ class PreferenceConfig(TrainingArguments):
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
+        self._refuse("attention_backend", ("auto", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
