@@ -88,7 +88,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
-        self._refuse("attention_backend", ("auto", "sdpa", "flex", "flash"))
+        self._refuse("attention_backend", ("auto", "blocked", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
