@@ -16,6 +16,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
     "discopop_tau",
     "dpop_lambda",
+    "tdpo_alpha",
     "rpo_eta",
     "simpo_gamma",
     "cpo_alpha",
@@ -41,6 +42,7 @@ class DPOConfig(PreferenceConfig):
         use_weighting: weigh each pair by how likely the policy would have written it (WPO).
         discopop_tau: temperature of `discopop`.
         dpop_lambda: weight of the penalty of `dpop`.
+        tdpo_alpha: weight of the difference of KLs in `tdpo2`.
         rpo_eta: scale of the reward gap that `rpo` fits.
         simpo_gamma: lead of the reward that `simpo` aims at.
         cpo_alpha: weight of the likelihood in `cpo`.
@@ -60,6 +62,7 @@ class DPOConfig(PreferenceConfig):
     use_weighting: bool = False
     discopop_tau: float = 0.05
     dpop_lambda: float = 50.0
+    tdpo_alpha: float = 0.5
     rpo_eta: float = 1.0
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
