@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -50,13 +51,13 @@ def config(folder, **changes):
     return DPOConfig(output_dir=str(folder), **{**settings, **changes})
 
 
-def trainer(folder, rows=12, **changes):
+def trainer(folder, rows=None, **changes):
     sizes = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return DPOTrainer(
         model=tiny_model(num_hidden_layers=1, **sizes),
         args=config(folder, **changes),
-        train_dataset=Dataset.from_list(pair_rows(rows)),
-        eval_dataset=Dataset.from_list(pair_rows(7)),
+        train_dataset=Dataset.from_list(rows or pair_rows(12)),
+        eval_dataset=Dataset.from_list(pair_rows(7)) if rows is None else None,
         processing_class=TOKENIZER,
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     )
@@ -150,6 +151,15 @@ def test_a_token_average_is_over_the_whole_step_and_the_whole_evaluation(tmp_pat
         runs.append([*logged, one.evaluate()["eval_loss"]])
     assert runs[1] == pytest.approx(runs[0], abs=1e-5)
     assert runs[2] == pytest.approx(runs[0], abs=1e-5)
+
+
+def test_columns_of_weights_and_margins_reach_the_loss(tmp_path):
+    """From the rows on: the first step's loss is that of the columns, since policy and reference are the same."""
+    rows = [{**row, "weight": 0.5 + i % 2, "margin": 0.1 * i} for i, row in enumerate(pair_rows(4))]
+    expected = [row["weight"] * math.log(1 + math.exp(row["margin"])) for row in rows]
+    one = trainer(tmp_path, rows=rows, max_steps=1)
+    one.train()
+    assert one.state.log_history[0]["loss"] == pytest.approx(sum(expected) / 4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sft", "simpo", "cpo", "orpo", "odds_ratio"])

@@ -84,6 +84,12 @@ class DPOConfig(PreferenceConfig):
                 f"per_device_train_batch_size is 1, and {sorting[0]} sorts the pairs of a micro-batch, of which there "
                 "would be one. Raise it, or take another loss."
             )
+        if combination.takes_divergence and (self.reference == "none" or self.reference_means in ("remote", "store")):
+            raise ConfigError(
+                f"reference is {self.reference!r} (reference_means {self.reference_means!r}), and "
+                f"{', '.join(self.loss_type)} takes the reference's whole distribution at each token. Take a reference "
+                "that is run here: adapter_off, snapshot or model."
+            )
         if not combination.needs_reference:
             self._do_without_reference()
         super().__post_init__()
