@@ -59,6 +59,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "use_weighting": False,
             "discopop_tau": 0.05,
             "dpop_lambda": 50.0,
+            "tdpo_alpha": 0.5,
             "rpo_eta": 1.0,
             "simpo_gamma": 0.5,
             "cpo_alpha": 1.0,

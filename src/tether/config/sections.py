@@ -263,6 +263,7 @@ class Objective(Section):
     use_weighting: Flag = Field(default=False, description="Weigh pairs by how likely the policy would write them.")
     discopop_tau: Number = Field(default=0.05, description="Temperature of discopop.")
     dpop_lambda: Number = Field(default=50.0, description="Weight of the penalty of dpop.")
+    tdpo_alpha: Number = Field(default=0.5, description="Weight of the difference of KLs in tdpo2.")
     rpo_eta: Number = Field(default=1.0, description="Scale of the reward gap that rpo fits.")
     simpo_gamma: Number = Field(default=0.5, description="Lead of the reward that simpo aims at.")
     cpo_alpha: Number = Field(default=1.0, description="Weight of the likelihood in cpo.")
