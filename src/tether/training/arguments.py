@@ -9,7 +9,6 @@ import torch
 from transformers import TrainingArguments
 
 from tether.errors import ConfigError
-from tether.objectives import check_options
 from tether.scoring import Layout
 from tether.training.reference_arguments import ReferenceArguments, keywords
 
@@ -38,7 +37,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
 
     Args:
-        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it.
+        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be
+            faster on this CPU, which the trainer does when it knows the model's shapes.
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
@@ -49,6 +49,11 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
+            configuration says; 0: none.
+        max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
+            many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
+            what the memory allows, printed; None: a batch is one forward.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
 
     Raises:
@@ -68,13 +73,13 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
+    router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
+    max_tokens_per_forward: int | str | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            wanted = cuda and torch.cuda.is_bf16_supported() and not self.fp16
-            self.bf16 = bool(wanted)  # type: ignore[assignment]
+        if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
+            self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
@@ -86,10 +91,23 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.check_reference()
+        limit = self.max_tokens_per_forward
+        if isinstance(limit, str) and limit.isdigit():  # from a command line
+            limit = self.max_tokens_per_forward = int(limit)
+        if limit not in (None, "auto") and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(
+                f"max_tokens_per_forward is {limit!r}; it must be `auto`, None or a whole number from 1 token."
+            )
+        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
+            raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 (none) or more.")
         for name, (kept, reason) in _WITHOUT_EFFECT.items():
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
         super().__post_init__()
+
+    def _computes_on_cpu(self) -> bool:
+        """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""
+        return (self.use_cpu or not torch.accelerator.is_available()) and self.deepspeed is None
 
     def _refuse(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
@@ -99,35 +117,3 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""
         return {}
-
-
-@dataclass
-class DPOConfig(PreferenceConfig):
-    """Configuration of `DPOTrainer`; names and defaults as in TRL 1.16.
-
-    Args:
-        loss_type: a name in `tether.objectives.OBJECTIVES`.
-        beta: how strongly the policy is held to the reference, per nat; above 0.
-        label_smoothing: chance that a label is wrong, from 0 to below 0.5.
-
-    Raises:
-        ConfigError: an unknown loss, or an option outside its range.
-    """
-
-    loss_type: str | list[str] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        if len(names) != 1:
-            raise ConfigError(f"loss_type is {names!r}; one loss is needed. Several at once are not available yet.")
-        self.loss_type = names[0]
-        problem = check_options(self.loss_type, self.objective_options())
-        if problem:
-            raise ConfigError(problem)
-        super().__post_init__()
-
-    def objective_options(self) -> dict[str, float]:
-        """`beta` and `label_smoothing`."""
-        return {"beta": self.beta, "label_smoothing": self.label_smoothing}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from tether.errors import ConfigError
 from tether.models.structure import transformers_model
+from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
 
 logger = logging.getLogger("tether")
@@ -51,6 +52,25 @@ def loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any
 def source_of(model: nn.Module) -> str:
     config = transformers_model(model).config
     return getattr(config, "_name_or_path", "") or "object in memory"
+
+
+def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
+    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 without experts."""
+    model = transformers_model(policy)
+    if not has_router(model):
+        if args.router_aux_loss_coef:
+            raise ConfigError(
+                f"router_aux_loss_coef is {args.router_aux_loss_coef} and {type(model).__name__} has no experts to "
+                "balance. Leave it unset."
+            )
+        return 0.0
+    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    weight = declared if args.router_aux_loss_coef is None else args.router_aux_loss_coef
+    if weight:
+        logger.info(
+            f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
+        )
+    return weight
 
 
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: PreferenceConfig) -> nn.Module:

@@ -38,20 +38,30 @@ from tether.reference import (
 from tether.reference.record import restore, write_record, write_tensors
 from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
+from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
 from tether.training.collate import collate
 from tether.training.datasets import Rows, RunData, probe_examples
+from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
+from tether.training.precision import choose_precision, require_same_precision, write_precision
 from tether.training.progress import install_progress
-from tether.training.reduce import reduce_loss
+from tether.training.reduce import add_to_each, reduce_loss, sum_and_count
 from tether.training.reference_setup import declared_meaning, reference_spec
-from tether.training.setup import check_arguments, loading, make_audible, source_of, with_adapter
+from tether.training.setup import (
+    check_arguments,
+    loading,
+    make_audible,
+    router_coefficient,
+    source_of,
+    with_adapter,
+)
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
-_OUTPUTS = ("entropy", "top1", "mean_logits")
+_TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
 class TetherTrainer(Trainer):
@@ -59,6 +69,8 @@ class TetherTrainer(Trainer):
     arguments."""
 
     args: PreferenceConfig
+    # What scoring the policy gives besides log-probs.
+    outputs: tuple[str, ...] = ("entropy", "top1", "mean_logits")
 
     def __init__(
         self,
@@ -89,6 +101,7 @@ class TetherTrainer(Trainer):
         policy = with_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
+        choose_precision(args, policy)
         proof = TrainingProof(policy)
         super().__init__(
             model=policy,
@@ -106,9 +119,12 @@ class TetherTrainer(Trainer):
         self._new_tokens = 0
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
+        self.check_rows(self._probe)
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
+        self._router_coefficient = router_coefficient(args, policy)
         self.layout, self._scorer = self._proved(policy, "")
+        self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout == "padded")
         self._require_determinism()
         spec = reference_spec(args, meaning, ref_model, self.policy, source, tokenizer)
         self.resolved: Resolved = resolve(
@@ -124,6 +140,18 @@ class TetherTrainer(Trainer):
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """Combine the policy's scores with the reference's; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """Refuse rows that the objective cannot use as they are, by the first few of the training set."""
+        return
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
+        return 0
+
+    def couples_examples(self) -> bool:
+        """Whether the loss of an example depends on the others it is scored with, so that a batch must stay whole."""
+        return False
 
     def convention(self) -> str:
         """What the objective is and what its options mean, in one line; each kind of trainer says it."""
@@ -209,6 +237,7 @@ class TetherTrainer(Trainer):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
         if folder is not None:
+            require_same_precision(folder, self.args)
             self.guard = restore(folder, self.resolved.reference, self.policy)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
@@ -216,29 +245,50 @@ class TetherTrainer(Trainer):
             self._display.close()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Examples of the whole optimizer step, over its micro-batches and all processes."""
+        """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        count = torch.tensor(sum(_batch_of(inputs).num_examples for inputs in batch_samples), device=device)
-        return self.accelerator.reduce(count, reduction="sum")  # type: ignore[return-value]
+        batches = [_batch_of(inputs) for inputs in batch_samples]
+        counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
+        return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
-    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        *first, last = self._budget.split(_batch_of(inputs), self.accelerator)
+        loss = torch.zeros((), device=self.args.device)
+        for part in first:
+            with accumulate_only(self.accelerator, model):
+                loss += super().training_step(model, vars(part), num_items_in_batch)
+        return loss + super().training_step(model, vars(last), num_items_in_batch)
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.resolved.reference.score(batch)
-        policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
+        outputs = (*self.outputs, "aux_loss") if self._router_coefficient else self.outputs
+        policy = self._scorer(model, batch, outputs=outputs)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
-        self._sums[mode].add(output.metrics)
+        if policy.aux_loss is not None:
+            output = add_to_each(output, "aux_loss", policy.aux_loss, self._router_coefficient)
+        if mode is not None:
+            self._sums[mode].add(output.metrics)
         return output
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's mean loss."""
-        batch = _batch_of(inputs).to(self.args.device)
-        output = self._judge_batch(model, batch, "train")
-        self._new_tokens += _sequence_tokens(batch)
-        total = num_items_in_batch if num_items_in_batch is not None else batch.num_examples
-        loss = reduce_loss(output.per_example, total, self.accelerator.num_processes)
+        batch, repeated = _batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
+        output = self._judge_batch(model, batch, None if repeated else "train")
+        self._new_tokens += 0 if repeated else _sequence_tokens(batch)
+        totals = num_items_in_batch
+        if totals is None:
+            totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
+        loss = reduce_loss(output.per_example, totals[0], self.accelerator.num_processes)
+        if output.per_token is not None:
+            loss = loss + reduce_loss(output.per_token, totals[1].clamp(min=1), self.accelerator.num_processes)
+        loss = loss * 0.0 if repeated else loss
         return (loss, output) if return_outputs else loss
 
     def evaluation_loop(
@@ -255,14 +305,17 @@ class TetherTrainer(Trainer):
         self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
         rows = 0
         for inputs in dataloader:
-            batch = _batch_of(inputs).to(self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = self._judge_batch(model, batch, "eval").per_example
-            count = torch.tensor(float(len(losses)), device=losses.device)
-            self._sums["eval"].add({"loss": (losses.sum(), count)})
-            rows += len(losses)
+            for part in self._budget.split(_batch_of(inputs)):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    output = self._judge_batch(model, part.batch.to(self.args.device), "eval")
+                self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
+                if output.per_token is not None:
+                    self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
+                rows += len(output.per_example)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         means = self._sums["eval"].means(self.accelerator)
+        if _TOKEN_LOSS in means:
+            means["loss"] += means.pop(_TOKEN_LOSS)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
@@ -323,6 +376,8 @@ class TetherTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._record(folder)
         write_tensors(folder, self.resolved.reference, self.policy, write=self.is_world_process_zero())
+        if self.is_world_process_zero():
+            write_precision(folder, self.args)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
@@ -342,4 +397,4 @@ def _batch_of(inputs: Any) -> ScoringBatch:
 
 def _sequence_tokens(batch: ScoringBatch) -> int:
     """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
-    return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+    return sum(batch.sequence_lengths)

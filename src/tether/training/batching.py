@@ -1,0 +1,245 @@
+"""Split the examples of a step into as few micro-batches as fit a budget of tokens, on every process alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from tether.types import Forest, ScoringBatch, Tree
+
+logger = logging.getLogger("tether")
+Cost = Callable[[Sequence[Tree]], int]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward computes.
+
+    Args:
+        batch: some examples of a step.
+        repeated: they are computed a second time, only so that every process makes the same number of forwards; they
+            add nothing to the gradient and to what is reported.
+    """
+
+    batch: ScoringBatch
+    repeated: bool = False
+
+
+@dataclass
+class TokenBudget:
+    """Splits batches so that a forward computes at most `tokens` tokens.
+
+    Args:
+        tokens: None: batches stay whole.
+        padded: rows are padded, so that a forward computes its widest sequence once for each sequence.
+    """
+
+    tokens: int | None
+    padded: bool = False
+
+    def split(self, batch: ScoringBatch, accelerator: Accelerator | None = None) -> list[MicroBatch]:
+        """The micro-batches of a batch, the largest first.
+
+        Their examples are those of the batch, each once. A batch that fits stays as it is, and an example that alone
+        is over the budget is a micro-batch of its own.
+
+        Args:
+            batch: this process' examples.
+            accelerator: of processes that must all make the same number of forwards; every one has to call. None: this
+                process may make as many as it needs.
+        """
+        if self.tokens is None:
+            return [MicroBatch(batch)]
+        trees, cost = batch.forest.trees, padded_tokens if self.padded else packed_tokens
+        groups = fewest_groups(trees, self.tokens, cost)
+        self._say_what_is_over(trees, cost)
+        count = len(groups) if accelerator is None else _largest(len(groups), accelerator)
+        groups, repeats = even_out(groups, trees, count, cost)
+        parts = [MicroBatch(select(batch, group)) for group in groups]
+        return parts + [MicroBatch(select(batch, group), repeated=True) for group in repeats]
+
+    def _say_what_is_over(self, trees: Sequence[Tree], cost: Cost) -> None:
+        longest = max(cost([tree]) for tree in trees)
+        if longest > (self.tokens or 0) and not getattr(self, "_said", False):
+            self._said = True
+            logger.warning(
+                f"batching: one example has {longest} tokens, more than the {self.tokens} of max_tokens_per_forward; "
+                "such examples are computed alone. This is said once."
+            )
+
+
+def packed_tokens(trees: Sequence[Tree]) -> int:
+    """Tokens of a row of trees: each prompt once, and all its completions."""
+    return sum(tree.end - tree.start for tree in trees)
+
+
+def padded_tokens(trees: Sequence[Tree]) -> int:
+    """Tokens of a padded batch of all full sequences."""
+    width = max(tree.trunk + max(tree.branches) for tree in trees)
+    return width * sum(len(tree.branches) for tree in trees)
+
+
+def fewest_groups(trees: Sequence[Tree], budget: int, cost: Cost = packed_tokens) -> list[list[int]]:
+    """Put trees into as few groups as first-fit decreasing, or an even filling, needs.
+
+    The longest first: each goes to the first group it fits in, and to a new one where it fits in none. With that number
+    of groups, or fewer, each is then put into the emptiest one; where that fits, groups are about equally large.
+
+    Args:
+        trees: what is put into groups.
+        budget: largest cost of a group; one tree alone may be over it.
+        cost: of a group.
+
+    Returns:
+        Indices of `trees`, ascending in each group; the largest group first.
+
+    Example:
+        >>> trees = [Tree(0, 0, (length,)) for length in (4, 7, 5, 2)]
+        >>> fewest_groups(trees, 9)
+        [[0, 2], [1, 3]]
+    """
+
+    def size(group: Sequence[int]) -> int:
+        return cost([trees[i] for i in group]) if group else 0
+
+    order = sorted(range(len(trees)), key=lambda i: (-size([i]), i))
+    groups: list[list[int]] = []
+    for i in order:
+        fitting = next((group for group in groups if size([*group, i]) <= budget), None)
+        if fitting is None:
+            groups.append([i])
+        else:
+            fitting.append(i)
+    for count in range(max(1, -(-packed_tokens(trees) // budget)), len(groups) + 1):
+        even: list[list[int]] = [[] for _ in range(count)]
+        for i in order:
+            min(even, key=lambda group, i=i: size([*group, i])).append(i)
+        if all(size(group) <= budget or len(group) == 1 for group in even):
+            groups = even
+            break
+    return sorted((sorted(group) for group in groups if group), key=lambda group: (-size(group), group))
+
+
+def even_out(
+    groups: list[list[int]], trees: Sequence[Tree], count: int, cost: Cost = packed_tokens
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Make `count` groups of fewer: the largest are divided, and when each tree stands alone the shortest is repeated.
+
+    Args:
+        groups: as `fewest_groups` returns them, at most `count`.
+        trees: what the indices mean.
+        count: groups that are needed.
+        cost: of a group.
+
+    Returns:
+        The groups, the largest first, and the repetitions.
+
+    Example:
+        >>> trees = [Tree(0, 1, (length,)) for length in (4, 7, 5)]
+        >>> even_out([[0, 1, 2]], trees, 2)
+        ([[0, 2], [1]], [])
+        >>> even_out([[0, 1, 2]], trees, 4)
+        ([[1], [2], [0]], [[0]])
+    """
+
+    def size(group: Sequence[int]) -> int:
+        return cost([trees[i] for i in group])
+
+    groups = list(groups)
+    while len(groups) < count:
+        largest = max((group for group in groups if len(group) > 1), key=size, default=None)
+        if largest is None:
+            break
+        groups.remove(largest)
+        halves: tuple[list[int], list[int]] = [], []
+        for i in sorted(largest, key=lambda i: (-size([i]), i)):
+            min(halves, key=lambda half: size(half) if half else 0).append(i)
+        groups += [sorted(half) for half in halves]
+    shortest = min(range(len(trees)), key=lambda i: size([i]))
+    repeats = [[shortest] for _ in range(count - len(groups))]
+    return sorted(groups, key=lambda group: (-size(group), group)), repeats
+
+
+def select(batch: ScoringBatch, examples: Sequence[int]) -> ScoringBatch:
+    """Some examples of a batch, as `pack` would have made it of these alone.
+
+    Args:
+        batch: B examples.
+        examples: their numbers, ascending.
+
+    Example:
+        >>> from tether.scoring import pack
+        >>> from tether.types import Example
+        >>> both = pack([Example.of([1, 5], [[7, 2], [8]]), Example.of([1, 6], [[9]])])
+        >>> select(both, [1]).input_ids.tolist(), select(both, [1]).sources.tolist()
+        ([[1, 6, 9]], [1])
+    """
+    all_trees = batch.forest.trees
+    if len(examples) == len(all_trees):
+        return batch
+    device = batch.input_ids.device
+    first = [0]  # number of the first completion of each tree
+    for tree in all_trees:
+        first.append(first[-1] + len(tree.branches))
+    trees: list[Tree] = []
+    completions: list[int] = []
+    shifts = torch.zeros(first[-1], dtype=torch.int64)
+    numbers = torch.full((first[-1],), -1)
+    for i in examples:
+        tree, start = all_trees[i], trees[-1].end if trees else 0
+        own = slice(first[i], first[i + 1])
+        shifts[own] = start - tree.start
+        numbers[own] = torch.arange(len(completions), len(completions) + len(tree.branches))
+        completions += range(first[i], first[i + 1])
+        trees.append(replace(tree, start=start))
+    row = torch.cat([torch.arange(all_trees[i].start, all_trees[i].end) for i in examples]).to(device)
+    shifts, numbers = shifts.to(device), numbers.to(device)
+    scored = (numbers[batch.completion_index] >= 0).nonzero()[:, 0]
+    owner = batch.completion_index[scored]
+    chosen = torch.tensor(list(examples), device=device)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, row],
+        position_ids=batch.position_ids[:, row],
+        forest=Forest(tuple(trees)),
+        sources=batch.sources[scored] + shifts[owner],
+        targets=batch.targets[scored],
+        completion_index=numbers[owner],
+        keys=tuple(batch.keys[k] for k in completions),
+        values={name: value[chosen] for name, value in batch.values.items()},
+    )
+
+
+@contextmanager
+def accumulate_only(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Inside, a backward adds to this process' gradients; those of all processes are not combined, and no step is made.
+
+    DeepSpeed combines them when it is told that a step is complete, which the state below decides too.
+    """
+    state = accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with (
+            nullcontext()
+            if accelerator.distributed_type == DistributedType.DEEPSPEED
+            else accelerator.no_sync(model=model)
+        ):
+            yield
+    finally:
+        state._set_sync_gradients(before)
+
+
+def _largest(count: int, accelerator: Accelerator) -> int:
+    """The largest count of all processes."""
+    if accelerator.num_processes == 1:
+        return count
+    counts = accelerator.gather(torch.tensor([count], device=accelerator.device))
+    return int(counts.max()) if isinstance(counts, Tensor) else count
