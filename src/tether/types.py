@@ -180,7 +180,7 @@ class ScoringBatch:
         completion_index: int64 `[N]`, which of the K completions a scored token belongs to.
         keys: K content digests, see `Example.keys`.
         branches: K pairs `(tree, branch)`, where in the forest each completion lies.
-        num_examples: B.
+        examples: the B examples, as they came; what splits a batch packs some of them again.
         values: float32 `[B]` each, by name, see `Preference`.
 
     Example:
@@ -204,8 +204,18 @@ class ScoringBatch:
     completion_index: Tensor
     keys: tuple[bytes, ...]
     branches: tuple[tuple[int, int], ...]
-    num_examples: int
+    examples: tuple[Example, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.examples)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Completions of each of the B examples."""
+        return tuple(len(example.completion_ids) for example in self.examples)
 
     @property
     def num_completions(self) -> int:

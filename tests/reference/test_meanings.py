@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from policies import CASES, PROBE, continued_adapter, lora, resolved, take_steps, unfrozen_norms, with_lora
 
+from policies import CASES, PROBE, continued_adapter, lora, resolved, take_steps, unfrozen_norms, with_lora
 from tether.errors import ConfigError, ReferenceError
 from tether.models.structure import adapter_on, trainable_tensors
 from tether.reference import SAME, FrozenProbe, ReferenceSpec, Sync, refuse_other_tokenizer, resolve

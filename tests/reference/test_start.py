@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from policies import CASES, PROBE, continued_adapter, resolved, take_steps, unfrozen_norms, with_lora
 
+from policies import CASES, PROBE, continued_adapter, resolved, take_steps, unfrozen_norms, with_lora
 from tether.errors import ConfigError, ReferenceError
 from tether.models.structure import adapters_off, trainable_tensors
 from tether.reference import (

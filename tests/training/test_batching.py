@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 from types import SimpleNamespace
@@ -16,9 +15,8 @@ from transformers import TrainerCallback
 import tether.training.memory as memory
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
-from tether.objectives import OBJECTIVES
 from tether.scoring import pack
-from tether.training.batching import TokenBudget, even_out, fewest_groups, packed_tokens, padded_tokens, select
+from tether.training.batching import TokenBudget, even_out, fewest_groups, packed_tokens, padded_tokens
 from tether.types import Example, Tree
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -73,21 +71,6 @@ def examples(count, seed=0):
         scored = [[k > 0 or len(c) == 1 for k in range(len(c))] for c in completions] if i % 2 else None
         made.append(Example.of(ids(1), completions, i, values={"weight": i / 4}, scored=scored))
     return made
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_part_of_a_batch_is_what_packing_it_alone_gives(seed):
-    """Every field, for uneven trees, masks and values."""
-    all_of_them = examples(5, seed)
-    batch = pack(all_of_them)
-    for count in range(1, 6):
-        for chosen in itertools.combinations(range(5), count):
-            part, expected = select(batch, chosen), pack([all_of_them[i] for i in chosen])
-            assert part.forest == expected.forest
-            assert part.keys == expected.keys
-            for name in ("input_ids", "position_ids", "sources", "targets", "completion_index"):
-                assert torch.equal(getattr(part, name), getattr(expected, name)), name
-            assert torch.equal(part.values["weight"], expected.values["weight"])
 
 
 @pytest.mark.parametrize("cost", [packed_tokens, padded_tokens])
@@ -176,7 +159,7 @@ def test_repetitions_add_nothing(tmp_path):
 
         def split(batch, *arguments):
             parts = original(batch, *arguments)
-            return [*parts, *(type(parts[0])(select(batch, [0]), repeated=True) for _ in range(extra))]
+            return [*parts, *(type(parts[0])(pack(batch.examples[:1]), repeated=True) for _ in range(extra))]
 
         run._budget.split = split
         run.train()
@@ -239,13 +222,11 @@ def test_wrong_budgets_are_refused(value, tmp_path):
         DPOConfig(output_dir=str(tmp_path), max_tokens_per_forward=value, use_cpu=True)
 
 
-def test_what_must_stay_whole_is_not_split(tmp_path, monkeypatch):
+def test_what_must_stay_whole_is_not_split(tmp_path):
     """An objective that compares the rows of a micro-batch: `auto` leaves it alone, a number is an error (INV-24)."""
-    coupled = SimpleNamespace(**{**vars(OBJECTIVES["sigmoid"]), "averaged": "micro_batch"})
-    monkeypatch.setitem(OBJECTIVES, "sigmoid", coupled)
-    assert trainer(tmp_path)._budget.tokens is None
+    assert trainer(tmp_path, loss_type="aot")._budget.tokens is None
     with pytest.raises(ConfigError, match="another split is another loss"):
-        trainer(tmp_path, max_tokens_per_forward=100)
+        trainer(tmp_path, loss_type=["sigmoid", "aot"], max_tokens_per_forward=100)
 
 
 def test_the_automatic_budget_follows_memory_and_shapes(monkeypatch):
@@ -275,4 +256,4 @@ def test_processes_agree_on_the_number_of_micro_batches():
     assert [part.repeated for part in parts] == [False, False, False, True, True]
     assert sum(part.batch.num_examples for part in parts if not part.repeated) == 3
     shortest = min(range(3), key=lambda i: packed_tokens([batch.forest.trees[i]]))
-    assert all(part.batch.keys == select(batch, [shortest]).keys for part in parts[3:])
+    assert all(part.batch.keys == pack([batch.examples[shortest]]).keys for part in parts[3:])

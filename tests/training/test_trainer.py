@@ -506,7 +506,7 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
     ("arguments", "error", "words"),
     [
         ({"loss_type": "sigmod"}, ConfigError, "did you mean sigmoid"),
-        ({"loss_type": ["sigmoid", "sft"]}, ConfigError, "one loss is needed"),
+        ({"loss_type": ["sigmoid", "kot"]}, ConfigError, "kot"),
         ({"beta": -0.1}, ConfigError, "above 0"),
         ({"label_smoothing": 0.7}, ConfigError, "below 0.5"),
         ({"truncation_mode": "middle"}, ConfigError, "keep_start, keep_end"),

@@ -73,7 +73,7 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
         completion_index=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in masks])),
         keys=tuple(key for example in examples for key in example.keys),
         branches=tuple(places),
-        num_examples=len(examples),
+        examples=tuple(examples),
         values=_values(examples),
     )
 

@@ -51,16 +51,9 @@ def score(
         ScoringError: the model cannot be called this way, for instance it has no language-model head.
         ConfigError: an unknown layout or output.
     """
-    allowed = (*OUTPUTS, "aux_loss")
-    if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
-        raise ConfigError(
-            f"score(): layout {layout!r}, outputs {outputs!r}; layouts are tree and padded, outputs {allowed}."
-        )
     inner = transformers_model(model)
-    routed = "aux_loss" in outputs
-    if routed and not has_router(inner):
-        raise ConfigError(f"score(): {type(inner).__name__} has no experts, so there is no aux_loss.")
-    head = head_of(inner)
+    _check_request(inner, outputs, layout)
+    head, routed = head_of(inner), "aux_loss" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     with _capture_hidden(head.module) as captured, context as attended:
@@ -78,15 +71,21 @@ def score(
     found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)
     weights = inputs.get("attention_mask", sequence_counts(batch)[None]) if routed else None
     return Scores(
-        token_logps=found.token_logps,
         completion_index=batch.completion_index,
         num_completions=batch.num_completions,
-        entropy=found.entropy,
-        top1=found.top1,
-        mean_logits=found.mean_logits,
-        log_collision=found.log_collision,
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
+        **found._asdict(),
     )
+
+
+def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str) -> None:
+    allowed = (*OUTPUTS, "aux_loss")
+    if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
+        raise ConfigError(
+            f"score(): layout {layout!r}, outputs {outputs!r}; layouts are {', '.join(_LAYOUTS)}, outputs {allowed}."
+        )
+    if "aux_loss" in outputs and not has_router(model):
+        raise ConfigError(f"score(): {type(model).__name__} has no experts, so there is no aux_loss.")
 
 
 def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:

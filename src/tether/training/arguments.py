@@ -89,8 +89,6 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
-        self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
-        self.check_reference()
         limit = self.max_tokens_per_forward
         if isinstance(limit, str) and limit.isdigit():  # from a command line
             limit = self.max_tokens_per_forward = int(limit)
@@ -100,6 +98,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             )
         if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
             raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 (none) or more.")
+        self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
+        self.check_reference()
         for name, (kept, reason) in _WITHOUT_EFFECT.items():
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from tether.types import Forest, ScoringBatch, Tree
+from tether.scoring import pack
+from tether.types import ScoringBatch, Tree
 
 logger = logging.getLogger("tether")
 Cost = Callable[[Sequence[Tree]], int]
@@ -57,13 +58,17 @@ class TokenBudget:
         """
         if self.tokens is None:
             return [MicroBatch(batch)]
-        trees, cost = batch.forest.trees, padded_tokens if self.padded else packed_tokens
+        # Examples that share a prompt are counted with one each: an estimate from above, and simple.
+        trees = [Tree(0, len(one.prompt_ids), tuple(map(len, one.completion_ids))) for one in batch.examples]
+        cost = padded_tokens if self.padded else packed_tokens
         groups = fewest_groups(trees, self.tokens, cost)
         self._say_what_is_over(trees, cost)
         count = len(groups) if accelerator is None else _largest(len(groups), accelerator)
         groups, repeats = even_out(groups, trees, count, cost)
-        parts = [MicroBatch(select(batch, group)) for group in groups]
-        return parts + [MicroBatch(select(batch, group), repeated=True) for group in repeats]
+        if len(groups) == 1 and not repeats:
+            return [MicroBatch(batch)]
+        parts = [MicroBatch(_some(batch, group)) for group in groups]
+        return parts + [MicroBatch(_some(batch, group), repeated=True) for group in repeats]
 
     def _say_what_is_over(self, trees: Sequence[Tree], cost: Cost) -> None:
         longest = max(cost([tree]) for tree in trees)
@@ -73,6 +78,10 @@ class TokenBudget:
                 f"batching: one example has {longest} tokens, more than the {self.tokens} of max_tokens_per_forward; "
                 "such examples are computed alone. This is said once."
             )
+
+
+def _some(batch: ScoringBatch, group: Sequence[int]) -> ScoringBatch:
+    return pack([batch.examples[i] for i in group])
 
 
 def packed_tokens(trees: Sequence[Tree]) -> int:
@@ -165,56 +174,6 @@ def even_out(
     shortest = min(range(len(trees)), key=lambda i: size([i]))
     repeats = [[shortest] for _ in range(count - len(groups))]
     return sorted(groups, key=lambda group: (-size(group), group)), repeats
-
-
-def select(batch: ScoringBatch, examples: Sequence[int]) -> ScoringBatch:
-    """Some examples of a batch, as `pack` would have made it of these alone.
-
-    Args:
-        batch: B examples.
-        examples: their numbers, ascending.
-
-    Example:
-        >>> from tether.scoring import pack
-        >>> from tether.types import Example
-        >>> both = pack([Example.of([1, 5], [[7, 2], [8]]), Example.of([1, 6], [[9]])])
-        >>> select(both, [1]).input_ids.tolist(), select(both, [1]).sources.tolist()
-        ([[1, 6, 9]], [1])
-    """
-    all_trees = batch.forest.trees
-    if len(examples) == len(all_trees):
-        return batch
-    device = batch.input_ids.device
-    first = [0]  # number of the first completion of each tree
-    for tree in all_trees:
-        first.append(first[-1] + len(tree.branches))
-    trees: list[Tree] = []
-    completions: list[int] = []
-    shifts = torch.zeros(first[-1], dtype=torch.int64)
-    numbers = torch.full((first[-1],), -1)
-    for i in examples:
-        tree, start = all_trees[i], trees[-1].end if trees else 0
-        own = slice(first[i], first[i + 1])
-        shifts[own] = start - tree.start
-        numbers[own] = torch.arange(len(completions), len(completions) + len(tree.branches))
-        completions += range(first[i], first[i + 1])
-        trees.append(replace(tree, start=start))
-    row = torch.cat([torch.arange(all_trees[i].start, all_trees[i].end) for i in examples]).to(device)
-    shifts, numbers = shifts.to(device), numbers.to(device)
-    scored = (numbers[batch.completion_index] >= 0).nonzero()[:, 0]
-    owner = batch.completion_index[scored]
-    chosen = torch.tensor(list(examples), device=device)
-    return replace(
-        batch,
-        input_ids=batch.input_ids[:, row],
-        position_ids=batch.position_ids[:, row],
-        forest=Forest(tuple(trees)),
-        sources=batch.sources[scored] + shifts[owner],
-        targets=batch.targets[scored],
-        completion_index=numbers[owner],
-        keys=tuple(batch.keys[k] for k in completions),
-        values={name: value[chosen] for name, value in batch.values.items()},
-    )
 
 
 @contextmanager

@@ -51,9 +51,8 @@ class DPOTrainer(TetherTrainer):
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured losses."""
         flat = self.resolved.reference.identity.meaning == "none"
-        sizes = [len(tree.branches) for tree in batch.forest.trees]
         return preference_loss(
-            policy, None if flat else reference, loss=self.objective, values=batch.values, sizes=sizes
+            policy, None if flat else reference, loss=self.objective, values=batch.values, sizes=batch.sizes
         )
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
@@ -64,7 +63,7 @@ class DPOTrainer(TetherTrainer):
     def check_rows(self, batch: ScoringBatch) -> None:
         """The rows are of the objective's kind, and have the margins that it needs or none that it ignores."""
         names = ", ".join(self.objective.losses)
-        sizes = {len(tree.branches) for tree in batch.forest.trees}
+        sizes = set(batch.sizes)
         if self.objective.kind == "pair" and sizes != {2}:
             raise DataError(f"{names} learns from pairs; the rows have {sorted(sizes)} completions.")
         needed = any(row.requires_margins for row in self.objective.rows)
@@ -77,8 +76,8 @@ class DPOTrainer(TetherTrainer):
             )
 
     def couples_examples(self) -> bool:
-        """The table's row says it."""
-        return OBJECTIVES[str(self.args.loss_type)].averaged == "micro_batch"
+        """The table's rows say it."""
+        return any(row.averaged == "micro_batch" for row in self.objective.rows)
 
     def convention(self) -> str:
         """What the objective's options mean, in one line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +12,11 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer_utils import EvalLoopOutput
 
 from tether.errors import ConfigError
 from tether.models import load_policy, load_tokenizer
@@ -28,6 +25,7 @@ from tether.reference import (
     SAME,
     FrozenProbe,
     GuardResult,
+    ReferenceSpec,
     Resolved,
     Scorer,
     TrainingProof,
@@ -41,13 +39,14 @@ from tether.training.arguments import PreferenceConfig
 from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
-from tether.training.collate import collate
+from tether.training.collate import batch_of, collate
 from tether.training.datasets import Rows, RunData, probe_examples
+from tether.training.evaluation import EvaluationLoop
 from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
 from tether.training.precision import choose_precision, require_same_precision, write_precision
 from tether.training.progress import install_progress
-from tether.training.reduce import add_to_each, reduce_loss, sum_and_count
+from tether.training.reduce import add_to_each, reduce_loss
 from tether.training.reference_setup import declared_meaning, reference_spec
 from tether.training.setup import (
     check_arguments,
@@ -61,10 +60,9 @@ from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
-_TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
-class TetherTrainer(Trainer):
+class TetherTrainer(EvaluationLoop):
     """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
     arguments."""
 
@@ -126,11 +124,7 @@ class TetherTrainer(Trainer):
         self.layout, self._scorer = self._proved(policy, "")
         self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout == "padded")
         self._require_determinism()
-        spec = reference_spec(args, meaning, ref_model, self.policy, source, tokenizer)
-        self.resolved: Resolved = resolve(
-            spec, policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
-        )
-        logger.info(self.resolved.line)
+        self.resolved = self._resolved(reference_spec(args, meaning, ref_model, self.policy, source, tokenizer))
         logger.info(self.convention())
         self._display = install_progress(self)
         self._write_data_report()
@@ -171,6 +165,14 @@ class TetherTrainer(Trainer):
                 return score(model, batch, layout=choice.layout, **options)
 
         return choice.layout, scorer
+
+    def _resolved(self, spec: ReferenceSpec) -> Resolved:
+        """The declared reference, and a line that says what it is."""
+        resolved = resolve(
+            spec, self.policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
+        )
+        logger.info(resolved.line)
+        return resolved
 
     def _require_determinism(self) -> None:
         """With dropout disabled, training mode must compute what evaluation mode does."""
@@ -248,7 +250,7 @@ class TetherTrainer(Trainer):
         """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        batches = [_batch_of(inputs) for inputs in batch_samples]
+        batches = [batch_of(inputs) for inputs in batch_samples]
         counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
         return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
@@ -256,7 +258,7 @@ class TetherTrainer(Trainer):
         """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        *first, last = self._budget.split(_batch_of(inputs), self.accelerator)
+        *first, last = self._budget.split(batch_of(inputs), self.accelerator)
         loss = torch.zeros((), device=self.args.device)
         for part in first:
             with accumulate_only(self.accelerator, model):
@@ -279,9 +281,9 @@ class TetherTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's mean loss."""
-        batch, repeated = _batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
+        batch, repeated = batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
         output = self._judge_batch(model, batch, None if repeated else "train")
-        self._new_tokens += 0 if repeated else _sequence_tokens(batch)
+        self._new_tokens += 0 if repeated else sum(batch.sequence_lengths)
         totals = num_items_in_batch
         if totals is None:
             totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
@@ -290,71 +292,6 @@ class TetherTrainer(Trainer):
             loss = loss + reduce_loss(output.per_token, totals[1].clamp(min=1), self.accelerator.num_processes)
         loss = loss * 0.0 if repeated else loss
         return (loss, output) if return_outputs else loss
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss and metrics over real pairs, in memory that does not grow with the data."""
-        model = self._wrap_model(cast(nn.Module, self.model), training=False)
-        model.eval()
-        self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
-        rows = 0
-        for inputs in dataloader:
-            for part in self._budget.split(_batch_of(inputs)):
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    output = self._judge_batch(model, part.batch.to(self.args.device), "eval")
-                self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
-                if output.per_token is not None:
-                    self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
-                rows += len(output.per_example)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        means = self._sums["eval"].means(self.accelerator)
-        if _TOKEN_LOSS in means:
-            means["loss"] += means.pop(_TOKEN_LOSS)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Rows are shared among processes without repeating some to even them out: each counts once."""
-        settings = self.accelerator.dataloader_config
-        before, settings.even_batches = settings.even_batches, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            settings.even_batches = before
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
-        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
-        known = (
-            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
-        )
-        if eval_dataset is not None and not known:
-            eval_dataset = self._prepare_unseen(eval_dataset)
-        try:
-            return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
-        except BaseException:
-            self._display.close()
-            raise
-
-    def _prepare_unseen(self, rows: Any, name: str = "eval") -> Any:
-        if isinstance(rows, Mapping):
-            return {key: self._prepare_unseen(part, f"{name}_{key}") for key, part in rows.items()}
-        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
-            return rows
-        return self.data.prepare(name, rows).dataset
-
-    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
-        """Not offered: there are no predictions to keep.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("predict() came; a preference trainer predicts nothing. Use evaluate(rows), or tether.score.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
@@ -381,20 +318,5 @@ class TetherTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
-        batch = _batch_of(inputs)
+        batch = batch_of(inputs)
         return 6 * batch.input_ids.numel() * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
-
-
-def _batch_of(inputs: Any) -> ScoringBatch:
-    batch = inputs.get("batch") if isinstance(inputs, Mapping) else None
-    if not isinstance(batch, ScoringBatch):
-        raise ConfigError(
-            f"The data collator returned {type(inputs).__name__}; it must return a dictionary with a "
-            "ScoringBatch under 'batch', as tether.training.collate does. Leave data_collator out to pack the rows."
-        )
-    return batch
-
-
-def _sequence_tokens(batch: ScoringBatch) -> int:
-    """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
-    return sum(batch.sequence_lengths)
