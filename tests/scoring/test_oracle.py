@@ -62,7 +62,7 @@ def test_every_layout_scores_as_alone(family):
         alone = score_alone(model, batch)
         found = [score(model, batch, layout=layout, outputs=OUTPUTS) for layout in layouts(family)]
         if family in FALLBACK:
-            assert "tree layout refused: " in choice.line
+            assert "tree layout, blocked attention refused: " in choice.line
             with pytest.raises(ScoringError, match=r"layout='padded'|state along the row"):
                 score(model, batch)
     for scores in found:

@@ -606,3 +606,14 @@ def test_a_load_balancing_loss_needs_experts(tmp_path):
         trainer(tmp_path, router_aux_loss_coef=0.1)
     with pytest.raises(ConfigError, match="must be 0"):
         config(tmp_path, router_aux_loss_coef=-1.0)
+
+
+def test_the_attention_backend_is_an_option_and_is_reported(tmp_path, caplog):
+    """In one of the first lines; one that cannot train here is refused before a step."""
+    with caplog.at_level("INFO", "tether"):
+        trainer(tmp_path, attention_backend="sdpa")
+    assert "scoring: tree layout, sdpa attention, at most" in caplog.text
+    with pytest.raises(ConfigError, match="no backward on a CPU"):
+        trainer(tmp_path, attention_backend="flex")
+    with pytest.raises(ConfigError, match="allowed are auto, sdpa, flex, flash"):
+        config(tmp_path, attention_backend="eager")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -77,6 +78,7 @@ def token_scores(
     Returns:
         One value per token; `token_logps` is differentiable in `hidden` and in the head's trainable tensors.
     """
+    outputs = tuple(dict.fromkeys(outputs))
     if head.is_plain:
         module: Any = head.module
         logps, *extra = _LinearLogProbs.apply(hidden, module.weight, module.bias, targets, head, outputs, chunk)  # type: ignore
@@ -147,6 +149,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return logps, *extra.values()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logps, *_):  # type: ignore
         if not ctx.trainable:
             (slope,) = ctx.saved_tensors

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import transformers_model
-from tether.scoring.attention import forest_forward, install_tree_attention, require_all_attended
+from tether.scoring.attention import (
+    Backend,
+    backends_for,
+    forest_forward,
+    install_tree_attention,
+    require_all_attended,
+)
 from tether.scoring.batch import sequence_counts, sequence_sources, sequences
 from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
 from tether.scoring.router import has_router, load_balancing_loss
@@ -28,6 +34,7 @@ def score(
     *,
     outputs: tuple[Output, ...] = (),
     layout: Layout = "tree",
+    backend: Backend | Literal["auto"] = "auto",
     chunk: int = CHUNK,
 ) -> Scores:
     """Log-probability of every completion token of a batch under a causal language model.
@@ -42,6 +49,8 @@ def score(
             `log_collision`; of the whole batch `aux_loss`, see `load_balancing_loss`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own.
+        backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
+            device's first choice.
         chunk: tokens whose logits exist at once.
 
     Returns:
@@ -49,16 +58,18 @@ def score(
 
     Raises:
         ScoringError: the model cannot be called this way, for instance it has no language-model head.
-        ConfigError: an unknown layout or output.
+        ConfigError: an unknown layout, output or backend, or a backend that cannot work here.
     """
     inner = transformers_model(model)
     _check_request(inner, outputs, layout)
     head, routed = head_of(inner), "aux_loss" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
+    if "forest" in inputs:
+        inputs["tree_backend"] = backends_for(batch.input_ids.device, gradients=False, requested=backend)[0]
+    if has_router(inner):
+        inputs["output_router_logits"] = routed
     with _capture_hidden(head.module) as captured, context as attended:
-        if has_router(inner):
-            inputs["output_router_logits"] = routed
         answer = model(**inputs, use_cache=False)
     if attended is not None:
         require_all_attended(inner, attended)

@@ -55,6 +55,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
             what the memory allows, printed; None: a batch is one forward.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
+        attention_backend: force what computes a tree's attention: `blocked`, `sdpa`, `flex` or `flash`; `auto`: blocks
+            on a processor, FlexAttention on CUDA where it is proved, SDPA elsewhere.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -76,6 +78,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
     max_tokens_per_forward: int | str | None = "auto"
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
@@ -85,6 +88,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
+        self._refuse("attention_backend", ("auto", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
