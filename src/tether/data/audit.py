@@ -199,7 +199,7 @@ class MarkerFinder:
     """Finds text that a tokenizer would read, or a template would write, as control tokens.
 
     Args:
-        tokenizer: its special tokens are looked for, beside the markers of common templates.
+        tokenizer: its special tokens are looked for, beside the markers of common templates; None for these alone.
 
     Example:
         >>> from types import SimpleNamespace
@@ -207,8 +207,9 @@ class MarkerFinder:
         ['</s>', '[INST]']
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        special = [str(token) for token in tokenizer.all_special_tokens if str(token).strip()]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        own = tokenizer.all_special_tokens if tokenizer is not None else ()
+        special = [str(token) for token in own if str(token).strip()]
         self.markers = frozenset((*_MARKERS, *special))
         odd = sorted(token for token in special if not _MARKER_SHAPE.fullmatch(token))
         self.pattern = re.compile("|".join([*map(re.escape, odd), _MARKER_SHAPE.pattern]))
