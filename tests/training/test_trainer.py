@@ -510,7 +510,7 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"loss_type": ["sigmoid", "kot"]}, ConfigError, "kot"),
         ({"beta": -0.1}, ConfigError, "above 0"),
         ({"label_smoothing": 0.7}, ConfigError, "below 0.5"),
-        ({"truncation_mode": "middle"}, ConfigError, "keep_start, keep_end"),
+        ({"truncation_mode": "ends"}, ConfigError, "keep_start, keep_end"),
         ({"max_length": 1}, ConfigError, "whole number from 2"),
         ({"scoring_layout": "grid"}, ConfigError, "tree, padded"),
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, adapter, none"),
