@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -12,6 +12,7 @@ from tether.data.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.scoring import Layout
 from tether.training.reference_arguments import ReferenceArguments, keywords
+from tether.types import Kind
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -62,6 +63,9 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     Raises:
         ConfigError: a value that is not allowed.
     """
+
+    # What the rows mean to each other; each kind of trainer has its own.
+    kind: ClassVar[Kind] = "pair"
 
     learning_rate: float = 1e-6
     logging_steps: float = 10

@@ -50,6 +50,7 @@ class RunData:
             rows,
             self.tokenizer,
             max_length=self.args.max_length,
+            kind=self.args.kind,
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tether.errors import ConfigError
 from tether.objectives import Combination
 from tether.training.arguments import PreferenceConfig
+from tether.types import Kind
 
 # Options of single losses that have a field here; a loss that takes one gets its value, and where no loss does, only
 # the default may stand.
@@ -101,6 +102,11 @@ class DPOConfig(PreferenceConfig):
                 f"{', '.join(self.loss_type)} compares with one. Leave them out; none is loaded or run."
             )
         self.reference = "none"
+
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """What the rows are read as: pairs, or ranked lists."""
+        return self.combination().kind
 
     def combination(self) -> Combination:
         """The objective: losses, weights, options that take effect or were changed, and transforms."""
