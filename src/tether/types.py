@@ -21,7 +21,7 @@ from torch import Tensor
 Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
 Meaning = Literal["start", "base", "model", "none"]
-Means = Literal["adapter_off", "snapshot", "model", "none"]
+Means = Literal["adapter_off", "snapshot", "model", "store", "none"]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResul
     if tensors and isinstance(reference, SnapshotReference):
         reference.load_state(tensors)
         with reference.swapped():
-            without = recorded.meaning == "base"
+            without = reference.fingerprint_without_adapters
             fingerprint = model_fingerprint(unwrap(policy), without_adapters=without)
         reference.identity = replace(reference.identity, fingerprint=fingerprint)
     mine = reference.identity

@@ -49,6 +49,7 @@ class ReferenceSpec:
         model: the other model, for `model`.
         source: where the policy (or, for `model`, the other model) came from, for the record.
         revision: commit of the source where it has one.
+        reload: loads the other model again after a full store let it go; None for a model that was given in memory.
     """
 
     meaning: Meaning = "start"
@@ -56,6 +57,7 @@ class ReferenceSpec:
     model: nn.Module | None = None
     source: str = "object in memory"
     revision: str | None = None
+    reload: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if self.meaning not in MEANS:
@@ -104,13 +106,16 @@ def resolve(
             raise ConfigError("reference: model came without a model; pass `ref_model`, or name one in the run file.")
         refuse_wrong_model(policy, spec.model)
         identity = _identity(spec, "model", spec.model, without_adapters=False)
-        reference = ModelReference(spec.model, scorer_for(spec.model), identity)
+        reference = ModelReference(spec.model, scorer_for(spec.model), identity, spec.reload)
         return Resolved(reference, f"reference: model, by model: {spec.source} ({identity.dtype}), frozen")
     return (_resolve_start if spec.meaning == "start" else _resolve_base)(spec, policy, probe, scorer)
 
 
 def _resolve_start(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, scorer: Scorer) -> Resolved:
-    objection = "" if spec.means in ("snapshot", "model") else _objection_to_adapter_off(policy, probe, scorer)
+    objection = _objection_to_adapter_off(policy, probe, scorer)
+    # The fingerprint is of the function, whatever the means: an adapter that changes nothing is no part of it, so that
+    # its rank and its random half are none either.
+    idle = isinstance(unwrap(policy), PeftModel) and not _adapter_in_effect(policy, probe, scorer)
     if spec.means == "adapter_off" and objection:
         raise ReferenceError(
             f"reference: start, by adapter_off, was asked for, but that would not be the start: {objection}. "
@@ -119,16 +124,16 @@ def _resolve_start(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, 
     trainable = trainable_tensors(policy)
     if spec.means == "model":
         twin = copy.deepcopy(unwrap(policy))
-        reference = ModelReference(twin, scorer, _identity(spec, "model", policy, without_adapters=False))
+        reference = ModelReference(twin, scorer, _identity(spec, "model", policy, without_adapters=idle))
         return Resolved(
             reference, f"reference: start, by model: a frozen copy of all {_count(twin)} parameters, as forced"
         )
     if spec.means == "snapshot" or objection:
-        identity = _identity(spec, "snapshot", policy, without_adapters=False)
+        identity = _identity(spec, "snapshot", policy, without_adapters=idle)
         why = "as forced" if spec.means else f"because {objection}"
         size = sum(tensor.numel() * tensor.element_size() for tensor in trainable.values()) / 2**20
         line = f"reference: start, by snapshot: {len(trainable)} trainable tensors kept ({size:.1f} MiB), {why}"
-        return Resolved(SnapshotReference(policy, scorer, identity, trainable), line)
+        return Resolved(SnapshotReference(policy, scorer, identity, trainable, idle_adapter=idle), line)
     identity = _identity(spec, "adapter_off", policy, without_adapters=True)
     line = f"reference: start, by adapter_off: {len(trainable)} trainable tensors, all inside adapter {_active(policy)}"
     return Resolved(AdapterOffReference(policy, scorer, identity), line)
@@ -163,6 +168,11 @@ def _objection_to_adapter_off(policy: nn.Module, probe: ScoringBatch, scorer: Sc
     outside = _outside_adapter(policy)
     if outside:
         return f"{_some(outside)} outside the adapter would train"
+    return _adapter_in_effect(policy, probe, scorer)
+
+
+def _adapter_in_effect(policy: nn.Module, probe: ScoringBatch, scorer: Scorer) -> str:
+    """What the adapter changes as it is now; empty where the policy without it is the same function."""
     learnt = _learnt_for_some_tokens(policy)
     if learnt:
         return f"the adapter on {learnt!r} already holds something"

@@ -25,6 +25,7 @@ class SnapshotReference:
         identity: what this reference is.
         tensors: name to parameter, the policy's trainable tensors; their values are copied now.
         without_adapter: compute with adapters off on top (meaning `base` beside trainable tensors outside the adapter).
+        idle_adapter: the adapter changes nothing at the start, so that the fingerprint is of what is under it.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class SnapshotReference:
         tensors: dict[str, Tensor],
         *,
         without_adapter: bool = False,
+        idle_adapter: bool = False,
     ) -> None:
         self._policy, self._scorer, self.identity = policy, scorer, identity
         self._live = tensors
         self._start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._without_adapter = without_adapter
+        self.fingerprint_without_adapters = without_adapter or idle_adapter
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """See `Reference.score`. The policy's own values come back bit for bit, also after an error."""
