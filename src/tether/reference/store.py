@@ -225,7 +225,8 @@ class Store:
         for content, value, stored in zip(contents, values, self.holds(contents), strict=True):
             if stored:
                 continue
-            numbers = np.ascontiguousarray(value, dtype=self._kept_as)
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused below
+                numbers = np.ascontiguousarray(value, dtype=self._kept_as)
             if numbers.ndim != 1 or not np.isfinite(numbers).all():
                 raise StoreError(
                     f"A completion's log-probabilities are no finite numbers in {self.namespace.dtype}: the shape is "

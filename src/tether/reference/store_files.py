@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import time
@@ -15,6 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 from tether.errors import ConfigError, StoreError
 from tether.reference.store_parts import SUFFIX, PartIndex, decode_part
 
+# Most bytes of remote parts that are kept in memory; a local part is mapped, never copied.
+CACHE_BYTES = 2**28
 # Begins the name of a file that is being written; one that stays behind belongs to a writer that was killed.
 WRITING = ".writing-"
 # An upload appears whole or not at all, and a rename would be a copy.
@@ -26,13 +29,12 @@ class PartFolder:
 
     Args:
         path: a folder, or an fsspec address such as `s3://bucket/store` or `memory://store`.
-        cache_bytes: most bytes of remote parts that are kept in memory; a local part is mapped, never copied.
 
     Raises:
         ConfigError: the address needs a package that is not installed, or is a file.
     """
 
-    def __init__(self, path: str | Path, *, cache_bytes: int = 2**28) -> None:
+    def __init__(self, path: str | Path) -> None:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(str(Path(path).expanduser() if "://" not in str(path) else path))
             is_file = self.fs.isfile(self.root)
@@ -48,7 +50,7 @@ class PartFolder:
         self.path, self.local = str(path), isinstance(self.fs, LocalFileSystem)
         protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
         self._uploads_whole = not _WHOLE_UPLOADS.isdisjoint(protocols)
-        self._cache_bytes, self._cached = cache_bytes, 0
+        self._cached = 0
         self._open: dict[str, Any] = {}
 
     def sizes(self, below: str = "") -> dict[str, int]:
@@ -124,7 +126,7 @@ class PartFolder:
         """A remote part in memory, as long as there is room; the rest are read piece by piece."""
         if name not in self._open:
             size = self.fs.size(self._full(name)) or 0
-            if self._cached + size > self._cache_bytes:
+            if self._cached + size > CACHE_BYTES:
                 return None
             self._open[name] = self.fs.cat_file(self._full(name))
             self._cached += size
@@ -157,6 +159,8 @@ class PartFolder:
                 self.fs.pipe_file(unfinished, data)
                 self.fs.mv(unfinished, target)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self.fs.rm_file(unfinished)  # on a full disk it would stay in the way
             raise StoreError(
                 f"The store '{self.path}' could not be written: {error}. Free space or change its rights, or name "
                 "another folder; what it holds is intact."

@@ -90,20 +90,12 @@ class StoredReference:
         self.store = self._opened()
 
     def _opened(self) -> Store:
-        return Store(self._path, Namespace(self.live.identity.fingerprint, self._numerics, self._dtype))
-
-    @property
-    def identity(self) -> ReferenceIdentity:
-        """That of the live reference, by means of the store."""
-        return replace(self.live.identity, means="store")
-
-    @identity.setter
-    def identity(self, value: ReferenceIdentity) -> None:
-        self.live.identity = replace(value, means=self.live.identity.means)
+        self.identity = replace(self.live.identity, means="store")
+        return Store(self._path, Namespace(self.identity.fingerprint, self._numerics, self._dtype))
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """See `Reference.score`."""
-        self._follow_identity()
+        self.follow_identity()
         lengths = torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()
         values = self._stored(batch.keys, lengths)
         if self._agree(_incomplete(values)):
@@ -136,7 +128,7 @@ class StoredReference:
         self.computed += int((~self.store.holds(batch.keys)).sum())
         self.store.put(batch.keys, np.split(values, np.cumsum(lengths)[:-1]))
 
-    def _follow_identity(self) -> None:
+    def follow_identity(self) -> None:
         """Resuming may give a snapshot the tensors, and so the fingerprint, of its checkpoint."""
         if self.live.identity.fingerprint != self.store.namespace.fingerprint:
             self.store.flush()
@@ -155,7 +147,7 @@ class StoredReference:
         Raises:
             StoreError: they differ by more than rounding explains.
         """
-        self._follow_identity()
+        self.follow_identity()
         kept = [example for example in examples if self.store.holds(example.keys).any()]
         if not kept:
             return None

@@ -55,6 +55,12 @@ class PreferenceConfig(TrainingArguments):
             `ref_model` is given.
         reference_means: force how it is computed: `adapter_off`, `snapshot` or `model`; unset: chosen and printed.
         reference_check_steps: steps between two checks that the reference has not moved; 0: never.
+        reference_store: folder or fsspec address of a store of reference log-probs: what is there is read, what is
+            missing is computed and added; unset: no store.
+        reference_store_dtype: what the store keeps, `float32` or `float16`.
+        precompute_ref_log_probs: fill the store before the first step; without `reference_store` it is in the output
+            folder.
+        precompute_ref_batch_size: rows per pass of that; unset: those of a training or evaluation batch.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
 
     Raises:
@@ -77,6 +83,10 @@ class PreferenceConfig(TrainingArguments):
     reference: Meaning | None = None
     reference_means: Means | None = None
     reference_check_steps: int = 50
+    reference_store: str | None = None
+    reference_store_dtype: str = "float32"
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
     scoring_layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +112,28 @@ class PreferenceConfig(TrainingArguments):
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
         ReferenceSpec(meaning=self.reference or "start", means=self.reference_means if self.reference else None)
+        self._check_store()
         super().__post_init__()
+
+    def _check_store(self) -> None:
+        """An option of the store that would do nothing is an error."""
+        wanted = self.reference_store is not None or self.precompute_ref_log_probs
+        self._refuse("reference_store_dtype", ("float32", "float16"))
+        if wanted and self.reference == "none":
+            raise ConfigError(
+                "reference is 'none', so there is nothing to store or precompute. Leave reference_store and "
+                "precompute_ref_log_probs out."
+            )
+        if self.reference_store == "":
+            raise ConfigError("reference_store is empty; name a folder or an fsspec address, or leave it out.")
+        if self.reference_store_dtype != "float32" and not wanted:
+            raise ConfigError("reference_store_dtype came without a store; set reference_store, or leave it out.")
+        size = self.precompute_ref_batch_size
+        if size is not None and (size < 1 or not self.precompute_ref_log_probs):
+            raise ConfigError(
+                f"precompute_ref_batch_size is {size}; it must be a whole number from 1, and needs "
+                "precompute_ref_log_probs=True."
+            )
 
     def _refuse(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ from tether.reference import (
     Scorer,
     TrainingProof,
     compare_with_start,
+    live_reference,
     require_start_equality,
     resolve,
 )
@@ -47,6 +49,7 @@ from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
 from tether.training.reduce import reduce_loss
 from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
+from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -111,10 +114,11 @@ class TetherTrainer(Trainer):
         self.layout, self._scorer = self._proved(policy, "")
         self._require_determinism()
         spec = self._reference_spec(meaning, ref_model, source)
-        self.resolved: Resolved = resolve(
-            spec, policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
-        )
+        resolved = resolve(spec, policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1])
+        del spec, ref_model  # a full store lets the other model go
+        self.resolved: Resolved = with_store(resolved, args, self.accelerator)
         logger.info(self.resolved.line)
+        install_store(self)
         logger.info(self.convention())
         self._display = install_progress(self)
         self._write_data_report()
@@ -135,13 +139,14 @@ class TetherTrainer(Trainer):
         if isinstance(ref_model, (str, Path)):
             # A revision belongs to the policy's repository.
             options = {name: value for name, value in loading(self.args).items() if name != "revision"}
-            source, ref_model = str(ref_model), load_policy(str(ref_model), **options)
+            source, reload = str(ref_model), functools.partial(load_policy, str(ref_model), **options)
+            ref_model = reload()
         else:
-            source = policy_source if ref_model is None else source_of(ref_model)
+            reload, source = None, policy_source if ref_model is None else source_of(ref_model)
         if ref_model is not None:
             ref_model = ref_model.to(self.args.device)
         revision = getattr(transformers_model(ref_model or self.policy).config, "_commit_hash", None)
-        return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision)  # type: ignore[arg-type]
+        return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision, reload)  # type: ignore
 
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
         """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
@@ -155,6 +160,10 @@ class TetherTrainer(Trainer):
                 return score(model, batch, layout=choice.layout, **options)
 
         return choice.layout, scorer
+
+    def precompute_reference(self) -> Filled:
+        """Compute what the store lacks of the training set and every evaluation set, see `stored.precompute`."""
+        return precompute(self)
 
     def _require_determinism(self) -> None:
         """With dropout disabled, training mode must compute what evaluation mode does."""
@@ -180,14 +189,14 @@ class TetherTrainer(Trainer):
             return None
         model = self.policy
         if state.global_step == 0 and reference.identity.meaning == "start":
-            self.guard = compare_with_start(model, reference, self._scorer, self._probe, SAME)
+            self.guard = compare_with_start(model, live_reference(reference), self._scorer, self._probe, SAME)
             logger.info(
                 f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
                 f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {SAME:.0e})"
             )
-            require_start_equality(self.guard, reference)
+            require_start_equality(self.guard, live_reference(reference))
         self._record(self.run_folder)
-        return FrozenProbe(reference, self._probe, SAME)
+        return FrozenProbe(live_reference(reference), self._probe, SAME)
 
     def _record(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -221,11 +230,13 @@ class TetherTrainer(Trainer):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
         if folder is not None:
-            self.guard = restore(folder, self.resolved.reference, self.policy)
+            self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
+        prepare_store(self, resumed=folder is not None)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         finally:
             self._display.close()
+            flush_store(self.resolved.reference)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Examples of the whole optimizer step, over its micro-batches and all processes."""
@@ -335,7 +346,7 @@ class TetherTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             self._record(folder)
-            write_tensors(folder, self.resolved.reference, self.policy)
+            write_tensors(folder, live_reference(self.resolved.reference), self.policy)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
