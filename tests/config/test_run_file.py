@@ -34,7 +34,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
         "model": {"name": "tiny", "dtype": "auto", "revision": None, "attention": None, "trust_remote_code": False},
         "lora": None,
         "data": {"train": "pairs.jsonl", "eval": None},
-        "reference": {"meaning": "start", "model": None, "means": None},
+        "reference": {"meaning": "start", "model": None, "means": None, "store": None, "store_dtype": "float32"},
         "objective": {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
         "train": {"epochs": 3.0, "learning_rate": 1e-6, "batch_size": 8, "max_length": 1024, "max_steps": -1},
         "output": "runs/run",

@@ -110,7 +110,9 @@ def _options(run: RunConfig) -> dict[str, Any]:
         "beta": run.objective.beta,
         "label_smoothing": run.objective.label_smoothing,
         # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
-        "reference": run.reference.meaning if "reference" in run.model_fields_set else None,
+        "reference": run.reference.meaning if run.reference.model_fields_set - {"store", "store_dtype"} else None,
+        "reference_store": run.reference.store,
+        "reference_store_dtype": run.reference.store_dtype,
         "reference_means": run.reference.means,
         "trust_remote_code": run.model.trust_remote_code,
         "model_init_kwargs": {name: value for name, value in loading.items() if value is not None},

@@ -23,6 +23,8 @@ ELSEWHERE = {
     "label_smoothing": "`objective.label_smoothing`",
     "reference": "`reference`",
     "reference_means": "`reference.means`",
+    "reference_store": "`reference.store`",
+    "reference_store_dtype": "`reference.store_dtype`",
     "model_init_kwargs": "`model`",
     "trust_remote_code": "`model.trust_remote_code`",
     "resume_from_checkpoint": "the option --resume",

@@ -117,8 +117,8 @@ class Data(Section):
 class Reference(Section):
     """`reference:` what the policy is held to. `start`, `base` and `none` are short for `{meaning: …}`.
 
-    `{model: name}` is short for `{meaning: model, model: name}`; `means` forces how the reference is computed, as in
-    `{meaning: start, means: snapshot}`.
+    `{model: name}` is short for `{meaning: model, model: name}`; `{store: PATH}` alone keeps the ordinary meaning;
+    `means` forces how the reference is computed, as in `{meaning: start, means: snapshot}`.
     """
 
     meaning: Annotated[Meaning, Allowed("start, base, none, or {model: name}")] = Field(
@@ -130,6 +130,12 @@ class Reference(Section):
     )
     means: Annotated[Means | None, Allowed("adapter_off, snapshot, model, or null (chosen and printed)")] = Field(
         default=None, description="Forces how the reference is computed; null: chosen and printed."
+    )
+    store: Annotated[Text | None, Allowed("text: a folder or an fsspec address such as s3://bucket/store; or null")] = (
+        Field(default=None, description="Where its log-probabilities are kept, so that each is computed once.")
+    )
+    store_dtype: Annotated[Literal["float32", "float16"], Allowed("float32 or float16")] = Field(
+        default="float32", description="What the store keeps them in."
     )
 
     @model_validator(mode="before")
