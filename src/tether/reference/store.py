@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,19 +97,22 @@ class Store:
         """
         if unless_recent and time.monotonic() - self._refreshed < _REFRESH_SECONDS:
             return
-        fresh = []
         sizes = self.folder.sizes(self._below)
-        for name, size in sizes.items():
-            if self._known.get(name) != size and (index := self._read_index(name)) is not None:
-                fresh.append((self._number(name), index))
-            self._known[name] = size
-        self._index.add(fresh)
+        fresh = [name for name, size in sizes.items() if self._known.get(name) != size]
+        self._index.add(self._read_indexes(fresh))
+        self._known.update(sizes)
         for name in self._known.keys() - sizes.keys():
             # Merged by `compact` into another part, which was in place before this one went.
             del self._known[name]
             if name in self._names:
                 self._drop(self._names.index(name), "")
         self._refreshed = time.monotonic()
+
+    def _read_indexes(self, names: list[str]) -> Iterator[tuple[int, PartIndex]]:
+        for name in names:
+            index = self._read_index(name)
+            if index is not None:
+                yield self._number(name), index
 
     def _read_index(self, name: str) -> PartIndex | None:
         try:

@@ -86,7 +86,7 @@ class PartFolder:
     def index(self, name: str) -> PartIndex:
         """Everything but the values of a part; raises FileNotFoundError, or StoreError where it cannot be read."""
         if self.local:
-            return decode_part(self._map(name))
+            return decode_part(self._full(name))
         with self.fs.open(self._full(name), "rb") as file:
             return decode_part(file)
 
@@ -118,7 +118,7 @@ class PartFolder:
         if name not in self._open:
             with open(self._full(name), "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
-                    raise StoreError("it is empty")
+                    raise OSError(f"{name} is empty")  # which cannot be mapped
                 self._open[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._open[name]
 

@@ -62,10 +62,15 @@ class KeyIndex:
             here = np.full(len(high), number, np.int32)
             columns = {"high": high, "low": low, "part": here, "offset": part.offsets}
             pieces.append({**columns, "length": part.lengths, "crc": part.crcs})
-        if len(pieces) > 1:
-            joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in _COLUMNS}
-            order = np.lexsort((joined["low"], joined["high"]))
-            self._set({name: column[order] for name, column in joined.items()})
+        if len(pieces) == 1:
+            return
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([piece[name] for piece in pieces])
+
+        # Column by column: a store of a million completions is opened in little more memory than its index takes.
+        order = np.lexsort((joined("low"), joined("high")))
+        self._set({name: joined(name)[order] for name in _COLUMNS})
 
     def remove(self, part: int) -> None:
         """Forget every key of a part."""

@@ -137,7 +137,7 @@ def decode_part(source: Any) -> PartIndex:
     """Read everything but the values of a part.
 
     Args:
-        source: its bytes, or an open file.
+        source: its bytes, its path, or an open file.
 
     Raises:
         StoreError: it is torn, damaged, or no part of a store.
@@ -151,6 +151,8 @@ def decode_part(source: Any) -> PartIndex:
         lengths, crcs = columns["length"].to_numpy(), columns["crc"].to_numpy()
         keys = _key_bytes(columns["key"])
         same = header["format"] == _FORMAT and header["checksum"] == _checksum(namespace, keys, lengths, crcs)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise StoreError(f"it is no readable part ({first})") from error
