@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -18,7 +19,8 @@ from tether.reference import Namespace, StoredReference, live_reference
 from tether.reference.separate import ModelReference
 from tether.reference.store_tools import describe_store
 from tether.scoring import pack
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tether.types import ReferenceIdentity
+from tiny import pair_rows, ragged_examples, tiny_model, tiny_tokenizer
 
 ROWS = pair_rows(14)
 EVALUATION = {"near": Dataset.from_list(pair_rows(20)[14:17]), "far": Dataset.from_list(pair_rows(25)[20:])}
@@ -248,6 +250,7 @@ def test_precompute_as_trl_names_it_fills_before_the_first_step(tmp_path):
         ({"precompute_ref_log_probs": True, "precompute_ref_batch_size": 0}, "is 0"),
         ({"reference_store_dtype": "float16"}, "without a store"),
         ({"reference_store": "x", "reference_store_dtype": "int8"}, "allowed are float32, float16"),
+        ({"reference_store": "x", "sync_ref_model": True}, "a moving reference is another one after each move"),
         ({"reference_store": ""}, "is empty"),
     ],
 )
@@ -367,12 +370,10 @@ def test_a_store_serves_without_a_trainer(tmp_path):
     """The plain functions: a reference of one's own, and the store on its own."""
 
     class Counting:
-        identity = live_identity = None
+        tolerance = 1e-5
         calls = 0
 
         def __init__(self):
-            from tether.types import ReferenceIdentity
-
             self.identity = ReferenceIdentity("model", "model", "mine", None, "float32", "s2:77")
 
         def score(self, batch):
@@ -381,8 +382,6 @@ def test_a_store_serves_without_a_trainer(tmp_path):
 
         def state(self):
             return {}
-
-    from tiny import ragged_examples
 
     live, examples = Counting(), ragged_examples()
     reference = StoredReference(live, tmp_path, "float32")
@@ -394,6 +393,19 @@ def test_a_store_serves_without_a_trainer(tmp_path):
     assert live.calls == 1
     reference.settle(release=True)
     assert Store(tmp_path, Namespace("s2:77", "float32")).holds(batch.keys).all()
+
+
+def test_a_reference_whose_weights_nothing_identifies_is_not_stored(tmp_path):
+    """A server says its name and not its weights: the same name may be another model tomorrow."""
+
+    class Served:
+        tolerance = 1e-3
+        identity = ReferenceIdentity("model", "remote", "a server", None, "served", "served:00ff")
+
+    for fingerprint in ("served:00ff", ""):
+        Served.identity = dataclasses.replace(Served.identity, fingerprint=fingerprint)
+        with pytest.raises(ConfigError, match="nothing identifies its weights"):
+            StoredReference(Served(), tmp_path, "float32")
 
 
 def test_an_adapter_that_has_learnt_is_part_of_the_fingerprint(tmp_path):

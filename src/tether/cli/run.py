@@ -98,8 +98,8 @@ def _batch_line(arguments: DPOConfig) -> str:
         arguments.gradient_accumulation_steps,
         arguments.world_size,
     )
-    split = f"{steps} micro-batch{'es' if steps > 1 else ''} of {micro}"
-    return f"batch: {micro * steps * devices} pairs per step, {split}" + (f" on {devices} devices" * (devices > 1))
+    split = f", {steps} times {micro}" * (steps > 1) + f" on each of {devices} devices" * (devices > 1)
+    return f"batch: {micro * steps * devices} pairs per step{split}"
 
 
 def _refuse_used_folder(output: Path) -> None:

@@ -13,18 +13,23 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tether.config.sections import Train
+from tether.config.sections import OBJECTIVE_FIELDS, Objective, Train
 
 # Fields that the run file says elsewhere. One place for each thing, so that no two can disagree.
 ELSEWHERE = {
     "output_dir": "`output`",
-    "loss_type": "`objective.loss`",
-    "beta": "`objective.beta`",
-    "label_smoothing": "`objective.label_smoothing`",
+    **{OBJECTIVE_FIELDS.get(name, name): f"`objective.{name}`" for name in Objective.model_fields},
     "reference": "`reference`",
     "reference_means": "`reference.means`",
     "reference_store": "`reference.store`",
     "reference_store_dtype": "`reference.store_dtype`",
+    "reference_adapter": "`reference.adapter`",
+    "reference_snapshot": "`reference.snapshot`",
+    "reference_remote": "`reference.remote`",
+    "ref_model_init_kwargs": "`reference`",
+    "sync_ref_model": "`reference.sync`",
+    "ref_model_sync_steps": "`reference.sync.steps`",
+    "ref_model_mixup_alpha": "`reference.sync.alpha`",
     "model_init_kwargs": "`model`",
     "trust_remote_code": "`model.trust_remote_code`",
     "resume_from_checkpoint": "the option --resume",

@@ -1,8 +1,10 @@
 """The reference policy: what it means, how it is computed, and the guards that keep it right."""
 
 from tether.reference.guard import FrozenProbe, GuardResult, TrainingProof, compare_with_start, require_start_equality
-from tether.reference.protocol import Reference, Scorer
-from tether.reference.resolve import SAME, ReferenceSpec, Resolved, resolve
+from tether.reference.protocol import SAME, Reference, Scorer
+from tether.reference.resolve import Resolved, resolve
+from tether.reference.separate import refuse_other_tokenizer
+from tether.reference.spec import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.store import Store
 from tether.reference.store_parts import Namespace
 from tether.reference.store_reference import StoreCheck, StoredReference, live_reference, numerics_class
@@ -14,15 +16,18 @@ __all__ = [
     "Namespace",
     "Reference",
     "ReferenceSpec",
+    "RemoteOptions",
     "Resolved",
     "Scorer",
     "Store",
     "StoreCheck",
     "StoredReference",
+    "Sync",
     "TrainingProof",
     "compare_with_start",
     "live_reference",
     "numerics_class",
+    "refuse_other_tokenizer",
     "require_start_equality",
     "resolve",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ReferenceError
 from tether.models.fingerprint import model_fingerprint
 from tether.models.structure import transformers_model
-from tether.reference.protocol import Scorer, frozen_pass
+from tether.reference.protocol import SAME, Scorer, frozen_pass
 from tether.types import ReferenceIdentity, ScoringBatch
 
 
@@ -20,8 +21,10 @@ class ModelReference:
         model: the weights.
         scorer: the scoring function in the model's layout.
         identity: what this reference is.
-        reload: loads the same weights again; without it, released ones wait in the host's memory.
+        reload: loads the same weights again, and places them; without it, released ones wait in the host's memory.
     """
+
+    tolerance = SAME
 
     def __init__(
         self,
@@ -47,11 +50,14 @@ class ModelReference:
 
     def release(self) -> None:
         """Let the weights go; the next `score` brings them back."""
-        self._model = None if self._reload is not None or self._model is None else self._model.to("cpu")
+        if self._reload is not None:
+            self._model = None
+        elif self._model is not None and may_move(self._model):
+            self._model.to("cpu")
 
     def _recalled(self) -> nn.Module:
         if self._model is None and self._reload is not None:
-            model = self._reload().to(self._device).requires_grad_(False)
+            model = self._reload().requires_grad_(False)
             found = model_fingerprint(model, without_adapters=False)
             if found != self.identity.fingerprint:
                 raise ReferenceError(
@@ -68,6 +74,12 @@ class ModelReference:
     def state(self) -> dict[str, Tensor]:
         """Nothing: the model is rebuilt from its source, and its fingerprint is checked."""
         return {}
+
+
+def may_move(model: nn.Module) -> bool:
+    """Whether a model's weights may go to another device: quantised ones, and those spread over several, stay."""
+    inner = transformers_model(model)
+    return getattr(inner, "hf_device_map", None) is None and not getattr(inner, "is_quantized", False)
 
 
 def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
@@ -96,4 +108,25 @@ def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
         raise ReferenceError(
             f"ref_model has a vocabulary of {sizes[1]} tokens and the policy one of {sizes[0]}; log-probabilities of "
             "different vocabularies cannot be compared. Use a reference with the policy's tokenizer."
+        )
+
+
+def refuse_other_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase) -> None:
+    """Refuse a reference whose tokenizer reads the policy's token ids as other text.
+
+    Ids that only one of the two knows do not matter here: a vocabulary of another size is refused by
+    `refuse_wrong_model`.
+
+    Raises:
+        ReferenceError: an id that both know stands for different tokens.
+    """
+    ours = {number: token for token, number in policy.get_vocab().items()}
+    theirs = {number: token for token, number in reference.get_vocab().items()}
+    odd = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
+    if odd:
+        shown = ", ".join(f"{number} is {ours[number]!r} here and {theirs[number]!r} there" for number in odd[:3])
+        raise ReferenceError(
+            f"The reference has another tokenizer than the policy: {len(odd)} token ids stand for other tokens "
+            f"({shown}). Log-probabilities of different texts cannot be compared. Use a reference that was trained "
+            "with the policy's tokenizer."
         )

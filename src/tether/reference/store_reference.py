@@ -79,12 +79,14 @@ class StoredReference:
         dtype: str = "float32",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
-        if not live.identity.fingerprint:
+        if not live.identity.fingerprint or live.identity.fingerprint.startswith("served:"):
             raise ConfigError(
-                f"A store for the reference {live.identity.meaning!r} came, but nothing identifies its "
-                "log-probabilities. Leave the store out."
+                f"A store for the reference {live.identity.source!r} ({live.identity.meaning}) came, but nothing "
+                "identifies its weights, so that what is stored could be another model's. Leave the store out, or name "
+                "the model so that it is hashed here: `start` or `base` by a server, or a model in a folder."
             )
         self.live, self._path, self._numerics, self._dtype, self._agree = live, path, numerics, dtype, agree
+        self.tolerance = live.tolerance
         self.forwards = 0  # passes of the live reference
         self.computed = 0  # completions that were missing
         self.store = self._opened()
@@ -162,7 +164,7 @@ class StoredReference:
         if not pairs:
             return None
         apart = np.abs(np.concatenate([stored - value for stored, value in pairs]))
-        limit = allowed_difference(self._numerics, self._dtype)
+        limit = max(allowed_difference(self._numerics, self._dtype), self.tolerance)
         check = StoreCheck(len(pairs), len(apart), float(apart.max()), float(apart.mean()), limit)
         if not check.passed:
             raise StoreError(
@@ -203,9 +205,11 @@ def numerics_class(identity: ReferenceIdentity, device: str) -> str:
         device: type of the device, such as `cuda`.
 
     Returns:
-        Such as `float32`, `bfloat16`, `float32 under bfloat16` or `float32 by tf32`. Layout and kernel are no part of
-        it: they agree within rounding, which each run proves.
+        Such as `float32`, `bfloat16`, `float32 under bfloat16`, `float32 by tf32` or `float32 by a server`. Layout and
+        kernel are no part of it: they agree within rounding, which each run proves.
     """
+    if identity.means == "remote":
+        return f"{identity.dtype} by a server"
     if torch.is_autocast_enabled(device):
         return f"{identity.dtype} under {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
     shortened = device == "cuda" and identity.dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
@@ -214,7 +218,8 @@ def numerics_class(identity: ReferenceIdentity, device: str) -> str:
 
 def allowed_difference(numerics: str, dtype: str) -> float:
     """Nats by which a token's stored and live log-probability may differ, in a class of numerics."""
-    computed: Any = getattr(torch, numerics.split(" under ")[-1], None)
+    computed: Any = getattr(torch, numerics.split(" under ")[-1].split(" by ")[0], None)
     # TensorFloat-32 has the precision of float16.
-    limit = TOLERANCE.get(computed, TOLERANCE[torch.float16 if numerics.endswith("tf32") else torch.bfloat16])
+    computed = torch.float16 if numerics.endswith("tf32") else computed
+    limit = TOLERANCE.get(computed, TOLERANCE[torch.bfloat16])
     return limit + (_HALF_ROUNDING if dtype == "float16" else 0.0)

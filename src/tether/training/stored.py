@@ -40,7 +40,7 @@ def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelera
     Raises:
         ConfigError: the store cannot be reached, or the reference has nothing to keep.
     """
-    if args.reference_store is None and not args.precompute_ref_log_probs:
+    if not args.wants_store():
         return resolved
     path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
     live = resolved.reference
@@ -58,9 +58,9 @@ def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelera
     return Resolved(stored, f"{resolved.line}; kept in the store {path}, which has {held}")
 
 
-def install_store(trainer: TetherTrainer) -> None:
+def install_store(trainer: TetherTrainer, stored: Reference) -> None:
     """Verify a trainer's store, if it has one, and look after it during the run."""
-    stored, rows = trainer.resolved.reference, cast(Dataset, trainer.train_dataset)
+    rows = cast(Dataset, trainer.train_dataset)
     if isinstance(stored, StoredReference):
         verify_store(stored, rows, trainer.args.device)
         trainer.add_callback(StoreCallback(stored, rows, trainer.accelerator))

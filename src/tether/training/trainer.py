@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +12,11 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer_utils import EvalLoopOutput
 
 from tether.errors import ConfigError
 from tether.models import load_policy, load_tokenizer
@@ -41,27 +37,40 @@ from tether.reference import (
 from tether.reference.record import restore, write_record, write_tensors
 from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
+from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
-from tether.training.collate import collate
+from tether.training.collate import batch_of, collate
 from tether.training.datasets import Rows, RunData, probe_examples
+from tether.training.evaluation import EvaluationLoop
+from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
+from tether.training.precision import choose_precision, require_same_precision, write_precision
 from tether.training.progress import install_progress
-from tether.training.reduce import reduce_loss
-from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
+from tether.training.reduce import add_to_each, reduce_loss
+from tether.training.reference_setup import declared_meaning, reference_spec
+from tether.training.setup import (
+    check_arguments,
+    loading,
+    make_audible,
+    router_coefficient,
+    source_of,
+    with_adapter,
+)
 from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
-_OUTPUTS = ("entropy", "top1", "mean_logits")
 
 
-class TetherTrainer(Trainer):
+class TetherTrainer(EvaluationLoop):
     """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
     arguments."""
 
     args: PreferenceConfig
+    # What scoring the policy gives besides log-probs.
+    outputs: tuple[str, ...] = ("entropy", "top1", "mean_logits")
 
     def __init__(
         self,
@@ -92,6 +101,7 @@ class TetherTrainer(Trainer):
         policy = with_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
+        choose_precision(args, policy)
         proof = TrainingProof(policy)
         super().__init__(
             model=policy,
@@ -109,16 +119,14 @@ class TetherTrainer(Trainer):
         self._new_tokens = 0
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
+        self.check_rows(self._probe)
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
+        self._router_coefficient = router_coefficient(args, policy)
         self.layout, self._scorer = self._proved(policy, "")
+        self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout == "padded")
         self._require_determinism()
-        spec = self._reference_spec(meaning, ref_model, source)
-        resolved = resolve(spec, policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1])
-        del spec, ref_model  # a full store lets the other model go
-        self.resolved: Resolved = with_store(resolved, args, self.accelerator)
-        logger.info(self.resolved.line)
-        install_store(self)
+        self.resolved = self._resolved(reference_spec(args, meaning, ref_model, self.policy, source, tokenizer))
         logger.info(self.convention())
         self._display = install_progress(self)
         self._write_data_report()
@@ -129,37 +137,48 @@ class TetherTrainer(Trainer):
         """Combine the policy's scores with the reference's; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
 
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """Refuse rows that the objective cannot use as they are, by the first few of the training set."""
+        return
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
+        return 0
+
+    def couples_examples(self) -> bool:
+        """Whether the loss of an example depends on the others it is scored with, so that a batch must stay whole."""
+        return False
+
     def convention(self) -> str:
         """What the objective is and what its options mean, in one line; each kind of trainer says it."""
         raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
-    def _reference_spec(self, meaning: str, ref_model: Any, policy_source: str) -> ReferenceSpec:
-        if isinstance(ref_model, (str, Path)):
-            # A revision belongs to the policy's repository.
-            options = {name: value for name, value in loading(self.args).items() if name != "revision"}
-            source, reload = str(ref_model), functools.partial(load_policy, str(ref_model), **options)
-            ref_model = reload()
-        else:
-            reload, source = None, policy_source if ref_model is None else source_of(ref_model)
-        if ref_model is not None:
-            ref_model = ref_model.to(self.args.device)
-        revision = getattr(transformers_model(ref_model or self.policy).config, "_commit_hash", None)
-        return ReferenceSpec(meaning, self.args.reference_means, ref_model, source, revision, reload)  # type: ignore
-
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
         """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         with self.accelerator.autocast():
-            choice = choose_layout(model, examples, requested=self.args.scoring_layout)
+            choice = choose_layout(
+                model, examples, requested=self.args.scoring_layout, backend=self.args.attention_backend
+            )
         logger.info(f"{whose}{choice.line}")
 
         def scorer(model: nn.Module, batch: ScoringBatch, **options: Any) -> Scores:
             with self.accelerator.autocast():
-                return score(model, batch, layout=choice.layout, **options)
+                return score(model, batch, **choice.options, **options)
 
         return choice.layout, scorer
+
+    def _resolved(self, spec: ReferenceSpec) -> Resolved:
+        """The declared reference, and a line that says what it is."""
+        resolved = resolve(
+            spec, self.policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
+        )
+        resolved = with_store(resolved, self.args, self.accelerator)
+        logger.info(resolved.line)
+        install_store(self, resolved.reference)
+        return resolved
 
     def precompute_reference(self) -> Filled:
         """Compute what the store lacks of the training set and every evaluation set, see `stored.precompute`."""
@@ -183,20 +202,20 @@ class TetherTrainer(Trainer):
 
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
-        reference = self.resolved.reference
+        reference = live_reference(self.resolved.reference)
         if reference.identity.meaning == "none":
             self._record(self.run_folder)
             return None
         model = self.policy
         if state.global_step == 0 and reference.identity.meaning == "start":
-            self.guard = compare_with_start(model, live_reference(reference), self._scorer, self._probe, SAME)
+            self.guard = compare_with_start(model, reference, self._scorer, self._probe, reference.tolerance)
             logger.info(
                 f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
-                f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {SAME:.0e})"
+                f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {reference.tolerance:.0e})"
             )
-            require_start_equality(self.guard, live_reference(reference))
+            require_start_equality(self.guard, reference)
         self._record(self.run_folder)
-        return FrozenProbe(live_reference(reference), self._probe, SAME)
+        return FrozenProbe(reference, self._probe, reference.tolerance)
 
     def _record(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -230,6 +249,7 @@ class TetherTrainer(Trainer):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
         if folder is not None:
+            require_same_precision(folder, self.args)
             self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
         prepare_store(self, resumed=folder is not None)
         try:
@@ -239,92 +259,51 @@ class TetherTrainer(Trainer):
             flush_store(self.resolved.reference)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Examples of the whole optimizer step, over its micro-batches and all processes."""
+        """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        count = torch.tensor(sum(_batch_of(inputs).num_examples for inputs in batch_samples), device=device)
-        return self.accelerator.reduce(count, reduction="sum")  # type: ignore[return-value]
+        batches = [batch_of(inputs) for inputs in batch_samples]
+        counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
+        return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
-    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        *first, last = self._budget.split(batch_of(inputs), self.accelerator)
+        loss = torch.zeros((), device=self.args.device)
+        for part in first:
+            with accumulate_only(self.accelerator, model):
+                loss += super().training_step(model, vars(part), num_items_in_batch)
+        return loss + super().training_step(model, vars(last), num_items_in_batch)
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.resolved.reference.score(batch)
-        policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
+        outputs = (*self.outputs, "aux_loss") if self._router_coefficient else self.outputs
+        policy = self._scorer(model, batch, outputs=outputs)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
-        self._sums[mode].add(output.metrics)
+        if policy.aux_loss is not None:
+            output = add_to_each(output, "aux_loss", policy.aux_loss, self._router_coefficient)
+        if mode is not None:
+            self._sums[mode].add(output.metrics)
         return output
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's mean loss."""
-        batch = _batch_of(inputs).to(self.args.device)
-        output = self._judge_batch(model, batch, "train")
-        self._new_tokens += _sequence_tokens(batch)
-        total = num_items_in_batch if num_items_in_batch is not None else batch.num_examples
-        loss = reduce_loss(output.per_example, total, self.accelerator.num_processes)
+        batch, repeated = batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
+        output = self._judge_batch(model, batch, None if repeated else "train")
+        self._new_tokens += 0 if repeated else sum(batch.sequence_lengths)
+        totals = num_items_in_batch
+        if totals is None:
+            totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
+        loss = reduce_loss(output.per_example, totals[0], self.accelerator.num_processes)
+        if output.per_token is not None:
+            loss = loss + reduce_loss(output.per_token, totals[1].clamp(min=1), self.accelerator.num_processes)
+        loss = loss * 0.0 if repeated else loss
         return (loss, output) if return_outputs else loss
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss and metrics over real pairs, in memory that does not grow with the data."""
-        model = self._wrap_model(cast(nn.Module, self.model), training=False)
-        model.eval()
-        self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
-        rows = 0
-        for inputs in dataloader:
-            batch = _batch_of(inputs).to(self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = self._judge_batch(model, batch, "eval").per_example
-            count = torch.tensor(float(len(losses)), device=losses.device)
-            self._sums["eval"].add({"loss": (losses.sum(), count)})
-            rows += len(losses)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        means = self._sums["eval"].means(self.accelerator)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Rows are shared among processes without repeating some to even them out: each counts once."""
-        settings = self.accelerator.dataloader_config
-        before, settings.even_batches = settings.even_batches, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            settings.even_batches = before
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
-        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
-        known = (
-            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
-        )
-        if eval_dataset is not None and not known:
-            eval_dataset = self._prepare_unseen(eval_dataset)
-        try:
-            return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
-        except BaseException:
-            self._display.close()
-            raise
-
-    def _prepare_unseen(self, rows: Any, name: str = "eval") -> Any:
-        if isinstance(rows, Mapping):
-            return {key: self._prepare_unseen(part, f"{name}_{key}") for key, part in rows.items()}
-        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
-            return rows
-        return self.data.prepare(name, rows).dataset
-
-    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
-        """Not offered: there are no predictions to keep.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("predict() came; a preference trainer predicts nothing. Use evaluate(rows), or tether.score.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
@@ -344,26 +323,12 @@ class TetherTrainer(Trainer):
         self._count_tokens()
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._record(folder)
+        write_tensors(folder, live_reference(self.resolved.reference), self.policy, write=self.is_world_process_zero())
         if self.is_world_process_zero():
-            self._record(folder)
-            write_tensors(folder, live_reference(self.resolved.reference), self.policy)
+            write_precision(folder, self.args)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
-        batch = _batch_of(inputs)
+        batch = batch_of(inputs)
         return 6 * batch.input_ids.numel() * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
-
-
-def _batch_of(inputs: Any) -> ScoringBatch:
-    batch = inputs.get("batch") if isinstance(inputs, Mapping) else None
-    if not isinstance(batch, ScoringBatch):
-        raise ConfigError(
-            f"The data collator returned {type(inputs).__name__}; it must return a dictionary with a "
-            "ScoringBatch under 'batch', as tether.training.collate does. Leave data_collator out to pack the rows."
-        )
-    return batch
-
-
-def _sequence_tokens(batch: ScoringBatch) -> int:
-    """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
-    return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
