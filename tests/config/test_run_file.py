@@ -33,7 +33,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
     assert load(SMALLEST).to_dict() == {
         "model": {"name": "tiny", "dtype": "auto", "revision": None, "attention": None, "trust_remote_code": False},
         "lora": None,
-        "data": {"train": "pairs.jsonl", "eval": None},
+        "data": {"train": "pairs.jsonl", "eval": None, "check": None},
         "reference": {
             "meaning": "start",
             "model": None,
