@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tether.cli import data
 from tether.cli.demo import demo
 from tether.cli.errors import explain, print_error
 from tether.cli.precompute import precompute
@@ -34,6 +35,7 @@ app.command(
     help="Fill the store of a run file with the reference's log-probabilities, ahead of training.",
 )(precompute)
 app.add_typer(store_app, name="store")
+app.add_typer(data.app, name="data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,8 +41,8 @@ def build(run: RunConfig) -> tuple[DPOConfig, LoraConfig | None, dict[str, Any]]
     keywords = {
         "model": run.model.name,
         "ref_model": run.reference.model,
-        "train_dataset": run.data.train,
-        "eval_dataset": run.data.eval,
+        "train_dataset": run.data.train_rows,
+        "eval_dataset": run.data.eval_rows,
     }
     return _configuration(options), _adapter(run), keywords
 

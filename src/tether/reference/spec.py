@@ -106,7 +106,6 @@ class ReferenceSpec:
         keep: where a snapshot is kept; None lets free memory decide.
         remote: the server, for the means `remote`.
         sync: how the reference moves; None for not at all.
-        why_none: for `none` that Tether chose, why.
         reload: loads the other model again after a full store let it go; None for one that was given in memory.
     """
 
@@ -119,7 +118,6 @@ class ReferenceSpec:
     keep: Keep | None = None
     remote: RemoteOptions | None = None
     sync: Sync | None = None
-    why_none: str = ""
     reload: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,9 +12,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tether.scoring.blocked import blocked_attention
 from tether.types import Forest
+
+# Numbers in a mask, or in scores where they must be held: beyond it, queries go in blocks, and memory stays linear.
+LARGEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -73,56 +77,75 @@ class _Kernel:
     """Attention of queries that are the last of their keys (bottom-right causal), with a model's options."""
 
     def __init__(self, forest: Forest, options: Options):
-        self.forest, self.dropout, self.scaling = forest, options.dropout, options.scaling
-        self.window, self.softcap, self.sinks = options.window, options.softcap, options.sinks
+        self.forest, self.options = forest, options
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
-        if self.window is None or total <= self.window:
+        window = self.options.window or 0
+        window = window if window < total else 0
+        if length == total and not window and not self._plain_only:
+            return self._fused(query, key, value, None)
+        size = self._block(query, total, window)
+        if size >= length and not window:
             return self._attend(query, key, value, 0)
         blocks = []
-        for start in range(total - length, total, self.window):
-            end, low = min(start + self.window, total), max(0, start - self.window + 1)
+        for start in range(total - length, total, size):
+            end, low = min(start + size, total), max(0, start - window + 1) if window else 0
             rows = slice(start - (total - length), end - (total - length))
-            blocks.append(self._attend(query[:, :, rows], key[:, :, low:end], value[:, :, low:end], self.window))
+            part = query[:, :, rows], key[:, :, low:end], value[:, :, low:end]
+            # Kept for the backward, the weights of all blocks would be the whole matrix again.
+            if self._plain_only and torch.is_grad_enabled():
+                blocks.append(checkpoint(self._attend, *part, window, use_reentrant=False))
+            else:
+                blocks.append(self._attend(*part, window))
         return torch.cat(blocks, dim=2)
+
+    @property
+    def _plain_only(self) -> bool:
+        return self.options.softcap is not None or self.options.sinks is not None
+
+    def _block(self, query: Tensor, total: int, window: int) -> int:
+        """Queries at a time, so that a mask, and scores where they are held, stay below `LARGEST` numbers."""
+        heads = query.shape[1] if self._plain_only else 1
+        width = min(total, 2 * window) if window else total
+        size = max(1, LARGEST // (width * heads))
+        return min(size, window) if window else size
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         mask = self._mask(query.shape[2], key.shape[2], window, query.device)
-        if self.softcap is not None or self.sinks is not None:
-            return self._plain(query, key, value, mask)
+        return (self._plain if self._plain_only else self._fused)(query, key, value, mask)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             is_causal=mask is None,
-            dropout_p=self.dropout,
-            scale=self.scaling,
+            dropout_p=self.options.dropout,
+            scale=self.options.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _mask(self, queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:
-        """Bool `[queries, keys]`, True where seen; None for a plain causal square. Built once per forest and shape."""
-        if queries == keys and not window and self.softcap is None and self.sinks is None:
-            return None
-        slot = (queries, keys, window, device)
-        if slot not in self.forest.cache:
+    def _mask(self, queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+        """Bool `[queries, keys]`, True where seen. One for each number of queries; fewer keys are its last columns."""
+        slot = ("sdpa", queries, window, device)
+        known = self.forest.cache.get(slot)
+        if known is None or known.shape[1] < keys:
             distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-            seen = (distance >= 0) & (distance < window) if window else distance >= 0
-            self.forest.cache[slot] = seen
-        return self.forest.cache[slot]
+            known = self.forest.cache[slot] = (distance >= 0) & (distance < window) if window else distance >= 0
+        return known[:, known.shape[1] - keys :]
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        options, groups = self.options, query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask is not None else scores
-        if self.sinks is not None:
-            sinks = self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if options.scaling is None else options.scaling)
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        if options.sinks is not None:
+            sinks = options.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
             weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
         else:
             weights = scores.softmax(-1, dtype=torch.float32)
-        return F.dropout(weights, self.dropout).to(value.dtype) @ value
+        return F.dropout(weights, options.dropout).to(value.dtype) @ value

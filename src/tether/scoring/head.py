@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256
@@ -31,6 +33,10 @@ class Head:
     @property
     def is_plain(self) -> bool:
         """Whether the module is exactly a linear layer, so that its weight may be used directly."""
+        if isinstance(self.module, FSDPModule):
+            # Gathered by the forward that has just run, and kept until the backward; its hooks are FSDP's own.
+            plain = nn.Linear in type(self.module).__bases__  # FSDP puts its class over the module's own
+            return plain and not isinstance(self.module.weight, DTensor)
         return (
             type(self.module) is nn.Linear and not self.module._forward_hooks and self.module.weight.is_floating_point()
         )

@@ -25,7 +25,7 @@ from tether.scoring.router import has_router, load_balancing_loss
 from tether.types import Scores, ScoringBatch
 
 Layout = Literal["tree", "padded"]
-Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss"]
+Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden"]
 
 
 def score(
@@ -46,7 +46,8 @@ def score(
         model: a transformers or PEFT model, wrapped or not, on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
-            `log_collision`; of the whole batch `aux_loss`, see `load_balancing_loss`.
+            `log_collision`; its `hidden` state before the head; of the whole batch `aux_loss`, see
+            `load_balancing_loss`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own.
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
@@ -74,9 +75,7 @@ def score(
     if attended is not None:
         require_all_attended(inner, attended)
     if len(captured) != 1:
-        raise ScoringError(
-            f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed."
-        )
+        raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times, not once.")
     hidden = captured[0].flatten(0, 1).index_select(0, sources)
     per_token = tuple(name for name in OUTPUTS if name in outputs)
     found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)
@@ -84,13 +83,14 @@ def score(
     return Scores(
         completion_index=batch.completion_index,
         num_completions=batch.num_completions,
+        hidden=hidden if "hidden" in outputs else None,
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
         **found._asdict(),
     )
 
 
 def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str) -> None:
-    allowed = (*OUTPUTS, "aux_loss")
+    allowed = (*OUTPUTS, "aux_loss", "hidden")
     if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
         raise ConfigError(
             f"score(): layout {layout!r}, outputs {outputs!r}; layouts are {', '.join(_LAYOUTS)}, outputs {allowed}."

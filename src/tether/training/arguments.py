@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
+from tether.data.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.scoring import Layout
 from tether.training.reference_arguments import ReferenceArguments, keywords
+from tether.types import Kind
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -42,7 +44,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
-        truncation_mode: what is kept of a longer sequence: `keep_start` or `keep_end`.
+        truncation_mode: what is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`.
         prompt_boundary: what to do when a prompt's tokens are no prefix of prompt and completion tokenised together:
             `split`, `drop` or `error`.
         dataset_num_proc: processes that prepare the data.
@@ -61,6 +63,9 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     Raises:
         ConfigError: a value that is not allowed.
     """
+
+    # What the rows mean to each other; each kind of trainer has its own.
+    kind: ClassVar[Kind] = "pair"
 
     learning_rate: float = 1e-6
     logging_steps: float = 10
@@ -85,10 +90,10 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        self._refuse("truncation_mode", ("keep_start", "keep_end"))
+        self._refuse("truncation_mode", TRUNCATION_MODES)
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
-        self._refuse("attention_backend", ("auto", "sdpa", "flex", "flash"))
+        self._refuse("attention_backend", ("auto", "blocked", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):

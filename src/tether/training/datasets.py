@@ -6,18 +6,33 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tether.data import Prepared, example_from_row, longest_row, overlap, prepare
+from tether.data import (
+    Prepared,
+    example_from_row,
+    is_origin,
+    is_split,
+    load_rows,
+    longest_row,
+    overlap,
+    prepare,
+    split_rows,
+)
+from tether.data.check import FINDINGS, check
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
 logger = logging.getLogger("tether")
+_AUDITED_ROWS = 2000
+# Findings of the sample that are worth a line, above this share; the others are in the run folder.
+_WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
+_TELLING = 0.05
 _FRONT = 32
-Rows = Dataset | list[dict[str, Any]] | str | Path | list[str]
+Rows = Dataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
 
 
 @dataclass
@@ -36,19 +51,30 @@ class RunData:
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
+        data = load_rows(rows, name=name)
         prepared = prepare(
-            rows,
+            data,
             self.tokenizer,
             max_length=self.args.max_length,
+            kind=self.args.kind,
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             name=name,
         )
-        self.reports[name] = prepared.report.to_dict()
+        self.reports[name] = {**prepared.report.to_dict(), "audit": self._audit(name, data)}
         for line in prepared.report.lines():
             logger.info(line)
         return prepared
+
+    def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
+        """What a look at a sample of the rows found; `tether data check` looks at all of them."""
+        found = check(rows, sample=_AUDITED_ROWS, name=name)
+        for finding, one in found.findings.items():
+            if one.share > _TELLING and finding in _WARNED:
+                logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
+        shares = {finding: one.share for finding, one in found.findings.items()}
+        return {"sampled_rows": found.rows, **shares, **found.length_bias}
 
     def prepare_all(self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None) -> tuple[Dataset, Any]:
         """Prepare the training set and the evaluation sets, and count training rows inside each of the latter.
@@ -56,11 +82,14 @@ class RunData:
         Returns:
             The training set, and the evaluation set, a dictionary of them, or None.
         """
+        if is_split(evaluation):
+            train, evaluation = split_rows(load_rows(train, name="train"), cast(Mapping[str, Any], evaluation))
         training = self.prepare("train", train)
         if evaluation is None:
             return training.dataset, None
-        named = isinstance(evaluation, Mapping)
-        parts = {f"eval_{name}": rows for name, rows in evaluation.items()} if named else {"eval": evaluation}
+        named = isinstance(evaluation, Mapping) and not is_origin(evaluation)
+        sets = cast(Mapping[str, Rows], evaluation if named else {"": evaluation})
+        parts = {f"eval_{name}" if named else "eval": rows for name, rows in sets.items()}
         prepared = {name: self.prepare(name, rows) for name, rows in parts.items()}
         for name, part in prepared.items():
             shared = overlap(training, part)
