@@ -260,11 +260,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """An objective's answer: one loss per example, not reduced, and what to report.
+    """An objective's answer: losses that are not reduced, and what to report.
+
+    The loss of a step is the mean of `per_example` over its examples, plus the mean of `per_token` over its tokens.
 
     Args:
-        per_example: float `[B]`.
+        per_example: float `[B]`, averaged over the examples of a step.
         metrics: name to `(sum, count)`, both detached; the mean over a step is the quotient of the summed parts.
+        per_token: float `[M]`, a part of the loss that is averaged over the M tokens of a step instead of over examples
+            (the likelihood of chosen completions, say); None when there is none.
 
     Example:
         >>> output = LossOutput(torch.tensor([0.5, 1.5]), {"rewards/margins": (torch.tensor(3.0), torch.tensor(2.0))})
@@ -274,6 +278,7 @@ class LossOutput:
 
     per_example: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]]
+    per_token: Tensor | None = None
 
 
 @dataclass(frozen=True)

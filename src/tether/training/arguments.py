@@ -10,7 +10,6 @@ import torch
 from transformers import TrainingArguments
 
 from tether.errors import ConfigError
-from tether.objectives import check_options
 from tether.reference import ReferenceSpec
 from tether.scoring import Layout
 from tether.types import Meaning, Means
@@ -122,35 +121,3 @@ def _keywords(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"model_init_kwargs is {text!r}; it must be a JSON object, or a dictionary.")
     return found
-
-
-@dataclass
-class DPOConfig(PreferenceConfig):
-    """Configuration of `DPOTrainer`; names and defaults as in TRL 1.16.
-
-    Args:
-        loss_type: a name in `tether.objectives.OBJECTIVES`.
-        beta: how strongly the policy is held to the reference, per nat; above 0.
-        label_smoothing: chance that a label is wrong, from 0 to below 0.5.
-
-    Raises:
-        ConfigError: an unknown loss, or an option outside its range.
-    """
-
-    loss_type: str | list[str] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        if len(names) != 1:
-            raise ConfigError(f"loss_type is {names!r}; one loss is needed. Several at once are not available yet.")
-        self.loss_type = names[0]
-        problem = check_options(self.loss_type, self.objective_options())
-        if problem:
-            raise ConfigError(problem)
-        super().__post_init__()
-
-    def objective_options(self) -> dict[str, float]:
-        """`beta` and `label_smoothing`."""
-        return {"beta": self.beta, "label_smoothing": self.label_smoothing}

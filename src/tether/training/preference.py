@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tether.objectives import OBJECTIVES, preference_loss
-from tether.training.arguments import DPOConfig
+from tether.training.dpo_arguments import DPOConfig
 from tether.training.trainer import TetherTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 

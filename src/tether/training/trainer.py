@@ -45,13 +45,14 @@ from tether.training.collate import collate
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
-from tether.training.reduce import reduce_loss
+from tether.training.reduce import reduce_loss, sum_and_count
 from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
 _OUTPUTS = ("entropy", "top1", "mean_logits")
+_TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
 class TetherTrainer(Trainer):
@@ -124,6 +125,10 @@ class TetherTrainer(Trainer):
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """Combine the policy's scores with the reference's; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
+        return 0
 
     def convention(self) -> str:
         """What the objective is and what its options mean, in one line; each kind of trainer says it."""
@@ -228,11 +233,12 @@ class TetherTrainer(Trainer):
             self._display.close()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Examples of the whole optimizer step, over its micro-batches and all processes."""
+        """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        count = torch.tensor(sum(_batch_of(inputs).num_examples for inputs in batch_samples), device=device)
-        return self.accelerator.reduce(count, reduction="sum")  # type: ignore[return-value]
+        batches = [_batch_of(inputs) for inputs in batch_samples]
+        counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
+        return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
@@ -249,8 +255,12 @@ class TetherTrainer(Trainer):
         batch = _batch_of(inputs).to(self.args.device)
         output = self._judge_batch(model, batch, "train")
         self._new_tokens += _sequence_tokens(batch)
-        total = num_items_in_batch if num_items_in_batch is not None else batch.num_examples
-        loss = reduce_loss(output.per_example, total, self.accelerator.num_processes)
+        totals = num_items_in_batch
+        if totals is None:
+            totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
+        loss = reduce_loss(output.per_example, totals[0], self.accelerator.num_processes)
+        if output.per_token is not None:
+            loss = loss + reduce_loss(output.per_token, totals[1].clamp(min=1), self.accelerator.num_processes)
         return (loss, output) if return_outputs else loss
 
     def evaluation_loop(
@@ -269,12 +279,15 @@ class TetherTrainer(Trainer):
         for inputs in dataloader:
             batch = _batch_of(inputs).to(self.args.device)
             with torch.no_grad(), self.compute_loss_context_manager():
-                losses = self._judge_batch(model, batch, "eval").per_example
-            count = torch.tensor(float(len(losses)), device=losses.device)
-            self._sums["eval"].add({"loss": (losses.sum(), count)})
-            rows += len(losses)
+                output = self._judge_batch(model, batch, "eval")
+            self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
+            if output.per_token is not None:
+                self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
+            rows += len(output.per_example)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         means = self._sums["eval"].means(self.accelerator)
+        if _TOKEN_LOSS in means:
+            means["loss"] += means.pop(_TOKEN_LOSS)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
