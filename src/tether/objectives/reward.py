@@ -34,18 +34,22 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
     return loss if not center else loss + center * (chosen + rejected) ** 2
 
 
-def reward_loss(rewards: Tensor, *, margin: Tensor | None = None, center: float = 0.0) -> LossOutput:
+def reward_loss(
+    rewards: Tensor, *, margin: Tensor | None = None, weight: Tensor | None = None, center: float = 0.0
+) -> LossOutput:
     """Loss of each pair of a batch, with TRL's metrics.
 
     Args:
         rewards: `[2B]`, those of the chosen and the rejected completion in turn.
         margin: `[B]`, see `bradley_terry`; also `center`.
+        weight: `[B]`, factor of the loss of each pair; None for 1.
 
     Returns:
         `per_example [B]` and the metrics.
     """
     chosen, rejected = rewards[0::2], rewards[1::2]
     per_example = bradley_terry(chosen, rejected, margin=margin, center=center)
+    per_example = per_example if weight is None else weight * per_example
     with torch.no_grad():
         pairs, completions = (torch.tensor(float(len(part)), device=rewards.device) for part in (chosen, rewards))
         metrics = {

@@ -45,12 +45,13 @@ def dft(token_logps: Tensor) -> Tensor:
 SUPERVISED: dict[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft}
 
 
-def supervised_loss(policy: Scores, *, loss: str) -> LossOutput:
+def supervised_loss(policy: Scores, *, loss: str, examples: int) -> LossOutput:
     """Loss of each scored token of a batch, with TRL's metrics.
 
     Args:
-        policy: scores of B completions; `entropy` and `top1` are reported where they are there.
+        policy: scores of whatever is imitated; `entropy` and `top1` are reported where they are there.
         loss: a name in `SUPERVISED`.
+        examples: B.
 
     Returns:
         `per_token [N]`, nothing per example, and the metrics.
@@ -62,4 +63,4 @@ def supervised_loss(policy: Scores, *, loss: str) -> LossOutput:
         metrics["entropy"] = (policy.entropy.sum(), count)
     if policy.top1 is not None:
         metrics["mean_token_accuracy"] = (policy.top1.float().sum(), count)
-    return LossOutput(per_token.new_zeros(policy.num_completions), metrics, per_token)
+    return LossOutput(per_token.new_zeros(examples), metrics, per_token)

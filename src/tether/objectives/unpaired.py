@@ -15,68 +15,97 @@ from tether.types import LossOutput, Scores
 _BALANCE = (1.0, 4 / 3)
 
 
-def kto(logratios: Tensor, desirable: Tensor, *, beta: float = 0.1, baseline: Tensor | float = 0.0) -> Tensor:
-    """The KTO loss, `1 - s(d)` with `d = beta (logratio - baseline)` for a desirable row and its negative for another.
+def kto(
+    logratios: Tensor,
+    desirable: Tensor,
+    baseline: Tensor | float,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """The KTO loss, `w (1 - s(d))` with `d = beta (logratio - baseline)` for a desirable row, its negative for another.
 
     Args:
         logratios: `[B]` nats, log-probability of the completion under the policy minus under the reference.
         desirable: bool `[B]`.
-        beta: how strongly the policy is held to the reference, per nat.
         baseline: nats, the paper's z0: an estimate of the KL divergence from the reference, at least 0.
+        beta: how strongly the policy is held to the reference, per nat.
+        desirable_weight: w of desirable rows.
+        undesirable_weight: w of the others.
 
     Returns:
-        `[B]` between 0 and 1; 1/2 at the baseline.
+        `[B]` between 0 and w; half of w at the baseline.
 
     Reference:
         Ethayarajh et al., KTO: Model Alignment as Prospect Theoretic Optimization, eq. 7 and 8, arXiv:2402.01306.
 
     Example:
-        >>> kto(torch.tensor([3.0, 3.0]), torch.tensor([True, False]), baseline=3.0)
-        tensor([0.5000, 0.5000])
+        >>> kto(torch.tensor([3.0, 3.0]), torch.tensor([True, False]), 3.0, undesirable_weight=2.0)
+        tensor([0.5000, 1.0000])
     """
     # 1 - s(d) as s(-d), which keeps its digits where s(d) is almost 1.
-    return torch.sigmoid(-_signed(logratios - baseline, desirable, beta))
+    losses = torch.sigmoid(-_signed(logratios - baseline, desirable, beta))
+    return _weighted(losses, desirable, desirable_weight, undesirable_weight)
 
 
 def apo_zero_unpaired(
-    logratios: Tensor, desirable: Tensor, *, beta: float = 0.1, baseline: Tensor | float = 0.0
+    logratios: Tensor,
+    desirable: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """APO-zero on single completions, `1 - s(beta logratio)` for a desirable row and `s(beta logratio)` for another.
+    """APO-zero on single completions, `w (1 - s(d))` with `d = beta logratio`, its negative for an undesirable row.
 
     It raises the likelihood of desirable completions and lowers that of others, whatever the divergence so far.
 
     Args:
         logratios: `[B]` nats.
         desirable: bool `[B]`.
-        beta: per nat.
-        baseline: not used by this loss, which is anchored at 0.
+        beta: how strongly the policy is held to the reference, per nat.
+        desirable_weight: w of desirable rows.
+        undesirable_weight: w of the others.
 
     Returns:
-        `[B]` between 0 and 1; 1/2 at a log-ratio of 0.
+        `[B]` between 0 and w; half of w at a log-ratio of 0.
 
     Reference:
         D'Oosterlinck et al., Anchored Preference Optimization, eq. 7, arXiv:2408.06266; unpaired as in TRL 1.16.
     """
-    return torch.sigmoid(-_signed(logratios, desirable, beta))
+    losses = torch.sigmoid(-_signed(logratios, desirable, beta))
+    return _weighted(losses, desirable, desirable_weight, undesirable_weight)
 
 
-def bco(logratios: Tensor, desirable: Tensor, *, beta: float = 0.1, baseline: Tensor | float = 0.0) -> Tensor:
-    """The BCO loss, `-log s(d)` with `d = beta (logratio - baseline)` for a desirable row and its negative for another.
+def bco(
+    logratios: Tensor,
+    desirable: Tensor,
+    baseline: Tensor | float,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """The BCO loss, `-w log s(d)` with `d = beta (logratio - baseline)` for a desirable row, its negative for another.
 
     Args:
         logratios: `[B]` nats.
         desirable: bool `[B]`.
-        beta: per nat.
         baseline: nats; `beta` times it is the paper's reward shift, a running mean of rewards.
+        beta: how strongly the policy is held to the reference, per nat.
+        desirable_weight: w of desirable rows.
+        undesirable_weight: w of the others.
 
     Returns:
-        `[B]` nats; `log 2` at the baseline.
+        `[B]` nats; `w log 2` at the baseline.
 
     Reference:
         Jung et al., Binary Classifier Optimization for Large Language Model Alignment, eq. 10, arXiv:2404.04656.
         Matching of the classes' prompt distributions (UDM) is not part of this.
     """
-    return -F.logsigmoid(_signed(logratios - baseline, desirable, beta))
+    losses = -F.logsigmoid(_signed(logratios - baseline, desirable, beta))
+    return _weighted(losses, desirable, desirable_weight, undesirable_weight)
 
 
 UNPAIRED: dict[str, Callable[..., Tensor]] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}
@@ -86,50 +115,55 @@ def _signed(logratios: Tensor, desirable: Tensor, beta: float) -> Tensor:
     return beta * torch.where(desirable.bool(), logratios, -logratios)
 
 
+def _weighted(losses: Tensor, desirable: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
+    return losses * torch.where(desirable.bool(), desirable_weight, undesirable_weight).to(losses)
+
+
 def unpaired_loss(
     policy: Scores,
     reference: Scores,
     desirable: Tensor,
     *,
     loss: str,
-    beta: float,
     baseline: Tensor | float = 0.0,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    branches: int = 1,
+    **options: float,
 ) -> LossOutput:
     """Loss of each judged completion of a batch, with TRL's metrics.
 
     Args:
-        policy: scores of B completions; `entropy` and `mean_logits` are reported where they are there.
+        policy: scores of `branches` completions for each of B prompts, of which the first is judged; `entropy` and
+            `mean_logits` are reported where they are there.
         reference: scores of the same completions under the reference.
         desirable: bool `[B]`.
         loss: a name in `UNPAIRED`.
-        beta: per nat.
-        baseline: nats, see the losses.
-        desirable_weight: factor of the losses of desirable rows; `undesirable_weight` of the others.
+        baseline: nats, for the losses that have one.
+        branches: completions of each prompt.
+        options: the loss's own.
 
     Returns:
-        `per_example [B]` and the metrics, those of a class that is not there left out.
+        `per_example [B]` and the metrics, those of a class that is not there with a count of 0.
     """
     desirable = desirable.bool()
-    logratios = policy.logps - reference.logps
-    weights = torch.where(desirable, desirable_weight, undesirable_weight).to(logratios)
-    per_example = weights * UNPAIRED[loss](logratios, desirable, beta=beta, baseline=baseline)
+    logratios = (policy.logps - reference.logps)[::branches]
+    anchored = () if loss == "apo_zero_unpaired" else (baseline,)
+    per_example = UNPAIRED[loss](logratios, desirable, *anchored, **options)
     with torch.no_grad():
-        metrics = _metrics(policy, beta * logratios.detach(), desirable)
+        metrics = _metrics(policy, options.get("beta", 0.1) * logratios.detach(), desirable, branches)
     return LossOutput(per_example, metrics)
 
 
-def _metrics(policy: Scores, rewards: Tensor, desirable: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    logps = policy.logps.detach()
+def _metrics(policy: Scores, rewards: Tensor, desirable: Tensor, branches: int) -> dict[str, tuple[Tensor, Tensor]]:
+    logps = policy.logps.detach()[::branches]
+    judged = policy.completion_index % branches == 0
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, chosen in (("chosen", desirable), ("rejected", ~desirable)):
         found[f"rewards/{name}"] = _masked(rewards, chosen)
         found[f"logps/{name}"] = _masked(logps, chosen)
         if policy.mean_logits is not None:
-            found[f"logits/{name}"] = _masked(policy.mean_logits, chosen[policy.completion_index])
+            found[f"logits/{name}"] = _masked(policy.mean_logits, judged & chosen[policy.completion_index // branches])
     if policy.entropy is not None:
-        found["entropy"] = _masked(policy.entropy, torch.ones_like(policy.entropy, dtype=torch.bool))
+        found["entropy"] = _masked(policy.entropy, judged)
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -88,14 +90,53 @@ def _tree(start: int, example: Example) -> Tree:
     return Tree(start, len(example.prompt_ids), branches)
 
 
+def with_prompts(batch: ScoringBatch) -> ScoringBatch:
+    """The same batch with its prompts scored too, for losses that take in the whole text.
+
+    The prompts follow the K completions as B further ones; all but the first token of each is scored.
+
+    Args:
+        batch: with K completions for B prompts.
+
+    Returns:
+        A batch of K + B completions.
+
+    Example:
+        >>> batch = with_prompts(pack([Example.of([1, 5, 6], [[7, 2], [8]])]))
+        >>> batch.targets.tolist(), batch.completion_index.tolist()
+        ([7, 2, 8, 5, 6], [0, 0, 1, 2, 2])
+    """
+    spans = [tree.spans()[0] for tree in batch.forest.trees]
+    sources = torch.cat([torch.arange(start, end - 1) for start, end in spans])
+    lengths = torch.tensor([end - start - 1 for start, end in spans])
+    index = torch.repeat_interleave(torch.arange(len(spans)) + batch.num_completions, lengths)
+    row = batch.input_ids[0]
+    prompts = (b"prompt" + row[start:end].numpy().tobytes() for start, end in spans)
+    return replace(
+        batch,
+        sources=torch.cat([batch.sources, sources]),
+        targets=torch.cat([batch.targets, row[sources + 1]]),
+        completion_index=torch.cat([batch.completion_index, index]),
+        keys=batch.keys + tuple(blake2b(prompt, digest_size=16).digest() for prompt in prompts),
+    )
+
+
+def _scored_trunks(batch: ScoringBatch, branches: int) -> list[tuple[int, int]]:
+    scored = batch.num_completions > branches
+    return [tree.spans()[0] for tree in batch.forest.trees] if scored else []
+
+
 def sequences(batch: ScoringBatch) -> list[Tensor]:
-    """The K full sequences of a batch, prompt and completion joined: int64 `[P + C_k]` each."""
+    """The K full sequences of a batch, prompt and completion joined: int64 `[P + C_k]` each.
+
+    Of a batch `with_prompts` the prompts follow, each alone.
+    """
     row = batch.input_ids[0]
     joined = []
     for tree in batch.forest.trees:
         (start, end), *branches = tree.spans()
         joined += [torch.cat([row[start:end], row[first:last]]) for first, last in branches]
-    return joined
+    return joined + [row[start:end] for start, end in _scored_trunks(batch, len(joined))]
 
 
 def sequence_sources(batch: ScoringBatch) -> list[Tensor]:

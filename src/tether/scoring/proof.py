@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,27 @@ def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a layout is proved by: the same numbers in a layout and with each sequence alone.
+
+    Args:
+        packed: model, batch and layout to numbers.
+        alone: model and batch to the same numbers, the plainest way.
+        unit: of a number; `counted`: what there is one number for.
+    """
+
+    packed: Callable[[nn.Module, ScoringBatch, Layout], Tensor]
+    alone: Callable[[nn.Module, ScoringBatch], Tensor]
+    unit: str
+    counted: str
+
+
+LOG_PROBS = Measures(
+    lambda model, batch, layout: score(model, batch, layout=layout).token_logps, score_alone, "nats", "tokens"
+)
+
+
+@dataclass(frozen=True)
 class LayoutChoice:
     """The layout a run uses, and the proof: largest difference per token from scoring alone, in nats."""
 
@@ -50,13 +71,20 @@ class LayoutChoice:
     line: str
 
 
-def choose_layout(model: nn.Module, examples: Sequence[Example], *, requested: Layout | None = None) -> LayoutChoice:
+def choose_layout(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    requested: Layout | None = None,
+    measures: Measures | None = None,
+) -> LayoutChoice:
     """Score real examples as a tree and alone, and take the tree layout only if they agree.
 
     Args:
         model: the policy.
         examples: a few real ones; with two completions or more, so that a leak between them would show.
         requested: a layout that is forced; it is proved all the same.
+        measures: what is compared, as a function of a layout and as the plainest way; log-probabilities if None.
 
     Returns:
         The choice with one line to print.
@@ -66,27 +94,31 @@ def choose_layout(model: nn.Module, examples: Sequence[Example], *, requested: L
     """
     device = next(model.parameters()).device
     batch, limit = pack(examples).to(device), tolerance(model)
+    measures = measures or LOG_PROBS
     with torch.no_grad(), evaluation_mode(model):
-        alone = score_alone(model, batch)
+        alone = measures.alone(model, batch)
         reason = ""
         for layout in (requested,) if requested else ("tree", "padded"):
-            difference, problem = _compare(model, batch, alone, layout)
+            difference, problem = _compare(measures, model, batch, alone, layout)
             if difference <= limit:
-                tokens = f"{difference:.1e} nats from each sequence alone, {len(alone)} tokens (allowed {limit:.0e})"
+                tokens = f"{difference:.1e} {measures.unit} from each sequence alone, {len(alone)} {measures.counted}"
+                tokens += f" (allowed {limit:.0e})"
                 return LayoutChoice(layout, difference, f"scoring: {layout} layout, at most {tokens}{reason}")
-            reason += f"; {layout} layout refused: {problem or f'{difference:.1e} nats off'}"
+            reason += f"; {layout} layout refused: {problem or f'{difference:.1e} {measures.unit} off'}"
             if layout == "tree":
                 remove_tree_attention(transformers_model(model))
     raise ScoringError(
         f"{type(transformers_model(model)).__name__} is not scored as it scores each sequence alone{reason}. "
-        f"Allowed are {limit:.0e} nats per token. "
+        f"Allowed are {limit:.0e} {measures.unit}. "
         + ("Leave `scoring_layout` unset to let Tether choose." if requested else "This architecture is not supported.")
     )
 
 
-def _compare(model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout) -> tuple[float, str]:
+def _compare(
+    measures: Measures, model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout
+) -> tuple[float, str]:
     try:
-        difference = (score(model, batch, layout=layout).token_logps - alone).abs().max().item()
+        difference = (measures.packed(model, batch, layout) - alone).abs().max().item()
     except ConfigError:
         raise
     except (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from tether.errors import ConfigError
 from tether.reference import ReferenceSpec
 from tether.scoring import Layout
-from tether.types import Meaning, Means
+from tether.types import Kind, Meaning, Means
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -59,6 +59,9 @@ class PreferenceConfig(TrainingArguments):
     Raises:
         ConfigError: a value that is not allowed.
     """
+
+    # What the rows mean to each other; each kind of trainer has its own.
+    kind: ClassVar[Kind] = "pair"
 
     learning_rate: float = 1e-6
     logging_steps: float = 10
@@ -107,6 +110,11 @@ class PreferenceConfig(TrainingArguments):
         value = getattr(self, name)
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(str(choice) for choice in allowed)}.")
+
+    @property
+    def cut_length(self) -> int | None:
+        """Tokens to which a row's sequences are cut; None: not at all."""
+        return self.max_length
 
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""

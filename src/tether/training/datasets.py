@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ class RunData:
     Args:
         tokenizer: the policy's.
         args: lengths, truncation, boundary policy.
+        arrange: what is done to prepared rows before they are packed.
         reports: name of a set to its report, for `data.json`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     args: PreferenceConfig
+    arrange: Callable[[Prepared, Any], Prepared]
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
@@ -39,12 +41,13 @@ class RunData:
         prepared = prepare(
             rows,
             self.tokenizer,
-            max_length=self.args.max_length,
+            max_length=self.args.cut_length,
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             name=name,
         )
+        prepared = self.arrange(prepared, self.args)
         self.reports[name] = prepared.report.to_dict()
         for line in prepared.report.lines():
             logger.info(line)

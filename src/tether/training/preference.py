@@ -34,6 +34,7 @@ class DPOTrainer(TetherTrainer):
     """
 
     args: DPOConfig  # type: ignore[override]
+    config = DPOConfig
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured pair loss."""

@@ -40,13 +40,13 @@ from tether.reference.record import restore, write_record, write_tensors
 from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
 from tether.training.callbacks import GuardCallback, MetricsFile
-from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
-from tether.training.collate import collate
+from tether.training.checkpoint import read_objective, refuse_silent_reanchoring, resume_folder, write_objective
 from tether.training.datasets import Rows, RunData, probe_examples
+from tether.training.kind import TrainerKind
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
 from tether.training.reduce import reduce_loss, sum_and_count
-from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of, with_adapter
+from tether.training.setup import check_arguments, declared_meaning, loading, make_audible, source_of
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -55,7 +55,7 @@ _OUTPUTS = ("entropy", "top1", "mean_logits")
 _TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
-class TetherTrainer(Trainer):
+class TetherTrainer(TrainerKind, Trainer):
     """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
     arguments."""
 
@@ -74,7 +74,7 @@ class TetherTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = check_arguments(args, train_dataset, eval_dataset)
+        args = check_arguments(args, self.config, train_dataset, eval_dataset)
         make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else source_of(model)
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
@@ -84,17 +84,17 @@ class TetherTrainer(Trainer):
             raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or load_tokenizer(source, **loading(args, tokenizer=True))
-        self.data = RunData(tokenizer, args)
+        self.data = RunData(tokenizer, args, self.arrange)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
-        policy = load_policy(source, **loading(args)) if isinstance(model, (str, Path)) else model
-        policy = with_adapter(policy, peft_config, args)
+        policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
+        policy = self.add_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
         proof = TrainingProof(policy)
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate,
+            data_collator=data_collator or self.collate,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -105,6 +105,7 @@ class TetherTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._new_tokens = 0
+        self.restore_objective({})
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
         self.add_callback(MetricsFile(self.run_folder))
@@ -119,20 +120,6 @@ class TetherTrainer(Trainer):
         logger.info(self.convention())
         self._display = install_progress(self)
         self._write_data_report()
-
-    # -- what a preference trainer defines -------------------------------------------------------------------------
-
-    def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
-        """Combine the policy's scores with the reference's; each kind of trainer says how."""
-        raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
-
-    def loss_tokens(self, batch: ScoringBatch) -> int:
-        """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
-        return 0
-
-    def convention(self) -> str:
-        """What the objective is and what its options mean, in one line; each kind of trainer says it."""
-        raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -161,15 +148,18 @@ class TetherTrainer(Trainer):
 
         return choice.layout, scorer
 
+    def _probe_numbers(self) -> Tensor:
+        return self._scorer(self.policy, self._probe).token_logps
+
     def _require_determinism(self) -> None:
         """With dropout disabled, training mode must compute what evaluation mode does."""
         if not self.args.disable_dropout:
             return
         with torch.no_grad():
             self.policy.train()
-            training = self._scorer(self.policy, self._probe).token_logps
+            training = self._probe_numbers()
             with evaluation_mode(self.policy):
-                difference = (training - self._scorer(self.policy, self._probe).token_logps).abs().max().item()
+                difference = (training - self._probe_numbers()).abs().max().item()
         if difference > SAME:
             raise ConfigError(
                 f"With dropout disabled, {type(transformers_model(self.policy)).__name__} still differs between "
@@ -225,6 +215,7 @@ class TetherTrainer(Trainer):
         """
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
+        self.restore_objective(read_objective(folder))
         if folder is not None:
             self.guard = restore(folder, self.resolved.reference, self.policy)
         try:
@@ -237,16 +228,21 @@ class TetherTrainer(Trainer):
         if not batch_samples:
             return None
         batches = [_batch_of(inputs) for inputs in batch_samples]
+        self.before_step(batches)
         counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
         return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
-        reference = self.resolved.reference.score(batch)
+        reference = self.reference_logps(batch)
         policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
         self._sums[mode].add(output.metrics)
         return output
+
+    def reference_logps(self, batch: ScoringBatch) -> Tensor:
+        """The reference's `token_logps [N]` of a batch."""
+        return self.resolved.reference.score(batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -254,7 +250,7 @@ class TetherTrainer(Trainer):
         """This micro-batch's share of the step's mean loss."""
         batch = _batch_of(inputs).to(self.args.device)
         output = self._judge_batch(model, batch, "train")
-        self._new_tokens += _sequence_tokens(batch)
+        self._new_tokens += self.trained_tokens(batch)
         totals = num_items_in_batch
         if totals is None:
             totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
@@ -288,6 +284,7 @@ class TetherTrainer(Trainer):
         means = self._sums["eval"].means(self.accelerator)
         if _TOKEN_LOSS in means:
             means["loss"] += means.pop(_TOKEN_LOSS)
+        means = self.completed(means, "eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
@@ -331,7 +328,7 @@ class TetherTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
         if "loss" in logs:
-            logs |= self._sums["train"].means(self.accelerator)
+            logs |= self.completed(self._sums["train"].means(self.accelerator), "train")
             logs["num_tokens"] = float(self._count_tokens())
         super().log(logs, start_time)
 
@@ -346,9 +343,11 @@ class TetherTrainer(Trainer):
         self._count_tokens()
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        state = self.objective_state()
         if self.is_world_process_zero():
             self._record(folder)
             write_tensors(folder, self.resolved.reference, self.policy)
+            write_objective(folder, state)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
@@ -364,8 +363,3 @@ def _batch_of(inputs: Any) -> ScoringBatch:
             "ScoringBatch under 'batch', as tether.training.collate does. Leave data_collator out to pack the rows."
         )
     return batch
-
-
-def _sequence_tokens(batch: ScoringBatch) -> int:
-    """Tokens of the K full sequences, a prompt counted with each of its completions, as TRL counts `num_tokens`."""
-    return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)

@@ -1,0 +1,67 @@
+"""What one kind of trainer says of itself; `TetherTrainer` asks, and does all that the kinds share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from torch import nn
+
+from tether.data import Prepared
+from tether.models import load_policy
+from tether.training.arguments import PreferenceConfig
+from tether.training.collate import collate
+from tether.training.setup import loading, with_adapter
+from tether.types import LossOutput, Scores, ScoringBatch
+
+
+class TrainerKind:
+    """`config`, `judge` and `convention` must be defined; the rest may be."""
+
+    config: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+
+    def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
+        """Combine the policy's scores with the reference's; each kind of trainer says how."""
+        raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
+        return 0
+
+    def convention(self) -> str:
+        """What the objective is and what its options mean, in one line; each kind of trainer says it."""
+        raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
+
+    def arrange(self, prepared: Prepared, args: Any) -> Prepared:
+        """Change prepared rows before they are packed; `args` is the trainer's configuration."""
+        return prepared
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, ScoringBatch]:
+        """Pack prepared rows."""
+        return collate(rows)
+
+    def load_model(self, source: str, args: Any) -> nn.Module:
+        """Load a policy that was named by a string."""
+        return load_policy(source, **loading(args))
+
+    def add_adapter(self, policy: nn.Module, peft_config: PeftConfig | None, args: Any) -> nn.Module:
+        """Add the adapter that was asked for."""
+        return with_adapter(policy, peft_config, args)
+
+    def before_step(self, batches: list[ScoringBatch]) -> None:
+        """See all micro-batches of this process' share in an optimizer step, before the first is judged."""
+
+    def trained_tokens(self, batch: ScoringBatch) -> int:
+        """Tokens that count as trained on: a prompt with each of its completions, as TRL counts `num_tokens`."""
+        return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+
+    def completed(self, means: dict[str, float], mode: str) -> dict[str, float]:
+        """Add to the means of a log (`mode` is train) or an evaluation (eval) what follows from them."""
+        return means
+
+    def objective_state(self) -> dict[str, float]:
+        """What the objective has learnt besides weights; a checkpoint holds it."""
+        return {}
+
+    def restore_objective(self, state: dict[str, float]) -> None:
+        """Take `objective_state` of a checkpoint; empty for a fresh start."""
