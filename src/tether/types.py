@@ -36,6 +36,8 @@ class Preference:
         source_row: number of the row in the data it came from, starting at 0.
         values: numbers that belong to the row, by name: `label` (1 desirable, 0 undesirable) of an `unpaired` one;
             `weight` and `margin` where the data gives them.
+        tools: JSON schemas of the tools that the chat template shows the model; None for none.
+        chat_template_kwargs: further arguments of the chat template, for this row.
 
     Example:
         >>> row = Preference(prompt="2 + 2 =", completions=(" 4", " 5"), kind="pair", source_row=0)
@@ -48,6 +50,8 @@ class Preference:
     kind: Kind
     source_row: int
     values: Mapping[str, float] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_speed_is_our_steps_over_theirs_and_memory_our_peak_over_theirs():
 
 def test_equal_work_has_no_problems():
     runs = {"tether": [run()], "trl": [run(losses=(math.log(2) + 1e-6, 0.6 - 5e-4))]}
-    assert vs_trl.check(runs, [10, 10]) == []
+    assert vs_trl.check(runs, [10, 10], 1e-3) == []
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_equal_work_has_no_problems():
     ],
 )
 def test_unequal_work_is_a_problem(other: dict, problem: str):
-    problems = vs_trl.check({"tether": [run()], "trl": [other]}, [10, 10])
+    problems = vs_trl.check({"tether": [run()], "trl": [other]}, [10, 10], 1e-3)
     assert any(problem in line for line in problems)
 
 

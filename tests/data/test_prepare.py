@@ -107,7 +107,7 @@ def test_completions_that_differ_only_beyond_max_length_are_dropped(tokenizer: P
         (
             [pair(chosen=" green.")],
             {},
-            "none of the 1 rows can be used: 1 with chosen equal to rejected. To do: give two",
+            "none of the 1 rows can be used: 1 with chosen equal to rejected. To do: give completions that differ",
         ),
         (
             [pair("word " * 50)],

@@ -16,14 +16,15 @@ def check(rows: list[dict]) -> Schema:
 
 
 def test_text_and_conversations_are_told_apart() -> None:
-    assert check([pair()]) == Schema("standard", shared_prompt=False, rows=1)
-    assert check([chat(), chat()]) == Schema("conversational", shared_prompt=False, rows=2)
+    columns = ("prompt", "chosen", "rejected")
+    assert check([pair()]) == Schema("standard", shared_prompt=False, rows=1, columns=columns)
+    assert check([chat(), chat()]) == Schema("conversational", shared_prompt=False, rows=2, columns=columns)
 
 
 def test_without_a_prompt_column_the_common_beginning_is_the_prompt() -> None:
     rows = load_rows([{"chosen": "The sky is blue.", "rejected": "The sky is green."}])
     schema = read_preferences(rows)
-    assert schema == Schema("standard", shared_prompt=True, rows=1)
+    assert schema == Schema("standard", shared_prompt=True, rows=1, columns=("chosen", "rejected"))
     [record] = preferences(rows, schema)
     assert (record.prompt, record.completions) == ("The sky is", (" blue.", " green."))
 
@@ -146,7 +147,7 @@ def test_five_faults_are_shown_and_all_are_counted() -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("column", ["tools", "images", "image", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["images", "image"])
 def test_columns_that_change_what_a_model_sees_are_refused_and_not_ignored(column: str) -> None:
     with pytest.raises(DataError, match=f"row 2: the column `{column}` holds values, and Tether does not read it yet"):
         check([chat() | {column: None}, chat() | {column: ["something"]}])
@@ -156,7 +157,8 @@ def test_columns_that_change_what_a_model_sees_are_refused_and_not_ignored(colum
 @pytest.mark.parametrize(
     ("message", "fault"),
     [
-        ({**assistant("A"), "tool_calls": [{"name": "f"}]}, "has `tool_calls`, which Tether does not read yet"),
+        ({**assistant("A"), "function_call": {"name": "f"}}, "has `function_call`, the older form of a tool call"),
+        ({**assistant("A"), "tool_calls": "f()"}, "has `tool_calls` that is text"),
         ({"role": "assistant", "content": [{"type": "image"}]}, "has `content` in parts"),
     ],
 )

@@ -1,10 +1,13 @@
 """From rows of preferences to token ids: sources, schema, render, tokenize, truncate, and the report of it all."""
 
 from tether.data.audit import Report
-from tether.data.prepare import Overlap, Prepared, example_from_row, longest_row, overlap, prepare
-from tether.data.render import Rendered, chat_template, render
-from tether.data.schema import Schema, preferences, read_preferences
+from tether.data.columns import kind_of
+from tether.data.prepare import Overlap, Prepared, example_from_row, overlap, prepare
+from tether.data.render import Rendered, render
+from tether.data.schema import Schema, preferences, read_preferences, unpaired
 from tether.data.sources import load_rows
+from tether.data.table import longest_row
+from tether.data.template import chat_template
 from tether.data.tokenize import Encoder, Tokenized, tokenize
 from tether.data.truncate import truncate, truncated_lengths
 
@@ -18,6 +21,7 @@ __all__ = [
     "Tokenized",
     "chat_template",
     "example_from_row",
+    "kind_of",
     "load_rows",
     "longest_row",
     "overlap",
@@ -28,4 +32,5 @@ __all__ = [
     "tokenize",
     "truncate",
     "truncated_lengths",
+    "unpaired",
 ]

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.render import Rendered
-from tether.data.schema import Form
+from tether.data.values import Form
+from tether.types import Kind
 
 # Why rows are dropped, in the order in which it is looked for.
 DROPS = {
@@ -22,6 +23,22 @@ DROPS = {
     "empty_prompt": "a prompt of no tokens",
     "prompt_too_long": "a prompt that fills max_length",
     "identical_after_truncation": "chosen equal to rejected within max_length",
+    "nothing_scored": "no scored token within max_length",
+}
+# What the completions of a row are called in the report, and the rows themselves.
+PARTS: dict[Kind, tuple[str, ...]] = {
+    "pair": ("chosen", "rejected"),
+    "ranked": ("completion",),
+    "unpaired": ("completion",),
+    "completion": ("completion",),
+    "prompt_only": (),
+}
+_NOUNS: dict[Kind, str] = {
+    "pair": "pairs",
+    "ranked": "ranked lists",
+    "unpaired": "labelled completions",
+    "completion": "texts",
+    "prompt_only": "prompts",
 }
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 # Markers of common chat templates; a tokenizer's own special tokens are added to them.
@@ -40,7 +57,8 @@ class Report:
 
     Args:
         name: what the rows are called.
-        rows: how many came.
+        kind: what the rows were read as.
+        rows: how many came; a pair that is read as two unpaired rows counts as two.
         kept: how many were left to train on.
         dropped: reason to number of rows, for every reason in `DROPS`.
         form: `standard` or `conversational`.
@@ -52,7 +70,7 @@ class Report:
         max_length: limit on the tokens of prompt and completion together; None for no limit.
         truncation_mode: what was kept of longer ones.
         cut_prompts: kept rows whose prompt was cut.
-        cut_completions: completions that were cut, by position (chosen, rejected).
+        cut_completions: completions that were cut, by position in `PARTS`.
         boundary: the policy for prompts whose ids are no prefix of the whole's.
         boundaries: kind of boundary to number of rows that came to be tokenised, see `Tokenized`.
         ends_added: completions that got an end-of-turn token because the template writes none.
@@ -60,12 +78,16 @@ class Report:
         markers: marker to number of rows with it.
         tokens: of all kept rows, with each prompt counted once.
         completion_tokens: of all kept completions.
-        lengths: `prompt`, `chosen`, `rejected` to quantiles of their lengths in tokens, after truncation.
+        scored_tokens: of these, the ones that are scored.
+        turns: which turns of a completion are scored.
+        values: name of a number of the rows to its mean over kept rows.
+        lengths: `prompt` and each of `PARTS` to quantiles of their lengths in tokens, after truncation.
         template_hash: of the chat template; None for text.
         fingerprint: content hash of the prepared ids; equal ids have an equal one, on every process and day.
     """
 
     name: str
+    kind: Kind
     rows: int
     kept: int
     dropped: dict[str, int]
@@ -86,6 +108,9 @@ class Report:
     markers: dict[str, int]
     tokens: int
     completion_tokens: int
+    scored_tokens: int
+    turns: str
+    values: dict[str, float]
     lengths: dict[str, dict[str, int]]
     template_hash: str | None
     fingerprint: str
@@ -98,10 +123,16 @@ class Report:
     def lines(self) -> list[str]:
         """A summary to print: one line on size, then one for each thing a user should know."""
         middle = ", ".join(f"{part} {quantiles['p50']}" for part, quantiles in self.lengths.items())
-        head = f"{self.kept:,} of {self.rows:,} pairs, {self.tokens:,} tokens (prompts once); median length: {middle}"
+        head = f"{self.kept:,} of {self.rows:,} {_NOUNS[self.kind]}, {self.tokens:,} tokens (prompts once)"
+        head += f"; median length: {middle}"
         dropped = ", ".join(f"{count} with {DROPS[reason]}" for reason, count in self.dropped.items() if count)
         moved = self.boundaries.get("split", 0), self.boundaries.get("template", 0)
+        desirable = self.values.get("label", 0.0)
         notes = {
+            f"{desirable:.1%} labelled desirable": "label" in self.values,
+            f"{self.scored_tokens:,} of {self.completion_tokens:,} completion tokens are scored ({self.turns})": (
+                self.scored_tokens != self.completion_tokens
+            ),
             f"dropped {dropped}": dropped,
             f"cut {self.cut_prompts} prompts and {sum(self.cut_completions)} completions to {self.max_length} tokens": (
                 self.cut_prompts or any(self.cut_completions)
@@ -187,4 +218,5 @@ def digest(*texts: str) -> bytes:
 
 def row_digest(row: Rendered) -> bytes:
     """Digest of what a model sees of a row before truncation, however the row was stored."""
-    return digest(row.prompt, *row.texts)
+    label = row.values.get("label")
+    return digest(row.prompt, *row.texts, *(() if label is None else (str(label),)))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -20,20 +20,20 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import DROPS, MarkerFinder, Report, Tally, digest, quantiles, row_digest
-from tether.data.render import Rendered, chat_template, render, template_hash, text_tokenizer
-from tether.data.schema import BATCH_ROWS, Schema, preferences, read_preferences, texts_of
+from tether.data.audit import DROPS, PARTS, MarkerFinder, Report, Tally, digest, quantiles, row_digest
+from tether.data.render import Rendered, render
+from tether.data.schema import BATCH_ROWS, VALUES, Schema, Turns, preferences, read_preferences, unpaired
 from tether.data.sources import Source, load_rows
+from tether.data.table import fingerprint_of, lengths_of
+from tether.data.template import chat_template, template_hash, text_tokenizer
 from tether.data.tokenize import BOUNDARIES, Boundary, Encoder, Tokenized, tokenize
 from tether.data.truncate import TruncationMode, truncated_lengths
+from tether.data.values import is_blank, texts_of
 from tether.errors import ConfigError, DataError
-from tether.types import Example, Preference
+from tether.types import Example, Kind, Preference
 
-# Columns of numbers that belong to a row, see `Preference.values`.
-VALUES = ("label", "weight", "margin")
 _IDS = pa.list_(pa.int32())
-_PARTS = ("prompt", "chosen", "rejected")
-_COLUMNS = pa.schema([("prompt_ids", _IDS), ("completion_ids", pa.list_(_IDS)), ("source_row", pa.int64())])
+_MASKS = pa.list_(pa.list_(pa.bool_()))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Prepared:
 
     Args:
         dataset: columns `prompt_ids` list of int32, `completion_ids` list of lists of int32, `source_row` int64 from 0;
-            in source order.
+            where the rows have them, `label`, `weight` and `margin` float32; unless all turns are scored, `scored`,
+            lists of bools like `completion_ids`. In source order.
         report: counts, lengths and hashes.
         row_digests: one digest per row of `dataset`, of its text before truncation; `overlap` compares them.
         prompt_digests: the same of the prompt alone.
@@ -78,6 +79,8 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None,
+    kind: Kind = "pair",
+    turns: Turns = "all",
     truncation_mode: TruncationMode | str = "keep_start",
     boundary: Boundary | str = "split",
     num_proc: int | None = None,
@@ -91,6 +94,9 @@ def prepare(
         rows: a `datasets.Dataset`, a list of dictionaries, a path, glob or hub name; see `load_rows`.
         tokenizer: of the model to be trained, or a processor with a tokenizer inside.
         max_length: tokens of prompt and completion together, at least 2; None for no truncation.
+        kind: what the rows are read as, see `tether.data.schema`; pairs can be read as `unpaired`, two rows each.
+        turns: what is scored of a completion of several turns: `all` of it, what others say included, as TRL does; the
+            turns of the `assistant`; or the `last` one of these. Of `messages`, `all` is the whole conversation.
         truncation_mode: `keep_start` or `keep_end`, see `tether.data.truncate`.
         boundary: what to do where ids(prompt) is no prefix of ids(prompt + completion): `split`, `drop` or `error`, see
             `tether.data.tokenize`.
@@ -113,11 +119,11 @@ def prepare(
     mode = cast(TruncationMode, truncation_mode)
     truncated_lengths(1, [1], max_length, mode)  # refuses wrong options before the rows are read
     data = load_rows(rows, name=name)
-    schema = read_preferences(data, name=name)
+    schema = read_preferences(data, kind=kind, turns=turns, name=name)
     template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
     encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)
     finder = MarkerFinder(encoder.tokenizer)
-    job = _Job(data, schema, encoder, finder, template, max_length, mode, cast(Boundary, boundary), name)
+    job = _Job(data, schema, kind, turns, encoder, finder, template, max_length, mode, cast(Boundary, boundary), name)
     batches = list(_run(job, num_proc or 1))
     table = pa.concat_tables([batch.table for batch in batches]).combine_chunks()
     tally = Tally()
@@ -125,8 +131,7 @@ def prepare(
         tally.add(batch.tally)
     if not table.num_rows:
         raise DataError(_nothing_left(job, tally))
-    rows_seen = tuple(seen for batch in batches for seen in batch.row_digests)
-    prompts_seen = tuple(seen for batch in batches for seen in batch.prompt_digests)
+    rows_seen, prompts_seen = (tuple(chain(*seen)) for seen in zip(*(batch.digests for batch in batches), strict=True))
     report = _report(job, table, tally, duplicates=len(rows_seen) - len(set(rows_seen)))
     return Prepared(Dataset(table, fingerprint=report.fingerprint), report, rows_seen, prompts_seen)
 
@@ -151,12 +156,6 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
     )
 
 
-def longest_row(dataset: Dataset) -> int:
-    """Index of the row of `Prepared.dataset` whose prompt and longest completion have the most tokens together."""
-    prompts, *completions = (np.asarray(lengths) for lengths in _lengths(dataset.data.table))
-    return int((prompts + np.max(completions, axis=0)).argmax())
-
-
 def overlap(train: Prepared, evaluation: Prepared) -> Overlap:
     """Count training rows, and training prompts, that are inside an evaluation set.
 
@@ -179,8 +178,7 @@ def overlap(train: Prepared, evaluation: Prepared) -> Overlap:
 class _Batch:
     table: pa.Table
     tally: Tally
-    row_digests: list[bytes]
-    prompt_digests: list[bytes]
+    digests: tuple[list[bytes], list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -189,6 +187,8 @@ class _Job:
 
     rows: Dataset
     schema: Schema
+    kind: Kind
+    turns: Turns
     encoder: Encoder
     finder: MarkerFinder
     template: str | None
@@ -199,33 +199,53 @@ class _Job:
 
     def batch(self, start: int) -> _Batch:
         """The rows from `start` on, as ids."""
-        records = preferences(self.rows, self.schema, start, min(start + BATCH_ROWS, len(self.rows)))
+        stop = min(start + BATCH_ROWS, len(self.rows))
+        records = preferences(self.rows, self.schema, start, stop, turns=self.turns)
         tally = Tally()
         for record in records:
             self._look(record, tally)
-        records = [record for record in records if not _drop(_raw_fault(record), tally)]
+        records = [record for record in records if not self._drop(_raw_fault(record), tally)]
+        if self.kind == "unpaired" and self.schema.kind == "pair":
+            records = [row for record in records for row in unpaired(record)]
         given = self.schema.form == "conversational" or not self.schema.shared_prompt
-        tokenizer = self.encoder.tokenizer
-        rendered = render(records, tokenizer, template=self.template, given_boundary=given, name=self.name)
+        rendered = render(
+            records,
+            self.encoder.tokenizer,
+            template=self.template,
+            given_boundary=given,
+            turns=self.turns,
+            name=self.name,
+        )
         kept: list[tuple[Rendered, Tokenized]] = []
         for row, ids in zip(rendered, tokenize(rendered, self.encoder, boundary=self.boundary), strict=True):
             tally.boundaries[ids.boundary] += 1
             cut = None if _drop(ids.dropped, tally) else self._cut(ids, tally)
             if cut is not None:
                 kept.append((row, cut))
-        return _Batch(
-            pa.table(
-                [
-                    pa.array([ids.prompt_ids for _, ids in kept], type=_IDS),
-                    pa.array([ids.completion_ids for _, ids in kept], type=pa.list_(_IDS)),
-                    pa.array([ids.source_row for _, ids in kept], type=pa.int64()),
-                ],
-                schema=_COLUMNS,
-            ),
-            tally,
-            [row_digest(row) for row, _ in kept],
-            [digest(row.prompt) for row, _ in kept],
-        )
+        seen = [row_digest(row) for row, _ in kept], [digest(row.prompt) for row, _ in kept]
+        return _Batch(self._table(kept), tally, seen)
+
+    @property
+    def per_row(self) -> int:
+        """Prepared rows that one row of the source can become."""
+        return 2 if self.kind == "unpaired" and self.schema.kind == "pair" else 1
+
+    def _table(self, kept: list[tuple[Rendered, Tokenized]]) -> pa.Table:
+        values = [*self.schema.values, *(["label"] if self.per_row == 2 else [])]
+        columns: dict[str, pa.Array] = {
+            "prompt_ids": pa.array([ids.prompt_ids for _, ids in kept], type=_IDS),
+            "completion_ids": pa.array([ids.completion_ids for _, ids in kept], type=pa.list_(_IDS)),
+            "source_row": pa.array([ids.source_row for _, ids in kept], type=pa.int64()),
+            **{name: pa.array([row.values[name] for row, _ in kept], type=pa.float32()) for name in values},
+        }
+        if self.turns != "all":
+            columns["scored"] = pa.array([ids.scored for _, ids in kept], type=_MASKS)
+        return pa.table(columns)
+
+    def _drop(self, reason: str | None, tally: Tally) -> bool:
+        if reason is not None:
+            tally.dropped[reason] += self.per_row
+        return reason is not None
 
     def _look(self, record: Preference, tally: Tally) -> None:
         """Count what is odd in the text of a row but no reason to drop it."""
@@ -248,19 +268,24 @@ class _Job:
             return None
         prompt, completions = lengths
         kept = [all_of[:length] for all_of, length in zip(ids.completion_ids, completions, strict=True)]
-        if len(set(map(tuple, kept))) < len(kept):
+        if len(kept) > 1 and len(set(map(tuple, kept))) < len(kept):
             tally.dropped["identical_after_truncation" if kept != ids.completion_ids else "identical"] += 1
             return None
+        scored = ids.scored and [mask[:length] for mask, length in zip(ids.scored, completions, strict=True)]
+        if scored and not all(map(any, scored)):
+            tally.dropped["nothing_scored"] += 1
+            return None
         tally.cut_prompts += prompt < before[0]
-        tally.cut_completions.update(k for k, length in enumerate(completions) if length < before[1][k])
+        parts = len(PARTS[self.kind])
+        tally.cut_completions.update(min(k, parts - 1) for k, n in enumerate(completions) if n < before[1][k])
         tally.ends_added += ids.ends_added
-        return Tokenized(ids.prompt_ids[before[0] - prompt :], kept, ids.source_row, ids.boundary, ids.ends_added)
+        return replace(ids, prompt_ids=ids.prompt_ids[before[0] - prompt :], completion_ids=kept, scored=scored)
 
 
 def _raw_fault(record: Preference) -> str | None:
-    if any(record.completions[0] == other for other in record.completions[1:]):
+    if any(one in record.completions[:k] for k, one in enumerate(record.completions)):
         return "identical"
-    if any(not "".join(texts_of(completion)).strip() for completion in record.completions):
+    if any(map(is_blank, record.completions)):
         return "empty_completion"
     return None
 
@@ -305,21 +330,32 @@ def _nothing_left(job: _Job, tally: Tally) -> str:
     if tally.dropped["prompt_too_long"] or tally.dropped["identical_after_truncation"]:
         advice.append(f"raise max_length (now {job.max_length}) or shorten the prompts")
     if tally.dropped["identical"] or tally.dropped["empty_completion"]:
-        advice.append("give two different completions, neither of them empty")
+        advice.append("give completions that differ and are not empty")
     if tally.dropped["empty_prompt"]:
         advice.append("give prompts that are not empty, or a tokenizer with a BOS token")
+    if tally.dropped["nothing_scored"]:
+        advice.append(f"raise max_length (now {job.max_length}), or score further turns")
     if tally.dropped["boundary"]:
         advice.append("allow such rows with boundary `split`")
     return f"{job.name}: none of the {len(job.rows)} rows can be used: {reasons}. To do: {'; '.join(advice)}."
 
 
 def _report(job: _Job, table: pa.Table, tally: Tally, *, duplicates: int) -> Report:
-    lengths = _lengths(table)
-    completion_tokens = sum(map(sum, lengths[1:]))
-    template = job.template
+    prompts, completions = lengths_of(table)
+    parts = {"prompt": prompts.tolist()}
+    if names := PARTS[job.kind]:
+        by_part = (
+            zip(*completions, strict=True) if len(names) > 1 else [[n for lengths in completions for n in lengths]]
+        )
+        parts |= dict(zip(names, map(list, by_part), strict=True))
+    completion_tokens = sum(map(sum, completions))
+    scored = completion_tokens
+    if job.turns != "all":
+        scored = int(np.sum(table["scored"].combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)))
     return Report(
         name=job.name,
-        rows=len(job.rows),
+        kind=job.kind,
+        rows=len(job.rows) * job.per_row,
         kept=table.num_rows,
         dropped={reason: tally.dropped[reason] for reason in DROPS},
         form=job.schema.form,
@@ -331,34 +367,18 @@ def _report(job: _Job, table: pa.Table, tally: Tally, *, duplicates: int) -> Rep
         max_length=job.max_length,
         truncation_mode=job.mode,
         cut_prompts=tally.cut_prompts,
-        cut_completions=tuple(tally.cut_completions[k] for k in range(len(lengths) - 1)),
+        cut_completions=tuple(tally.cut_completions[k] for k in range(len(names))),
         boundary=job.boundary,
         boundaries=dict(sorted(tally.boundaries.items())),
         ends_added=tally.ends_added,
         marker_rows=tally.marker_rows,
         markers=dict(sorted(tally.markers.items())),
-        tokens=sum(lengths[0]) + completion_tokens,
+        tokens=int(prompts.sum()) + completion_tokens,
         completion_tokens=completion_tokens,
-        lengths={part: quantiles(values) for part, values in zip(_PARTS, lengths, strict=True)},
-        template_hash=None if template is None else template_hash(template),
-        fingerprint=_fingerprint(table),
+        scored_tokens=scored,
+        turns=job.turns,
+        values={name: float(np.mean(table[name].to_numpy())) for name in VALUES if name in table.column_names},
+        lengths={part: quantiles(values) for part, values in parts.items()},
+        template_hash=None if job.template is None else template_hash(job.template),
+        fingerprint=fingerprint_of(table),
     )
-
-
-def _lengths(table: pa.Table) -> list[Sequence[int]]:
-    """Tokens of each prompt, then of each first completion, each second one."""
-    prompts = table["prompt_ids"].combine_chunks().value_lengths().to_pylist()
-    each = table["completion_ids"].combine_chunks().flatten().value_lengths().to_pylist()
-    width = len(_PARTS) - 1
-    return [prompts, *(each[k::width] for k in range(width))]
-
-
-def _fingerprint(table: pa.Table) -> str:
-    whole = blake2b(digest_size=16)
-    for column in table.itercolumns():
-        values = column.combine_chunks()
-        while pa.types.is_list(values.type):
-            whole.update(values.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-            values = values.flatten()
-        whole.update(values.to_numpy(zero_copy_only=False).tobytes())
-    return whole.hexdigest()

@@ -1,35 +1,49 @@
 """The one check of all rows, before any weights load, and the rows as `Preference` records. Called by `prepare`.
 
-Three forms are read, with TRL's names: standard text (`prompt`, `chosen`, `rejected` are strings), conversational
-(lists of `{"role": …, "content": …}`), and either of them without `prompt`, where what `chosen` and `rejected` begin
-with together is the prompt. Rows are counted from 1 in messages.
+Rows have TRL's columns, for the kind that is wanted:
+
+- `pair`: `chosen` and `rejected`, and `prompt` unless both begin with it;
+- `ranked`: `prompt` and `completions`, a list with the best first or with `scores` beside it;
+- `unpaired`: `prompt`, `completion` and `label`; pairs are read too, each as two rows;
+- `completion`: `prompt` and `completion`, or `messages`, or `text`;
+- `prompt_only`: `prompt`.
+
+Each of them is text, or a list of `{"role": …, "content": …}`. Besides them, `weight` and `margin` are numbers of the
+row, and `tools` and `chat_template_kwargs` reach the chat template. Rows are counted from 1 in messages.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, cast
 
 from datasets import Dataset
 
-from tether.errors import DataError
-from tether.types import Messages, Preference
+from tether.data.columns import BATCH_ROWS, EXTRAS, KINDS, TEXTS, VALUES, columns_to_read
+from tether.data.values import (
+    Faults,
+    Form,
+    as_number,
+    clean,
+    cleaned,
+    decoded,
+    described,
+    extra_faults,
+    form_of,
+    list_faults,
+    number_faults,
+    score_faults,
+    text_faults,
+)
+from tether.errors import ConfigError, DataError
+from tether.types import Kind, Messages, Preference
 
-Form = Literal["standard", "conversational"]
-
-COLUMNS = ("prompt", "chosen", "rejected")
-SHOWN_FAULTS = 5
-BATCH_ROWS = 1000
-# Columns that would change what a model sees, and that this version does not read.
-_UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
-_UNSUPPORTED_FIELDS = ("tool_calls", "function_call")
+# Which turns of a completion of several are scored.
+Turns = Literal["all", "assistant", "last"]
+TURNS: tuple[Turns, ...] = ("all", "assistant", "last")
 # Columns that hold the prompt under another name; with them in place a prompt is not guessed from shared text.
 _PROMPT_LIKE = ("question", "instruction", "input", "query", "context", "problem", "prompts")
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
-_ALLOWED = {None: "text or a list of messages", "standard": "text", "conversational": "a list of messages"}
 Sequential = TypeVar("Sequential", str, list)
 
 
@@ -43,6 +57,8 @@ class Schema:
         rows: how many there are.
         unused_columns: columns that training does not read, in their order.
         message_fields: fields of messages beside `role` and `content`; they reach the chat template.
+        kind: what the rows hold; `pair` where pairs are to be read as unpaired.
+        columns: columns that are read.
     """
 
     form: Form
@@ -50,54 +66,58 @@ class Schema:
     rows: int
     unused_columns: tuple[str, ...] = ()
     message_fields: tuple[str, ...] = ()
+    kind: Kind = "pair"
+    columns: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Columns of numbers, see `Preference.values`."""
+        return tuple(column for column in VALUES if column in self.columns)
+
+    @property
+    def whole(self) -> bool:
+        """Rows are one text or conversation each, without a boundary between prompt and completion."""
+        return self.kind == "completion" and "completion" not in self.columns
 
 
-@dataclass
-class _Faults:
-    shown: list[str] = field(default_factory=list)
-    total: int = 0
-    rows: set[int] = field(default_factory=set)
-
-    def add(self, row: int, fault: str) -> None:
-        self.total += 1
-        self.rows.add(row)
-        if len(self.shown) < SHOWN_FAULTS:
-            self.shown.append(f"row {row}: {fault}")
-
-    def message(self, name: str, rows: int) -> str:
-        head = f"{name}: {len(self.rows)} of {rows} rows cannot be used"
-        head += f" ({self.total} faults, the first {SHOWN_FAULTS} shown)" if self.total > len(self.shown) else ""
-        return f"{head}. {'; '.join(self.shown)}. Correct or remove them (rows count from 1)."
-
-
-def read_preferences(rows: Dataset, *, name: str = "data") -> Schema:
+def read_preferences(rows: Dataset, *, kind: Kind = "pair", turns: Turns = "all", name: str = "data") -> Schema:
     """Check every row once and say which form the rows have.
 
     Args:
         rows: as `load_rows` returns them.
+        kind: what the rows are to be read as.
+        turns: which turns of a completion are to be scored; `messages` must then have such turns.
         name: what to call these rows in messages.
 
     Returns:
         The form and what is not used. `preferences(rows, schema)` then gives the rows as records.
 
     Raises:
+        ConfigError: `kind` or `turns` is unknown.
         DataError: a column is missing, a value has a wrong type, rows mix forms, a prompt cannot be told from the
-            completions, or rows hold tools or images. The message names rows, fields, what came and what to do.
+            completions, or rows hold images. The message names rows, fields, what came and what to do.
     """
-    unused = _check_columns(rows, name)
-    schema = _form_of(rows, unused)
-    faults, fields = _Faults(), set()
-    for number, row in enumerate(_python_rows(rows), 1):
-        _check_row(number, row, schema, faults)
+    if kind not in KINDS:
+        raise ConfigError(f"kind is {kind!r}; it must be {', '.join(f'`{one}`' for one in KINDS)}.")
+    if turns not in TURNS:
+        raise ConfigError(f"turns is {turns!r}; it must be {', '.join(f'`{one}`' for one in TURNS)}.")
+    schema = _form_of(rows, columns_to_read(rows, kind, name), kind)
+    if turns != "all" and schema.form == "standard":
+        raise ConfigError(f"{name}: turns is `{turns}`, but the rows are text, which has no turns. Set turns to `all`.")
+    faults, fields = Faults(), set()
+    for number, row in enumerate(python_rows(rows, schema.columns), 1):
+        for fault in row_faults(row, schema, turns):
+            faults.add(number, fault)
         if schema.form == "conversational" and not faults.total:
-            fields |= {key for value in row.values() if isinstance(value, list) for m in value for key in _clean(m)}
+            fields |= {key for message in _messages_in(row, schema) for key in clean(message)}
     if faults.total:
         raise DataError(faults.message(name, len(rows)))
-    extra = tuple(sorted(fields - {"role", "content"}))
-    return Schema(schema.form, schema.shared_prompt, schema.rows, schema.unused_columns, extra)
+    return replace(schema, message_fields=tuple(sorted(fields - {"role", "content"})))
 
 
-def preferences(rows: Dataset, schema: Schema, start: int = 0, stop: int | None = None) -> list[Preference]:
+def preferences(
+    rows: Dataset, schema: Schema, start: int = 0, stop: int | None = None, *, turns: Turns = "all"
+) -> list[Preference]:
     """The rows `start` to `stop` (from 0, `stop` excluded) of a checked data set as records, in order.
 
     Args:
@@ -105,20 +125,56 @@ def preferences(rows: Dataset, schema: Schema, start: int = 0, stop: int | None 
         schema: what `read_preferences` said of them.
         start: first row.
         stop: row after the last; None for all.
+        turns: which turns are to be scored; unless all, what comes before the first of an answer is the prompt.
 
     Returns:
         One record per row, with `source_row` counted from 0.
     """
-    stop = len(rows) if stop is None else stop
-    records = []
-    for number, row in enumerate(_python_rows(rows, start, stop), start):
-        chosen, rejected = _cleaned(row["chosen"]), _cleaned(row["rejected"])
+    rows_of = enumerate(python_rows(rows, schema.columns, start, stop), start)
+    return [record(row, schema, number, turns) for number, row in rows_of]
+
+
+def record(row: Mapping[str, Any], schema: Schema, number: int, turns: Turns = "all") -> Preference:
+    """One checked row as a record; see `preferences`."""
+    prompt: str | Messages
+    completions: tuple[Any, ...]
+    if schema.kind == "pair":
+        completions = cleaned(row["chosen"]), cleaned(row["rejected"])
         if schema.shared_prompt:
-            prompt, chosen, rejected = split_prompt(chosen, rejected)
+            prompt, *parted = split_prompt(*completions)
+            completions = tuple(parted)
         else:
-            prompt = _cleaned(row["prompt"])
-        records.append(Preference(prompt, (chosen, rejected), "pair", number))
-    return records
+            prompt = cleaned(row["prompt"])
+    elif schema.whole:
+        whole = cleaned(row["messages"] if "messages" in row else row["text"])
+        answer = _first_answer(whole) if turns != "all" else 0
+        prompt, completions = whole[:answer], (whole[answer:],)
+    else:
+        prompt = cleaned(row["prompt"])
+        completions = tuple(map(cleaned, _ranked(row))) if schema.kind == "ranked" else ()
+        completions = (cleaned(row["completion"]),) if "completion" in row else completions
+    return Preference(
+        prompt,
+        completions,
+        schema.kind,
+        number,
+        values={column: cast(float, as_number(column, row[column])) for column in schema.values},
+        tools=decoded(row.get("tools")) or None,
+        chat_template_kwargs=decoded(row.get("chat_template_kwargs")) or {},
+    )
+
+
+def unpaired(pair: Preference) -> list[Preference]:
+    """A pair as two rows of one completion each: the chosen one labelled 1, the rejected one 0.
+
+    Example:
+        >>> [(row.completions, row.values["label"]) for row in unpaired(Preference("2 + 2 =", (" 4", " 5"), "pair", 0))]
+        [((' 4',), 1.0), ((' 5',), 0.0)]
+    """
+    return [
+        replace(pair, completions=(completion,), kind="unpaired", values={**pair.values, "label": label})
+        for completion, label in zip(pair.completions, (1.0, 0.0), strict=True)
+    ]
 
 
 def split_prompt(chosen: Sequential, rejected: Sequential) -> tuple[Sequential, Sequential, Sequential]:
@@ -161,60 +217,26 @@ def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, reason: st
     Returns:
         A message that names rows and fields.
     """
-    samples = [value for row in rows for key in COLUMNS if isinstance(value := row.get(key), (str, list))]
-    form: Form | None = _form(samples[0]) if samples else None
-    faults = _Faults()
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    columns = [column for column in TEXTS if any(column in row for row in rows)]
+    singles = [column for column in columns if column != "completions"]
+    samples = [value for row in rows for key in singles if isinstance(value := row.get(key), (str, list))]
+    form: Form | None = form_of(samples[0]) if samples else None
+    faults = Faults()
     for number, row in enumerate(rows, 1):
-        for fault in (fault for column in columns for fault in _value_faults(column, row.get(column), form)):
-            faults.add(number, fault)
+        for column in columns:
+            check = list_faults if column == "completions" else text_faults
+            for fault in check(column, row.get(column), form):
+                faults.add(number, fault)
     if faults.total:
         return faults.message(name, len(rows))
     return f"{name}: values of one column do not fit one type ({reason}). Give every message the same field types."
 
 
-def _check_columns(rows: Dataset, name: str) -> list[str]:
-    found = rows.column_names
-    missing = [column for column in ("chosen", "rejected") if column not in found]
-    if missing:
-        hints = []
-        for column in missing:
-            near = difflib.get_close_matches(column, [f for f in found if f not in COLUMNS], n=1, cutoff=0.5)
-            hints += [f"`{near[0]}` looks like `{column}`"] if near else []
-        raise DataError(
-            f"{name}: {_named(missing)} missing. Columns found: {', '.join(found) or 'none'}. "
-            "A preference row has `chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns"
-            f"{' (' + ', '.join(hints) + ')' if hints else ''}."
-        )
-    for column in _UNSUPPORTED:
-        if column in found and (row := _first_filled(rows, column)) is not None:
-            raise DataError(
-                f"{name}: row {row}: the column `{column}` holds values, and Tether does not read it yet, so the model "
-                "would see something else than was meant. Remove the column if the rows are complete without it."
-            )
-    return [column for column in found if column not in COLUMNS]
-
-
-def _named(columns: Sequence[str]) -> str:
-    listed = " and ".join(f"`{column}`" for column in columns)
-    return f"the column {listed} is" if len(columns) == 1 else f"the columns {listed} are"
-
-
-def _first_filled(rows: Dataset, column: str) -> int | None:
-    """Number, from 1, of the first row with a value; read as Arrow, so that no image is decoded."""
-    plain = rows.select_columns([column]).with_format("arrow")
-    for start in range(0, len(plain), BATCH_ROWS):
-        for number, value in enumerate(plain[start : start + BATCH_ROWS][column].to_pylist(), start + 1):
-            if value not in (None, "", "[]", "{}", [], {}) and not (
-                isinstance(value, dict) and not any(value.values())
-            ):
-                return number
-    return None
-
-
-def _python_rows(rows: Dataset, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
-    columns = [column for column in COLUMNS if column in rows.column_names]
-    plain = rows.select_columns(columns).with_format(None)
+def python_rows(
+    rows: Dataset, columns: Sequence[str], start: int = 0, stop: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows as plain dictionaries of some columns."""
+    plain = rows.select_columns(list(columns)).with_format(None)
     stop = len(rows) if stop is None else stop
     for first in range(start, stop, BATCH_ROWS):
         batch = plain[first : min(first + BATCH_ROWS, stop)]
@@ -222,124 +244,100 @@ def _python_rows(rows: Dataset, start: int = 0, stop: int | None = None) -> Iter
             yield dict(zip(batch, values, strict=True))
 
 
-def _form(value: Any) -> Form:
-    return "conversational" if isinstance(value, list) else "standard"
+def row_faults(row: Mapping[str, Any], schema: Schema, turns: Turns = "all") -> list[str]:
+    """All faults of one row; those of its fields, or, where each is well formed, those of the fields together."""
+    faults: list[str] = []
+    for column, value in row.items():
+        if column == "prompt" and schema.shared_prompt:
+            continue
+        if column in VALUES:
+            faults += number_faults(column, value)
+        elif column == "scores":
+            faults += score_faults(value, row["completions"])
+        elif column in EXTRAS:
+            faults += extra_faults(column, value, schema.form)
+        elif column == "completions":
+            faults += list_faults(column, value, schema.form)
+        else:
+            faults += text_faults(column, value, schema.form)
+    return faults or list(_joint_faults(row, schema, turns))
 
 
-def _form_of(rows: Dataset, unused: list[str]) -> Schema:
+def _form_of(rows: Dataset, columns: tuple[str, ...], kind: Kind) -> Schema:
     """The form of the first row whose completions have one; the check then holds every row to it."""
-    for row in _python_rows(rows):
-        sample = next((row[key] for key in ("chosen", "rejected") if isinstance(row[key], (str, list))), None)
+    held: Kind = "pair" if "chosen" in columns else kind
+    unused = tuple(column for column in rows.column_names if column not in columns)
+    whole = Schema("standard", held == "pair" and "prompt" not in columns, len(rows), unused, (), held, columns)
+    for row in python_rows(rows, columns):
+        sample = next((value for value in _samples(row) if isinstance(value, (str, list))), None)
         if sample is None:
             continue
         # Some data sets repeat the last user message in a `prompt` column of text beside whole conversations.
-        repeated = isinstance(sample, list) and isinstance(row.get("prompt"), str)
-        shared = "prompt" not in row or repeated
-        return Schema(_form(sample), shared, len(rows), ("prompt", *unused) if repeated else tuple(unused))
-    return Schema("standard", "prompt" not in rows.column_names, len(rows), tuple(unused))
+        if held == "pair" and isinstance(sample, list) and isinstance(row.get("prompt"), str):
+            return replace(whole, form="conversational", shared_prompt=True, unused_columns=("prompt", *unused))
+        return replace(whole, form=form_of(sample))
+    return whole
 
 
-def _check_row(number: int, row: Mapping[str, Any], schema: Schema, faults: _Faults) -> None:
-    before = faults.total
-    repeated = schema.shared_prompt and "prompt" in row
-    for column, value in row.items():
-        if column == "prompt" and repeated:
-            continue
-        for fault in _value_faults(column, value, schema.form):
-            faults.add(number, fault)
-    if faults.total > before:
-        return
-    for fault in _pair_faults(row, schema, repeated):
-        faults.add(number, fault)
+def _samples(row: Mapping[str, Any]) -> Iterator[Any]:
+    """Values that tell the form of a row; its prompt last, since it may be text beside whole conversations."""
+    listed = row.get("completions")
+    yield from listed if isinstance(listed, list) else ()
+    yield from (row[column] for column in TEXTS if column in row and column not in ("completions", "prompt"))
+    yield row.get("prompt")
 
 
-def _value_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
-    if not isinstance(value, (str, list)) or (form is not None and _form(value) != form):
-        allowed = (
-            _ALLOWED[None] if not isinstance(value, (str, list)) else f"{_ALLOWED[form]}, like the rest of the data"
-        )
-        yield f"`{column}` is {_described(value)}; it must be {allowed}"
-    elif isinstance(value, str):
-        if _MESSAGES_AS_TEXT.match(value):
-            yield f"`{column}` is text that spells out a list of messages; store the list itself, in JSON or Parquet"
-    elif not value:
-        yield f"`{column}` is an empty list; it must hold at least one message"
-    else:
-        for position, message in enumerate(value, 1):
-            yield from (f"message {position} of `{column}` {fault}" for fault in _message_faults(message))
+def _messages_in(row: Mapping[str, Any], schema: Schema) -> Iterator[Any]:
+    for column in TEXTS:
+        if column in row and not (column == "prompt" and schema.shared_prompt):
+            for part in row[column] if column == "completions" else (row[column],):
+                yield from part
 
 
-def _message_faults(message: Any) -> Iterator[str]:
-    if not isinstance(message, dict):
-        yield f"is {_described(message)}; it must be an object with `role` and `content`"
-        return
-    filled = _clean(message)
-    if unsupported := [key for key in _UNSUPPORTED_FIELDS if filled.get(key)]:
-        yield f"has `{unsupported[0]}`, which Tether does not read yet; remove the row"
-    elif not {"role", "content"} <= filled.keys():
-        yield f"has the keys {', '.join(filled) or 'none'}; it must have `role` and `content`"
-    elif not isinstance(filled["role"], str):
-        yield f"has a `role` that is {_described(filled['role'])}; it must be text"
-    elif isinstance(filled["content"], list):
-        yield "has `content` in parts (a list), which Tether does not read yet; it must be text"
-    elif not isinstance(filled["content"], str):
-        yield f"has `content` that is {_described(filled['content'])}; it must be text"
+def _ranked(row: Mapping[str, Any]) -> list[Any]:
+    """Completions with the best first; those with equal scores in their order."""
+    completions, scores = row["completions"], row.get("scores")
+    if scores is None:
+        return completions
+    order = sorted(range(len(completions)), key=lambda place: -scores[place])
+    return [completions[place] for place in order]
 
 
-def _pair_faults(row: Mapping[str, Any], schema: Schema, repeated: bool) -> Iterator[str]:
+def _first_answer(messages: Messages) -> int:
+    return next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+
+
+def _joint_faults(row: Mapping[str, Any], schema: Schema, turns: Turns) -> Iterator[str]:
     """Faults that show only when the fields of a row, each well formed, are seen together."""
-    chosen, rejected = _cleaned(row["chosen"]), _cleaned(row["rejected"])
+    if schema.whole:
+        if turns != "all" and _first_answer(row["messages"]) in (0, len(row["messages"])):
+            what = "begins with an" if row["messages"][0]["role"] == "assistant" else "has no"
+            yield f"`messages` {what} answer of the assistant; a question and then an answer are needed"
+        return
+    if schema.kind == "pair":
+        yield from _pair_faults(row, schema)
+    for column in ("chosen", "rejected", "completion", "completions"):
+        parts = row.get(column, ())
+        for part in parts if column == "completions" else (parts,):
+            if isinstance(part, list) and part[-1]["role"] in ("user", "system", "tool"):
+                yield f"the last message of `{column}` is from the {part[-1]['role']}; it must be an answer"
+
+
+def _pair_faults(row: Mapping[str, Any], schema: Schema) -> Iterator[str]:
+    chosen, rejected = cleaned(row["chosen"]), cleaned(row["rejected"])
     if schema.shared_prompt:
         prompt, *_ = split_prompt(chosen, rejected)
+        repeated = "prompt" in row
         if not prompt:
             yield "`chosen` and `rejected` do not begin alike, so no prompt can be told; add a `prompt` column"
         elif repeated and row["prompt"] not in [message["content"] for message in prompt]:
+            said = f"`prompt` is {described(row['prompt']) if not isinstance(row['prompt'], str) else 'text'}"
             yield (
-                "`prompt` is text and none of the messages that `chosen` and `rejected` begin with says it; make it a "
+                f"{said} and none of the messages that `chosen` and `rejected` begin with says it; make it a "
                 "list of messages, or remove it"
             )
         near = [column for column in schema.unused_columns if column.lower() in (*_PROMPT_LIKE, "prompt")]
         if isinstance(chosen, str) and near:
             yield f"there is no `prompt`, but a column `{near[0]}`; rename it to `prompt`, or remove it"
-    elif isinstance(chosen, list) and (prompt := _cleaned(row["prompt"])) == chosen[: len(prompt)]:
+    elif isinstance(chosen, list) and (prompt := cleaned(row["prompt"])) == chosen[: len(prompt)]:
         yield "`chosen` repeats the messages of `prompt`; leave them out of one of the two"
-    for column, completion in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(completion, list) and completion[-1]["role"] in ("user", "system"):
-            yield f"the last message of `{column}` is from the {completion[-1]['role']}; it must be an answer"
-
-
-def _described(value: Any) -> str:
-    match value:
-        case None:
-            return "missing (null)"
-        case bool():
-            return f"a truth value ({value})"
-        case int() | float():
-            return f"a number ({value})"
-        case str():
-            return f"text ({value[:40]!r}{'…' if len(value) > 40 else ''})"
-        case list():
-            return "a list of messages" if value and isinstance(value[0], dict) else "a list"
-        case dict():
-            return f"an object with the keys {', '.join(map(str, value))}"
-    return f"a {type(value).__name__}"
-
-
-def _clean(message: Any) -> dict[str, Any]:
-    """A message without the empty fields that Arrow adds where other messages have a value."""
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _cleaned(value: Any) -> Any:
-    """Text as it is; messages cleaned."""
-    return [_clean(message) for message in value] if isinstance(value, list) else value
-
-
-def texts_of(value: str | Messages) -> list[str]:
-    """The texts in a prompt or completion: itself, or the content of each message.
-
-    Example:
-        >>> texts_of([{"role": "user", "content": "Hi"}])
-        ['Hi']
-    """
-    return [value] if isinstance(value, str) else [message["content"] for message in value]

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from tether.data.schema import COLUMNS, explain_mixed_types
+from tether.data.columns import EXTRAS, TEXTS
+from tether.data.schema import explain_mixed_types
 from tether.errors import DataError
 
 Source = Dataset | DatasetDict | str | Path | Sequence[Mapping[str, Any]] | Sequence[str | Path]
@@ -263,15 +264,32 @@ def _table(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Table:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     arrays: dict[str, Any] = {}
     for column in columns:
-        values = [row.get(column) for row in rows]
+        values = [_portable(column, row.get(column)) for row in rows]
         try:
             arrays[column] = pa.array(values)
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            if column in COLUMNS:
+            if column in TEXTS:
                 raise DataError(explain_mixed_types(rows, name, f"`{column}`: {error}")) from error
             # Not read by training, but still listed among the unused columns.
             arrays[column] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)
+
+
+def _portable(column: str, value: Any) -> Any:
+    """What has another shape in every row (tools, arguments of a call) as JSON, which keeps it whole; see `decoded`."""
+    if column in EXTRAS:
+        return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+    if column in TEXTS and isinstance(value, list):
+        return [_portable_message(item) for item in value]
+    return value
+
+
+def _portable_message(item: Any) -> Any:
+    if isinstance(item, list):  # one of several completions
+        return [_portable_message(message) for message in item]
+    if not isinstance(item, dict) or not isinstance(item.get("tool_calls"), list):
+        return item
+    return {**item, "tool_calls": json.dumps(item["tool_calls"], default=str)}
 
 
 def _listed(names: Iterable[str]) -> str:

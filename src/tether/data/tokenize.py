@@ -15,13 +15,14 @@ For well-formed rows the ids equal those of TRL 1.16's DPO trainer. They differ 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.render import Rendered, turn_end
+from tether.data.render import Rendered
+from tether.data.template import turn_end
 from tether.errors import DataError
 
 Boundary = Literal["split", "drop", "error"]
@@ -42,6 +43,7 @@ class Tokenized:
             texts share, as the data gave no boundary; `template`: the same, as the template does not round-trip.
         ends_added: completions whose template wrote no end-of-turn token, so that one was added.
         dropped: why the row cannot be used; None for a row that can.
+        scored: for each completion, True for tokens that are scored; None when all are.
     """
 
     prompt_ids: list[int]
@@ -50,6 +52,7 @@ class Tokenized:
     boundary: Literal["exact", "split", "shared", "template"] = "exact"
     ends_added: int = 0
     dropped: Literal["boundary", "empty_prompt"] | None = None
+    scored: list[list[bool]] | None = None
 
 
 class Encoder:
@@ -161,16 +164,19 @@ def tokenize(rows: Sequence[Rendered], encoder: Encoder, *, boundary: Boundary =
         DataError: `boundary="error"` and a boundary is not exact.
     """
     texts = [row.texts if row.templated else tuple(map(encoder.without_end, row.texts)) for row in rows]
-    distinct = list(dict.fromkeys(text for row, own in zip(rows, texts, strict=True) for text in (row.prompt, *own)))
+    distinct = list(
+        dict.fromkeys(text for row, own in zip(rows, texts, strict=True) for text in (row.prompt, *own, *_cuts(row)))
+    )
     ids = dict(zip(distinct, map(encoder.opened, encoder.encode(distinct)), strict=True))
-    return [
-        _row(row, ids[row.prompt], [ids[text] for text in own], encoder, boundary)
-        for row, own in zip(rows, texts, strict=True)
-    ]
+    return [_row(row, own, ids, encoder, boundary) for row, own in zip(rows, texts, strict=True)]
 
 
-def _row(row: Rendered, prompt: list[int], texts: list[list[int]], encoder: Encoder, boundary: Boundary) -> Tokenized:
-    shared = min(_common(prompt, text) for text in texts)
+def _row(
+    row: Rendered, own: Sequence[str], ids: Mapping[str, list[int]], encoder: Encoder, boundary: Boundary
+) -> Tokenized:
+    texts = [ids[text] for text in own]
+    prompt = [] if row.whole else ids[row.prompt]
+    shared = min((_common(prompt, text) for text in texts), default=len(prompt))
     kind: Literal["exact", "split", "shared", "template"] = "exact"
     if not row.given_boundary:
         kind, prompt = "shared", prompt[:shared]
@@ -186,13 +192,51 @@ def _row(row: Rendered, prompt: list[int], texts: list[list[int]], encoder: Enco
     for text, alone in zip(texts, row.completions, strict=True):
         fits = text[: len(prompt)] == prompt
         completions.append(text[len(prompt) :] if fits else encoder.continuation(_alone(row, alone, encoder)))
+    masks = _masks(row, ids, completions, encoder)
+    if row.whole:
+        # Nothing predicts the first token of a text, so it is the prompt.
+        prompt, completions = completions[0][:1], [completions[0][1:]]
     if not prompt:
         bos = encoder.tokenizer.bos_token_id
         if not isinstance(bos, int):
             return Tokenized(prompt, completions, row.source_row, kind, dropped="empty_prompt")
         prompt = [bos]
     ended = [encoder.ended(completion, row.templated) for completion in completions]
-    return Tokenized(prompt, [e for e, _ in ended], row.source_row, kind, sum(added for _, added in ended))
+    if masks is not None:
+        masks = [
+            [*mask[: len(e) - 1], mask[min(len(e), len(mask)) - 1]] for mask, (e, _) in zip(masks, ended, strict=True)
+        ]
+    added = sum(added for _, added in ended)
+    return Tokenized(prompt, [e for e, _ in ended], row.source_row, kind, added, scored=masks)
+
+
+def _cuts(row: Rendered) -> list[str]:
+    """The beginnings of texts whose ids say where scored turns lie."""
+    if row.scored is None:
+        return []
+    pairs = zip(row.texts, row.scored, strict=True)
+    return [text[:cut] for text, spans in pairs for span in spans for cut in span if cut < len(text)]
+
+
+def _masks(
+    row: Rendered, ids: Mapping[str, list[int]], completions: list[list[int]], encoder: Encoder
+) -> list[list[bool]] | None:
+    """Which tokens of each completion lie in a scored turn; what a template writes after an end of turn does not."""
+    if row.scored is None:
+        return None
+    masks = []
+    for text, spans, completion in zip(row.texts, row.scored, completions, strict=True):
+        whole = ids[text]
+        # Places are counted from the end, so that they hold for a completion that was tokenised on its own, too.
+        mask = [False] * max(len(whole), len(completion))
+        for start, end in spans:
+            first, stop = (len(whole) if cut == len(text) else _common(ids[text[:cut]], whole) for cut in (start, end))
+            if encoder.tail and whole[stop - len(encoder.tail) - 1 : stop] == [encoder.end, *encoder.tail]:
+                stop -= len(encoder.tail)
+            shift = len(mask) - len(whole)
+            mask[first + shift : stop + shift] = [True] * max(stop - first, 0)
+        masks.append(mask[len(mask) - len(completion) :])
+    return masks
 
 
 def _alone(row: Rendered, completion: str, encoder: Encoder) -> str:

@@ -76,7 +76,7 @@ def truncate(example: Example, max_length: int | None, mode: TruncationMode = "k
         mode: `keep_start` or `keep_end`, see the module.
 
     Returns:
-        The example cut, or None when no completion token would be left.
+        The example cut, or None when no completion token, or none that is scored, would be left.
 
     Raises:
         ConfigError: see `truncated_lengths`.
@@ -90,8 +90,12 @@ def truncate(example: Example, max_length: int | None, mode: TruncationMode = "k
     if lengths is None:
         return None
     prompt, completions = lengths
+    scored = example.scored and tuple(mask[:kept] for mask, kept in zip(example.scored, completions, strict=True))
+    if scored and not all(mask.any() for mask in scored):
+        return None
     return replace(
         example,
         prompt_ids=example.prompt_ids[len(example.prompt_ids) - prompt :],
         completion_ids=tuple(ids[:kept] for ids, kept in zip(example.completion_ids, completions, strict=True)),
+        scored=scored,
     )

@@ -1,0 +1,116 @@
+"""Which columns rows of each kind have, and which of a data set are read. Called by `schema`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from datasets import Dataset
+
+from tether.errors import DataError
+from tether.types import Kind
+
+KINDS: tuple[Kind, ...] = ("pair", "ranked", "unpaired", "completion", "prompt_only")
+# Numbers that belong to a row, see `Preference.values`.
+VALUES = ("label", "weight", "margin")
+# What a row of each kind must have; the first layout whose columns are all there is read.
+LAYOUTS: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "pair": (("chosen", "rejected"),),
+    "ranked": (("prompt", "completions"),),
+    "unpaired": (("prompt", "completion", "label"), ("chosen", "rejected")),
+    "completion": (("prompt", "completion"), ("messages",), ("text",)),
+    "prompt_only": (("prompt",),),
+}
+TEXTS = ("prompt", "chosen", "rejected", "completion", "completions", "messages", "text")
+# What reaches the chat template of its row.
+EXTRAS = ("tools", "chat_template_kwargs")
+BATCH_ROWS = 1000
+# Columns that would change what a model sees, and that this version does not read.
+_UNSUPPORTED = ("images", "image")
+_NEEDS = {
+    "pair": "A preference row has `chosen` and `rejected`, and `prompt` unless both begin with it",
+    "ranked": "A ranked row has `prompt` and `completions`, a list with the best first (or with `scores`)",
+    "unpaired": "An unpaired row has `prompt`, `completion` and `label`; or `chosen` and `rejected`",
+    "completion": "A row has `prompt` and `completion`, or `messages`, or `text`",
+    "prompt_only": "A row has `prompt`",
+}
+
+
+def kind_of(columns: Sequence[str]) -> Kind | None:
+    """The kind that columns speak for; None where they speak for none.
+
+    Example:
+        >>> kind_of(["prompt", "completion", "label"]), kind_of(["question"])
+        ('unpaired', None)
+    """
+    order: tuple[Kind, ...] = ("pair", "ranked", "unpaired", "completion", "prompt_only")
+    return next((kind for kind in order if set(LAYOUTS[kind][0]) <= set(columns) or _second(kind, columns)), None)
+
+
+def _second(kind: Kind, columns: Sequence[str]) -> bool:
+    return kind == "completion" and any(set(layout) <= set(columns) for layout in LAYOUTS[kind])
+
+
+def columns_to_read(rows: Dataset, kind: Kind, name: str) -> tuple[str, ...]:
+    """The columns to read, in their order.
+
+    Args:
+        rows: the rows.
+        kind: what they are to be read as.
+        name: what to call them in messages.
+
+    Raises:
+        DataError: columns are missing, or there are some that must not be left out and cannot be read.
+    """
+    found = rows.column_names
+    layout = next((layout for layout in LAYOUTS[kind] if set(layout) <= set(found)), None)
+    if layout is None:
+        raise DataError(_missing_columns(found, kind, name))
+    for column in _UNSUPPORTED:
+        if column in found and (row := _first_filled(rows, column)) is not None:
+            raise DataError(
+                f"{name}: row {row}: the column `{column}` holds values, and Tether does not read it yet, so the model "
+                "would see something else than was meant. Remove the column if the rows are complete without it."
+            )
+    optional = [*EXTRAS, *(column for column in VALUES if column != "label")]
+    optional += {"ranked": ["scores"], "pair": ["prompt"]}.get("pair" if "chosen" in layout else kind, [])
+    filled = [column for column in optional if column in found and _worth_reading(rows, column)]
+    return tuple(column for column in found if column in (*layout, *filled))
+
+
+def _worth_reading(rows: Dataset, column: str) -> bool:
+    """An optional column of nothing but nulls says nothing; a prompt is read whatever it holds."""
+    return column == "prompt" or _first_filled(rows, column) is not None
+
+
+def _missing_columns(found: list[str], kind: Kind, name: str) -> str:
+    missing = [
+        column for column in min(LAYOUTS[kind], key=lambda one: len(set(one) - set(found))) if column not in found
+    ]
+    hints = []
+    for column in missing:
+        near = difflib.get_close_matches(column, [f for f in found if f not in TEXTS], n=1, cutoff=0.5)
+        hints += [f"`{near[0]}` looks like `{column}`"] if near else []
+    other = kind_of(found)
+    hint = f"; these columns speak for rows of kind `{other}`" if other not in (None, kind, "prompt_only") else ""
+    return (
+        f"{name}: {_named(missing)} missing. Columns found: {', '.join(found) or 'none'}. "
+        f"{_NEEDS[kind]}; rename the columns{' (' + ', '.join(hints) + ')' if hints else ''}{hint}."
+    )
+
+
+def _named(columns: Sequence[str]) -> str:
+    listed = " and ".join(f"`{column}`" for column in columns)
+    return f"the column {listed} is" if len(columns) == 1 else f"the columns {listed} are"
+
+
+def _first_filled(rows: Dataset, column: str) -> int | None:
+    """Number, from 1, of the first row with a value; read as Arrow, so that no image is decoded."""
+    plain = rows.select_columns([column]).with_format("arrow")
+    for start in range(0, len(plain), BATCH_ROWS):
+        for number, value in enumerate(plain[start : start + BATCH_ROWS][column].to_pylist(), start + 1):
+            if value not in (None, "", "[]", "{}", [], {}) and not (
+                isinstance(value, dict) and not any(value.values())
+            ):
+                return number
+    return None
