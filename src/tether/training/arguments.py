@@ -112,6 +112,11 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(str(choice) for choice in allowed)}.")
 
     @property
+    def turns(self) -> str:
+        """Which turns of a completion of several are scored: `all`, or those of the `assistant`."""
+        return "all"
+
+    @property
     def cut_length(self) -> int | None:
         """Tokens to which a row's sequences are cut; None: not at all."""
         return self.max_length

@@ -42,6 +42,8 @@ class RunData:
             rows,
             self.tokenizer,
             max_length=self.args.cut_length,
+            kind=self.args.kind,
+            turns=self.args.turns,
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,

@@ -45,3 +45,8 @@ class SFTConfig(ReferenceFreeConfig):
                 "Leave one of them out."
             )
         super().__post_init__()
+
+    @property
+    def turns(self) -> str:
+        """The assistant's, where they alone are asked for."""
+        return "assistant" if self.assistant_only_loss else "all"

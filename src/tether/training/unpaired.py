@@ -151,6 +151,7 @@ class KTOTrainer(TetherTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As for every trainer; what an interrupted evaluation left behind is forgotten."""
+        self._close_step()
         self._evaluated = []
         return super().evaluation_loop(*args, **kwargs)
 
