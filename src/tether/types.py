@@ -227,6 +227,8 @@ class Scores:
         entropy: float32 `[N]`, entropy in nats of the distribution each token was drawn from; None unless asked for.
         top1: bool `[N]`, True where the token is the most likely one; None unless asked for.
         mean_logits: float32 `[N]`, mean logit over the vocabulary; None unless asked for.
+        log_collision: float32 `[N]` nats, log of the sum of squared probabilities, which is the log-probability that
+            two draws agree; None unless asked for.
 
     Example:
         >>> scores = Scores(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), 2)
@@ -240,6 +242,7 @@ class Scores:
     entropy: Tensor | None = None
     top1: Tensor | None = None
     mean_logits: Tensor | None = None
+    log_collision: Tensor | None = None
 
     def sum_by_completion(self, values: Tensor) -> Tensor:
         """Sum `values [N]` over the tokens of each completion: `[K]`, in float32 or better."""

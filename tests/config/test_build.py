@@ -21,8 +21,7 @@ def test_defaults_are_those_of_the_python_configuration() -> None:
     run, defaults = run_with(), {field.name: field.default for field in dataclasses.fields(DPOConfig)}
     assert defaults["num_train_epochs"] == run.train.epochs
     assert defaults["per_device_train_batch_size"] == run.train.batch_size
-    assert (defaults["loss_type"], defaults["beta"]) == (run.objective.loss, run.objective.beta)
-    assert defaults["label_smoothing"] == run.objective.label_smoothing
+    assert {name: defaults[name] for name in run.objective.arguments} == run.objective.arguments
     for name in ("learning_rate", "max_length", "max_steps"):
         assert defaults[name] == getattr(run.train, name)
 

@@ -106,9 +106,7 @@ def _options(run: RunConfig) -> dict[str, Any]:
         "max_steps": run.train.max_steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
-        "loss_type": run.objective.loss,
-        "beta": run.objective.beta,
-        "label_smoothing": run.objective.label_smoothing,
+        **run.objective.arguments,
         # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
         "reference": run.reference.meaning if "reference" in run.model_fields_set else None,
         "reference_means": run.reference.means,

@@ -13,14 +13,12 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tether.config.sections import Train
+from tether.config.sections import OBJECTIVE_FIELDS, Objective, Train
 
 # Fields that the run file says elsewhere. One place for each thing, so that no two can disagree.
 ELSEWHERE = {
     "output_dir": "`output`",
-    "loss_type": "`objective.loss`",
-    "beta": "`objective.beta`",
-    "label_smoothing": "`objective.label_smoothing`",
+    **{OBJECTIVE_FIELDS.get(name, name): f"`objective.{name}`" for name in Objective.model_fields},
     "reference": "`reference`",
     "reference_means": "`reference.means`",
     "model_init_kwargs": "`model`",

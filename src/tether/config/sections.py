@@ -149,16 +149,50 @@ class Reference(Section):
         return self
 
 
-class Objective(Section):
-    """`objective:` the loss and its options."""
+Number = Annotated[float, Allowed("a number")]
 
-    loss: Text = Field(default="sigmoid", description="Name of the loss; see tether.objectives.OBJECTIVES.")
+
+class Objective(Section):
+    """`objective:` the loss, or several with weights, and the options; which loss takes which: see
+    docs/choosing_an_objective.md. What is allowed is checked by `tether.DPOConfig`."""
+
+    loss: Annotated[
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
+        Allowed("the name of a loss, or a list of names"),
+    ] = Field(default="sigmoid", description="Name of the loss, or a list; see tether.objectives.OBJECTIVES.")
+    weights: Annotated[list[float] | None, Allowed("a list of numbers above 0, one for each loss, or null")] = Field(
+        default=None, description="Weights of several losses; null: 1 each."
+    )
     beta: Annotated[float, Allowed("a number above 0")] = Field(
         default=0.1, description="How strongly the policy is held to the reference, per nat."
     )
     label_smoothing: Annotated[float, Allowed("a number from 0 to below 0.5")] = Field(
         default=0.0, description="Chance that a label is wrong."
     )
+    f_divergence_type: Annotated[Text, Allowed("reverse_kl, forward_kl, js_divergence or alpha_divergence")] = Field(
+        default="reverse_kl", description="What holds the policy to the reference."
+    )
+    f_alpha_divergence_coef: Annotated[float | None, Allowed("a number, or null")] = Field(
+        default=None, description="Exponent of alpha_divergence; null: 0.5."
+    )
+    ld_alpha: Annotated[float | None, Allowed("a number from 0 to 1, or null")] = Field(
+        default=None, description="Weight of the tokens by which a completion is longer than the other; null: 1."
+    )
+    use_weighting: Flag = Field(default=False, description="Weigh pairs by how likely the policy would write them.")
+    discopop_tau: Number = Field(default=0.05, description="Temperature of discopop.")
+    dpop_lambda: Number = Field(default=50.0, description="Weight of the penalty of dpop.")
+    rpo_eta: Number = Field(default=1.0, description="Scale of the reward gap that rpo fits.")
+    simpo_gamma: Number = Field(default=0.5, description="Lead of the reward that simpo aims at.")
+    cpo_alpha: Number = Field(default=1.0, description="Weight of the likelihood in cpo.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The same by the names of `tether.DPOConfig`."""
+        return {OBJECTIVE_FIELDS.get(name, name): value for name, value in self}
+
+
+# Keys of `objective` that `tether.DPOConfig` has under another name.
+OBJECTIVE_FIELDS = {"loss": "loss_type", "weights": "loss_weights"}
 
 
 class Train(Section):

@@ -1,56 +1,155 @@
-"""From the scores of a batch of pairs to its losses and what is reported of them."""
+"""From the scores of a batch of pairs or ranked lists to their losses and what is reported of them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tether.objectives.table import OBJECTIVES
+from tether.objectives.combination import Combination
+from tether.objectives.metrics import preference_metrics
+from tether.objectives.row import Objective
+from tether.objectives.transforms import divergence_scores, length_desensitised, likelihood_weights
 from tether.types import LossOutput, Scores
 
 
-def preference_loss(policy: Scores, reference: Scores, *, loss: str, **options: float) -> LossOutput:
-    """Loss of each pair of a batch, with TRL's metrics.
+def preference_loss(
+    policy: Scores,
+    reference: Scores | None,
+    *,
+    loss: str | Combination,
+    values: Mapping[str, Tensor] | None = None,
+    sizes: Sequence[int] | None = None,
+    **options: float,
+) -> LossOutput:
+    """Losses of a batch of pairs or ranked lists, with TRL's metrics.
 
     Args:
-        policy: scores of 2B completions, chosen and rejected in turn; `entropy`, `top1` and `mean_logits` are reported
-            where they are there.
-        reference: scores of the same completions under the reference.
-        loss: a name in the table of objectives.
-        options: the objective's own, such as `beta`.
+        policy: scores of K completions, those of an example in a row: chosen and rejected in turn, or the best of a
+            list first; `entropy`, `top1` and `mean_logits` are reported where they are there.
+        reference: scores of the same completions under the reference; None: a flat one, whose log-probs are 0.
+        loss: a name in the table of objectives, or several with weights and transforms.
+        values: `[B]` each: `weight` multiplies the loss of an example, `margin` goes to the losses that take margins.
+        sizes: completions of each example, for ranked lists; None: 2 each.
+        options: the objective's own, such as `beta`, for a loss that is given by name.
 
     Returns:
-        `per_example [B]` and the metrics.
+        `per_example [B]`, `per_token` where a loss is averaged over tokens, and the metrics.
+
+    Raises:
+        ValueError: a loss needs margins and there is no such column; or WPO weights were asked for and the policy was
+            scored without `log_collision`.
     """
-    logratios = policy.logps - reference.logps
-    chosen, rejected = logratios[0::2], logratios[1::2]
-    per_example = OBJECTIVES[loss].function(chosen, rejected, **options)
+    combination = loss if isinstance(loss, Combination) else Combination((loss,), options=options)
+    device = policy.token_logps.device
+    pairs = [2] * (policy.num_completions // 2)
+    counts = torch.tensor(pairs if sizes is None else list(sizes), device=device)
+    numbers = Numbers(policy, reference, combination, counts, values or {})
+    example = policy.token_logps.new_zeros(len(counts), dtype=numbers.logps.dtype)
+    tokens: Tensor | None = None
+    for row, weight in combination.weighted():
+        losses = weight * numbers.losses(row, combination.options_of(row))
+        if row.averaged == "tokens":
+            tokens = losses if tokens is None else tokens + losses
+        else:
+            example = example + losses
+    scale = numbers.scale()
+    if scale is not None:
+        example = scale * example
+        tokens = None if tokens is None else scale[numbers.chosen_tokens_example] * tokens
+    slopes = None
+    if example.requires_grad:
+        # Through the loss alone, some numbers for each completion; the model is not part of it.
+        (slopes,) = torch.autograd.grad(example.sum(), numbers.logps, retain_graph=True, allow_unused=True)
     with torch.no_grad():
-        metrics = _pair_metrics(policy, options.get("beta", 1.0) * logratios.detach())
-    return LossOutput(per_example, metrics)
+        rewards = combination.beta * numbers.reward_logratios()
+        metrics = preference_metrics(policy, reference, numbers.logps.detach(), rewards, slopes, counts)
+    return LossOutput(example, metrics, tokens)
 
 
-def _pair_metrics(policy: Scores, rewards: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    chosen, rejected = rewards[0::2], rewards[1::2]
-    logps = policy.logps.detach()
-    per_pair = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": logps[0::2],
-        "logps/rejected": logps[1::2],
-    }
-    is_chosen = policy.completion_index % 2 == 0
-    per_token = {}
-    if policy.mean_logits is not None:
-        per_token["logits/chosen"] = policy.mean_logits[is_chosen]
-        per_token["logits/rejected"] = policy.mean_logits[~is_chosen]
-    if policy.entropy is not None:
-        per_token["entropy"] = policy.entropy
-    if policy.top1 is not None:
-        per_token["mean_token_accuracy"] = policy.top1[is_chosen].float()
-    return {
-        name: (values.sum(), torch.tensor(float(len(values)), device=values.device))
-        for name, values in {**per_pair, **per_token}.items()
-    }
+class Numbers:
+    """The numbers that losses take, by the names of their parameters; each is made once, when a loss asks for it.
+
+    `chosen_` and `rejected_` pick from pairs; `mean_` divides by the completion's tokens; `logratios` are policy minus
+    reference, through the f-divergence's derivative; `logps` are the policy's, `reference_logps` the reference's. A
+    name without `chosen_` or `rejected_` is `[B, K]`, for lists of one size.
+    """
+
+    def __init__(
+        self,
+        policy: Scores,
+        reference: Scores | None,
+        combination: Combination,
+        sizes: Tensor,
+        values: Mapping[str, Tensor],
+    ) -> None:
+        self._policy, self._combination, self._sizes, self._values = policy, combination, sizes, values
+        self.logps = self._summed(policy)
+        self._reference_logps = torch.zeros_like(self.logps) if reference is None else self._summed(reference)
+
+    def _summed(self, scores: Scores) -> Tensor:
+        alpha = self._combination.ld_alpha
+        return scores.logps if alpha is None else length_desensitised(scores, self._sizes, alpha)
+
+    def losses(self, row: Objective, options: Mapping[str, float]) -> Tensor:
+        """Losses of one row of the table: one per example, or per token where the row says so."""
+        if row.kind == "pair":
+            given = {name: found for name in row.inputs if (found := self.of_pairs(name, row)) is not None}
+            return row.function(**given, **options)
+        # Lists of one length at a time: a row of a tensor each, without padding.
+        losses = self.logps.new_zeros(len(self._sizes))
+        starts = self._sizes.cumsum(0) - self._sizes
+        for size in self._sizes.unique().tolist():
+            (lists,) = torch.nonzero(self._sizes == size, as_tuple=True)
+            completions = starts[lists][:, None] + torch.arange(size, device=starts.device)
+            given = {name: self._each(name)[completions] for name in row.inputs}
+            losses = losses.index_add(0, lists, row.function(**given, **options))
+        return losses
+
+    def of_pairs(self, name: str, row: Objective) -> Tensor | None:
+        """A number of each pair, `[B]`; None for margins that are not there and need not be."""
+        if name == "margins":
+            if "margin" not in self._values and row.requires_margins:
+                raise ValueError(f"Loss {row.name!r} needs the margin of each pair; add a column `margin` to the rows.")
+            return self._values.get("margin")
+        side, _, quantity = name.partition("_")
+        first = ("chosen", "rejected").index(side)
+        if quantity == "token_logps":
+            return self._policy.token_logps[self._policy.completion_index % 2 == first]
+        return self._each(quantity)[first::2]
+
+    def _each(self, quantity: str) -> Tensor:
+        """A number of each completion, `[K]`."""
+        if quantity.startswith("mean_"):
+            return self._each(quantity.removeprefix("mean_")) / self._policy.lengths.clamp(min=1)
+        if quantity == "logps":
+            return self.logps
+        if quantity == "reference_logps":
+            return self._reference_logps
+        if quantity != "logratios":
+            raise ValueError(f"A loss takes {quantity!r}, which a batch of pairs or lists does not have.")
+        coefficient = self._combination.f_alpha_divergence_coef
+        kind = self._combination.f_divergence_type
+        return divergence_scores(self.logps - self._reference_logps, kind, 0.5 if coefficient is None else coefficient)
+
+    def reward_logratios(self) -> Tensor:
+        """What rewards are reported of: log-ratios, per token where the objective's own reward is a mean log-prob."""
+        logratios = (self.logps - self._reference_logps).detach()
+        row = self._combination.rows[0]
+        own = not row.needs_reference and row.level == "mean" and "chosen_logps" not in row.inputs
+        return logratios / self._policy.lengths.clamp(min=1) if own else logratios
+
+    def scale(self) -> Tensor | None:
+        """What the loss of each example is multiplied by, `[B]`: the column `weight` and WPO's weights; None: 1."""
+        factors = [self._values["weight"]] if "weight" in self._values else []
+        if self._combination.use_weighting:
+            weights = likelihood_weights(self._policy)
+            factors.append(weights[0::2] * weights[1::2])
+        return torch.stack(factors).prod(0) if factors else None
+
+    @property
+    def chosen_tokens_example(self) -> Tensor:
+        """Which pair each token of a chosen completion belongs to: int64 `[M]`."""
+        index = self._policy.completion_index
+        return index[index % 2 == 0] // 2

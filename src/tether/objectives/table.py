@@ -1,117 +1,19 @@
 """The one table of objectives: the command line, the documentation, the error messages and the tests read it.
 
-A row adds to a function what its code does not say: the kind of preference it learns from, the allowed values of its
-options, when to use it. What the code does say is read from it: the names of its positional parameters are the numbers
-that it takes (`chosen_logratios`, `chosen_mean_logps`, `margins`), those of its keyword parameters are its options with
-their defaults, and its docstring cites the paper and says what beta means.
+What the columns are is said in `tether.objectives.row.Objective`; formulae and papers are with the functions.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from difflib import get_close_matches
-from math import inf, isfinite
-from typing import Literal
 
-from torch import Tensor
+from tether.objectives import anchored, pairwise, ranked, reference_free
+from tether.objectives.row import POSITIVE, PROBABILITY, Objective, Range
 
-from tether.objectives import pairwise
-from tether.types import Kind
-
-Level = Literal["sum", "mean"]
-Averaged = Literal["examples", "tokens", "micro_batch"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values an option may have: from `low` to `high`, either of which may be left out of it.
-
-    Example:
-        >>> Range(0, 0.5).words, 0.5 in Range(0, 0.5)
-        ('at least 0 and below 0.5', False)
-    """
-
-    low: float
-    high: float = inf
-    low_included: bool = True
-    high_included: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value >= self.low if self.low_included else value > self.low
-        return above and (value <= self.high if self.high_included else value < self.high)
-
-    @property
-    def words(self) -> str:
-        """What is allowed, to follow "must be"."""
-        low = f"{'at least' if self.low_included else 'above'} {self.low:g}"
-        high = f" and {'at most' if self.high_included else 'below'} {self.high:g}" if isfinite(self.high) else ""
-        return low + high if isfinite(self.low) else "any number" + high
-
-
-POSITIVE = Range(0, low_included=False)
-PROBABILITY = Range(0, 0.5)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One row: a loss, what it learns from, which options apply to it, and what a user should know.
-
-    Args:
-        name: what users write.
-        function: from numbers per example (or per token, see `averaged`) to one loss each, without reduction.
-        kind: the kind of preference it learns from.
-        options: name of each keyword parameter of the function to the values it may have.
-        convention: what it sums or averages and what its options mean, printed at the start of a run.
-        when: when to use it, one sentence.
-        learning_rate: typical learning rates, for LoRA and for full fine-tuning.
-        averaged: what the losses belong to: `examples` (averaged over the examples of a step), `tokens` (averaged over
-            the tokens of a step), or `micro_batch` (one per example, but each depends on the other rows of its
-            micro-batch, so that the split of a step changes the numbers).
-        f_divergence: an f-divergence other than the reverse KL has a meaning for it.
-        inputs: names of the function's positional parameters; read from it. By them a row is known to need a reference
-            (`logratios`, `reference_…`) or none (`logps`), and to use means over tokens (`mean_…`) or sums.
-        defaults: its options' defaults; read from it.
-    """
-
-    name: str
-    function: Callable[..., Tensor]
-    kind: Kind
-    options: Mapping[str, Range]
-    convention: str
-    when: str
-    learning_rate: tuple[str, str]
-    averaged: Averaged = "examples"
-    f_divergence: bool = False
-    inputs: tuple[str, ...] = field(init=False)
-    defaults: Mapping[str, float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        parameters = inspect.signature(self.function).parameters.values()
-        taken = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-        defaults = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
-        if defaults.keys() != self.options.keys() or any(
-            default is inspect.Parameter.empty for default in defaults.values()
-        ):
-            raise TypeError(f"{self.name}: options {sorted(self.options)} for keyword parameters {sorted(defaults)}")
-        object.__setattr__(self, "inputs", tuple(parameter.name for parameter in taken))
-        object.__setattr__(self, "defaults", defaults)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any number it takes compares with a reference: log-ratios do, log-probs do not."""
-        return any("logratios" in name or "reference" in name for name in self.inputs)
-
-    @property
-    def level(self) -> Level:
-        """Whether completions enter by the sum of their tokens' log-probs or by the mean."""
-        return "mean" if any("mean_" in name for name in self.inputs) else "sum"
-
-    def takes(self, quantity: str) -> bool:
-        """Whether the function takes these numbers, such as the column `margins`."""
-        return quantity in self.inputs
-
+_SUMMED = "log-probs summed over completion tokens; beta per nat"
+# Where training usually begins, for LoRA and for full fine-tuning: the papers' recipes and common practice.
+_AS_DPO = ("5e-6 to 5e-5", "3e-7 to 1e-6")
 
 OBJECTIVES: dict[str, Objective] = {
     row.name: row
@@ -121,10 +23,210 @@ OBJECTIVES: dict[str, Objective] = {
             function=pairwise.sigmoid,
             kind="pair",
             options={"beta": POSITIVE, "label_smoothing": PROBABILITY},
-            convention="log-probs summed over completion tokens; beta per nat; label_smoothing is the chance of "
-            "a wrong label",
-            when="The default: start here.",
-            learning_rate=("1e-5 to 5e-5", "5e-7 to 5e-6"),
+            convention=f"{_SUMMED}; label_smoothing is the chance of a wrong label",
+            when="The default: start here. Takes label_smoothing for noisy labels and a column margin.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="sigmoid_norm",
+            function=pairwise.sigmoid_norm,
+            kind="pair",
+            options={"beta": POSITIVE, "label_smoothing": PROBABILITY},
+            convention="log-ratios averaged over completion tokens; beta per nat per token",
+            when="When DPO makes completions longer; the length of a completion no longer counts.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="hinge",
+            function=pairwise.hinge,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention=_SUMMED,
+            when="When pairs that are well apart should no longer pull.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="ipo",
+            function=pairwise.ipo,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention="log-ratios averaged over completion tokens; beta is the paper's tau",
+            when="When DPO overfits labels that are nearly always the same; it aims at a fixed lead.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="exo_pair",
+            function=pairwise.exo_pair,
+            kind="pair",
+            options={"beta": POSITIVE, "label_smoothing": Range(0, 0.5, low_included=False)},
+            convention=f"{_SUMMED}; label_smoothing is the paper's epsilon",
+            when="When the policy should seek the mode of the preferences instead of covering them.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="robust",
+            function=pairwise.robust,
+            kind="pair",
+            options={"beta": POSITIVE, "label_smoothing": PROBABILITY},
+            convention=f"{_SUMMED}; label_smoothing is the known rate of flipped labels",
+            when="When labels are flipped at a rate that you know.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="discopop",
+            function=pairwise.discopop,
+            kind="pair",
+            options={"beta": POSITIVE, "discopop_tau": POSITIVE},
+            convention=f"{_SUMMED}; discopop_tau is the temperature of the blend",
+            when="To try a loss that was found by search; it is not convex.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="dpop",
+            function=pairwise.dpop,
+            kind="pair",
+            options={"beta": POSITIVE, "dpop_lambda": Range(0)},
+            convention=f"{_SUMMED}; dpop_lambda weighs nats that the chosen one lost",
+            when="When chosen and rejected differ by a few tokens and DPO makes both less likely.",
+            learning_rate=_AS_DPO,
+        ),
+        Objective(
+            name="rpo",
+            function=pairwise.rpo,
+            kind="pair",
+            options={"beta": POSITIVE, "rpo_eta": POSITIVE},
+            convention=f"{_SUMMED}; rpo_eta times the column margin is the gap aimed at",
+            when="When a reward model or judge gave scores: the column margin has their difference.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
+        ),
+        Objective(
+            name="aot",
+            function=pairwise.aot,
+            kind="pair",
+            options={"beta": POSITIVE, "label_smoothing": PROBABILITY},
+            convention="margins of policy and reference, each sorted over the micro-batch; beta per nat",
+            when="When margins should grow as a whole rather than pair by pair; use large micro-batches.",
+            learning_rate=_AS_DPO,
+            averaged="micro_batch",
+        ),
+        Objective(
+            name="aot_unpaired",
+            function=pairwise.aot_unpaired,
+            kind="pair",
+            options={"beta": POSITIVE, "label_smoothing": PROBABILITY},
+            convention="log-ratios of chosen and of rejected, each sorted over the micro-batch; beta per nat",
+            when="When chosen and rejected do not belong together in pairs; use large micro-batches.",
+            learning_rate=_AS_DPO,
+            averaged="micro_batch",
+        ),
+        Objective(
+            name="nca_pair",
+            function=anchored.nca_pair,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention=_SUMMED,
+            when="When the chosen completion must not become less likely, as under DPO it often does.",
+            learning_rate=_AS_DPO,
+        ),
+        Objective(
+            name="bco_pair",
+            function=anchored.bco_pair,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention=f"{_SUMMED}; no shift",
+            when="When each label is reliable on its own: chosen is good, rejected is bad.",
+            learning_rate=_AS_DPO,
+        ),
+        Objective(
+            name="sppo_hard",
+            function=anchored.sppo_hard,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention="log-probs summed over completion tokens; beta is 1 / eta, aimed at are 1 / (2 beta) nats",
+            when="For rounds of self-play, with a fresh reference and fresh completions each round.",
+            learning_rate=_AS_DPO,
+        ),
+        Objective(
+            name="apo_zero",
+            function=anchored.apo_zero,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention=_SUMMED,
+            when="When the chosen completions are better than what the policy writes.",
+            learning_rate=_AS_DPO,
+        ),
+        Objective(
+            name="apo_down",
+            function=anchored.apo_down,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention=_SUMMED,
+            when="When chosen completions, too, are worse than what the policy writes.",
+            learning_rate=_AS_DPO,
+        ),
+        Objective(
+            name="sft",
+            function=reference_free.sft,
+            kind="pair",
+            options={},
+            convention="averaged over all tokens of chosen completions in a step",
+            when="Beside a preference loss, to keep chosen completions likely; alone, to imitate them.",
+            learning_rate=("1e-4 to 2e-4", "1e-5 to 2e-5"),
+            averaged="tokens",
+        ),
+        Objective(
+            name="simpo",
+            function=reference_free.simpo,
+            kind="pair",
+            options={"beta": POSITIVE, "simpo_gamma": Range(0), "label_smoothing": PROBABILITY},
+            convention="log-probs averaged over completion tokens; no reference; simpo_gamma is a lead of the reward",
+            when="When a reference costs too much and the data suit the policy; sensitive to the learning rate.",
+            learning_rate=("5e-6 to 1e-5", "3e-7 to 1e-6"),
+        ),
+        Objective(
+            name="cpo",
+            function=reference_free.cpo,
+            kind="pair",
+            options={"beta": POSITIVE, "label_smoothing": PROBABILITY, "cpo_alpha": Range(0)},
+            convention="log-probs summed over completion tokens; no reference; cpo_alpha weighs the likelihood",
+            when="When imitation of chosen completions and contrast are wanted in one pass without a reference.",
+            learning_rate=("5e-5 to 1e-4", "1e-6 to 5e-6"),
+        ),
+        Objective(
+            name="orpo",
+            function=reference_free.orpo,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention="log-probs averaged over completion tokens; no reference; beta is the paper's lambda",
+            when="From a base model, instead of SFT and then DPO.",
+            learning_rate=("5e-5 to 1e-4", "5e-6 to 8e-6"),
+        ),
+        Objective(
+            name="odds_ratio",
+            function=reference_free.odds_ratio,
+            kind="pair",
+            options={"beta": POSITIVE},
+            convention="log-probs averaged over completion tokens; no reference; beta is the paper's lambda",
+            when="Combined with sft: ORPO with the likelihood averaged over the tokens of a step.",
+            learning_rate=("5e-5 to 1e-4", "5e-6 to 8e-6"),
+        ),
+        Objective(
+            name="plackett_luce",
+            function=ranked.plackett_luce,
+            kind="ranked",
+            options={"beta": POSITIVE},
+            convention="log-probs summed over completion tokens; the best completion first; beta per nat",
+            when="When three or more completions of a prompt are ranked.",
+            learning_rate=_AS_DPO,
+            f_divergence=True,
         ),
     )
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256
-OUTPUTS = ("entropy", "top1", "mean_logits")
+OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None = None
     top1: Tensor | None = None
     mean_logits: Tensor | None = None
+    log_collision: Tensor | None = None
 
 
 def token_scores(
@@ -65,7 +66,7 @@ def token_scores(
         head: what turns hidden states into logits.
         hidden: `[N, hidden_size]`.
         targets: int64 `[N]`.
-        outputs: any of `entropy`, `top1`, `mean_logits`; computed without gradient from the same logits.
+        outputs: any of `OUTPUTS`; computed without gradient from the same logits.
         chunk: tokens whose logits exist at once; memory is a few times `chunk * vocabulary * 4` bytes.
 
     Returns:
@@ -99,6 +100,8 @@ def _extra(name: str, logits: Tensor, probs: Tensor, targets: Tensor) -> Tensor:
         return logits.argmax(-1) == targets
     if name == "mean_logits":
         return logits.mean(-1)
+    if name == "log_collision":
+        return probs.square().sum(-1).log()
     # H = log sum exp(logits) - sum p * logits; the first term from one logit and its probability would lose digits.
     return torch.logsumexp(logits, -1) - torch.linalg.vecdot(probs, logits)
 
@@ -119,7 +122,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 logits = _logits(ctx, hidden[rows], matrix, bias)
                 top, target = logits.amax(-1, keepdim=True), targets[rows, None]
                 picked = logits.gather(-1, target)
-                for name in extra.keys() - {"entropy"}:
+                for name in extra.keys() - {"entropy", "log_collision"}:
                     extra[name][rows] = _extra(name, logits, logits, targets[rows])
                 # The softcap's derivative needs the logits again; otherwise their memory is reused.
                 shifted = logits - top if head.softcap is not None else logits.sub_(top)
@@ -129,6 +132,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 if "entropy" in extra:
                     mean = torch.linalg.vecdot(exps, shifted) / total[:, 0]
                     extra["entropy"][rows] = total.log()[:, 0] - mean
+                if "log_collision" in extra:
+                    extra["log_collision"][rows] = (exps.square().sum(-1, keepdim=True) / total.square()).log()[:, 0]
                 if slope is not None:
                     grad = head.unfinish(_one_hot_minus(exps, total, target), logits)
                     slope[rows] = (grad.to(ctx.dtype) @ matrix).to(slope.dtype)

@@ -18,7 +18,7 @@ from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
 from tether.types import Scores, ScoringBatch
 
 Layout = Literal["tree", "padded"]
-Output = Literal["entropy", "top1", "mean_logits"]
+Output = Literal["entropy", "top1", "mean_logits", "log_collision"]
 
 
 def score(
@@ -37,7 +37,8 @@ def score(
     Args:
         model: a transformers or PEFT model, wrapped or not, on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
-        outputs: further values of each token's distribution, from the same pass: `entropy`, `top1`, `mean_logits`.
+        outputs: further values of each token's distribution, from the same pass: `entropy`, `top1`, `mean_logits`,
+            `log_collision`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own.
         chunk: tokens whose logits exist at once.
@@ -72,6 +73,7 @@ def score(
         entropy=found.entropy,
         top1=found.top1,
         mean_logits=found.mean_logits,
+        log_collision=found.log_collision,
     )
 
 

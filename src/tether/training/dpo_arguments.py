@@ -2,40 +2,113 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from tether.errors import ConfigError
-from tether.objectives import check_options
+from tether.objectives import Combination
 from tether.training.arguments import PreferenceConfig
+
+# Options of single losses that have a field here; a loss that takes one gets its value, and where no loss does, only
+# the default may stand.
+LOSS_OPTIONS = (
+    "beta",
+    "label_smoothing",
+    "discopop_tau",
+    "dpop_lambda",
+    "rpo_eta",
+    "simpo_gamma",
+    "cpo_alpha",
+)
 
 
 @dataclass
 class DPOConfig(PreferenceConfig):
-    """Configuration of `DPOTrainer`; names and defaults as in TRL 1.16.
+    """Configuration of `DPOTrainer`; names and defaults as in TRL 1.16, and options of the objectives TRL has not.
+
+    What each loss is, and which options it takes: docs/choosing_an_objective.md.
 
     Args:
-        loss_type: a name in `tether.objectives.OBJECTIVES`.
-        beta: how strongly the policy is held to the reference, per nat; above 0.
-        label_smoothing: chance that a label is wrong, from 0 to below 0.5.
+        loss_type: one or several names in `tether.objectives.OBJECTIVES`, for pairs or for ranked lists.
+        loss_weights: one for each of several losses; None: 1 each.
+        beta: how strongly the policy is held to the reference, per nat; above 0. Its scale depends on the loss.
+        label_smoothing: chance that a label is wrong, from 0 to below 0.5; above 0 for `exo_pair`.
+        f_divergence_type: what holds the policy to the reference: `reverse_kl`, `forward_kl`, `js_divergence` or
+            `alpha_divergence`.
+        f_alpha_divergence_coef: exponent of `alpha_divergence`; None: 0.5.
+        ld_alpha: weight, from 0 to 1, of the tokens by which a completion is longer than the other (LD-DPO); None: all
+            count alike.
+        use_weighting: weigh each pair by how likely the policy would have written it (WPO).
+        discopop_tau: temperature of `discopop`.
+        dpop_lambda: weight of the penalty of `dpop`.
+        rpo_eta: scale of the reward gap that `rpo` fits.
+        simpo_gamma: lead of the reward that `simpo` aims at.
+        cpo_alpha: weight of the likelihood in `cpo`.
 
     Raises:
-        ConfigError: an unknown loss, or an option outside its range.
+        ConfigError: an unknown loss, an option outside its range or without effect, or options that have no meaning
+            together.
     """
 
     loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
     beta: float = 0.1
     label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float | None = None
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+    dpop_lambda: float = 50.0
+    rpo_eta: float = 1.0
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        if len(names) != 1:
-            raise ConfigError(f"loss_type is {names!r}; one loss is needed. Several at once are not available yet.")
-        self.loss_type = names[0]
-        problem = check_options(self.loss_type, self.objective_options())
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        combination = self.combination()
+        problem = combination.problem()
         if problem:
             raise ConfigError(problem)
+        if combination.kind not in ("pair", "ranked"):
+            raise ConfigError(
+                f"loss_type {self.loss_type[0]!r} learns from {combination.kind} data; DPOTrainer takes losses of "
+                "pairs and of ranked lists."
+            )
+        sorting = [row.name for row in combination.rows if row.averaged == "micro_batch"]
+        if sorting and self.per_device_train_batch_size == 1:
+            raise ConfigError(
+                f"per_device_train_batch_size is 1, and {sorting[0]} sorts the pairs of a micro-batch, of which there "
+                "would be one. Raise it, or take another loss."
+            )
+        if not combination.needs_reference:
+            self._do_without_reference()
         super().__post_init__()
 
-    def objective_options(self) -> dict[str, float]:
-        """`beta` and `label_smoothing`."""
-        return {"beta": self.beta, "label_smoothing": self.label_smoothing}
+    def _do_without_reference(self) -> None:
+        if self.reference not in (None, "none") or self.reference_means is not None:
+            raise ConfigError(
+                f"reference is {self.reference!r} (reference_means {self.reference_means!r}), and no loss among "
+                f"{', '.join(self.loss_type)} compares with one. Leave them out; none is loaded or run."
+            )
+        self.reference = "none"
+
+    def combination(self) -> Combination:
+        """The objective: losses, weights, options that take effect or were changed, and transforms."""
+        defaults = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
+        losses = Combination(tuple(self.loss_type))
+        known = losses.problem() is None
+        given = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        return Combination(
+            losses=losses.losses,
+            weights=tuple(self.loss_weights or ()),
+            options={
+                name: value
+                for name, value in given.items()
+                if value != defaults[name] or (known and any(name in row.options for row in losses.rows))
+            },
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            ld_alpha=self.ld_alpha,
+            use_weighting=self.use_weighting,
+        )

@@ -8,6 +8,7 @@ from peft import PeftConfig
 from torch import nn
 
 from tether.data import Prepared
+from tether.errors import DataError
 from tether.models import load_policy
 from tether.training.arguments import PreferenceConfig
 from tether.training.collate import collate
@@ -19,10 +20,23 @@ class TrainerKind:
     """`config`, `judge` and `convention` must be defined; the rest may be."""
 
     config: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+    # Columns of numbers that the objective makes use of; see `tether.types.Preference`.
+    columns: ClassVar[tuple[str, ...]] = ()
+    # What scoring the policy gives besides log-probabilities.
+    outputs: tuple[str, ...] = ("entropy", "top1", "mean_logits")
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """Combine the policy's scores with the reference's; each kind of trainer says how."""
         raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
+
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """Refuse rows that the objective cannot use as they are, by the first few of the training set."""
+        ignored = sorted(set(batch.values) - set(self.columns))
+        if ignored:
+            raise DataError(
+                f"The rows have a column `{ignored[0]}`, which {type(self).__name__} would ignore. Take it out; it makes "
+                f"use of {', '.join(f'`{name}`' for name in self.columns) or 'none of such numbers'}."
+            )
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""

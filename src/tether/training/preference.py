@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tether.objectives import OBJECTIVES, preference_loss
+from functools import cached_property
+
+from tether.errors import DataError
+from tether.objectives import OBJECTIVES, Combination, preference_loss
 from tether.training.dpo_arguments import DPOConfig
 from tether.training.trainer import TetherTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -36,12 +39,44 @@ class DPOTrainer(TetherTrainer):
     args: DPOConfig  # type: ignore[override]
     config = DPOConfig
 
+    @cached_property
+    def objective(self) -> Combination:
+        """Losses, weights, options and transforms."""
+        return self.args.combination()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What scoring the policy gives besides log-probs: for metrics, and where the objective asks for more."""
+        return (*super().outputs, *self.objective.outputs)
+
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
-        """The configured pair loss."""
-        return preference_loss(policy, reference, loss=str(self.args.loss_type), **self.args.objective_options())
+        """The configured losses."""
+        flat = self.resolved.reference.identity.meaning == "none"
+        sizes = [len(tree.branches) for tree in batch.forest.trees]
+        return preference_loss(
+            policy, None if flat else reference, loss=self.objective, values=batch.values, sizes=sizes
+        )
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """Tokens of chosen completions, where a loss is averaged over them."""
+        averaged = any(row.averaged == "tokens" for row in self.objective.rows)
+        return int((batch.completion_index % 2 == 0).sum()) if averaged else 0
+
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """The rows are of the objective's kind, and have the margins that it needs or none that it ignores."""
+        names = ", ".join(self.objective.losses)
+        sizes = {len(tree.branches) for tree in batch.forest.trees}
+        if self.objective.kind == "pair" and sizes != {2}:
+            raise DataError(f"{names} learns from pairs; the rows have {sorted(sizes)} completions.")
+        needed = any(row.requires_margins for row in self.objective.rows)
+        if needed and "margin" not in batch.values:
+            raise DataError(f"{names} fits the reward gap of each pair; add a column `margin` to the rows.")
+        if "margin" in batch.values and not self.objective.takes("margins"):
+            raise DataError(
+                f"The rows have a column `margin`, which {names} would ignore. Take it out, or use one of "
+                f"{', '.join(row.name for row in OBJECTIVES.values() if 'margins' in row.inputs)}."
+            )
 
     def convention(self) -> str:
         """What the objective's options mean, in one line."""
-        options = ", ".join(f"{name} {value:g}" for name, value in self.args.objective_options().items())
-        row = OBJECTIVES[str(self.args.loss_type)]
-        return f"objective: {row.name} ({options}): {row.convention}"
+        return self.objective.convention()

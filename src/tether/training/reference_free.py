@@ -26,6 +26,7 @@ class ORPOTrainer(ReferenceFreeTrainer):
 
     args: ORPOConfig  # type: ignore[override]
     config = ORPOConfig
+    columns = ("weight",)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, ScoringBatch]:
         """Pack the rows and score their prompts too."""
@@ -63,6 +64,7 @@ class CPOTrainer(ReferenceFreeTrainer):
 
     args: CPOConfig  # type: ignore[override]
     config = CPOConfig
+    columns = ("weight",)
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """Tokens of chosen completions, where they count."""

@@ -46,6 +46,7 @@ class RewardTrainer(ReferenceFreeTrainer):
 
     args: RewardConfig  # type: ignore[override]
     config = RewardConfig
+    columns = ("margin", "weight")
 
     def load_model(self, source: str, args: RewardConfig) -> nn.Module:
         """Load the model; the same seed gives the same new head."""

@@ -51,7 +51,6 @@ from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
-_OUTPUTS = ("entropy", "top1", "mean_logits")
 _TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
@@ -60,6 +59,7 @@ class TetherTrainer(TrainerKind, Trainer):
     arguments."""
 
     args: PreferenceConfig
+    # What scoring the policy gives besides log-probs.
 
     def __init__(
         self,
@@ -108,6 +108,7 @@ class TetherTrainer(TrainerKind, Trainer):
         self.restore_objective({})
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
+        self.check_rows(self._probe)
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
         self.layout, self._scorer = self._proved(policy, "")
@@ -235,7 +236,7 @@ class TetherTrainer(TrainerKind, Trainer):
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
         reference = self.reference_logps(batch)
-        policy = self._scorer(model, batch, outputs=_OUTPUTS)  # type: ignore[call-arg]
+        policy = self._scorer(model, batch, outputs=self.outputs)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
         self._sums[mode].add(output.metrics)
         return output

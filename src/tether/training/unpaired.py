@@ -48,6 +48,7 @@ class KTOTrainer(TetherTrainer):
 
     args: KTOConfig  # type: ignore[override]
     config = KTOConfig
+    columns = ("label", "weight")
 
     def restore_objective(self, state: dict[str, float]) -> None:
         """Start, or go on with, BCO's running mean."""
