@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,29 @@ def policy(seed: int = 0) -> Any:
     return tiny_model(seed=seed, vocab_size=len(tiny_tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
+def experimental(name: str) -> tuple[Any, Any]:
+    """Trainer and configuration of `trl.experimental`, which warns that it may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = importlib.import_module(f"trl.experimental.{name}")
+    return getattr(module, f"{name.upper()}Trainer"), getattr(module, f"{name.upper()}Config")
+
+
+def without_bos() -> Any:
+    """The tiny tokenizer without a BOS token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    return tokenizer
+
+
 class Result:
     """What a run logged at each step, its evaluation, and how each trained tensor changed."""
 
     def __init__(self, trainer: Any, evaluate: bool) -> None:
-        # TRL and peft warn of their own and each other's renamed arguments.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            before = _tensors(trainer)
-            trainer.train()
-            self.evaluation = trainer.evaluate() if evaluate else {}
+        before = _tensors(trainer)
+        trainer.train()
+        self.evaluation = trainer.evaluate() if evaluate else {}
+        self.args = trainer.args
         self.steps = [log for log in trainer.state.log_history if "loss" in log]
         self.changes = {name: value - before[name] for name, value in _tensors(trainer).items()}
 
@@ -54,6 +68,7 @@ def run(trainer_class: Any, config_class: Any, folder: Path, rows: list[dict[str
     settings = {**SETTINGS, **{name: arguments.pop(name) for name in list(arguments) if name in fields}}
     evaluation = arguments.pop("evaluation", None)
     tokenizer = arguments.pop("processing_class", None) or tiny_tokenizer()
+    # TRL and peft warn of their own and each other's renamed arguments.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_class(

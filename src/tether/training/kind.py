@@ -34,8 +34,8 @@ class TrainerKind:
         ignored = sorted(set(batch.values) - set(self.columns))
         if ignored:
             raise DataError(
-                f"The rows have a column `{ignored[0]}`, which {type(self).__name__} would ignore. Take it out; it makes "
-                f"use of {', '.join(f'`{name}`' for name in self.columns) or 'none of such numbers'}."
+                f"The rows have a column `{ignored[0]}`, which {type(self).__name__} would ignore. Take it out; "
+                f"made use of is {', '.join(f'`{name}`' for name in self.columns) or 'none of such numbers'}."
             )
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
