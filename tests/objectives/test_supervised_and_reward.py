@@ -55,7 +55,10 @@ def test_bradley_terry_is_the_formula(margin, center):
     """INV-23: in float64."""
     as_tensor = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
     found = bradley_terry(
-        as_tensor(CHOSEN), as_tensor(REJECTED), margin=None if margin is None else as_tensor(margin), center=center
+        as_tensor(CHOSEN),
+        as_tensor(REJECTED),
+        None if margin is None else as_tensor(margin),
+        center_rewards_coefficient=center,
     )
     expected = [
         math.log1p(math.exp(-(c - r - m))) + center * (c + r) ** 2
@@ -68,7 +71,7 @@ def test_bradley_terry_gradients():
     """INV-23: right, and finite at the extremes."""
     parts = [torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in (CHOSEN, REJECTED)]
     margin = torch.tensor(MARGIN, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda c, r: bradley_terry(c, r, margin=margin, center=0.1), parts)
+    assert torch.autograd.gradcheck(lambda c, r: bradley_terry(c, r, margin, center_rewards_coefficient=0.1), parts)
     far = torch.tensor([1e4, -1e4], requires_grad=True)
     found = bradley_terry(far, -far)
     found.sum().backward()
@@ -79,7 +82,7 @@ def test_bradley_terry_gradients():
 def test_a_margin_shifts_and_pairs_are_antisymmetric():
     chosen, rejected, margin = map(torch.tensor, (CHOSEN, REJECTED, MARGIN))
     shifted = bradley_terry(chosen - margin, rejected)
-    torch.testing.assert_close(bradley_terry(chosen, rejected, margin=margin), shifted)
+    torch.testing.assert_close(bradley_terry(chosen, rejected, margin), shifted)
     # -log s(d) + log s(-d) = -d
     difference = bradley_terry(chosen, rejected) - bradley_terry(rejected, chosen)
     torch.testing.assert_close(difference, rejected - chosen)
@@ -88,7 +91,7 @@ def test_a_margin_shifts_and_pairs_are_antisymmetric():
 
 def test_what_is_reported_of_rewards():
     rewards = torch.tensor([2.0, 1.0, -1.0, 3.0])
-    output = reward_loss(rewards, weight=torch.tensor([1.0, 0.0]))
+    output = reward_loss(rewards, weights=torch.tensor([1.0, 0.0]))
     assert output.per_example.tolist() == pytest.approx([math.log1p(math.exp(-1.0)), 0.0])
     found = {name: (total.item(), count.item()) for name, (total, count) in output.metrics.items()}
     assert found == {

@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tether.training.reference_free import CPOTrainer
-from tether.training.reference_free_arguments import CPOConfig
+from tether import CPOConfig, CPOTrainer
 from tiny import pair_rows
 from trl_runs import assert_equal, experimental, run, without_bos
 

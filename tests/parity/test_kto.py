@@ -11,8 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tether.training.unpaired import KTOTrainer
-from tether.training.unpaired_arguments import KTOConfig
+from tether import KTOConfig, KTOTrainer
 from tiny import pair_rows
 from trl_runs import assert_equal, policy, run
 

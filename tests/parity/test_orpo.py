@@ -10,8 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tether.training.reference_free import ORPOTrainer
-from tether.training.reference_free_arguments import ORPOConfig
+from tether import ORPOConfig, ORPOTrainer
 from tiny import pair_rows
 from trl_runs import assert_equal, experimental, run, without_bos
 

@@ -7,8 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tether.training.reward import RewardTrainer
-from tether.training.reward_arguments import RewardConfig
+from tether import RewardConfig, RewardTrainer
 from tiny import CONFIGS, pair_rows, tiny_tokenizer
 from trl_runs import assert_equal, run
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tether.training.supervised import SFTTrainer
-from tether.training.supervised_arguments import SFTConfig
+from tether import SFTConfig, SFTTrainer
 from tiny import pair_rows, tiny_tokenizer
 from trl_runs import assert_equal, policy, run
 

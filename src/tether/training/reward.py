@@ -81,9 +81,9 @@ class RewardTrainer(ReferenceFreeTrainer):
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
         output = reward_loss(
             cast(Tensor, self._scorer(model, batch)),
-            margin=batch.values.get("margin"),
-            weight=batch.values.get("weight"),
-            center=self.args.center_rewards_coefficient or 0.0,
+            margins=batch.values.get("margin"),
+            weights=batch.values.get("weight"),
+            center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
         )
         self._sums[mode].add(output.metrics)
         return output

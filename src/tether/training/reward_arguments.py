@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tether.errors import ConfigError
+from tether.objectives.others import option_problem
 from tether.training.reference_free_arguments import ReferenceFreeConfig
 
 
@@ -26,10 +27,10 @@ class RewardConfig(ReferenceFreeConfig):
     center_rewards_coefficient: float | None = None
 
     def __post_init__(self) -> None:
-        if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
-            raise ConfigError(
-                f"center_rewards_coefficient is {self.center_rewards_coefficient}; it must be None or at least 0."
-            )
+        if self.center_rewards_coefficient is not None:
+            problem = option_problem("reward", {"center_rewards_coefficient": self.center_rewards_coefficient})
+            if problem:
+                raise ConfigError(problem)
         if self.truncation_mode != "keep_start":
             raise ConfigError(
                 f"truncation_mode={self.truncation_mode!r} came, but longer pairs are dropped here, not cut, since the "

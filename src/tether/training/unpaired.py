@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared
+from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.unpaired import UNPAIRED, is_balanced, suggested_weights, unpaired_loss
 from tether.reference.protocol import frozen_pass
 from tether.training.mismatched import with_mismatched
@@ -19,12 +20,6 @@ from tether.training.unpaired_arguments import KTOConfig
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
-_CONVENTIONS = {
-    "kto": "log-probs summed over completion tokens; its baseline z0 is the mean log-ratio, at least 0, of other rows' "
-    "completions under each prompt, over the whole optimizer step (in evaluation: the whole set)",
-    "apo_zero_unpaired": "log-probs summed over completion tokens; anchored at a log-ratio of 0",
-    "bco": "log-probs summed over completion tokens; its baseline is the mean log-ratio of all rows in earlier steps",
-}
 
 
 class KTOTrainer(TetherTrainer):
@@ -171,7 +166,7 @@ class KTOTrainer(TetherTrainer):
     def convention(self) -> str:
         """What the objective's options mean, in one line."""
         options = ", ".join(f"{name} {value:g}" for name, value in self.args.objective_options().items())
-        return f"objective: {self.args.loss_type} ({options}): {_CONVENTIONS[self.args.loss_type]}"
+        return f"objective: {self.args.loss_type} ({options}): {OTHER_OBJECTIVES[self.args.loss_type].convention}"
 
 
 def _mismatched(logratios: Tensor) -> Tensor:

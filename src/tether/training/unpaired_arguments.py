@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tether.errors import ConfigError
+from tether.objectives.others import option_problem
 from tether.objectives.unpaired import UNPAIRED
 from tether.training.arguments import PreferenceConfig
 from tether.types import Kind
@@ -37,9 +38,9 @@ class KTOConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         if self.loss_type not in UNPAIRED:
             raise ConfigError(f"loss_type is {self.loss_type!r}; allowed are {', '.join(UNPAIRED)}.")
-        for name, value in self.objective_options().items():
-            if not value > 0:
-                raise ConfigError(f"{name} is {value}; for loss {self.loss_type!r} it must be above 0.")
+        problem = option_problem(self.loss_type, self.objective_options())
+        if problem:
+            raise ConfigError(problem)
         super().__post_init__()
 
     def objective_options(self) -> dict[str, float]:
