@@ -50,7 +50,96 @@ CONFIGS = {
         },
     ),
     "gpt_neox": ("GPTNeoXConfig", {**_SHAPE, "num_key_value_heads": 4}),
+    "mixtral": ("MixtralConfig", {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_SHAPE, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_SHAPE,
+            "head_dim": 8,
+            "sliding_window": _WINDOW,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": ("Phi3Config", _SHAPE),
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
+    "falcon": ("FalconConfig", {**_SHAPE, "alibi": False}),
+    "olmo2": ("Olmo2Config", _SHAPE),
+    "cohere2": (
+        "Cohere2Config",
+        {
+            **_SHAPE,
+            "head_dim": 8,
+            "sliding_window": _WINDOW,
+            "logit_scale": 0.5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "starcoder2": ("Starcoder2Config", {**_SHAPE, "sliding_window": _WINDOW}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_SHAPE,
+            "head_dim": 8,
+            "sliding_window": _WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {**_SHAPE, "no_rope_layers": [1, 0]}),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
+    "lfm2": ("Lfm2Config", {**_SHAPE, "layer_types": ["conv", "full_attention"]}),
+    "jamba": (
+        "JambaConfig",
+        {
+            **_SHAPE,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }
+# Families that cannot be a tree: state along the row, or attention outside transformers' interface.
+FALLBACK = ("falcon", "mamba2", "lfm2", "jamba", "bloom")
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, dropout: bool = False, **changes: object) -> PreTrainedModel:
@@ -58,14 +147,25 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dropout: bool = False, *
     name, fields = CONFIGS[family]
     config = getattr(transformers, name)(**{**fields, **changes})
     if not dropout:
-        for attribute in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout"):
-            if hasattr(config, attribute):
-                setattr(config, attribute, 0.0)
+        rates = (
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+            "attention_dropout",
+            "hidden_dropout",
+            "dropout",
+            "layerdrop",
+        )
+        for rate in rates:
+            if hasattr(config, rate):
+                setattr(config, rate, 0.0)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
+            elif parameter.dim() > 1:
                 parameter.mul_(5.0)
     return model
 

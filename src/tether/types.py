@@ -20,8 +20,8 @@ from torch import Tensor
 
 Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
-Meaning = Literal["start", "base", "model", "none"]
-Means = Literal["adapter_off", "snapshot", "model", "none"]
+Meaning = Literal["start", "base", "model", "adapter", "none"]
+Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "none"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Example:
     """A tokenised, truncated preference: one prompt and its K completions.
 
     Args:
-        prompt_ids: int64 `[P]`, at least one token.
+        prompt_ids: int64 `[P]`; empty only where the first token of each completion is not scored, since nothing
+            predicts it.
         completion_ids: K int64 tensors `[C_k]`, each at least one token and ending in the end-of-turn token
             unless truncation removed it.
         source_row: number of the row in the data it came from.
@@ -116,6 +117,8 @@ class Example:
 class Tree:
     """Where one prompt and its completions lie in a packed row: the trunk, then the branches, without gaps.
 
+    A trunk may be empty; the branches then have nothing in common.
+
     Example:
         >>> tree = Tree(start=0, trunk=3, branches=(2, 4))
         >>> tree.spans(), tree.end
@@ -165,6 +168,9 @@ class Forest:
 class ScoringBatch:
     """A micro-batch as a forest packed in one row without padding.
 
+    Examples with one prompt share a tree, and completions with the same tokens after it share a branch; the completions
+    are numbered in the order of the examples all the same.
+
     Args:
         input_ids: int64 `[1, T]`.
         position_ids: int64 `[1, T]`; restart at 0 in each tree, every branch starts at its trunk's length.
@@ -173,6 +179,8 @@ class ScoringBatch:
         targets: int64 `[N]`, the token predicted.
         completion_index: int64 `[N]`, which of the K completions a scored token belongs to.
         keys: K content digests, see `Example.keys`.
+        branches: K pairs `(tree, branch)`, where in the forest each completion lies.
+        examples: the B examples, as they came; what splits a batch packs some of them again.
         values: float32 `[B]` each, by name, see `Preference`.
 
     Example:
@@ -184,6 +192,8 @@ class ScoringBatch:
         ([[1, 5, 7, 2, 8]], [[0, 1, 2, 3, 2]])
         >>> batch.sources.tolist(), batch.targets.tolist(), batch.completion_index.tolist()
         ([1, 2, 1], [7, 2, 8], [0, 0, 1])
+        >>> batch.branches
+        ((0, 0), (0, 1))
     """
 
     input_ids: Tensor
@@ -193,7 +203,19 @@ class ScoringBatch:
     targets: Tensor
     completion_index: Tensor
     keys: tuple[bytes, ...]
+    branches: tuple[tuple[int, int], ...]
+    examples: tuple[Example, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.examples)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Completions of each of the B examples."""
+        return tuple(len(example.completion_ids) for example in self.examples)
 
     @property
     def num_completions(self) -> int:
@@ -201,9 +223,10 @@ class ScoringBatch:
         return len(self.keys)
 
     @property
-    def num_examples(self) -> int:
-        """B."""
-        return len(self.forest.trees)
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Tokens of each of the K full sequences, prompt and completion together."""
+        trees = self.forest.trees
+        return tuple(trees[tree].trunk + trees[tree].branches[branch] for tree, branch in self.branches)
 
     def to(self, device: torch.device | str) -> ScoringBatch:
         """The same batch with its tensors on `device`."""
@@ -229,6 +252,7 @@ class Scores:
         mean_logits: float32 `[N]`, mean logit over the vocabulary; None unless asked for.
         log_collision: float32 `[N]` nats, log of the sum of squared probabilities, which is the log-probability that
             two draws agree; None unless asked for.
+        aux_loss: scalar, the load-balancing loss of the batch's routers; None unless asked for.
 
     Example:
         >>> scores = Scores(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), 2)
@@ -243,6 +267,7 @@ class Scores:
     top1: Tensor | None = None
     mean_logits: Tensor | None = None
     log_collision: Tensor | None = None
+    aux_loss: Tensor | None = None
 
     def sum_by_completion(self, values: Tensor) -> Tensor:
         """Sum `values [N]` over the tokens of each completion: `[K]`, in float32 or better."""
@@ -298,7 +323,9 @@ class ReferenceIdentity:
         source: name or path the weights came from, or what object they were.
         revision: commit of the source where it has one.
         dtype: dtype of the weights.
-        fingerprint: content hash of the weights that define it; empty for `none`.
+        fingerprint: content hash of the weights that define it; empty for `none`. It belongs to what the reference
+            computes and not to the means, so that two means of one meaning have one fingerprint.
+        sync: how the reference moves, in words; None for one that does not.
 
     Example:
         >>> identity = ReferenceIdentity("start", "snapshot", "tiny", None, "float32", "b2:00ff")
@@ -312,6 +339,7 @@ class ReferenceIdentity:
     revision: str | None
     dtype: str
     fingerprint: str
+    sync: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

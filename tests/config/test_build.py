@@ -38,7 +38,7 @@ def test_every_section_arrives() -> None:
         )
     )
     assert (arguments.num_train_epochs, arguments.learning_rate, arguments.logging_steps) == (2, 5e-6, 7)
-    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 3)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (12, 1)
     assert (arguments.beta, arguments.label_smoothing, arguments.max_length) == (0.3, 0.1, 99)
     assert (arguments.reference, arguments.reference_means) == ("start", "snapshot")
     assert arguments.model_init_kwargs == {"dtype": "float32", "attn_implementation": "eager", "revision": "main"}
@@ -60,15 +60,45 @@ def test_a_reference_left_out_stays_undeclared() -> None:
     assert (arguments.reference, keywords["ref_model"]) == ("model", "other")
 
 
+def test_every_form_of_a_reference_reaches_the_configuration() -> None:
+    full = {"model": "o", "revision": "v1", "dtype": "bfloat16", "quantization": "4bit", "device": "cpu"}
+    arguments, _, keywords = build(run_with(reference={**full, "attention": "eager"}))
+    assert keywords["ref_model"] == "o"
+    assert arguments.ref_model_init_kwargs == {
+        "revision": "v1",
+        "dtype": "bfloat16",
+        "quantization": "4bit",
+        "device_map": "cpu",
+        "attn_implementation": "eager",
+    }
+    arguments = build(run_with(reference={"adapter": "sft", "means": "snapshot", "snapshot": "host"}))[0]
+    assert (arguments.reference, arguments.reference_adapter, arguments.reference_means) == (
+        "adapter",
+        "sft",
+        "snapshot",
+    )
+    assert arguments.reference_snapshot == "host"
+    arguments = build(run_with(reference={"sync": {"steps": 7, "alpha": 1.0}}))[0]
+    assert (arguments.sync_ref_model, arguments.ref_model_sync_steps, arguments.ref_model_mixup_alpha) == (True, 7, 1.0)
+    arguments = build(run_with(reference={"remote": {"url": "http://host:1", "model": "m"}}))[0]
+    assert (arguments.reference, arguments.reference_means) == ("model", "remote")
+    assert arguments.reference_remote["model"] == "m"
+    arguments = build(run_with(reference={"meaning": "start", "remote": {"url": "http://host:1"}}))[0]
+    assert (arguments.reference, arguments.reference_means) == ("start", "remote")
+
+
 @pytest.mark.parametrize(
     ("train", "devices", "split"),
     [
-        ({}, 1, (4, 2)),
-        ({"batch_size": 32}, 1, (4, 8)),
-        ({"batch_size": 32}, 4, (4, 2)),
-        ({"batch_size": 3}, 1, (3, 1)),
-        ({"batch_size": 7}, 1, (1, 7)),
-        ({"batch_size": 18}, 1, (3, 6)),
+        ({}, 1, (8, 1)),
+        ({"batch_size": 32}, 1, (32, 1)),
+        ({"batch_size": 32}, 4, (8, 1)),
+        ({"batch_size": 32, "max_tokens_per_forward": 2048}, 1, (32, 1)),
+        ({"batch_size": 32, "max_tokens_per_forward": None}, 1, (4, 8)),
+        ({"batch_size": 32, "max_tokens_per_forward": None}, 4, (4, 2)),
+        ({"batch_size": 3, "max_tokens_per_forward": None}, 1, (3, 1)),
+        ({"batch_size": 7, "max_tokens_per_forward": None}, 1, (1, 7)),
+        ({"batch_size": 18, "max_tokens_per_forward": None}, 1, (3, 6)),
         ({"batch_size": 32, "per_device_train_batch_size": 16}, 1, (16, 2)),
         ({"batch_size": 32, "gradient_accumulation_steps": 2}, 2, (8, 2)),
         ({"batch_size": 6, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 1, (3, 2)),
@@ -76,7 +106,7 @@ def test_a_reference_left_out_stays_undeclared() -> None:
         ({"gradient_accumulation_steps": 5}, 1, (4, 5)),
     ],
 )
-def test_pairs_per_step_are_split(train: dict[str, int], devices: int, split: tuple[int, int]) -> None:
+def test_pairs_per_step_are_split(train: dict[str, Any], devices: int, split: tuple[int, int]) -> None:
     assert split_batch(run_with(train=train), devices) == split
     if "batch_size" in train:
         assert split[0] * split[1] * devices == train["batch_size"]
@@ -127,6 +157,7 @@ def test_devices_are_counted_by_the_launcher(monkeypatch: pytest.MonkeyPatch) ->
         ({"objective": {"label_smoothing": 0.7}}, "`objective.label_smoothing` is 0.7;"),
         ({"reference": {"meaning": "base", "means": "model"}}, "cannot compute the meaning 'base'"),
         ({"train": {"truncation_mode": "keep"}}, "`train.truncation_mode` is 'keep'"),
+        ({"train": {"max_tokens_per_forward": "much"}}, "`train.max_tokens_per_forward` is 'much'; it must be `auto`"),
         ({"lora": {"dropout": 0.1}}, "`lora.dropout` is 0.1, but every dropout is switched off"),
         ({"train": {"eval_strategy": "steps"}}, "`train.eval_strategy` is steps, but there is nothing to evaluate."),
         (

@@ -113,7 +113,7 @@ def test_a_hub_name_that_cannot_be_fetched_says_both_things_that_were_looked_for
         ("pairs.csv", "prompt,chosen,rejected\na,b\n", r"line 2 of `.*` has 2 fields, the header has 3"),
         ("pairs.csv", "prompt,chosen,chosen\na,b,c\n", r"names a column twice"),
         ("pairs.parquet", "no parquet", r"cannot be read as Parquet"),
-        ("pairs.txt", "a", r"ends in `\.txt`; it must end in `\.jsonl`, `\.json`, `\.csv`, `\.parquet`"),
+        ("pairs.txt", "a", r"ends in `\.txt`; it must end in `\.jsonl`, `\.ndjson`, `\.json`, `\.csv`, "),
         ("pairs.pkl", "a", r"ends in `\.pkl`"),  # INV-39: no pickle is loaded
     ],
 )
@@ -137,8 +137,9 @@ def test_a_missing_path_says_where_it_was_looked_for_and_what_is_near(tmp_path: 
         load_rows(tmp_path / "nowhere" / "pairs.jsonl")
     with pytest.raises(DataError, match=r"no file matches `.*\*\.csv`"):
         load_rows(str(tmp_path / "*.csv"))
-    with pytest.raises(DataError, match=r"is a folder; name its files"):
-        load_rows(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"the folder `.*` has no file ending in `\.jsonl`"):
+        load_rows(tmp_path / "empty")
 
 
 def test_other_wrong_sources_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes golden.json from TRL 1.16.0. Run it from the repository's root: python tests/parity/make_golden.py"""
+"""Writes the golden numbers from TRL 1.16.0. Run it from the repository's root: python tests/parity/make_golden.py"""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trl import DPOConfig, DPOTrainer
 
-from parity.test_trl import CASES, GOLDEN, digest, run
+from parity import test_objectives, test_trl
+from parity.test_trl import digest, run
+
+
+def golden(cases: dict[str, dict]) -> dict[str, dict]:
+    """Three steps of TRL for each case."""
+    found = {}
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            steps, _, weights = run(DPOConfig, DPOTrainer, folder, case)
+        found[name] = {"steps": steps, "weights": digest(weights)}
+    return found
 
 
 def main() -> None:
-    golden = {}
-    for name, case in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            steps, _, weights = run(DPOConfig, DPOTrainer, folder, case)
-        golden[name] = {"steps": steps, "weights": digest(weights)}
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    objectives = {name: test_objectives.case(name) for name in test_objectives.CASES}
+    for path, cases in ((test_trl.GOLDEN, test_trl.CASES), (test_objectives.GOLDEN, objectives)):
+        path.write_text(json.dumps(golden(cases), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,11 +40,22 @@ def run(config_class, trainer_class, folder, case):
     case = dict(case)
     tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = tiny_model(**sizes)
-    reference = tiny_model(seed=1, **sizes) if case.pop("reference", False) else None
+    near = case.pop("near_reference", False)
+    sizes |= {"num_hidden_layers": 1} if near else {}
+    family = case.pop("family", "llama")
+    model = tiny_model(family, **sizes)
+    reference = tiny_model(family, seed=1, **sizes) if case.pop("reference", False) else None
+    if near:
+        # Log-ratios of about a nat, of which exponents can be taken.
+        reference, noise = tiny_model(**sizes), torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=noise)
     if reference is None and "lora" not in case and trainer_class is not DPOTrainer:
         # TRL would load its reference from the name in the config, whatever the model in memory holds.
-        reference = tiny_model(**sizes)
+        reference = tiny_model(family, **sizes)
+    if near == "unused":
+        reference = None
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if case.pop("lora", False) else None
     settings = {
         "per_device_train_batch_size": 3,
@@ -80,9 +91,14 @@ def run(config_class, trainer_class, folder, case):
         before = trained_tensors(trainer.model)
         trainer.train()
         evaluation = trainer.evaluate()
-    steps = [{name: log[name] for name in METRICS} for log in trainer.state.log_history if "loss" in log]
+    steps = [
+        {name: log[name] for name in (*METRICS, "aux_loss") if name in log}
+        for log in trainer.state.log_history
+        if "loss" in log
+    ]
     changes = {name: value - before[name] for name, value in trained_tensors(trainer.model).items()}
-    return steps, {name: evaluation[f"eval_{name}"] for name in METRICS if f"eval_{name}" in evaluation}, changes
+    logged = {name: evaluation[f"eval_{name}"] for name in (*METRICS, "aux_loss") if f"eval_{name}" in evaluation}
+    return steps, logged, changes
 
 
 def trained_tensors(model):

@@ -75,10 +75,11 @@ def test_further_outputs_equal_their_definitions(name):
     hidden = torch.randn(N, HIDDEN, dtype=torch.float64)
     targets = torch.arange(N) % VOCABULARY
     logits, _ = plain(head, hidden, targets)
-    found = token_scores(head, hidden, targets, outputs=("entropy", "top1", "mean_logits"), chunk=3)
+    found = token_scores(head, hidden, targets, outputs=("entropy", "top1", "mean_logits", "log_collision"), chunk=3)
     probs = logits.softmax(-1)
     torch.testing.assert_close(found.entropy, -(probs * probs.log()).sum(-1))
     torch.testing.assert_close(found.mean_logits, logits.mean(-1))
+    torch.testing.assert_close(found.log_collision, probs.square().sum(-1).log())
     assert torch.equal(found.top1, logits.argmax(-1) == targets)
 
 

@@ -127,6 +127,22 @@ def test_one_gradient_for_every_split_of_a_step(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_token_budget_changes_nothing(kind, tmp_path):
+    """INV-25: a batch of 8 in one forward, and split into several of at most 150 tokens."""
+    runs = []
+    for tokens in (None, 150):
+        rows = Dataset.from_list(KINDS[kind][1])
+        settings = {"per_device_train_batch_size": 8, "max_tokens_per_forward": tokens, "eval_dataset": rows}
+        run = build(tmp_path, kind, **settings, **other(kind))
+        run.train()
+        runs.append(run)
+    assert_alike(*runs)
+    assert logged(runs[1], "num_tokens") == logged(runs[0], "num_tokens")
+    first, second = (run.evaluate()["eval_loss"] for run in runs)
+    assert second == pytest.approx(first, abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_evaluation_is_the_same_for_every_batch_size(kind, tmp_path):
     """INV-26, 41: means, and smallest and largest values, over real rows."""
     found = []

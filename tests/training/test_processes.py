@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,15 +16,17 @@ WORKER = Path(__file__).parent / "worker.py"
 
 
 @pytest.mark.multiprocess
-def test_two_processes_train_and_evaluate_as_one(tmp_path):
+@pytest.mark.parametrize(("size", "tokens"), [(2, 0), (2, 90)], ids=["accumulation", "budget"])
+def test_two_processes_train_and_evaluate_as_one(size, tokens, tmp_path):
     """8 x 1 equals 2 x 2 x 2 processes: losses, metrics, evaluation, reference log-probs and weights.
 
+    With a budget of tokens, 2 x 2 x 2 processes make equally many forwards, though one needs fewer than the other.
     12 rows make a last step that is not full, and 7 rows of evaluation do not divide by 2 processes.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, command in (
-        (one, [sys.executable, str(WORKER), str(one), "8", "1"]),
-        (two, [*torchrun(2), str(WORKER), str(two), "2", "2"]),
+        (one, [sys.executable, str(WORKER), str(one), "8", "1", "0"]),
+        (two, [*torchrun(2), str(WORKER), str(two), str(size), str(4 // size), str(tokens)]),
     ):
         folder.mkdir()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -36,6 +39,11 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=name)
+
+    counts = [json.loads((two / f"counts{rank}.json").read_text()) for rank in (0, 1)]
+    needed, made = zip(*(zip(*rank, strict=True) for rank in counts), strict=True)
+    assert made[0] == made[1]
+    assert (needed[0] != needed[1]) == bool(tokens)
 
 
 def torchrun(processes):

@@ -506,13 +506,13 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
     ("arguments", "error", "words"),
     [
         ({"loss_type": "sigmod"}, ConfigError, "did you mean sigmoid"),
-        ({"loss_type": ["sigmoid", "sft"]}, ConfigError, "one loss is needed"),
+        ({"loss_type": ["sigmoid", "kot"]}, ConfigError, "kot"),
         ({"beta": -0.1}, ConfigError, "above 0"),
         ({"label_smoothing": 0.7}, ConfigError, "below 0.5"),
         ({"truncation_mode": "middle"}, ConfigError, "keep_start, keep_end"),
         ({"max_length": 1}, ConfigError, "whole number from 2"),
         ({"scoring_layout": "grid"}, ConfigError, "tree, padded"),
-        ({"reference": "old"}, ConfigError, "allowed are start, base, model, none"),
+        ({"reference": "old"}, ConfigError, "allowed are start, base, model, adapter, none"),
         ({"reference": "base", "reference_means": "model"}, ConfigError, "cannot compute"),
         ({"reference": "model"}, ConfigError, "no ref_model was given"),
         ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns=True came; it must stay False"),
@@ -552,7 +552,7 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
         ({"data_collator": lambda rows: {"input_ids": rows}}, "dictionary with a ScoringBatch"),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, "models in memory"),
         ({"model_init_kwargs": "{broken"}, "no JSON"),
-        ({"reference_means": "bogus"}, "adapter_off, snapshot, model"),
+        ({"reference_means": "bogus"}, "adapter_off, adapter_on, snapshot, model"),
         ({"max_length": "1024"}, "whole number"),
         ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "virtual tokens"),
     ],
@@ -579,3 +579,30 @@ def test_wrong_calls_are_refused(tmp_path):
 def test_an_adapter_on_an_adapter_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="already has an adapter"):
         trainer(tmp_path, get_peft_model(policy(), lora()), peft_config=lora())
+
+
+def test_the_load_balancing_loss_reaches_the_policy_and_never_the_reference(tmp_path):
+    """It moves a router that the pair loss cannot move, is logged, and the reference pass does not compute it."""
+    asked = []
+    run = trainer(tmp_path, tiny_model("mixtral", vocab_size=len(TOKENIZER)), router_aux_loss_coef=0.5, max_steps=1)
+    inner = run._scorer
+    run._scorer = lambda model, batch, **options: (
+        asked.append(options.get("outputs", ())),
+        inner(model, batch, **options),
+    )[1]
+    run.resolved.reference._scorer = run._scorer
+    run.train()
+    assert [("aux_loss" in outputs) for outputs in asked].count(True) == 1
+    assert len(asked) > 1
+    (log,) = [log for log in run.state.log_history if "loss" in log]
+    assert log["loss"] == pytest.approx(math.log(2) + 0.5 * log["aux_loss"], abs=1e-5)
+    for coefficient in (0.0, None):
+        plain = trainer(tmp_path, tiny_model("mixtral", vocab_size=len(TOKENIZER)), router_aux_loss_coef=coefficient)
+        assert plain._router_coefficient == (0.001 if coefficient is None else 0.0)
+
+
+def test_a_load_balancing_loss_needs_experts(tmp_path):
+    with pytest.raises(ConfigError, match="no experts to balance"):
+        trainer(tmp_path, router_aux_loss_coef=0.1)
+    with pytest.raises(ConfigError, match="must be 0"):
+        config(tmp_path, router_aux_loss_coef=-1.0)

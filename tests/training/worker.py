@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,8 +18,11 @@ from tether import DPOConfig, DPOTrainer
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 
-def run(folder: Path, size: int, accumulation: int) -> None:
-    """Two epochs of 12 rows in steps of 8 pairs, the second step of an epoch not full; then 7 rows of evaluation."""
+def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
+    """Two epochs of 12 rows in steps of 8 pairs, the second step of an epoch not full; then 7 rows of evaluation.
+
+    `tokens` is the budget of a forward; also written is how many forwards each batch needed and how many it took.
+    """
     tokenizer = tiny_tokenizer()
     trainer = DPOTrainer(
         model=tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2),
@@ -37,6 +41,8 @@ def run(folder: Path, size: int, accumulation: int) -> None:
             disable_tqdm=True,
             use_cpu=True,
             gradient_checkpointing=False,
+            max_grad_norm=0.0,
+            max_tokens_per_forward=tokens,
         ),
         train_dataset=Dataset.from_list(pair_rows(12)),
         eval_dataset=Dataset.from_list(pair_rows(7)),
@@ -44,19 +50,30 @@ def run(folder: Path, size: int, accumulation: int) -> None:
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     probe = trainer.resolved.reference.score(trainer._probe)
+    counts = []
+    split = trainer._budget.split
+
+    def counting(batch, *arguments):
+        parts = split(batch, *arguments)
+        counts.append([len(split(batch)), len(parts)])
+        return parts
+
+    trainer._budget.split = counting
     trainer.train()
+    trainer._budget.split = split
     numbers = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     numbers += [log["rewards/margins"] for log in trainer.state.log_history if "loss" in log]
     metrics = trainer.evaluate()
     numbers += [metrics[f"eval_{name}"] for name in ("loss", "rewards/margins", "entropy", "logps/chosen")]
     found = {name: p.detach().contiguous() for name, p in trainer.policy.named_parameters() if p.requires_grad}
     found |= {"numbers": torch.tensor(numbers, dtype=torch.float64), "probe": probe}
+    (folder / f"counts{trainer.args.process_index}.json").write_text(json.dumps(counts))
     save_file(found, folder / f"rank{trainer.args.process_index}.safetensors")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) or None)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

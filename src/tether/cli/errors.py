@@ -37,8 +37,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     # torch is not imported here; its error is known by its name.
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (
-            f"The memory is full: {_first_line(error)} Lower `train.per_device_train_batch_size` (to 1 at least) or "
-            "`train.max_length`, or train an adapter (`lora:`) in place of the whole model.",
+            f"The memory is full: {_first_line(error)} Lower `train.max_tokens_per_forward` (the run's first "
+            "lines say what it was) or `train.max_length`, or train an adapter (`lora:`) in place of the whole model.",
             1,
         )
     if isinstance(error, OSError) and error.errno is not None:

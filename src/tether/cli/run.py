@@ -97,9 +97,9 @@ def _batch_line(arguments: PreferenceConfig) -> str:
         arguments.gradient_accumulation_steps,
         arguments.world_size,
     )
-    split = f"{steps} micro-batch{'es' if steps > 1 else ''} of {micro}"
+    split = f", {steps} times {micro}" * (steps > 1) + f" on each of {devices} devices" * (devices > 1)
     rows = "pairs" if arguments.kind == "pair" else "rows"
-    return f"batch: {micro * steps * devices} {rows} per step, {split}" + (f" on {devices} devices" * (devices > 1))
+    return f"batch: {micro * steps * devices} {rows} per step{split}"
 
 
 def _refuse_used_folder(output: Path) -> None:

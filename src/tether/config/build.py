@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from tether.training import PreferenceConfig
 
-# Pairs that are computed at once on one device unless the run file says otherwise: enough to keep a device busy, as
-# pairs are packed without padding, and few enough for a small one's memory.
+# Pairs that are computed at once on one device where neither the run file nor a budget of tokens says how many: enough
+# to keep a device busy, as pairs are packed without padding, and few enough for a small one's memory.
 MICRO_BATCH = 4
 _PLACES = {
     "loss": "objective.loss",
@@ -55,14 +55,16 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, LoraConfig | None, dict[str
 def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
     """Split `train.batch_size` over devices and micro-batches.
 
-    `per_device_train_batch_size` and `gradient_accumulation_steps` are kept where they are given.
+    `per_device_train_batch_size` and `gradient_accumulation_steps` are kept where they are given. Otherwise a device's
+    pairs are one batch, which the trainer splits by `max_tokens_per_forward`; without that budget a batch has at most
+    `MICRO_BATCH` pairs.
 
     Args:
         run: a checked run file.
         devices: processes that train, one a device.
 
     Returns:
-        Pairs per micro-batch and device, and micro-batches per step.
+        Pairs per batch and device, and batches per step.
 
     Raises:
         ConfigError: no such split exists.
@@ -89,6 +91,8 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
     share = pairs // devices
     if steps:
         micro = share // steps
+    elif not micro and further.get("max_tokens_per_forward", "auto") is not None:
+        micro = share
     elif not micro:
         micro = max(size for size in range(1, MICRO_BATCH + 1) if share % size == 0)
     return micro, share // micro
@@ -112,13 +116,29 @@ def _options(run: RunConfig) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
         **objective_arguments(run.objective),
-        # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
-        "reference": run.reference.meaning if "reference" in run.model_fields_set else None,
-        "reference_means": run.reference.means,
+        **_reference(run),
         "trust_remote_code": run.model.trust_remote_code,
         "model_init_kwargs": {name: value for name, value in loading.items() if value is not None},
     }
     _refuse_idle_options(run)
+    return options
+
+
+def _reference(run: RunConfig) -> dict[str, Any]:
+    declared = run.reference
+    options: dict[str, Any] = {
+        # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
+        "reference": declared.meaning if "reference" in run.model_fields_set else None,
+        "reference_adapter": declared.adapter,
+        "reference_means": declared.means,
+        "reference_snapshot": declared.snapshot,
+        "reference_remote": declared.remote.model_dump() if declared.remote else None,
+        "ref_model_init_kwargs": declared.loading() or None,
+    }
+    if declared.sync is not None:
+        options["sync_ref_model"] = True
+        options["ref_model_sync_steps"] = declared.sync.steps
+        options["ref_model_mixup_alpha"] = declared.sync.alpha
     return options
 
 

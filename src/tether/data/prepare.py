@@ -118,7 +118,7 @@ def prepare(
         raise ConfigError(f"num_proc is {num_proc}; it must be at least 1.")
     mode = cast(TruncationMode, truncation_mode)
     truncated_lengths(1, [1], max_length, mode)  # refuses wrong options before the rows are read
-    data = load_rows(rows, name=name)
+    data = load_rows(rows, kind=kind, name=name)
     schema = read_preferences(data, kind=kind, turns=turns, name=name)
     template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
     encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)

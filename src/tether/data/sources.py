@@ -1,4 +1,4 @@
-"""Where rows come from: objects in memory, local files, or the hub. Called by `prepare` and the command line.
+"""Where rows come from: objects in memory, local files, the hub, or several of them. Called by `prepare`.
 
 Rows are counted from 1 in every message, over all files in the order they were given (a glob is sorted). In JSON lines
 without blank lines, row N of a single file is its line N. `Preference.source_row` counts the same rows from 0.
@@ -6,79 +6,232 @@ without blank lines, row N of a single file is its line N. `Preference.source_ro
 
 from __future__ import annotations
 
-import csv
 import difflib
-import glob
 import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from tether.data.columns import EXTRAS, TEXTS
+from tether.data.columns import BATCH_ROWS, EXTRAS, TEXTS
+from tether.data.files import READERS, Part, expand, kind_of_file, listed, read_file
+from tether.data.formats import FORMAT_NAMES, FORMATS, PATTERNED, PLAIN, Format, Wording, convert, detected, patterned
 from tether.data.schema import explain_mixed_types
-from tether.errors import DataError
+from tether.errors import ConfigError, DataError
+from tether.types import Kind
 
-Source = Dataset | DatasetDict | str | Path | Sequence[Mapping[str, Any]] | Sequence[str | Path]
-
+Source = Dataset | DatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FIELD_BYTES = min(sys.maxsize, 2**31 - 1)  # csv's own limit of 128 KiB per field is shorter than a long conversation
+_FRACTION_BITS = 1 << 32
 
 
-def load_rows(source: Source, *, split: str = "train", name: str = "data") -> Dataset:
-    """Read rows from wherever they are; every column is kept and nothing is checked but that it can be read.
+@dataclass(frozen=True)
+class Origin:
+    """One source of rows, as a mapping in a run file says it: `{path: pairs.jsonl, format: chatml.intel}`.
 
     Args:
-        source: a `datasets.Dataset` or `DatasetDict`; a list of dictionaries, one per row; a path or glob, or a list of
-            them, to files ending in .jsonl, .json, .csv or .parquet; or the name of a hub data set, `owner/name`.
+        path: a path, glob, folder or hub name, or a list of paths; or rows in memory.
+        format: name of the layout of its rows, see `tether.data.formats`; None: TRL's columns, or what it plainly is.
+        fields: name of a field as the format reads it to the name of the column that holds it.
+        weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
+        split: which part of a hub data set.
+        prompt_format: pattern of the prompt, for the format `user_defined`; so for the other parts of a row.
+        chosen_format: see `prompt_format`.
+        rejected_format: see `prompt_format`.
+        completion_format: see `prompt_format`.
+    """
+
+    path: Any
+    format: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    split: str = "train"
+    prompt_format: str | None = None
+    chosen_format: str | None = None
+    rejected_format: str | None = None
+    completion_format: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], name: str) -> Origin:
+        """Read a mapping.
+
+        Raises:
+            ConfigError: a key is not known, or a value is not allowed.
+        """
+        known = [one.name for one in fields(cls)]
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else f"Known are {listed(known)}."
+                raise ConfigError(f"{name}: a source has the key `{key}`, which is not known. {hint}")
+        origin = cls(**{key: value for key, value in given.items() if value is not None})
+        weight = origin.weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
+            raise ConfigError(f"{name}: weight is {weight!r}; it must be a number above 0.")
+        renamed = origin.fields
+        if not isinstance(renamed, Mapping) or not all(isinstance(one, str) for kv in renamed.items() for one in kv):
+            raise ConfigError(f"{name}: fields is {renamed!r}; it must be a mapping such as {{prompt: question}}.")
+        return origin
+
+    def layout(self, name: str) -> Format | None:
+        """The format that is named.
+
+        Raises:
+            ConfigError: there is none of this name, or patterns stand beside another one.
+        """
+        patterns = {
+            part: pattern
+            for part in ("prompt", "chosen", "rejected", "completion")
+            if (pattern := getattr(self, f"{part}_format")) is not None
+        }
+        if patterns and self.format not in PATTERNED:
+            first = next(iter(patterns))
+            raise ConfigError(
+                f"{name}: {first}_format is given with the format `{self.format}`, which does not read it. Set "
+                "`format: user_defined`, or leave it out."
+            )
+        if self.format is None or self.format in PLAIN:
+            return None
+        if self.format in PATTERNED:
+            return patterned(Wording(patterns))
+        if self.format not in FORMATS:
+            near = difflib.get_close_matches(str(self.format), FORMAT_NAMES, n=1, cutoff=0.5)
+            hint = f"Did you mean `{near[0]}`? " if near else ""
+            raise ConfigError(f"{name}: there is no format `{self.format}`. {hint}There are {', '.join(FORMAT_NAMES)}.")
+        return FORMATS[self.format]
+
+
+def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name: str = "data") -> Dataset:
+    """Read rows from wherever they are; nothing is checked but that they can be read and have their format's fields.
+
+    Args:
+        source: a `datasets.Dataset` or `DatasetDict`; a list of dictionaries, one per row; a path, glob or folder, or a
+            list of them, of files ending in .jsonl, .json, .csv (all three also .gz, .bz2, .zst), .parquet or .arrow;
+            the name of a hub data set, `owner/name`; or a mapping as `Origin` describes, or a list of these.
+        kind: what the rows are to be read as; a format has other columns for each.
         split: which part of a `DatasetDict` or of a hub data set; files have no parts.
         name: what to call these rows in messages.
 
     Returns:
-        The rows in source order.
+        The rows in source order, with TRL's columns where a format was named or recognised, else with all of their own.
 
     Raises:
+        ConfigError: a mapping has keys or values that are not allowed.
         DataError: nothing is there, it cannot be read, it has no rows, or its kind is not supported.
 
     Example:
         >>> load_rows([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}]).column_names
         ['prompt', 'chosen', 'rejected']
     """
-    if isinstance(source, Dataset):
-        rows = source
-    elif isinstance(source, DatasetDict):
-        rows = _part(source, split, name)
-    elif isinstance(source, (str, Path)):
-        rows = _from_text(str(source), split, name)
-    elif isinstance(source, Sequence):
-        rows = _from_list(source, split, name)
-    else:
-        kind = "a streamed data set" if isinstance(source, IterableDataset) else f"a {type(source).__name__}"
-        raise DataError(
-            f"{name}: {kind} came; rows must be a datasets.Dataset, a list of dictionaries, a path or a hub name. "
-            "Load a streamed data set without streaming=True."
-        )
+    origins = _origins(source, split, name)
+    parts = [_load(origin, kind, f"{name} ({origin.path})" if len(origins) > 1 else name) for origin in origins]
+    rows = parts[0] if len(parts) == 1 else _joined(parts, [str(origin.path) for origin in origins], name)
     if len(rows) == 0:
         shown = f" ({source})" if isinstance(source, (str, Path)) else ""
         raise DataError(f"{name}: there are no rows{shown}; at least one preference pair is needed.")
     return rows
 
 
+def is_origin(value: Any) -> bool:
+    """Whether a value is a mapping that names a source, and not a row or a mapping of names to sources."""
+    return isinstance(value, Mapping) and "path" in value
+
+
+def _origins(source: Source, split: str, name: str) -> list[Origin]:
+    if is_origin(source):
+        return [Origin.of(cast(Mapping[str, Any], source), name)]
+    if isinstance(source, Sequence) and not isinstance(source, str) and any(map(is_origin, source)):
+        mixed: list[Mapping[str, Any]] = [item if is_origin(item) else {"path": item} for item in source]
+        return [Origin.of(item, name) for item in mixed]
+    return [Origin(source, split=split)]
+
+
+def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
+    layout = origin.layout(name)
+    rows = _read(origin.path, origin.split, name)
+    rows = _renamed(rows, origin.fields, name)
+    if layout is None and origin.format is None:
+        columns = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(key for row in rows for key in row)
+        layout = detected(columns, kind)
+    if layout is not None:
+        rows = convert(_plain(rows), layout, kind, name=name)
+    table = rows if isinstance(rows, Dataset) else Dataset(_table(rows, name))
+    return table if origin.weight == 1 else table.select(_occurrences(len(table), origin.weight))
+
+
+def _plain(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    if isinstance(rows, list):
+        yield from rows
+        return
+    plain = rows.with_format(None)
+    for start in range(0, len(plain), BATCH_ROWS):
+        batch = plain[start : start + BATCH_ROWS]
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _renamed(
+    rows: Dataset | list[dict[str, Any]], names: Mapping[str, str], name: str
+) -> Dataset | list[dict[str, Any]]:
+    """Rows whose columns have the names that the format reads."""
+    if not names:
+        return rows
+    found = rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
+    for wanted, column in names.items():
+        if column not in found:
+            near = difflib.get_close_matches(column, map(str, found), n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise DataError(
+                f"{name}: fields say that `{wanted}` is in the column `{column}`, and there is none. Columns found: "
+                f"{', '.join(map(str, found)) or 'none'}.{hint}"
+            )
+    new = {column: wanted for wanted, column in names.items()}
+    if isinstance(rows, list):
+        return [
+            {new.get(key, key): value for key, value in row.items() if key in new or key not in names} for row in rows
+        ]
+    hidden = [column for column in names if column in found and column not in new]
+    return rows.remove_columns(hidden).rename_columns({old: wanted for old, wanted in new.items() if old != wanted})
+
+
+def _occurrences(count: int, weight: float) -> list[int]:
+    """The place of every row, as often as its weight says; which ones occur once more depends on their place alone."""
+    whole, part = divmod(weight, 1)
+    more = round(part * _FRACTION_BITS)
+    # Knuth's multiplicative hash spreads places evenly, so that 0.5 takes every second row, more or less.
+    return [place for place in range(count) for _ in range(int(whole) + (place * 2654435761 % _FRACTION_BITS < more))]
+
+
+def _read(source: Any, split: str, name: str) -> Dataset | list[dict[str, Any]]:
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, DatasetDict):
+        return _part(source, split, name)
+    if isinstance(source, (str, Path)):
+        return _from_text(str(source), split, name)
+    if isinstance(source, Sequence):
+        return _from_list(source, split, name)
+    kind = "a streamed data set" if isinstance(source, IterableDataset) else f"a {type(source).__name__}"
+    raise DataError(
+        f"{name}: {kind} came; rows must be a datasets.Dataset, a list of dictionaries, a path or a hub name. "
+        "Load a streamed data set without streaming=True."
+    )
+
+
 def _part(parts: DatasetDict, split: str, name: str) -> Dataset:
     if split not in parts:
-        raise DataError(f"{name}: there is no split `{split}`; there are {_listed(map(str, parts))}. Name one of them.")
+        raise DataError(f"{name}: there is no split `{split}`; there are {listed(map(str, parts))}. Name one of them.")
     return parts[split]
 
 
-def _from_list(source: Sequence[Any], split: str, name: str) -> Dataset:
+def _from_list(source: Sequence[Any], split: str, name: str) -> Dataset | list[dict[str, Any]]:
     if all(isinstance(item, Mapping) for item in source):
-        return Dataset(_table(cast(Sequence[Mapping[str, Any]], source), name))
+        return [dict(row) for row in source]
     wanted = Mapping if isinstance(source[0], Mapping) else (str, Path)
     for number, item in enumerate(source, 1):
         if not isinstance(item, wanted):
@@ -87,15 +240,17 @@ def _from_list(source: Sequence[Any], split: str, name: str) -> Dataset:
                 "one per row, or paths, one per file."
             )
     _refuse_split(split, name)
-    return _from_files([path for item in source for path in _expand(str(item), name)], name)
+    return _from_files([path for item in source for path in expand(str(item), name)], name)
 
 
-def _from_text(source: str, split: str, name: str) -> Dataset:
-    is_hub_name = _HUB_NAME.fullmatch(source) and not Path(source).exists() and Path(source).suffix not in READERS
-    if is_hub_name:
+def _from_text(source: str, split: str, name: str) -> Dataset | list[dict[str, Any]]:
+    path = Path(source).expanduser()
+    if _HUB_NAME.fullmatch(source) and not path.exists() and kind_of_file(path) not in READERS:
         return _from_hub(source, split, name)
+    if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
+        return _from_saved(path, split, name)
     _refuse_split(split, name)
-    return _from_files(_expand(source, name), name)
+    return _from_files(expand(source, name), name)
 
 
 def _refuse_split(split: str, name: str) -> None:
@@ -104,6 +259,16 @@ def _refuse_split(split: str, name: str) -> None:
             f"{name}: split=`{split}` was given with a path, and files have no splits. Give the files of that split, "
             "or leave split out."
         )
+
+
+def _from_saved(path: Path, split: str, name: str) -> Dataset:
+    """A folder that `Dataset.save_to_disk` wrote."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # the reader raises errors of many libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: the folder `{path}` cannot be read as a saved data set ({reason}).") from error
+    return _part(saved, split, name) if isinstance(saved, DatasetDict) else saved
 
 
 def _from_hub(source: str, split: str, name: str) -> Dataset:
@@ -117,145 +282,33 @@ def _from_hub(source: str, split: str, name: str) -> Dataset:
         ) from error
 
 
-def _expand(source: str, name: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"{name}: `{source}` is a folder; name its files, for example `{path / '*.jsonl'}`.")
-    if path.exists():
-        return [path]
-    if found := sorted(glob.glob(str(path), recursive=True)):
-        return [Path(item) for item in found]
-    if any(mark in source for mark in "*?["):
-        raise DataError(f"{name}: no file matches `{source}`, looked for from {Path.cwd()}. Correct the pattern.")
-    folder = path.parent
-    if not folder.is_dir():
-        raise DataError(f"{name}: there is no file `{source}`: the folder {folder.absolute()} does not exist.")
-    near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1)
-    hint = f" Did you mean `{folder / near[0]}`?" if near else " Correct the path."
-    raise DataError(f"{name}: there is no file `{path.name}` in {folder.absolute()}.{hint}")
+def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
+    parts: list[tuple[Path, Part]] = [(path, read_file(path, name)) for path in paths]
+    if len(parts) == 1:
+        rows = parts[0][1]
+        return rows if isinstance(rows, list) else Dataset(rows)
+    if all(isinstance(rows, list) for _, rows in parts):
+        # Each file is made a table on its own first, so that what is wrong with it is said with its name.
+        tables = [_table(cast(list[dict[str, Any]], rows), f"{name} ({path})") for path, rows in parts]
+        _concatenated(tables, [str(path) for path, _ in parts], name)
+        return [row for _, rows in parts for row in cast(list[dict[str, Any]], rows)]
+    tables = [_table(rows, f"{name} ({path})") if isinstance(rows, list) else rows for path, rows in parts]
+    return Dataset(_concatenated(tables, [str(path) for path, _ in parts], name))
 
 
-def _from_files(paths: list[Path], name: str) -> Dataset:
-    tables = []
-    for path in paths:
-        reader = READERS.get(path.suffix.lower())
-        if reader is None:
-            raise DataError(
-                f"{name}: `{path}` ends in `{path.suffix}`; it must end in {_listed(READERS)}. Convert or rename it."
-            )
-        if not path.stat().st_size:
-            raise DataError(f"{name}: `{path}` is empty; it must hold at least one row.")
-        table = reader(path, name)
-        if not table.num_rows:
-            raise DataError(f"{name}: `{path}` has no rows; it must hold at least one row.")
-        tables.append(table)
+def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:
+    # Rows that were drawn or shuffled are an index over a table; here they become the table.
+    tables = [part.with_format("arrow")[:] for part in parts]
+    return Dataset(_concatenated(cast(list[pa.Table], tables), names, name))
+
+
+def _concatenated(tables: list[pa.Table], names: list[str], name: str) -> pa.Table:
     try:
-        return Dataset(pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0])
+        return pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            f"{name}: the files {_listed(map(str, paths))} give a column of one name different types "
+            f"{name}: the files {listed(names)} give a column of one name different types "
             f"({str(error).splitlines()[0]}). Make them alike, or prepare them apart."
-        ) from error
-
-
-def _read_jsonl(path: Path, name: str) -> pa.Table:
-    rows = []
-    with _opened(path) as lines:
-        for number, line in enumerate(_decoded(lines, path, name), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{name}: line {number} of `{path}` is not JSON ({error}). Each line must hold one object such as "
-                    '{"prompt": "…", "chosen": "…", "rejected": "…"}; correct or remove the line.'
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{name}: line {number} of `{path}` holds a value of type {type(row).__name__}; each line must "
-                    "hold one object."
-                )
-            rows.append(row)
-    return _table(rows, f"{name} ({path})")
-
-
-def _read_json(path: Path, name: str) -> pa.Table:
-    with _opened(path) as file:
-        text = "".join(_decoded(file, path, name))
-    if not text.lstrip().startswith("["):
-        return _read_jsonl(path, name)  # JSON lines under the wrong ending are common
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: `{path}` is not JSON ({error}); it must hold a list of objects.") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{name}: row {number} of `{path}` is of type {type(row).__name__}; every row must be an object."
-            )
-    return _table(rows, f"{name} ({path})")
-
-
-def _read_csv(path: Path, name: str) -> pa.Table:
-    before = csv.field_size_limit(_FIELD_BYTES)
-    try:
-        with _opened(path) as file:
-            rows = _csv_rows(csv.reader(_decoded(file, path, name), strict=True), path, name)
-    finally:
-        csv.field_size_limit(before)
-    return _table(rows, f"{name} ({path})")
-
-
-def _csv_rows(reader: Any, path: Path, name: str) -> list[dict[str, str]]:
-    rows = []
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{name}: the header of `{path}` names a column twice ({', '.join(header)}). Rename one.")
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise DataError(
-                    f"{name}: the row ending in line {reader.line_num} of `{path}` has {len(cells)} fields, the header "
-                    f"has {len(header)}. Put text that holds commas or line breaks in double quotes."
-                )
-            if cells:
-                rows.append(dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{name}: line {reader.line_num} of `{path}` is not CSV ({error}). Correct it.") from error
-    return rows
-
-
-def _read_parquet(path: Path, name: str) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name}: `{path}` cannot be read as Parquet ({reason}). Write it again.") from error
-
-
-READERS: dict[str, Callable[[Path, str], pa.Table]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _opened(path: Path) -> Any:
-    # `newline=""` keeps line breaks inside quoted CSV fields; a byte order mark is no part of the first column's name.
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _decoded(lines: Iterable[str], path: Path, name: str) -> Iterable[str]:
-    number = 0
-    try:
-        for line in lines:
-            number += 1
-            yield line
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}: `{path}` is not UTF-8 after line {number} ({error.reason}). Save it as UTF-8."
         ) from error
 
 
@@ -266,12 +319,12 @@ def _table(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Table:
     for column in columns:
         values = [_portable(column, row.get(column)) for row in rows]
         try:
-            arrays[column] = pa.array(values)
-        except (pa.ArrowException, OverflowError, TypeError) as error:
+            arrays[str(column)] = pa.array(values)
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:
                 raise DataError(explain_mixed_types(rows, name, f"`{column}`: {error}")) from error
             # Not read by training, but still listed among the unused columns.
-            arrays[column] = pa.array([json.dumps(value, default=str) for value in values])
+            arrays[str(column)] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)
 
 
@@ -290,7 +343,3 @@ def _portable_message(item: Any) -> Any:
     if not isinstance(item, dict) or not isinstance(item.get("tool_calls"), list):
         return item
     return {**item, "tool_calls": json.dumps(item["tool_calls"], default=str)}
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from tether.errors import ConfigError
+from tether.models.quantized import keep_quantized_layout
 
 # Names of rates that make a forward in training mode random.
 _RANDOM = re.compile("drop|jitter")
@@ -87,8 +89,28 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the model computes with the adapter `name` and no other; nothing becomes trainable or frozen by it."""
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel) or name not in inner.peft_config:
+        known = ", ".join(map(repr, inner.peft_config)) if isinstance(inner, PeftModel) else "none"
+        raise ConfigError(f"The model has no adapter {name!r}; it has {known}.")
+    required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    tuner: Any = inner.base_model
+    before = list(inner.active_adapters)
+    try:
+        tuner.set_adapter(name, inference_mode=True)
+        yield
+    finally:
+        tuner.set_adapter(before if len(before) > 1 else before[0], inference_mode=True)
+        for parameter, value in required:
+            parameter.requires_grad_(value)
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in evaluation mode (dropout off); afterwards each is as it was."""
+    keep_quantized_layout()
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

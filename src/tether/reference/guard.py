@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tether.errors import ReferenceError
 from tether.models.structure import trainable_tensors
 from tether.reference.protocol import Reference, Scorer, frozen_pass
+from tether.reference.snapshot import SnapshotReference
 from tether.types import ScoringBatch
 
 
@@ -39,10 +40,14 @@ def compare_with_start(
     """Score the probe with the policy, in evaluation mode, and with the reference."""
     with frozen_pass(policy):
         mine = scorer(policy, batch).token_logps
-    difference = (mine - reference.score(batch)).abs().max().item()
-    # A NaN must not pass: it compares as neither larger nor smaller.
-    difference = float("inf") if difference != difference else difference
+    difference = largest_difference(mine, reference.score(batch))
     return GuardResult(batch.num_examples, len(mine), difference, tolerance)
+
+
+def largest_difference(first: Tensor, second: Tensor) -> float:
+    """Largest difference of two tensors; infinite where one is NaN, which compares as neither larger nor smaller."""
+    difference = (first - second).abs().max().item()
+    return float("inf") if difference != difference else difference
 
 
 def require_start_equality(result: GuardResult, reference: Reference) -> None:
@@ -60,6 +65,7 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
         "OLoRA that rewrites the base), so the weights without it are not the start. Leave `reference_means` unset, or "
         "set it to snapshot",
         "snapshot": "the policy's weights changed after the trainer was made. Make the trainer after the last change",
+        "remote": "the server's model is not the policy's start. Serve the weights that this run starts from",
         "model": "the copy was made from other weights than the policy holds now. Leave `reference_means` unset",
     }
     raise ReferenceError(
@@ -81,6 +87,14 @@ class FrozenProbe:
     def __init__(self, reference: Reference, batch: ScoringBatch, allowed: float) -> None:
         self._reference, self._batch, self._allowed = reference, batch, allowed
         self._values: Tensor = reference.score(batch)
+
+    def follow(self, step: int, *, rescore: bool = True) -> None:
+        """Move the reference if its `sync` is due after this step, and take its new values for those to keep to."""
+        sync, reference = getattr(self._reference, "sync", None), self._reference
+        if sync is not None and sync.due(step):
+            cast(SnapshotReference, reference).move(sync.alpha)
+            if rescore:
+                self._values = reference.score(self._batch)
 
     def check(self, step: int) -> float:
         """Score the rows again.

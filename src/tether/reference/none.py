@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tether.reference.protocol import SAME
 from tether.types import ReferenceIdentity, ScoringBatch
 
 
 class NoReference:
     """A flat reference that gives every completion the same log-probability, 0, so that log-ratios are log-probs."""
 
+    tolerance = SAME
     identity = ReferenceIdentity("none", "none", "none", None, "none", "")
 
     def score(self, batch: ScoringBatch) -> Tensor:

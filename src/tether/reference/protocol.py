@@ -15,11 +15,19 @@ from tether.types import ReferenceIdentity, Scores, ScoringBatch
 # The one scoring function with the run's layout bound to it, as `functools.partial(score, layout=...)`.
 Scorer = Callable[[nn.Module, ScoringBatch], Scores]
 
+# Two passes of the same kernels over the same weights differ by nothing; this leaves room for kernels that do not
+# repeat to the bit, in any dtype.
+SAME = 1e-5
+
 
 class Reference(Protocol):
-    """A frozen policy that gives log-probabilities."""
+    """A policy that gives log-probabilities and takes no part in training.
+
+    `tolerance` is how far, in nats, one of its log-probabilities may be from the same function computed here.
+    """
 
     identity: ReferenceIdentity
+    tolerance: float
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """Log-probabilities of the batch's completion tokens: float32 `[N]` nats, without gradient, dropout off."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import ReferenceError
-from tether.models.fingerprint import model_fingerprint
-from tether.models.structure import unwrap
 from tether.reference.guard import GuardResult
 from tether.reference.protocol import Reference
+from tether.reference.remote import RemoteReference
 from tether.reference.snapshot import SnapshotReference
 from tether.types import ReferenceIdentity
 
@@ -31,11 +29,24 @@ def write_record(folder: Path, reference: Reference, line: str, guard: GuardResu
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(folder: Path, reference: Reference, policy: nn.Module) -> None:
-    """Write the tensors that a resumed run needs to rebuild the reference, unless they are most of the model."""
+def write_tensors(folder: Path, reference: Reference, policy: nn.Module, *, write: bool = True) -> None:
+    """Write the tensors that a resumed run needs to rebuild the reference.
+
+    A snapshot that is most of the model is left out, unless it has moved: it is the start model itself then. Every
+    process must call this, since a sharded snapshot is gathered for it.
+
+    Args:
+        folder: the checkpoint.
+        reference: whose tensors.
+        policy: the model in training.
+        write: whether this process writes.
+    """
+    if isinstance(reference, SnapshotReference) and not reference.moves:
+        size = sum(parameter.numel() for parameter in policy.parameters())
+        if reference.size() > _SHARE * size:
+            return
     tensors = reference.state()
-    size = sum(parameter.numel() for parameter in policy.parameters())
-    if tensors and sum(tensor.numel() for tensor in tensors.values()) <= _SHARE * size:
+    if tensors and write:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
 
 
@@ -78,14 +89,10 @@ def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResul
         )
     recorded, guard = found
     tensors: dict[str, Tensor] = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
-    if tensors and isinstance(reference, SnapshotReference):
+    if tensors and isinstance(reference, (SnapshotReference, RemoteReference)):
         reference.load_state(tensors)
-        with reference.swapped():
-            without = recorded.meaning == "base"
-            fingerprint = model_fingerprint(unwrap(policy), without_adapters=without)
-        reference.identity = replace(reference.identity, fingerprint=fingerprint)
     mine = reference.identity
-    if (mine.meaning, mine.fingerprint) != (recorded.meaning, recorded.fingerprint):
+    if (mine.meaning, mine.fingerprint, mine.sync) != (recorded.meaning, recorded.fingerprint, recorded.sync):
         raise ReferenceError(
             f"Resuming with another reference. The checkpoint {folder} was trained against {recorded}; this run has "
             f"{mine}. Start from the same model and the same reference settings, or begin a new run."

@@ -3,68 +3,35 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
-from peft import PeftModel
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ReferenceError
-from tether.models.fingerprint import model_fingerprint
-from tether.models.structure import adapter_tensors, dtype_of, trainable_tensors, unwrap
-from tether.reference.adapter_off import AdapterOffReference
-from tether.reference.guard import compare_with_start
+from tether.models.fingerprint import fingerprint, model_fingerprint
+from tether.models.structure import adapter_on, adapter_tensors, adapters_off, dtype_of, trainable_tensors, unwrap
+from tether.reference.adapter import AdapterOffReference, AdapterOnReference
+from tether.reference.adapter_check import (
+    active_adapters,
+    learnt_for_some_tokens,
+    outside_adapters,
+    rewritten_base,
+    some,
+    trainable_of_adapter,
+)
+from tether.reference.guard import GuardResult, compare_with_start
 from tether.reference.none import NoReference
-from tether.reference.protocol import Reference, Scorer
+from tether.reference.protocol import SAME, Reference, Scorer
+from tether.reference.remote import RemoteReference
 from tether.reference.separate import ModelReference, refuse_wrong_model
+from tether.reference.shards import free_memory
 from tether.reference.snapshot import SnapshotReference
-from tether.types import Meaning, Means, ReferenceIdentity, ScoringBatch
-
-# Two passes of the same kernels over the same weights differ by nothing; this leaves room for kernels that do not
-# repeat to the bit, in any dtype.
-SAME = 1e-5
-
-MEANS: dict[Meaning, tuple[Means, ...]] = {
-    "start": ("adapter_off", "snapshot", "model"),
-    "base": ("adapter_off", "snapshot"),
-    "model": ("model",),
-    "none": ("none",),
-}
-# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
-
-
-@dataclass(frozen=True)
-class ReferenceSpec:
-    """What the user declared.
-
-    Args:
-        meaning: `start`, `base`, `model` or `none`.
-        means: forced means, or None to let Tether choose.
-        model: the other model, for `model`.
-        source: where the policy (or, for `model`, the other model) came from, for the record.
-        revision: commit of the source where it has one.
-    """
-
-    meaning: Meaning = "start"
-    means: Means | None = None
-    model: nn.Module | None = None
-    source: str = "object in memory"
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.meaning not in MEANS:
-            raise ConfigError(f"reference: {self.meaning!r} came; allowed are {', '.join(MEANS)}.")
-        if self.means is not None and self.means not in MEANS[self.meaning]:
-            raise ConfigError(
-                f"reference means {self.means!r} cannot compute the meaning {self.meaning!r}; allowed are "
-                f"{', '.join(MEANS[self.meaning])}, or leave it unset and Tether chooses."
-            )
+from tether.reference.spec import Keep, ReferenceSpec
+from tether.types import Means, ReferenceIdentity, ScoringBatch
 
 
 @dataclass(frozen=True)
@@ -73,6 +40,17 @@ class Resolved:
 
     reference: Reference
     line: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the resolvers look at: the declaration, the policy before its first update, probe rows, and scoring."""
+
+    spec: ReferenceSpec
+    policy: nn.Module
+    probe: ScoringBatch
+    scorer: Scorer
+    scorer_for: Callable[[nn.Module], Scorer]
 
 
 def resolve(
@@ -98,139 +76,221 @@ def resolve(
         ReferenceError: a forced means that cannot be right, or a model that cannot be a reference.
     """
     if spec.meaning == "none":
-        return Resolved(NoReference(), "reference: none; no reference is loaded or run")
-    if spec.meaning == "model":
-        if spec.model is None:
-            raise ConfigError("reference: model came without a model; pass `ref_model`, or name one in the run file.")
-        refuse_wrong_model(policy, spec.model)
-        identity = _identity(spec, "model", spec.model, without_adapters=False)
-        reference = ModelReference(spec.model, scorer_for(spec.model), identity)
-        return Resolved(reference, f"reference: model, by model: {spec.source} ({identity.dtype}), frozen")
-    return (_resolve_start if spec.meaning == "start" else _resolve_base)(spec, policy, probe, scorer)
+        return Resolved(NoReference(), f"reference: none; no reference is loaded or run{spec.why_none}")
+    run = _Run(spec, policy, probe, scorer, scorer_for)
+    if spec.means == "remote":
+        return _resolve_remote(run)
+    resolver = {
+        "start": _resolve_start,
+        "base": _resolve_base,
+        "adapter": _resolve_adapter,
+        "model": _resolve_model,
+    }[spec.meaning]
+    return resolver(run)
 
 
-def _resolve_start(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, scorer: Scorer) -> Resolved:
-    objection = "" if spec.means in ("snapshot", "model") else _objection_to_adapter_off(policy, probe, scorer)
+def _resolve_model(run: _Run) -> Resolved:
+    spec, model = run.spec, run.spec.model
+    if model is None:
+        raise ConfigError("reference: model came without a model; pass `ref_model`, or name one in the run file.")
+    refuse_wrong_model(run.policy, model)
+    identity = _identity(spec, "model", model, without_adapters=False)
+    reference = ModelReference(model, run.scorer_for(model), identity)
+    where = next(model.parameters()).device
+    return Resolved(reference, f"reference: model, by model: {spec.source} ({identity.dtype}, {where}), frozen")
+
+
+def _resolve_start(run: _Run) -> Resolved:
+    spec, policy = run.spec, run.policy
+    off = _without_adapter(run)
+    objection = off.objection
+    if spec.sync is not None and not objection:
+        objection = "only a snapshot can move"
     if spec.means == "adapter_off" and objection:
         raise ReferenceError(
             f"reference: start, by adapter_off, was asked for, but that would not be the start: {objection}. "
             "Leave `reference_means` unset, or set it to snapshot."
         )
     trainable = trainable_tensors(policy)
+    # What the start computes decides its fingerprint, so that every means of one start has the same.
+    identity = _identity(spec, spec.means or "snapshot", policy, without_adapters=off.is_start)
     if spec.means == "model":
         twin = copy.deepcopy(unwrap(policy))
-        reference = ModelReference(twin, scorer, _identity(spec, "model", policy, without_adapters=False))
-        return Resolved(
-            reference, f"reference: start, by model: a frozen copy of all {_count(twin)} parameters, as forced"
-        )
+        what = f"a frozen copy of all {_count(twin)} parameters, as forced"
+        return _equal_to_start(run, ModelReference(twin, run.scorer, identity), what)
     if spec.means == "snapshot" or objection:
-        identity = _identity(spec, "snapshot", policy, without_adapters=False)
         why = "as forced" if spec.means else f"because {objection}"
-        size = sum(tensor.numel() * tensor.element_size() for tensor in trainable.values()) / 2**20
-        line = f"reference: start, by snapshot: {len(trainable)} trainable tensors kept ({size:.1f} MiB), {why}"
-        return Resolved(SnapshotReference(policy, scorer, identity, trainable), line)
-    identity = _identity(spec, "adapter_off", policy, without_adapters=True)
-    line = f"reference: start, by adapter_off: {len(trainable)} trainable tensors, all inside adapter {_active(policy)}"
-    return Resolved(AdapterOffReference(policy, scorer, identity), line)
+        again = partial(_start_fingerprint, run)
+        return _equal_to_start(run, *_snapshot(run, identity, trainable, why, fingerprint=again, sync=spec.sync))
+    identity = replace(identity, means="adapter_off")
+    what = f"{len(trainable)} trainable tensors, all inside adapter {active_adapters(policy)}"
+    return _equal_to_start(run, AdapterOffReference(policy, run.scorer, identity), what)
 
 
-def _resolve_base(spec: ReferenceSpec, policy: nn.Module, probe: ScoringBatch, scorer: Scorer) -> Resolved:
-    rewritten = _rewritten_base(policy)
+def _resolve_base(run: _Run) -> Resolved:
+    spec, policy = run.spec, run.policy
+    rewritten = rewritten_base(policy)
     if rewritten:
         raise ReferenceError(
             f"reference: base was asked for, but {rewritten} wrote into the base weights, so the model without "
             "its adapter is no longer the base. Use reference: start, or name the base as reference: {model: ...}."
         )
-    outside = _outside_adapter(policy)
+    outside = outside_adapters(policy)
     if spec.means == "adapter_off" and (outside or not adapter_tensors(policy)):
         raise ReferenceError(
             "reference: base, by adapter_off, was asked for, but "
-            + (f"{_some(outside)} outside the adapter would train." if outside else "the policy has no adapter.")
+            + (f"{some(outside)} outside the adapter would train." if outside else "the policy has no adapter.")
             + " Leave `reference_means` unset, or set it to snapshot."
         )
-    if spec.means == "snapshot" or outside:
-        identity = _identity(spec, "snapshot", policy, without_adapters=True)
-        reference = SnapshotReference(policy, scorer, identity, outside, without_adapter=True)
-        return Resolved(reference, f"reference: base, by snapshot: {_some(outside)} outside any adapter kept")
-    identity = _identity(spec, "adapter_off", policy, without_adapters=True)
-    return Resolved(AdapterOffReference(policy, scorer, identity), "reference: base, by adapter_off")
+    means: Means = "snapshot" if spec.means == "snapshot" or outside else "adapter_off"
+    identity = _identity(spec, means, policy, without_adapters=True)
+    if means == "adapter_off":
+        what = f"adapter {active_adapters(policy)} switched off" if adapter_tensors(policy) else "no adapter, no update"
+        return Resolved(AdapterOffReference(policy, run.scorer, identity), f"reference: base, by adapter_off: {what}")
+    why = f"because {some(outside)} outside any adapter would train" if outside else "as forced"
+    reference, what = _snapshot(
+        run,
+        identity,
+        outside,
+        why,
+        around=partial(adapters_off, policy),
+        fingerprint=lambda: model_fingerprint(unwrap(policy), without_adapters=True),
+    )
+    return Resolved(reference, f"reference: base, by snapshot: {what}")
 
 
-def _objection_to_adapter_off(policy: nn.Module, probe: ScoringBatch, scorer: Scorer) -> str:
-    """Why switching the adapter off would not give the start; empty where it would."""
-    if not isinstance(unwrap(policy), PeftModel):
-        return "the policy has no adapter"
-    outside = _outside_adapter(policy)
-    if outside:
-        return f"{_some(outside)} outside the adapter would train"
-    learnt = _learnt_for_some_tokens(policy)
-    if learnt:
-        return f"the adapter on {learnt!r} already holds something"
-    off = AdapterOffReference(policy, scorer, NoReference.identity)
-    result = compare_with_start(policy, off, scorer, probe, SAME)
-    if result.passed:
-        return ""
-    rewritten = _rewritten_base(policy)
-    because = f"{rewritten} rewrote the base weights" if rewritten else "the adapter already holds something"
-    return f"without the adapter a token is {result.max_difference:.2g} nats from the start ({because})"
-
-
-def _learnt_for_some_tokens(policy: nn.Module) -> str:
-    """Path of an adapter part that has learnt and acts on few tokens, which a probe may lack; empty for none."""
-    for path, module in unwrap(policy).named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            original, active = list(module.original_module.parameters()), module.active_adapters
-            pairs = [(copied, original) for name, copied in module.modules_to_save.items() if name in active]
-            differs = any(
-                not torch.equal(*pair) for copied, base in pairs for pair in zip(copied.parameters(), base, strict=True)
-            )
-        elif isinstance(module, TrainableTokensLayer):
-            originals: Any = module.trainable_tokens_original
-            deltas = module.trainable_tokens_delta.items()
-            differs = any(not torch.equal(delta, originals[name]) for name, delta in deltas)
-        elif isinstance(module, LoraEmbedding):
-            differs = any(bool(module.get_delta_weight(name).any()) for name in module.active_adapters)
-        else:
-            continue
-        if differs:
-            return path
-    return ""
-
-
-def _rewritten_base(policy: nn.Module) -> str:
+def _resolve_adapter(run: _Run) -> Resolved:
+    spec, policy, name = run.spec, run.policy, run.spec.adapter or ""
     inner = unwrap(policy)
-    configs = inner.peft_config if isinstance(inner, PeftModel) else {}
-    for name, config in configs.items():
-        init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
-            return f"adapter {name!r} with init_lora_weights={init!r}"
-    return ""
+    if not isinstance(inner, PeftModel) or name not in inner.peft_config:
+        known = ", ".join(map(repr, inner.peft_config)) if isinstance(inner, PeftModel) else "none"
+        raise ConfigError(f"reference: adapter {name!r} is not loaded on the policy; loaded are {known}.")
+    moving = {**outside_adapters(policy), **trainable_of_adapter(policy, name)}
+    if spec.means == "adapter_on" and moving:
+        raise ReferenceError(
+            f"reference: adapter {name!r}, by adapter_on, was asked for, but {some(moving)} that it computes with "
+            "would train. Leave `reference_means` unset, or set it to snapshot."
+        )
+    means: Means = spec.means or ("snapshot" if moving else "adapter_on")
+    again = partial(_adapter_fingerprint, inner, name)
+    identity = _identity(spec, means, policy, known=again())
+    if means == "model":
+        with adapter_on(policy, name):
+            twin = copy.deepcopy(inner)
+        line = f"reference: adapter {name!r}, by model: a frozen copy with all {_count(twin)} parameters, as forced"
+        return Resolved(ModelReference(twin, run.scorer, identity), line)
+    if means == "adapter_on":
+        line = f"reference: adapter {name!r}, by adapter_on: frozen beside adapter {active_adapters(policy)}"
+        return Resolved(AdapterOnReference(policy, run.scorer, identity, name), line)
+    why = f"because {some(moving)} would train" if moving else "as forced"
+    reference, what = _snapshot(run, identity, moving, why, around=partial(adapter_on, policy, name), fingerprint=again)
+    return Resolved(reference, f"reference: adapter {name!r}, by snapshot: {what}")
 
 
-def _outside_adapter(policy: nn.Module) -> dict[str, Tensor]:
-    inside = {id(tensor) for tensor in adapter_tensors(policy).values()}
-    return {name: tensor for name, tensor in trainable_tensors(policy).items() if id(tensor) not in inside}
+def _resolve_remote(run: _Run) -> Resolved:
+    spec, policy = run.spec, run.policy
+    options = spec.remote
+    assert options is not None
+    if spec.meaning == "model":
+        identity = _identity(spec, "remote", policy, known="served")
+        reference = RemoteReference(options, identity, policy, run.probe)
+        proof = "; the weights are the server's, and its answers were checked for consistency only"
+    else:
+        plain = spec.meaning == "base"
+        local = _resolve_base if plain else _resolve_start
+        here = local(replace(run, spec=replace(spec, means=None, remote=None))).reference
+        reference = RemoteReference(options, replace(here.identity, means="remote"), policy, run.probe)
+        difference = reference.require_parity(here)
+        proof = f"; at most {difference:.1e} nats from the same computed here on {run.probe.num_examples} rows"
+    return Resolved(reference, f"reference: {spec.meaning}, by remote: {reference.where}{proof}")
 
 
-def _identity(spec: ReferenceSpec, means: Means, model: nn.Module, *, without_adapters: bool) -> ReferenceIdentity:
+@dataclass(frozen=True)
+class _WithoutAdapter:
+    """What the policy is without its adapter: whether it is the start, and why it would not stay so."""
+
+    is_start: bool
+    objection: str
+
+
+def _without_adapter(run: _Run) -> _WithoutAdapter:
+    policy = run.policy
+    if not isinstance(unwrap(policy), PeftModel):
+        return _WithoutAdapter(False, "the policy has no adapter")
+    outside = outside_adapters(policy)
+    objection = f"{some(outside)} outside the adapter would train" if outside else ""
+    learnt = learnt_for_some_tokens(policy)
+    if learnt:
+        return _WithoutAdapter(False, objection or f"the adapter on {learnt!r} already holds something")
+    off = AdapterOffReference(policy, run.scorer, NoReference.identity)
+    result = compare_with_start(policy, off, run.scorer, run.probe, SAME)
+    if result.passed:
+        return _WithoutAdapter(True, objection)
+    rewritten = rewritten_base(policy)
+    because = f"{rewritten} rewrote the base weights" if rewritten else "the adapter already holds something"
+    far = f"without the adapter a token is {result.max_difference:.2g} nats from the start ({because})"
+    return _WithoutAdapter(False, objection or far)
+
+
+def _start_fingerprint(run: _Run) -> str:
+    return model_fingerprint(unwrap(run.policy), without_adapters=_without_adapter(run).is_start)
+
+
+def _adapter_fingerprint(policy: PeftModel, name: str) -> str:
+    """Of the base weights and one adapter, whatever it is called and whatever else is loaded."""
+    tensors = get_peft_model_state_dict(policy, adapter_name=name, save_embedding_layers=False)
+    config = policy.peft_config[name]
+    decides = {key: getattr(config, key, None) for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")}
+    patterns = {key: dict(getattr(config, key, None) or {}) for key in ("rank_pattern", "alpha_pattern")}
+    base = model_fingerprint(policy, without_adapters=True)
+    extra = json.dumps([base, decides, patterns], sort_keys=True, default=str).encode()
+    return fingerprint({key: value for key, value in tensors.items() if isinstance(value, Tensor)}, extra=extra)
+
+
+def _snapshot(run: _Run, identity: ReferenceIdentity, tensors: dict[str, Tensor], why: str, **options):
+    """A snapshot, and the words that say what is kept, where and why."""
+    bytes_kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    keep, where = _place(run, bytes_kept)
+    sync = options.get("sync")
+    identity = replace(identity, means="snapshot", sync=str(sync) if sync else None)
+    reference = SnapshotReference(run.policy, run.scorer, identity, tensors, keep=keep, **options)
+    moves = f"; it moves {sync}" if sync else ""
+    what = f"{len(tensors)} trainable tensors kept ({bytes_kept / 2**20:.1f} MiB{where}), {why}{moves}"
+    return reference, what
+
+
+def _place(run: _Run, bytes_kept: int) -> tuple[Keep, str]:
+    """Where a snapshot is kept: on the device unless training would then not fit."""
+    device = next(run.policy.parameters()).device
+    if run.spec.keep is not None:
+        where = "in host memory" if run.spec.keep == "host" else f"on {device}"
+        return run.spec.keep, f" {where}, as forced"
+    free = free_memory(device)
+    # Besides itself a snapshot needs room for gradients and an optimizer's two moments of the same tensors, the latter
+    # in float32 at most, and the larger of these is not yet allocated when the reference is resolved.
+    if free is not None and 4 * bytes_kept > 0.8 * free:
+        return "host", f" in host memory, as {free / 2**30:.1f} GiB are free on {device}"
+    return "device", ""
+
+
+def _equal_to_start(run: _Run, reference: Reference, what: str) -> Resolved:
+    """The line with the proof: how far the policy is from its reference before the first update."""
+    result: GuardResult = compare_with_start(run.policy, reference, run.scorer, run.probe, reference.tolerance)
+    proof = f"start equality {result.max_difference:.1e} nats on {result.rows} rows"
+    return Resolved(reference, f"reference: start, by {reference.identity.means}: {what}; {proof}")
+
+
+def _identity(
+    spec: ReferenceSpec, means: Means, model: nn.Module, *, without_adapters: bool = False, known: str | None = None
+) -> ReferenceIdentity:
     return ReferenceIdentity(
         meaning=spec.meaning,
         means=means,
         source=spec.source,
         revision=spec.revision,
         dtype=str(dtype_of(model)).removeprefix("torch."),
-        fingerprint=model_fingerprint(unwrap(model), without_adapters=without_adapters),
+        fingerprint=known or model_fingerprint(unwrap(model), without_adapters=without_adapters),
     )
-
-
-def _some(tensors: dict[str, Tensor]) -> str:
-    return f"{len(tensors)} tensors" + (f", such as {next(iter(tensors))!r}," if tensors else "")
-
-
-def _active(policy: nn.Module) -> str:
-    inner = unwrap(policy)
-    names = inner.active_adapters if isinstance(inner, PeftModel) else []
-    return ", ".join(repr(name) for name in names)
 
 
 def _count(model: nn.Module) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ReferenceError
 from tether.models.structure import transformers_model
-from tether.reference.protocol import Scorer, frozen_pass
+from tether.reference.protocol import SAME, Scorer, frozen_pass
 from tether.types import ReferenceIdentity, ScoringBatch
 
 
 class ModelReference:
     """Another model; frozen here."""
+
+    tolerance = SAME
 
     def __init__(self, model: nn.Module, scorer: Scorer, identity: ReferenceIdentity) -> None:
         self._model, self._scorer, self.identity = model.requires_grad_(False), scorer, identity
@@ -53,4 +56,25 @@ def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
         raise ReferenceError(
             f"ref_model has a vocabulary of {sizes[1]} tokens and the policy one of {sizes[0]}; log-probabilities of "
             "different vocabularies cannot be compared. Use a reference with the policy's tokenizer."
+        )
+
+
+def refuse_other_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase) -> None:
+    """Refuse a reference whose tokenizer reads the policy's token ids as other text.
+
+    Ids that only one of the two knows do not matter here: a vocabulary of another size is refused by
+    `refuse_wrong_model`.
+
+    Raises:
+        ReferenceError: an id that both know stands for different tokens.
+    """
+    ours = {number: token for token, number in policy.get_vocab().items()}
+    theirs = {number: token for token, number in reference.get_vocab().items()}
+    odd = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
+    if odd:
+        shown = ", ".join(f"{number} is {ours[number]!r} here and {theirs[number]!r} there" for number in odd[:3])
+        raise ReferenceError(
+            f"The reference has another tokenizer than the policy: {len(odd)} token ids stand for other tokens "
+            f"({shown}). Log-probabilities of different texts cannot be compared. Use a reference that was trained "
+            "with the policy's tokenizer."
         )

@@ -1,21 +1,23 @@
-"""Means `snapshot`: the start values of the trainable tensors, swapped in for the reference pass."""
+"""Means `snapshot`: the start values of the trainable tensors, swapped in for the reference pass; it can also move."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from tether.errors import ReferenceError
-from tether.models.structure import adapters_off
-from tether.reference.protocol import Scorer, frozen_pass
+from tether.reference.protocol import SAME, Scorer, frozen_pass
+from tether.reference.shards import drop_gathered, gather_shards, local_part, plain_name, shard_like
+from tether.reference.spec import Keep, Sync
 from tether.types import ReferenceIdentity, ScoringBatch
 
 
 class SnapshotReference:
-    """The policy with its trainable tensors as they were when this object was made.
+    """The policy with its trainable tensors as they were when this object was made, or as they were moved since.
 
     The reference pass must come before the policy's forward of a step, so that no saved activation sees the swap.
 
@@ -24,8 +26,14 @@ class SnapshotReference:
         scorer: the scoring function.
         identity: what this reference is.
         tensors: name to parameter, the policy's trainable tensors; their values are copied now.
-        without_adapter: compute with adapters off on top (meaning `base` beside trainable tensors outside the adapter).
+        around: context of the pass besides the swap, such as adapters off (meaning `base` beside trainable tensors
+            outside the adapter).
+        keep: `device` keeps the values where the policy's are, `host` in the host's memory (pinned for a GPU).
+        fingerprint: gives the identity's fingerprint while the values are swapped in; for values from a checkpoint.
+        sync: how the reference moves, or None.
     """
+
+    tolerance = SAME
 
     def __init__(
         self,
@@ -34,49 +42,63 @@ class SnapshotReference:
         identity: ReferenceIdentity,
         tensors: dict[str, Tensor],
         *,
-        without_adapter: bool = False,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        keep: Keep = "device",
+        fingerprint: Callable[[], str] | None = None,
+        sync: Sync | None = None,
     ) -> None:
         self._policy, self._scorer, self.identity = policy, scorer, identity
-        self._live = tensors
-        self._start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._without_adapter = without_adapter
+        self._around, self._keep, self._fingerprint, self.sync = around, keep, fingerprint, sync
+        self.moves = 0
+        self._start = {plain_name(name): self._kept(tensor.detach().clone()) for name, tensor in tensors.items()}
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """See `Reference.score`. The policy's own values come back bit for bit, also after an error."""
-        with self.swapped():
-            context = adapters_off(self._policy) if self._without_adapter else nullcontext()
-            with frozen_pass(self._policy), context:
-                return self._scorer(self._policy, batch).token_logps
+        with self.swapped(), frozen_pass(self._policy), self._around():
+            return self._scorer(self._policy, batch).token_logps
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the policy holds the start values."""
-        exchanged: list[str] = []
+        """Inside, the policy holds the reference's values."""
+        exchanged: list[tuple[Tensor, Tensor]] = []
+        live = self._live()
         try:
-            for name in self._live:
-                self._exchange(name)
-                exchanged.append(name)
+            for name, parameter in live.items():
+                pair = local_part(parameter), self._values(name, parameter)
+                _exchange(*pair)
+                exchanged.append(pair)
             # Autocast keeps the weights it has cast, and would go on with those from before the exchange.
             torch.clear_autocast_cache()
             yield
         finally:
-            for name in exchanged:
-                self._exchange(name)
+            drop_gathered(self._policy)
+            for pair in exchanged:
+                _exchange(*pair)
             torch.clear_autocast_cache()
 
-    def _exchange(self, name: str) -> None:
-        # By copy, one tensor at a time: storage stays where optimizer, wrappers and hooks expect it.
-        live, start = self._live[name].data, self._start[name]
-        current = live.clone()
-        live.copy_(start)
-        start.copy_(current)
+    def move(self, alpha: float) -> None:
+        """Make the reference `alpha * policy + (1 - alpha) * reference`, tensor by tensor.
+
+        Args:
+            alpha: the policy's share; 1 makes the reference the policy as it is now.
+        """
+        with torch.no_grad():
+            for name, parameter in self._live().items():
+                kept = self._values(name, parameter)
+                kept.mul_(1.0 - alpha).add_(local_part(parameter).to(kept.device), alpha=alpha)
+        self.moves += 1
 
     def state(self) -> dict[str, Tensor]:
-        """The start values."""
-        return self._start
+        """The reference's values, whole; a collective operation where the policy is sharded."""
+        live = self._live()
+        return {name: gather_shards(kept, live[name]) for name, kept in self._start.items()}
+
+    def size(self) -> int:
+        """Numbers in `state()`."""
+        return sum(parameter.numel() for parameter in self._live().values())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take start values from a checkpoint.
+        """Take values from a checkpoint; the identity becomes theirs.
 
         Raises:
             ReferenceError: names or shapes are not those of the trainable tensors.
@@ -93,3 +115,52 @@ class SnapshotReference:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self._start[name].copy_(tensor)
+        # A moving reference is known by where it began: its values are nobody's fingerprint.
+        if self._fingerprint is not None and self.sync is None:
+            with self.swapped():
+                self.identity = replace(self.identity, fingerprint=self._fingerprint())
+
+    def _live(self) -> dict[str, Tensor]:
+        # Looked up each time: sharding puts other parameters in place of those that this object was made from.
+        drop_gathered(self._policy)
+        found = {plain_name(name): parameter for name, parameter in self._policy.named_parameters()}
+        missing = self._start.keys() - found.keys()
+        if missing:
+            raise ReferenceError(
+                f"{len(missing)} tensors of the snapshot are no longer in the policy, such as {min(missing)!r}: it was "
+                "rebuilt after the trainer was made. Change the model before the trainer is made."
+            )
+        return {name: found[name] for name in self._start}
+
+    def _values(self, name: str, parameter: Tensor) -> Tensor:
+        """The kept values of a parameter, cut as it is now; the policy's values take their place during a swap."""
+        kept = self._start[name]
+        local = local_part(parameter)
+        if kept.shape != local.shape or kept.dtype != local.dtype:
+            kept = self._start[name] = self._kept(shard_like(kept, parameter))
+        elif self._keep == "device" and kept.device != local.device:
+            kept = self._start[name] = kept.to(local.device)
+        return kept
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        if self._keep == "device":
+            return tensor
+        tensor = tensor.cpu()
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def _exchange(live: Tensor, kept: Tensor) -> None:
+    """Swap the values of two tensors by copy: storage stays where optimizer, wrappers and hooks expect it."""
+    live = live.data
+    current = live.clone()
+    try:
+        live.copy_(kept)
+    except BaseException:
+        live.copy_(current)
+        raise
+    try:
+        kept.copy_(current)
+    except BaseException:
+        kept.copy_(live)
+        live.copy_(current)
+        raise

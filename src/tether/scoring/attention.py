@@ -21,10 +21,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tether.errors import ScoringError
+from tether.scoring.blocked import blocked_attention
 from tether.types import Forest
 
 PREFIX = "tether_tree_"
-_forest_forward: ContextVar[bool] = ContextVar("tether_forest_forward", default=False)
+# Inside a forest's forward, the modules that attended to the forest so far; None outside.
+_attended: ContextVar[list[nn.Module] | None] = ContextVar("tether_attended", default=None)
 
 
 def install_tree_attention(model: PreTrainedModel) -> None:
@@ -56,13 +58,28 @@ def remove_tree_attention(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def forest_forward() -> Iterator[None]:
-    """Inside, attention masks are left to the forest: none are built."""
-    token = _forest_forward.set(True)
+def forest_forward() -> Iterator[list[nn.Module]]:
+    """Inside, attention masks are left to the forest: none are built. Yields the modules that attend to it."""
+    attended: list[nn.Module] = []
+    token = _attended.set(attended)
     try:
-        yield
+        yield attended
     finally:
-        _forest_forward.reset(token)
+        _attended.reset(token)
+
+
+def require_all_attended(model: PreTrainedModel, attended: list[nn.Module]) -> None:
+    """Every layer must have read the forest; one that did not has mixed the branches without a word.
+
+    Raises:
+        ScoringError: some layers computed something else than tree attention.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    if len(attended) < layers:
+        raise ScoringError(
+            f"{type(model).__name__} reads the forest in {len(attended)} of its {layers} layers; score it with "
+            "layout='padded'."
+        )
 
 
 def _over(inner: Any) -> Any:
@@ -88,7 +105,7 @@ def _over_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
 
 def _mask_over(inner: Any) -> Any:
     def mask(*args: Any, **kwargs: Any):
-        return None if _forest_forward.get() else inner(*args, **kwargs)
+        return inner(*args, **kwargs) if _attended.get() is None else None
 
     return mask
 
@@ -132,6 +149,8 @@ def tree_attention(
         raise ScoringError(f"A forest of {forest.length} tokens met queries of shape {tuple(query.shape)}.")
     if position_bias is not None:
         raise ScoringError(f"{type(module).__name__} adds a position bias to its scores; use the padded layout.")
+    if (attended := _attended.get()) is not None:
+        attended.append(module)
     kernel = _Kernel(forest, dropout, scaling, sliding_window, softcap, s_aux)
     sizes = [size for tree in forest.trees for size in (tree.trunk + tree.branches[0], *tree.branches[1:])]
     # `split` and not slices: its backward is one concatenation, not a zero-filled row for each segment.
@@ -153,9 +172,13 @@ class _Kernel:
     def __init__(self, forest: Forest, dropout: float, scaling: float | None, window: int | None, softcap, sinks):
         self.forest, self.dropout, self.scaling = forest, dropout, scaling
         self.window, self.softcap, self.sinks = window, softcap, sinks
+        self.blocked = not dropout and softcap is None and sinks is None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, total = query.shape[2], key.shape[2]
+        if self.blocked and query.device.type == "cpu" and query.dtype != torch.float16:
+            scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+            return blocked_attention(query, key, value, scaling=scaling, window=self.window or 0)
         if self.window is None or total <= self.window:
             return self._attend(query, key, value, 0)
         blocks = []

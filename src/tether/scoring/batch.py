@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import torch
@@ -13,57 +13,99 @@ from tether.errors import ScoringError
 from tether.types import Example, Forest, ScoringBatch, Tree
 
 
+@dataclass
+class _Growing:
+    """A tree before it has its place in the row: a prompt, and each distinct completion once."""
+
+    number: int
+    prompt: Tensor
+    branches: dict[bytes, int] = field(default_factory=dict)
+    completions: list[Tensor] = field(default_factory=list)
+
+    def branch(self, ids: Tensor) -> int:
+        """Number of the branch that holds these tokens; a new one if there is none yet."""
+        number = self.branches.setdefault(ids.numpy().tobytes(), len(self.completions))
+        if number == len(self.completions):
+            self.completions.append(ids)
+        return number
+
+
 def pack(examples: Sequence[Example]) -> ScoringBatch:
     """Pack B examples into one row of T tokens.
 
+    A prompt that several examples share is in the row once, and so is a completion that they share.
+
     Args:
-        examples: at least one; each with a prompt of at least one token (it predicts the first completion token)
-            and completions of at least one token, of which at least one is scored. All have the same `values`.
+        examples: at least one; each with completions of at least one token, of which at least one is scored, and with a
+            prompt of at least one token (it predicts the first completion token) unless no first token is scored. All
+            have the same `values`.
 
     Returns:
         The batch; completions are numbered in order, so pair i is completions 2i (chosen) and 2i + 1 (rejected).
 
     Raises:
-        ScoringError: no example, an empty prompt, a completion that is empty or of which nothing is scored, or examples
-            with different `values`.
+        ScoringError: no example, an empty prompt although a first token is scored, a completion that is empty or of
+            which nothing is scored, or examples with different `values`.
     """
     if not examples:
         raise ScoringError("pack() was given no example; at least one is needed.")
-    trees: list[Tree] = []
-    pieces: list[Tensor] = []
-    positions: list[Tensor] = []
-    sources: list[Tensor] = []
+    masks = [mask for example in examples for mask in _scored(example)]
+    growing: dict[bytes, _Growing] = {}
+    places: list[tuple[int, int]] = []
     for example in examples:
-        tree = _tree(trees[-1].end if trees else 0, example)
-        trees.append(tree)
-        pieces += [example.prompt_ids, *example.completion_ids]
-        positions.append(torch.arange(tree.trunk))
-        (_, trunk_end), *branches = tree.spans()
-        for start, end in branches:
-            positions.append(torch.arange(tree.trunk, tree.trunk + end - start))
-            sources += [torch.tensor([trunk_end - 1]), torch.arange(start, end - 1)]
-    completions = [ids for example in examples for ids in example.completion_ids]
-    lengths = torch.tensor([len(ids) for ids in completions])
-    scored = torch.cat([mask for example in examples for mask in _scored(example)])
+        prompt = example.prompt_ids.numpy().tobytes()
+        tree = growing.setdefault(prompt, _Growing(len(growing), example.prompt_ids))
+        places += [(tree.number, tree.branch(ids)) for ids in example.completion_ids]
+    pieces, trees = [], []
+    for tree in growing.values():
+        pieces += [tree.prompt, *tree.completions]
+        start = trees[-1].end if trees else 0
+        trees.append(Tree(start, len(tree.prompt), tuple(map(len, tree.completions))))
+    row = torch.cat(pieces)
+    spans = [tree.spans() for tree in trees]
+    ends = [(trees[tree].start + trees[tree].trunk, *spans[tree][branch + 1]) for tree, branch in places]
+    scored = torch.cat(masks)
     return ScoringBatch(
-        input_ids=torch.cat(pieces)[None],
-        position_ids=torch.cat(positions)[None],
+        input_ids=row[None],
+        position_ids=torch.cat([_positions(tree) for tree in trees])[None],
         forest=Forest(tuple(trees)),
-        sources=torch.cat(sources)[scored],
-        targets=torch.cat(completions)[scored],
-        completion_index=torch.repeat_interleave(torch.arange(len(completions)), lengths)[scored],
+        sources=torch.cat([_before(trunk_end, start, end) for trunk_end, start, end in ends])[scored],
+        targets=torch.cat([row[start:end] for _, start, end in ends])[scored],
+        completion_index=torch.repeat_interleave(torch.tensor([int(mask.sum()) for mask in masks])),
         keys=tuple(key for example in examples for key in example.keys),
+        branches=tuple(places),
+        examples=tuple(examples),
         values=_values(examples),
     )
 
 
+def _positions(tree: Tree) -> Tensor:
+    return torch.cat([torch.arange(tree.trunk), *(torch.arange(tree.trunk, tree.trunk + n) for n in tree.branches)])
+
+
+def _before(trunk_end: int, start: int, end: int) -> Tensor:
+    """Where the hidden states lie that predict a branch: the trunk's end, then each of its tokens but the last."""
+    return torch.cat([torch.tensor([trunk_end - 1]), torch.arange(start, end - 1)])
+
+
 def _scored(example: Example) -> list[Tensor]:
-    masks = example.scored or tuple(torch.ones(len(ids), dtype=torch.bool) for ids in example.completion_ids)
-    for ids, mask in zip(example.completion_ids, masks, strict=True):
-        if len(ids) != len(mask) or not mask.any():
+    lengths = tuple(len(ids) for ids in example.completion_ids)
+    if not lengths or min(lengths) == 0:
+        raise ScoringError(
+            f"Row {example.source_row} has completions of {lengths} tokens; there must be some, each of at least one "
+            "token. Drop the row."
+        )
+    masks = example.scored or tuple(torch.ones(length, dtype=torch.bool) for length in lengths)
+    for length, mask in zip(lengths, masks, strict=True):
+        if length != len(mask) or not mask.any():
             raise ScoringError(
                 f"Row {example.source_row} scores {int(mask.sum())} of {len(mask)} positions of a completion of "
-                f"{len(ids)} tokens; the mask must have the completion's length and leave at least one token."
+                f"{length} tokens; the mask must have the completion's length and leave at least one token."
+            )
+        if mask[0] and not len(example.prompt_ids):
+            raise ScoringError(
+                f"Row {example.source_row} has an empty prompt, and nothing predicts the first token of a completion. "
+                "Start the prompt with the tokenizer's BOS token, or leave the first token of each completion unscored."
             )
     return list(masks)
 
@@ -79,17 +121,6 @@ def _values(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {name: torch.tensor([float(example.values[name]) for example in examples]) for name in names}
 
 
-def _tree(start: int, example: Example) -> Tree:
-    branches = tuple(len(ids) for ids in example.completion_ids)
-    if len(example.prompt_ids) == 0 or not branches or min(branches) == 0:
-        raise ScoringError(
-            f"Row {example.source_row} has a prompt of {len(example.prompt_ids)} tokens and completions of "
-            f"{branches} tokens; each needs at least one. Start the prompt with the tokenizer's BOS token, or "
-            "drop the row."
-        )
-    return Tree(start, len(example.prompt_ids), branches)
-
-
 def with_prompts(batch: ScoringBatch) -> ScoringBatch:
     """The same batch with its prompts scored too, for losses that take in the whole text.
 
@@ -99,44 +130,46 @@ def with_prompts(batch: ScoringBatch) -> ScoringBatch:
         batch: with K completions for B prompts.
 
     Returns:
-        A batch of K + B completions.
+        A batch of K + B completions, of which `branches` names the first K.
 
     Example:
         >>> batch = with_prompts(pack([Example.of([1, 5, 6], [[7, 2], [8]])]))
         >>> batch.targets.tolist(), batch.completion_index.tolist()
         ([7, 2, 8, 5, 6], [0, 0, 1, 2, 2])
     """
-    spans = [tree.spans()[0] for tree in batch.forest.trees]
-    sources = torch.cat([torch.arange(start, end - 1) for start, end in spans])
-    lengths = torch.tensor([end - start - 1 for start, end in spans])
-    index = torch.repeat_interleave(torch.arange(len(spans)) + batch.num_completions, lengths)
     row = batch.input_ids[0]
-    prompts = (b"prompt" + row[start:end].numpy().tobytes() for start, end in spans)
+    trunks = [(start, max(start, end - 1)) for start, end in _trunks(batch)]
+    sources = torch.cat([torch.arange(start, end, device=row.device) for start, end in trunks])
+    lengths = torch.tensor([end - start for start, end in trunks], device=row.device)
+    numbers = torch.arange(len(trunks), device=row.device) + batch.num_completions
+    prompts = (b"prompt" + example.prompt_ids.numpy().tobytes() for example in batch.examples)
     return replace(
         batch,
         sources=torch.cat([batch.sources, sources]),
         targets=torch.cat([batch.targets, row[sources + 1]]),
-        completion_index=torch.cat([batch.completion_index, index]),
+        completion_index=torch.cat([batch.completion_index, torch.repeat_interleave(numbers, lengths)]),
         keys=batch.keys + tuple(blake2b(prompt, digest_size=16).digest() for prompt in prompts),
     )
 
 
-def _scored_trunks(batch: ScoringBatch, branches: int) -> list[tuple[int, int]]:
-    scored = batch.num_completions > branches
-    return [tree.spans()[0] for tree in batch.forest.trees] if scored else []
+def _trunks(batch: ScoringBatch) -> list[tuple[int, int]]:
+    """Where the prompt of each of the B examples lies in the row."""
+    firsts = [0]
+    for size in batch.sizes[:-1]:
+        firsts.append(firsts[-1] + size)
+    return [batch.forest.trees[batch.branches[first][0]].spans()[0] for first in firsts]
 
 
 def sequences(batch: ScoringBatch) -> list[Tensor]:
     """The K full sequences of a batch, prompt and completion joined: int64 `[P + C_k]` each.
 
-    Of a batch `with_prompts` the prompts follow, each alone.
+    Of a batch `with_prompts` the B prompts follow, each alone.
     """
-    row = batch.input_ids[0]
-    joined = []
-    for tree in batch.forest.trees:
-        (start, end), *branches = tree.spans()
-        joined += [torch.cat([row[start:end], row[first:last]]) for first, last in branches]
-    return joined + [row[start:end] for start, end in _scored_trunks(batch, len(joined))]
+    row, spans = batch.input_ids[0], [tree.spans() for tree in batch.forest.trees]
+    parts = [(spans[tree][0], spans[tree][branch + 1]) for tree, branch in batch.branches]
+    joined = [torch.cat([row[start:end], row[first:last]]) for (start, end), (first, last) in parts]
+    alone = _trunks(batch) if batch.num_completions > len(batch.branches) else ()
+    return joined + [row[start:end] for start, end in alone]
 
 
 def sequence_sources(batch: ScoringBatch) -> list[Tensor]:
@@ -144,3 +177,13 @@ def sequence_sources(batch: ScoringBatch) -> list[Tensor]:
     # A token's position in its sequence is its position in the tree; a first token is predicted from the trunk's end.
     positions = batch.position_ids[0, batch.sources]
     return list(positions.split(torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()))
+
+
+def sequence_counts(batch: ScoringBatch) -> Tensor:
+    """In how many of the K full sequences each token of the row stands: int64 `[T]`."""
+    counts = torch.zeros(batch.forest.length, dtype=torch.long)
+    spans = [tree.spans() for tree in batch.forest.trees]
+    for tree, branch in batch.branches:
+        for start, end in (spans[tree][0], spans[tree][branch + 1]):
+            counts[start:end] += 1
+    return counts.to(batch.input_ids.device)

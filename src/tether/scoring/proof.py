@@ -121,6 +121,8 @@ def _compare(
         difference = (measures.packed(model, batch, layout) - alone).abs().max().item()
     except ConfigError:
         raise
-    except (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except ScoringError as error:
+        return float("inf"), str(error)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         return float("inf"), f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return (difference, "") if difference == difference else (float("inf"), "not a number")

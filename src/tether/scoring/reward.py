@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def reward(model: nn.Module, batch: ScoringBatch, *, layout: Layout = "tree") ->
     index = torch.arange(batch.num_completions, device=ends.device)
     inputs, sources, context = _LAYOUTS[layout](inner, replace(batch, sources=ends, completion_index=index))
     values: list[Tensor] = []
-    handle = head.register_forward_hook(lambda _, args, output: values.append(output))
+    handle = head.register_forward_hook(lambda _, args, output: values.append(cast(Tensor, output)))
     try:
         with context:
             model(**inputs, use_cache=False)
@@ -82,11 +82,13 @@ def _head_of(model: PreTrainedModel) -> nn.Module:
 def _last_tokens(batch: ScoringBatch, padding: int | None) -> Tensor:
     """Where in the row the last token of each sequence lies that is not `padding`: int64 `[K]`."""
     row = batch.input_ids[0]
-    lengths, branches, trunks = [], [], []
+    lengths: list[int] = []
+    starts: list[int] = []  # number of each tree's trunk among all trunks and branches
     for tree in batch.forest.trees:
-        trunks += [len(lengths)] * len(tree.branches)
-        branches += range(len(lengths) + 1, len(lengths) + 1 + len(tree.branches))
+        starts.append(len(lengths))
         lengths += [tree.trunk, *tree.branches]
+    trunks = [starts[tree] for tree, _ in batch.branches]
+    branches = [starts[tree] + 1 + branch for tree, branch in batch.branches]
     places = torch.arange(len(row), device=row.device)
     places = places if padding is None else torch.where(row == padding, -1, places)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(row.device)

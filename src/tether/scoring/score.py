@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import transformers_model
-from tether.scoring.attention import forest_forward, install_tree_attention
-from tether.scoring.batch import sequence_sources, sequences
+from tether.scoring.attention import forest_forward, install_tree_attention, require_all_attended
+from tether.scoring.batch import sequence_counts, sequence_sources, sequences
 from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
+from tether.scoring.router import has_router, load_balancing_loss
 from tether.types import Scores, ScoringBatch
 
 Layout = Literal["tree", "padded"]
-Output = Literal["entropy", "top1", "mean_logits", "log_collision"]
+Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss"]
 
 
 def score(
@@ -37,8 +38,8 @@ def score(
     Args:
         model: a transformers or PEFT model, wrapped or not, on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
-        outputs: further values of each token's distribution, from the same pass: `entropy`, `top1`, `mean_logits`,
-            `log_collision`.
+        outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
+            `log_collision`; of the whole batch `aux_loss`, see `load_balancing_loss`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own.
         chunk: tokens whose logits exist at once.
@@ -50,31 +51,41 @@ def score(
         ScoringError: the model cannot be called this way, for instance it has no language-model head.
         ConfigError: an unknown layout or output.
     """
-    if layout not in _LAYOUTS or not set(outputs) <= set(OUTPUTS):
-        raise ConfigError(
-            f"score(): layout {layout!r}, outputs {outputs!r}; layouts are tree and padded, outputs {OUTPUTS}."
-        )
     inner = transformers_model(model)
-    head = head_of(inner)
+    _check_request(inner, outputs, layout)
+    head, routed = head_of(inner), "aux_loss" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
-    with _capture_hidden(head.module) as captured, context:
-        model(**inputs, use_cache=False)
+    with _capture_hidden(head.module) as captured, context as attended:
+        if has_router(inner):
+            inputs["output_router_logits"] = routed
+        answer = model(**inputs, use_cache=False)
+    if attended is not None:
+        require_all_attended(inner, attended)
     if len(captured) != 1:
         raise ScoringError(
             f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed."
         )
     hidden = captured[0].flatten(0, 1).index_select(0, sources)
-    found = token_scores(head, hidden, batch.targets, outputs=outputs, chunk=chunk)
+    per_token = tuple(name for name in OUTPUTS if name in outputs)
+    found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)
+    weights = inputs.get("attention_mask", sequence_counts(batch)[None]) if routed else None
     return Scores(
-        token_logps=found.token_logps,
         completion_index=batch.completion_index,
         num_completions=batch.num_completions,
-        entropy=found.entropy,
-        top1=found.top1,
-        mean_logits=found.mean_logits,
-        log_collision=found.log_collision,
+        aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
+        **found._asdict(),
     )
+
+
+def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str) -> None:
+    allowed = (*OUTPUTS, "aux_loss")
+    if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
+        raise ConfigError(
+            f"score(): layout {layout!r}, outputs {outputs!r}; layouts are {', '.join(_LAYOUTS)}, outputs {allowed}."
+        )
+    if "aux_loss" in outputs and not has_router(model):
+        raise ConfigError(f"score(): {type(model).__name__} has no experts, so there is no aux_loss.")
 
 
 def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:
@@ -126,6 +137,8 @@ def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], 
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if chunk:
         raise ScoringError(f"{type(model).__name__} attends in chunks of {chunk} tokens along the row")
+    if model._is_stateful:
+        raise ScoringError(f"{type(model).__name__} carries state along the row, which would run through the branches")
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
     return inputs, batch.sources, forest_forward()

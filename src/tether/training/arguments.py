@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
+from tether.data.schema import Turns
 from tether.errors import ConfigError
-from tether.reference import ReferenceSpec
 from tether.scoring import Layout
-from tether.types import Kind, Meaning, Means
+from tether.training.reference_arguments import ReferenceArguments, keywords
+from tether.types import Kind
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -33,13 +33,14 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
-    """What every preference trainer takes, on top of `transformers.TrainingArguments`.
+class PreferenceConfig(ReferenceArguments, TrainingArguments):
+    """What every preference trainer takes, on top of `transformers.TrainingArguments` and `ReferenceArguments`.
 
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
 
     Args:
-        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it.
+        bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be
+            faster on this CPU, which the trainer does when it knows the model's shapes.
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
@@ -50,10 +51,11 @@ class PreferenceConfig(TrainingArguments):
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
-        reference: what the reference means: `start`, `base`, `model` or `none`; unset: `start`, or `model` when
-            `ref_model` is given.
-        reference_means: force how it is computed: `adapter_off`, `snapshot` or `model`; unset: chosen and printed.
-        reference_check_steps: steps between two checks that the reference has not moved; 0: never.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
+            configuration says; 0: none.
+        max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
+            many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
+            what the memory allows, printed; None: a batch is one forward.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
 
     Raises:
@@ -76,16 +78,13 @@ class PreferenceConfig(TrainingArguments):
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
-    reference: Meaning | None = None
-    reference_means: Means | None = None
-    reference_check_steps: int = 50
+    router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
+    max_tokens_per_forward: int | str | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            cuda = torch.cuda.is_available() and not self.use_cpu
-            wanted = cuda and torch.cuda.is_bf16_supported() and not self.fp16
-            self.bf16 = bool(wanted)  # type: ignore[assignment]
+        if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
+            self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", ("keep_start", "keep_end"))
@@ -95,16 +94,25 @@ class PreferenceConfig(TrainingArguments):
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = _keywords(self.model_init_kwargs)
-        self._refuse("reference_means", (None, "adapter_off", "snapshot", "model"))
-        if self.reference_check_steps < 0:
-            raise ConfigError(f"reference_check_steps is {self.reference_check_steps}; it must be 0 (never) or more.")
+        limit = self.max_tokens_per_forward
+        if isinstance(limit, str) and limit.isdigit():  # from a command line
+            limit = self.max_tokens_per_forward = int(limit)
+        if limit not in (None, "auto") and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(
+                f"max_tokens_per_forward is {limit!r}; it must be `auto`, None or a whole number from 1 token."
+            )
+        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
+            raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 (none) or more.")
+        self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
+        self.check_reference()
         for name, (kept, reason) in _WITHOUT_EFFECT.items():
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
-        ReferenceSpec(meaning=self.reference or "start", means=self.reference_means if self.reference else None)
         super().__post_init__()
+
+    def _computes_on_cpu(self) -> bool:
+        """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""
+        return (self.use_cpu or not torch.accelerator.is_available()) and self.deepspeed is None
 
     def _refuse(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
@@ -112,7 +120,7 @@ class PreferenceConfig(TrainingArguments):
             raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(str(choice) for choice in allowed)}.")
 
     @property
-    def turns(self) -> str:
+    def turns(self) -> Turns:
         """Which turns of a completion of several are scored: `all`, or those of the `assistant`."""
         return "all"
 
@@ -124,13 +132,3 @@ class PreferenceConfig(TrainingArguments):
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""
         return {}
-
-
-def _keywords(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"model_init_kwargs is {text!r}, which is no JSON ({error}); pass a dictionary.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"model_init_kwargs is {text!r}; it must be a JSON object, or a dictionary.")
-    return found

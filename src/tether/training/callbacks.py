@@ -55,6 +55,8 @@ class GuardCallback(TrainerCallback):
             self._proof.require_change(state.global_step)
         if self._probe is not None and self._every and state.global_step % self._every == 0:
             self._probe.check(state.global_step)
+        if self._probe is not None:
+            self._probe.follow(state.global_step, rescore=bool(self._every))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """The reference is still where it was."""

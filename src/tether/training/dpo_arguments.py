@@ -85,6 +85,11 @@ class DPOConfig(PreferenceConfig):
             self._do_without_reference()
         super().__post_init__()
 
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """Pairs or ranked lists, as the losses say."""
+        return self.combination().kind
+
     def _do_without_reference(self) -> None:
         if self.reference not in (None, "none") or self.reference_means is not None:
             raise ConfigError(

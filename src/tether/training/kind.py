@@ -11,7 +11,6 @@ from tether.data import Prepared
 from tether.errors import DataError
 from tether.models import load_policy
 from tether.training.arguments import PreferenceConfig
-from tether.training.collate import collate
 from tether.training.setup import loading, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -42,6 +41,10 @@ class TrainerKind:
         """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
         return 0
 
+    def couples_examples(self) -> bool:
+        """Whether the loss of an example depends on the others it is scored with, so that a batch must stay whole."""
+        return False
+
     def convention(self) -> str:
         """What the objective is and what its options mean, in one line; each kind of trainer says it."""
         raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
@@ -50,13 +53,13 @@ class TrainerKind:
         """Change prepared rows before they are packed; `args` is the trainer's configuration."""
         return prepared
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, ScoringBatch]:
-        """Pack prepared rows."""
-        return collate(rows)
-
     def load_model(self, source: str, args: Any) -> nn.Module:
         """Load a policy that was named by a string."""
         return load_policy(source, **loading(args))
+
+    def scored(self, batch: ScoringBatch) -> ScoringBatch:
+        """What is scored of a batch, where that is more than its completions."""
+        return batch
 
     def add_adapter(self, policy: nn.Module, peft_config: PeftConfig | None, args: Any) -> nn.Module:
         """Add the adapter that was asked for."""
@@ -67,7 +70,7 @@ class TrainerKind:
 
     def trained_tokens(self, batch: ScoringBatch) -> int:
         """Tokens that count as trained on: a prompt with each of its completions, as TRL counts `num_tokens`."""
-        return sum(tree.trunk * len(tree.branches) + sum(tree.branches) for tree in batch.forest.trees)
+        return sum(batch.sequence_lengths)
 
     def completed(self, means: dict[str, float], mode: str) -> dict[str, float]:
         """Add to the means of a log (`mode` is train) or an evaluation (eval) what follows from them."""

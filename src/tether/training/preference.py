@@ -52,9 +52,8 @@ class DPOTrainer(TetherTrainer):
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured losses."""
         flat = self.resolved.reference.identity.meaning == "none"
-        sizes = [len(tree.branches) for tree in batch.forest.trees]
         return preference_loss(
-            policy, None if flat else reference, loss=self.objective, values=batch.values, sizes=sizes
+            policy, None if flat else reference, loss=self.objective, values=batch.values, sizes=batch.sizes
         )
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
@@ -65,7 +64,7 @@ class DPOTrainer(TetherTrainer):
     def check_rows(self, batch: ScoringBatch) -> None:
         """The rows are of the objective's kind, and have the margins that it needs or none that it ignores."""
         names = ", ".join(self.objective.losses)
-        sizes = {len(tree.branches) for tree in batch.forest.trees}
+        sizes = set(batch.sizes)
         if self.objective.kind == "pair" and sizes != {2}:
             raise DataError(f"{names} learns from pairs; the rows have {sorted(sizes)} completions.")
         needed = any(row.requires_margins for row in self.objective.rows)
@@ -76,6 +75,10 @@ class DPOTrainer(TetherTrainer):
                 f"The rows have a column `margin`, which {names} would ignore. Take it out, or use one of "
                 f"{', '.join(row.name for row in OBJECTIVES.values() if 'margins' in row.inputs)}."
             )
+
+    def couples_examples(self) -> bool:
+        """The table's rows say it."""
+        return any(row.averaged == "micro_batch" for row in self.objective.rows)
 
     def convention(self) -> str:
         """What the objective's options mean, in one line."""

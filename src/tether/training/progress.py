@@ -190,7 +190,11 @@ class _Clock:
 
 def evaluations(logs: dict[str, Any]) -> list[str]:
     """Prefixes of the evaluations in a log, such as `eval_` or `eval_held_out_`."""
-    return [name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")]
+    return [
+        name.removesuffix("loss")
+        for name in logs
+        if name.startswith("eval_") and name.endswith("_loss") and not name.endswith("aux_loss")
+    ]
 
 
 def figures(logs: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from tether.types import LossOutput
 
 
 def reduce_loss(losses: Tensor, total: int | Tensor, processes: int) -> Tensor:
@@ -28,3 +32,19 @@ def reduce_loss(losses: Tensor, total: int | Tensor, processes: int) -> Tensor:
 def sum_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and number of values, detached: the parts of a mean over several batches."""
     return values.detach().sum(), torch.tensor(float(len(values)), device=values.device)
+
+
+def add_to_each(output: LossOutput, name: str, value: Tensor, weight: float) -> LossOutput:
+    """Add a term of the whole micro-batch to the loss of each of its examples, and report its mean over examples.
+
+    Micro-batches then enter the step by their share of its examples, as every other part of the loss does.
+
+    Args:
+        output: the objective's answer.
+        name: what the term is reported as, without its weight.
+        value: scalar, differentiable.
+        weight: what it is multiplied by in the loss.
+    """
+    count = value.new_tensor(float(len(output.per_example)))
+    metrics = {**output.metrics, name: (value.detach() * count, count)}
+    return replace(output, per_example=output.per_example + weight * value, metrics=metrics)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tether.objectives.contrast import contrast_loss
 from tether.scoring.batch import with_prompts
 from tether.training.reference_free_arguments import CPOConfig, ORPOConfig
@@ -28,13 +26,13 @@ class ORPOTrainer(ReferenceFreeTrainer):
     config = ORPOConfig
     columns = ("weight",)
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, ScoringBatch]:
-        """Pack the rows and score their prompts too."""
-        return {"batch": with_prompts(super().collate(rows)["batch"])}
+    def scored(self, batch: ScoringBatch) -> ScoringBatch:
+        """The prompts too."""
+        return with_prompts(batch)
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """Tokens of prompts, without the first of each, and of chosen completions."""
-        index = batch.completion_index
+        index = self.scored(batch).completion_index
         return int(((index % 2 == 0) | (index >= 2 * batch.num_examples)).sum())
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:

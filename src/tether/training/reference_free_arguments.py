@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 
 from tether.errors import ConfigError
 from tether.training.arguments import PreferenceConfig
-from tether.types import Meaning
+from tether.training.reference_arguments import ReferenceArguments
 
 _CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
 
@@ -16,31 +16,26 @@ _CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
 class ReferenceFreeConfig(PreferenceConfig):
     """What trainers without a reference take.
 
-    Args:
-        reference: stays `none`: no reference is loaded or run.
-        reference_means: stays unset.
-        reference_check_steps: stays 0, there is nothing to check.
+    The fields that declare a reference keep their defaults; none is loaded or run.
 
     Raises:
         ConfigError: a reference was asked for.
     """
 
-    reference: Meaning | None = "none"
-    reference_check_steps: int = 0
-
     def __post_init__(self) -> None:
-        for name, kept in (
-            ("reference", ("none", None)),
-            ("reference_means", (None,)),
-            ("reference_check_steps", (0,)),
-        ):
-            if getattr(self, name) not in kept:
+        for field in fields(ReferenceArguments):
+            value = getattr(self, field.name)
+            if value != field.default and (field.name, value) != ("reference", "none"):
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} came, but the objective of {type(self).__name__} compares with no "
-                    f"reference. Leave {name} out."
+                    f"{field.name}={value!r} came, but the objective of {type(self).__name__} compares with no "
+                    f"reference. Leave {field.name} out."
                 )
         self.reference = "none"
         super().__post_init__()
+
+    def needs_reference(self) -> bool:
+        """No."""
+        return False
 
 
 @dataclass

@@ -78,14 +78,15 @@ class RewardTrainer(ReferenceFreeTrainer):
     def _probe_numbers(self) -> Tensor:
         return cast(Tensor, self._scorer(self.policy, self._probe))
 
-    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str) -> LossOutput:
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         output = reward_loss(
             cast(Tensor, self._scorer(model, batch)),
             margins=batch.values.get("margin"),
             weights=batch.values.get("weight"),
             center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
         )
-        self._sums[mode].add(output.metrics)
+        if mode is not None:
+            self._sums[mode].add(output.metrics)
         return output
 
     def convention(self) -> str:

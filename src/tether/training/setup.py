@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from tether.errors import ConfigError
 from tether.models.structure import transformers_model
+from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
 
 logger = logging.getLogger("tether")
@@ -55,15 +56,23 @@ def source_of(model: nn.Module) -> str:
     return getattr(config, "_name_or_path", "") or "object in memory"
 
 
-def declared_meaning(args: PreferenceConfig, ref_model: Any) -> str:
-    if ref_model is not None and args.reference not in (None, "model"):
-        raise ConfigError(
-            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
-            "of them out."
+def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
+    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 without experts."""
+    model = transformers_model(policy)
+    if not has_router(model):
+        if args.router_aux_loss_coef:
+            raise ConfigError(
+                f"router_aux_loss_coef is {args.router_aux_loss_coef} and {type(model).__name__} has no experts to "
+                "balance. Leave it unset."
+            )
+        return 0.0
+    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    weight = declared if args.router_aux_loss_coef is None else args.router_aux_loss_coef
+    if weight:
+        logger.info(
+            f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
         )
-    if ref_model is None and args.reference == "model":
-        raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
-    return args.reference or ("start" if ref_model is None else "model")
+    return weight
 
 
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: PreferenceConfig) -> nn.Module:

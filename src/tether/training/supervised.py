@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tether.objectives.supervised import supervised_loss
 from tether.scoring.batch import with_prompts
 from tether.training.supervised_arguments import SFTConfig
@@ -28,14 +26,13 @@ class SFTTrainer(ReferenceFreeTrainer):
     args: SFTConfig  # type: ignore[override]
     config = SFTConfig
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, ScoringBatch]:
-        """Pack the rows, and score their prompts too where the whole text counts."""
-        batch = super().collate(rows)["batch"]
-        return {"batch": with_prompts(batch) if self.args.completion_only_loss is False else batch}
+    def scored(self, batch: ScoringBatch) -> ScoringBatch:
+        """The prompts too, where the whole text counts."""
+        return with_prompts(batch) if self.args.completion_only_loss is False else batch
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """All scored tokens."""
-        return len(batch.targets)
+        return len(self.scored(batch).targets)
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured loss of each token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tether.data.schema import Turns
 from tether.errors import ConfigError
 from tether.objectives.supervised import SUPERVISED
 from tether.training.reference_free_arguments import ReferenceFreeConfig
@@ -47,6 +48,6 @@ class SFTConfig(ReferenceFreeConfig):
         super().__post_init__()
 
     @property
-    def turns(self) -> str:
+    def turns(self) -> Turns:
         """The assistant's, where they alone are asked for."""
         return "assistant" if self.assistant_only_loss else "all"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared
@@ -28,8 +28,9 @@ class KTOTrainer(TetherTrainer):
     A row of `kto` is a tree of two branches: its own completion, and another row's (see `tether.training.mismatched`)
     whose log-ratio estimates the KL divergence. The baseline z0 is `max(0, mean)` of these over all rows of the
     optimizer step, micro-batches and processes included, so that no split changes the result. A step of one
-    micro-batch has it from the forward that it does anyway. A step of several scores all of them once more without
-    gradient beforehand: one more forward of the policy; the reference is run once in any case.
+    micro-batch has it from the forward that it does anyway. A step of several, by accumulation or by the token budget,
+    scores all of them once more without gradient beforehand: one more forward of the policy, a quarter more in all; the
+    reference is run once in any case.
 
     `bco` holds its baseline as a running mean of all earlier steps' log-ratios, which a checkpoint keeps.
 
@@ -53,6 +54,7 @@ class KTOTrainer(TetherTrainer):
         self._z0: Tensor | None = None
         self._references: dict[tuple[bytes, ...], Tensor] = {}
         self._evaluated: list[Tensor] = []
+        self._mode: str | None = "train"
 
     def objective_state(self) -> dict[str, float]:
         """BCO's running mean as a sum of log-ratios and a count of rows; empty for other losses."""
@@ -74,26 +76,35 @@ class KTOTrainer(TetherTrainer):
 
     def trained_tokens(self, batch: ScoringBatch) -> int:
         """Tokens of each prompt with its own completion."""
-        return sum(tree.trunk + tree.branches[0] for tree in batch.forest.trees)
+        return sum(batch.sequence_lengths[:: self._branches])
 
     def before_step(self, batches: list[ScoringBatch]) -> None:
         """Find the baseline of a step of several micro-batches."""
         self._close_step()
         self._z0, self._references = None, {}
-        if self.args.loss_type != "kto" or len(batches) == 1:
+        if self.args.loss_type != "kto":
             return
-        found = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in (batch.to(self.args.device) for batch in batches):
+        parts = [part for batch in batches for part in self._budget.split(batch, self.accelerator)]
+        if len(parts) == 1:
+            return
+        model, found = cast(nn.Module, self.model_wrapped), torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for part in parts:
+            batch = part.batch.to(self.args.device)
             reference = self._references[batch.keys] = super().reference_logps(batch)
-            with frozen_pass(self.model_wrapped):
-                policy = self._scorer(self.model_wrapped, batch)
-            found += _mismatched(policy.sum_by_completion(policy.token_logps - reference))
+            with frozen_pass(model):
+                policy = self._scorer(model, batch)
+            if not part.repeated:
+                found += _mismatched(policy.sum_by_completion(policy.token_logps - reference))
         self._z0 = self._mean(found).clamp(min=0)
 
     def reference_logps(self, batch: ScoringBatch) -> Tensor:
         """Those of `before_step` where it scored them."""
-        kept = self._references.pop(batch.keys, None)
+        kept = self._references.get(batch.keys)
         return super().reference_logps(batch) if kept is None else kept
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
+        self._mode = mode
+        return super()._judge_batch(model, batch, mode)
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured loss of single completions."""
@@ -115,15 +126,15 @@ class KTOTrainer(TetherTrainer):
         if self.args.loss_type == "bco":
             output.metrics["delta"] = (self.args.beta * baseline * rows, rows)
         elif self.args.loss_type == "kto":
-            shown = (baseline * rows, rows) if self.policy.training else tuple(_mismatched(logratios))
+            shown = (baseline * rows, rows) if self._mode != "eval" else tuple(_mismatched(logratios))
             output.metrics["kl"] = cast(tuple[Tensor, Tensor], shown)
         return output
 
     def _baseline(self, logratios: Tensor, desirable: Tensor) -> Tensor:
         """Of the step, in nats; in evaluation, `kto` knows its own only at the end."""
-        training = self.policy.training
+        training = self._mode != "eval"
         if self.args.loss_type == "bco":
-            if training:
+            if self._mode == "train":
                 new = torch.stack([logratios.double().sum(), logratios.new_tensor(float(len(logratios))).double()])
                 self._current = new if self._current is None else self._current + new
             total, count = self._earlier.tolist()

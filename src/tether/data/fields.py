@@ -1,0 +1,113 @@
+"""Fields of a row as the formats of other tools have them, each checked as it is read. Called by `formats`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tether.data.values import clean, decoded, described
+from tether.types import Messages
+
+Row = Mapping[str, Any]
+_ROLES = {
+    **{name: "user" for name in ("user", "human", "prompter", "question")},
+    **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model", "answer")},
+    **{name: "tool" for name in ("tool", "observation", "function_response", "tool_response")},
+    "system": "system",
+    "developer": "system",
+}
+_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+
+
+class FieldFault(Exception):
+    """A field of a row is not what its format needs."""
+
+
+def text(row: Row, name: str) -> str:
+    """A field that must be text."""
+    if name not in row:
+        raise FieldFault(f"`{name}` is missing; there are {', '.join(map(str, row)) or 'no fields'}")
+    if not isinstance(row[name], str):
+        raise FieldFault(f"`{name}` is {described(row[name])}; it must be text")
+    return row[name]
+
+
+def optional(row: Row, name: str) -> str | None:
+    """A field that may be missing or empty."""
+    return text(row, name) if row.get(name) not in (None, "") else None
+
+
+def first_of(row: Row, names: Iterable[str]) -> str:
+    """The first of several fields that a row has."""
+    return next((name for name in names if row.get(name) is not None), next(iter(names)))
+
+
+def conversation(row: Row, name: str, least: int = 1) -> Messages:
+    """A field that must be a list of messages; `from` and `value` are `role` and `content` under other names."""
+    given = row.get(name)
+    if not isinstance(given, list) or len(given) < least:
+        raise FieldFault(f"`{name}` is {described(given)}; it must be a list of at least {least} messages")
+    return [_message(item, f"message {place} of `{name}`") for place, item in enumerate(given, 1)]
+
+
+def answer(row: Row, name: str) -> Messages:
+    """An answer: text, one message, or a list of messages that ends in it."""
+    given = row.get(name)
+    if isinstance(given, str):
+        return [{"role": "assistant", "content": given}]
+    if isinstance(given, dict):
+        return [_message(given, f"`{name}`")]
+    if isinstance(given, list) and given:
+        return conversation(row, name)[-1:]
+    raise FieldFault(f"`{name}` is {described(given)}; it must be text, a message, or a list of messages")
+
+
+def label(row: Row, name: str = "label") -> dict[str, Any]:
+    """Whether the completion of a row is desirable; its value is checked with the other columns."""
+    if name not in row:
+        raise FieldFault(f"`{name}` is missing; it must be true or false")
+    return {"label": row[name]}
+
+
+def _message(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise FieldFault(f"{where} is {described(item)}; it must be an object")
+    given = clean(item)
+    role, content = (given.pop(other, given.get(name)) for name, other in (("role", "from"), ("content", "value")))
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _calls(content, where)}
+    if not isinstance(role, str) or (role not in _ROLES and "from" in item):
+        raise FieldFault(f"{where} has a role that is {described(role)}; known are {', '.join(_ROLES)}")
+    if not isinstance(content, (str, list)):
+        raise FieldFault(f"{where} has content that is {described(content)}; it must be text")
+    return {**given, "role": _ROLES.get(role, role), "content": content}
+
+
+def _calls(content: Any, where: str) -> list[dict[str, Any]]:
+    calls = decoded(content)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise FieldFault(f"{where} is a function call that is {described(content)}; it must be JSON with a `name`")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def is_transcript(given: str) -> bool:
+    """Whether a text begins as a transcript in the manner of HH-RLHF does."""
+    return _TURN.match("\n\n" + given.lstrip("\n")) is not None
+
+
+def transcript(row: Row, name: str) -> Messages:
+    """The turns of a transcript in the manner of HH-RLHF.
+
+    Example:
+        >>> transcript({"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello"}, "chosen")
+        [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    """
+    before, *turns = _TURN.split("\n\n" + text(row, name).lstrip("\n"))
+    if before.strip() or not turns:
+        raise FieldFault(f"`{name}` begins with {before.strip()[:40]!r}; a transcript begins with 'Human:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": said.strip()} for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+    ]

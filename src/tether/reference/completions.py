@@ -1,0 +1,143 @@
+"""A client of OpenAI-compatible completions servers that return the log-probabilities of a prompt's tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from tether.errors import ConfigError, ReferenceError
+from tether.reference.spec import RemoteOptions
+
+# Answers that another attempt may change.
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+_FIRST_PAUSE = 0.2
+_LONGEST_PAUSE = 10.0
+
+
+class CompletionsServer:
+    """Asks a server for the log-probabilities of token ids; token ids are sent, never text.
+
+    Args:
+        options: address, name and limits.
+
+    Raises:
+        ReferenceError: the server cannot be reached, or serves other models.
+        ConfigError: the environment variable of the key is not set.
+    """
+
+    def __init__(self, options: RemoteOptions) -> None:
+        self.options = options
+        self.url = options.url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._headers = {"Content-Type": "application/json"}
+        if options.api_key_env is not None:
+            key = os.environ.get(options.api_key_env)
+            if not key:
+                raise ConfigError(f"remote: the environment variable {options.api_key_env} has no key. Set it.")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self.requests = 0
+        self.card = self._find_model()
+        self.model: str = self.card["id"]
+
+    def token_logps(self, rows: list[list[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, given the tokens before it.
+
+        Args:
+            rows: token ids, at least two a row.
+
+        Returns:
+            For each row one nat value per token from the second on.
+
+        Raises:
+            ReferenceError: the server fails for good, truncates, or does not give prompt log-probabilities.
+        """
+        if len(rows) == 1:
+            return [self._row(rows[0])]
+        with ThreadPoolExecutor(min(self.options.concurrency, len(rows))) as pool:
+            return list(pool.map(self._row, rows))
+
+    def _row(self, ids: list[int]) -> list[float]:
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        answer = self._ask("/completions", body)
+        try:
+            found = answer["choices"][0].get("prompt_logprobs")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ReferenceError(
+                f"{self._who()} answered in another form than a completion: {answer!r:.200}"
+            ) from error
+        if not isinstance(found, list):
+            raise ReferenceError(
+                f"{self._who()} gives no prompt log-probabilities: `prompt_logprobs` was asked for and is not in its "
+                "answer. Use a server that has them, such as vLLM, and allow them there (--max-logprobs)."
+            )
+        if len(found) != len(ids):
+            raise ReferenceError(
+                f"{self._who()} answered for {len(found)} of {len(ids)} tokens: it truncates or changes the prompt. "
+                "Serve the model with a context of at least max_length + 1 tokens and without truncation."
+            )
+        # The first token has no value: nothing comes before it.
+        return [self._value(found[place], ids[place], place) for place in range(1, len(ids))]
+
+    def _value(self, entry: Any, token: int, place: int) -> float:
+        one = entry.get(str(token)) if isinstance(entry, dict) else None
+        if one is None:
+            raise ReferenceError(
+                f"{self._who()} has no log-probability for token {token} at place {place}, but for "
+                f"{list(entry) if isinstance(entry, dict) else entry!r}: it reads other tokens than were sent."
+            )
+        value = one.get("logprob") if isinstance(one, dict) else one
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value > 1e-3:
+            raise ReferenceError(f"{self._who()} gives {value!r} for token {token}, which is no log-probability.")
+        return float(value)
+
+    def _find_model(self) -> dict[str, Any]:
+        listed = self._ask("/models", None)
+        try:
+            cards = {card["id"]: card for card in listed["data"]}
+        except (KeyError, TypeError) as error:
+            raise ReferenceError(
+                f"{self.url}/models answered in another form than a list: {str(listed)[:200]}"
+            ) from error
+        name = self.options.model
+        if name is None and len(cards) == 1:
+            return next(iter(cards.values()))
+        if name is None or name not in cards:
+            raise ReferenceError(
+                f"The server at {self.url} serves {', '.join(cards) or 'nothing'}, and "
+                + ("no name was asked for" if name is None else f"{name} was asked for")
+                + ". Give one of these names as `model` of the remote reference, or serve the right model."
+            )
+        return cards[name]
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+        """One request, repeated with growing pauses while its failure may pass."""
+        data = None if body is None else json.dumps(body).encode()
+        pause, reason, attempt = _FIRST_PAUSE, "", 0
+        for attempt in range(self.options.retries + 1):
+            if attempt:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            try:
+                self.requests += 1
+                request = Request(self.url + path, data=data, headers=self._headers)
+                with urlopen(request, timeout=self.options.timeout) as response:
+                    return json.loads(response.read())
+            except HTTPError as error:
+                reason = f"{error.code} {error.read().decode('utf-8', 'replace')[:300]}"
+                if error.code not in _PASSING:
+                    break
+            except (URLError, HTTPException, OSError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}"
+        raise ReferenceError(
+            f"The server at {self.url}{path} failed after {attempt + 1} attempts: {reason}. Check that it runs, that "
+            "its context holds max_length + 1 tokens, and that its vocabulary is the policy's."
+        )
+
+    def _who(self) -> str:
+        return f"The model {self.model!r} served at {self.url}"

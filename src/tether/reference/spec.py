@@ -1,0 +1,150 @@
+"""What the user declared: the meaning of the reference, forced means, and how it moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from tether.errors import ConfigError
+from tether.types import Meaning, Means
+
+MEANS: dict[Meaning, tuple[Means, ...]] = {
+    "start": ("adapter_off", "snapshot", "model", "remote"),
+    "base": ("adapter_off", "snapshot", "remote"),
+    "model": ("model", "remote"),
+    "adapter": ("adapter_on", "snapshot", "model"),
+    "none": ("none",),
+}
+Keep = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Sync:
+    """How a reference moves (TR-DPO): every `steps` it becomes `alpha * policy + (1 - alpha) * reference`.
+
+    Args:
+        steps: optimizer steps between two moves, from 1.
+        alpha: the policy's share, above 0 and at most 1; 1 replaces the reference (a hard update).
+
+    Raises:
+        ConfigError: a value outside its range.
+
+    Reference:
+        Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, eq. 4 and 5, arXiv:2404.09656.
+
+    Example:
+        >>> str(Sync(512, 0.6))
+        'every 512 steps 0.6 of the policy'
+    """
+
+    steps: int = 512
+    alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"sync: steps (ref_model_sync_steps) is {self.steps}; it must be at least 1.")
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"sync: alpha (ref_model_mixup_alpha) is {self.alpha}; it must be above 0 and at most 1.")
+
+    def __str__(self) -> str:
+        return f"every {self.steps} steps {self.alpha:g} of the policy"
+
+    def due(self, step: int) -> bool:
+        """Whether the reference moves after this optimizer step."""
+        return step > 0 and step % self.steps == 0
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """An OpenAI-compatible completions server that returns prompt log-probabilities, as vLLM does.
+
+    Args:
+        url: address of the server, with or without `/v1` at its end.
+        model: name the model is served under; None takes the only one.
+        concurrency: requests under way at once.
+        retries: further attempts after a failure that may pass (connection, 408, 429, 5xx).
+        timeout: seconds one request may take.
+        tolerance: nats that one token may differ from a computation here; None: what the policy's dtype explains.
+        api_key_env: environment variable that holds the server's key; None sends none.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    url: str
+    model: str | None = None
+    concurrency: int = 8
+    retries: int = 5
+    timeout: float = 120.0
+    tolerance: float | None = None
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"remote: url is {self.url!r}; it must begin with http:// or https://.")
+        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (self.tolerance or 1) <= 0:
+            raise ConfigError(
+                f"remote: concurrency {self.concurrency}, retries {self.retries}, timeout {self.timeout}, tolerance "
+                f"{self.tolerance} came; allowed are at least 1, at least 0, above 0, and above 0 or unset."
+            )
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """What the user declared.
+
+    Args:
+        meaning: `start`, `base`, `model`, `adapter` or `none`.
+        means: forced means, or None to let Tether choose.
+        model: the other model, for `model`.
+        source: where the policy (or, for `model`, the other model) came from, for the record.
+        revision: commit of the source where it has one.
+        adapter: for `adapter`, the name of an adapter that is loaded on the policy.
+        keep: where a snapshot is kept; None lets free memory decide.
+        remote: the server, for the means `remote`.
+        sync: how the reference moves; None for not at all.
+        why_none: for `none` that Tether chose, why.
+    """
+
+    meaning: Meaning = "start"
+    means: Means | None = None
+    model: nn.Module | None = field(default=None, repr=False)
+    source: str = "object in memory"
+    revision: str | None = None
+    adapter: str | None = None
+    keep: Keep | None = None
+    remote: RemoteOptions | None = None
+    sync: Sync | None = None
+    why_none: str = ""
+
+    def __post_init__(self) -> None:
+        if self.meaning not in MEANS:
+            raise ConfigError(f"reference: {self.meaning!r} came; allowed are {', '.join(MEANS)}.")
+        if self.means is not None and self.means not in MEANS[self.meaning]:
+            raise ConfigError(
+                f"reference means {self.means!r} cannot compute the meaning {self.meaning!r}; allowed are "
+                f"{', '.join(MEANS[self.meaning])}, or leave it unset and Tether chooses."
+            )
+        if self.keep is not None and self.means not in (None, "snapshot"):
+            raise ConfigError(
+                f"reference_snapshot is {self.keep!r}, but the means is {self.means}, which keeps no snapshot. Leave "
+                "one of them out."
+            )
+        if (self.remote is not None) != (self.means == "remote"):
+            raise ConfigError(
+                "The means remote and the server's address belong together: give reference_remote (in a run file "
+                "`reference: {remote: {url: ...}}`), and leave reference_means unset or remote."
+            )
+        self._check_sync()
+
+    def _check_sync(self) -> None:
+        if self.sync is None:
+            return
+        if self.meaning != "start" or self.means not in (None, "snapshot"):
+            raise ConfigError(
+                f"sync was asked for with the meaning {self.meaning} and the means {self.means or 'unset'}. A moving "
+                "reference begins at the policy's start and is kept as a snapshot, the one means that can be mixed: "
+                "set reference to start and leave reference_means unset, or turn sync off."
+            )

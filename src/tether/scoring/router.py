@@ -1,0 +1,45 @@
+"""The load-balancing loss of mixture-of-experts models, over the sequences that a layout computes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tether.errors import ConfigError
+
+_FUNCTION = "load_balancing_loss_func"
+
+
+def has_router(model: PreTrainedModel) -> bool:
+    """Whether the architecture can return its routers' logits."""
+    return hasattr(model.config.get_text_config(), "output_router_logits")
+
+
+def load_balancing_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+    """`E * sum_e f_e P_e`, the architecture's own function, over real tokens and all layers.
+
+    `f_e` is the share of tokens that are sent to expert e, `P_e` the mean probability that its router gives it. A token
+    that stands in several sequences counts once for each: the packed row then gives exactly what padded rows give.
+
+    Args:
+        model: the transformers model whose forward gave the logits.
+        router_logits: one `[tokens, experts]` for each layer with experts.
+        weights: `[rows, columns]`, how often each token counts; 0 for padding.
+
+    Raises:
+        ConfigError: the architecture has no such function.
+
+    Reference:
+        Fedus et al., Switch Transformers, equations 4 to 6, arXiv:2101.03961.
+    """
+    modules = [sys.modules[kind.__module__] for kind in type(model).__mro__]
+    function: Any = next((found for m in modules if (found := getattr(m, _FUNCTION, None))), None)
+    experts, chosen = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
+    if function is None or experts is None or chosen is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no load-balancing loss that is known here. Set router_aux_loss_coef to 0."
+        )
+    return function(router_logits, experts, chosen, attention_mask=weights)

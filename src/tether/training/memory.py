@@ -1,0 +1,131 @@
+"""How many tokens a forward may have: from the memory of the machine and the shapes of the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tether.errors import ConfigError
+from tether.models.structure import trainable_tensors, transformers_model
+from tether.training.arguments import PreferenceConfig
+from tether.training.batching import TokenBudget
+
+logger = logging.getLogger("tether")
+
+# A forward with more tokens than this is no faster for each of them, so a budget is never larger: the split of a step
+# then depends on the machine only where memory is short.
+_ENOUGH = {"cpu": 4096, "cuda": 32768}
+# A forward with fewer is slower for each of them; where even this does not fit, the user has to say so.
+_LEAST = 1024
+# Of the memory that is left, this share is for activations; kernels, fragments and the head's chunks need the rest.
+_SHARE = 0.5
+_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def choose_budget(args: PreferenceConfig, model: nn.Module, *, coupled: bool, padded: bool) -> TokenBudget:
+    """The budget of a run, said in one line.
+
+    Args:
+        args: `max_tokens_per_forward`, device and checkpointing.
+        model: the policy, on its device.
+        coupled: the loss of an example depends on the others of its micro-batch, which must then stay whole.
+        padded: whether rows are padded.
+
+    Raises:
+        ConfigError: a budget was asked for where batches must stay whole.
+    """
+    setting = args.max_tokens_per_forward
+    if coupled and isinstance(setting, int):
+        raise ConfigError(
+            f"max_tokens_per_forward is {setting}, but the loss of an example depends on the others of its "
+            "micro-batch, so that another split is another loss. Leave it out, and set the micro-batch with "
+            "per_device_train_batch_size."
+        )
+    checkpointing = args.gradient_checkpointing
+    tokens, line = token_budget(None if coupled else setting, model, args.device, checkpointing=checkpointing)
+    logger.info(line)
+    return TokenBudget(tokens, padded=padded)
+
+
+def token_budget(
+    setting: int | str | None, model: nn.Module, device: torch.device, *, checkpointing: bool
+) -> tuple[int | None, str]:
+    """The tokens of a forward and a line that says where the number comes from.
+
+    Args:
+        setting: the tokens, `auto`, or None for no limit.
+        model: the policy, in place on its device; the optimizer is not made yet.
+        device: where it is.
+        checkpointing: whether activations inside layers are computed again in the backward.
+    """
+    if setting is None:
+        return None, "batching: each batch in one forward, however long"
+    if isinstance(setting, int):
+        return setting, f"batching: at most {setting} tokens a forward (max_tokens_per_forward)"
+    need, room = bytes_per_token(model, checkpointing=checkpointing), free_bytes(model, device)
+    fitting = int(max(room, 0) * _SHARE / need)
+    enough = _ENOUGH.get(device.type, _ENOUGH["cuda"])
+    # A power of two, so that a few bytes more or less do not change how a step is split.
+    tokens = max(_LEAST, min(enough, 1 << max(fitting, 1).bit_length() - 1))
+    return tokens, (
+        f"batching: at most {tokens} tokens a forward (auto: {room / 2**30:.1f} GiB for activations of about "
+        f"{need / 2**20:.2f} MiB a token; at most {enough} on {device.type})"
+    )
+
+
+def bytes_per_token(model: nn.Module, *, checkpointing: bool) -> int:
+    """Memory that one token of a forward needs until its backward, estimated from the shapes of the weights.
+
+    Without checkpointing every product keeps its input, and what it returns goes into something that keeps its own:
+    input and output features of all weight matrices, twice for what lies between them (norms, activations,
+    positions), in float32, which mixed precision uses beside bfloat16. With checkpointing one layer at a time has
+    that, and of the others only the input is kept. The head's hidden states and their gradient come on top.
+    """
+    inner = transformers_model(model)
+    config: Any = inner.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    hidden = config.hidden_size
+    head = inner.get_output_embeddings()
+    features = sum(_features(module, config) for module in inner.modules() if module is not head)
+    kept = features // layers + layers * hidden if checkpointing else features
+    return 4 * (2 * kept + 4 * hidden)
+
+
+def _features(module: Any, config: Any) -> int:
+    """Input and output features of the weight matrices that a module holds itself."""
+    if isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
+        return 0
+    if hasattr(module, "in_features"):
+        return module.in_features + module.out_features
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() in (2, 3)]
+    return sum(sum(weight.shape[-2:]) * (experts if weight.dim() == 3 else 1) for weight in weights)
+
+
+def free_bytes(model: nn.Module, device: torch.device) -> int:
+    """Memory for activations: on CUDA what is free, elsewhere this process' share of the machine's less the weights.
+
+    Not what happens to be free on a CPU: the same run on the same machine must split its steps alike. Gradients and two
+    moments of the optimizer, in float32, are left for the trainable tensors.
+    """
+    later = 12 * sum(tensor.numel() for tensor in trainable_tensors(model).values())
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached - later
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    return machine_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - weights - later
+
+
+def machine_bytes() -> int:
+    """Memory of the machine, or of the control group that this process may use."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    for path in map(Path, _CGROUP):
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits, default=8 * 2**30)

@@ -1,0 +1,166 @@
+"""From a trainer's arguments to the declaration of the reference: loads what it names, before the first update."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tether.errors import ConfigError
+from tether.models import load_policy, load_tokenizer
+from tether.models.load import check_source
+from tether.models.quantized import quantization_config
+from tether.models.structure import transformers_model, unwrap
+from tether.reference import ReferenceSpec, refuse_other_tokenizer
+from tether.training.arguments import PreferenceConfig
+from tether.training.setup import loading, source_of
+from tether.types import Meaning
+
+logger = logging.getLogger("tether")
+_ADAPTER = "reference"
+
+
+def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
+    """What the reference means, from the configuration and `ref_model`.
+
+    Raises:
+        ConfigError: the two say different things, or a reference was declared for an objective that needs none.
+    """
+    if ref_model is not None and args.reference not in (None, "model"):
+        raise ConfigError(
+            f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
+            "of them out."
+        )
+    remote = args.reference_means == "remote"
+    if ref_model is not None and remote:
+        raise ConfigError(
+            "ref_model was given and the reference is to be computed by a server; no second model is needed then. "
+            "Leave ref_model out, or leave reference_remote out."
+        )
+    if ref_model is None and args.reference == "model" and not remote:
+        raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
+    if args.ref_model_init_kwargs and not isinstance(ref_model, (str, Path)):
+        raise ConfigError("ref_model_init_kwargs came without a ref_model that is named by a string. Leave them out.")
+    declared = args.reference or (None if ref_model is None else "model")
+    if not args.needs_reference():
+        if declared not in (None, "none") or args.reference_means is not None or args.sync_ref_model:
+            raise ConfigError(
+                "A reference was declared, and the objective compares with none, so that it would never be used. "
+                "Leave reference, ref_model and sync_ref_model out, or choose an objective that needs a reference."
+            )
+        return "none"
+    return declared or "start"
+
+
+def reference_spec(
+    args: PreferenceConfig,
+    meaning: Meaning,
+    ref_model: str | Path | nn.Module | None,
+    policy: nn.Module,
+    policy_source: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ReferenceSpec:
+    """The declaration with what it names: another model is loaded and placed, an adapter is added beside the policy's.
+
+    Raises:
+        ConfigError: what is named cannot be loaded.
+        ReferenceError: another tokenizer than the policy's.
+    """
+    source = policy_source
+    if isinstance(ref_model, (str, Path)):
+        source, ref_model = str(ref_model), _load_reference(args, str(ref_model), tokenizer)
+    elif ref_model is not None:
+        source = source_of(ref_model)
+        _place(ref_model, args.device)
+    found: dict[str, Any] = {}
+    if meaning == "adapter":
+        source = str(args.reference_adapter)
+        found["adapter"], ref_model = _adapter(args, policy)
+        if ref_model is not None:
+            meaning, found = "model", {}
+    if meaning == "none" and not args.needs_reference():
+        found["why_none"] = ": the objective compares with none"
+    described = policy if ref_model is None else ref_model
+    revision = getattr(transformers_model(described).config, "_commit_hash", None)
+    return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, **found)
+
+
+def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    # A revision belongs to the policy's repository.
+    options = {name: value for name, value in loading(args).items() if name != "revision"}
+    options |= cast(dict[str, Any], args.ref_model_init_kwargs or {})
+    quantization = options.pop("quantization", None)
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, options.get("dtype", "auto"))
+    chosen = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    try:
+        theirs = load_tokenizer(source, **chosen)
+    except ConfigError:
+        logger.info(f"reference: {source} comes without a tokenizer, so it was not compared with the policy's")
+    else:
+        refuse_other_tokenizer(tokenizer, theirs)
+    model = load_policy(source, **options)
+    _place(model, args.device)
+    return model
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Put a reference model on the run's device, unless it was loaded to a place of its own."""
+    inner = transformers_model(model)
+    if getattr(inner, "hf_device_map", None) is None and not getattr(inner, "is_quantized", False):
+        model.to(device)
+
+
+def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module | None]:
+    """The loaded adapter that was named; or a second model, where the policy has no adapter to put it beside."""
+    named, inner = str(args.reference_adapter), unwrap(policy)
+    loaded = list(inner.peft_config) if isinstance(inner, PeftModel) else []
+    if named in loaded:
+        return named, None
+    folder = Path(named).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"reference_adapter is {named!r}, which is neither an adapter that is loaded on the policy "
+            f"({', '.join(map(repr, loaded)) or 'none is'}) nor a folder with adapter_config.json."
+        )
+    check_source(folder)
+    _require_same_base(folder, inner)
+    if not isinstance(inner, PeftModel):
+        twin = copy.deepcopy(inner)
+        return named, PeftModel.from_pretrained(twin, str(folder), is_trainable=False).to(args.device)
+    if _ADAPTER in loaded:
+        raise ConfigError(
+            f"The policy already has an adapter called {_ADAPTER!r}, the name that one loaded from a folder gets. "
+            f"Rename it, or give reference_adapter={_ADAPTER!r} if that is the reference."
+        )
+    trains = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    try:
+        report = inner.load_adapter(str(folder), _ADAPTER, is_trainable=False, torch_device=str(args.device))
+    except ValueError as error:
+        raise ConfigError(
+            f"The adapter {named!r} cannot be loaded beside the policy's: {error} Merge it into a copy of its base and "
+            "give that model as ref_model."
+        ) from error
+    for parameter, value in trains:
+        parameter.requires_grad_(value)
+    lacking = [key for key in report.missing_keys if f".{_ADAPTER}." in key]
+    if lacking:
+        raise ConfigError(
+            f"The adapter {named!r} lacks {len(lacking)} tensors that its configuration asks for, such as "
+            f"{lacking[0]!r}; they would be random. Give a complete adapter."
+        )
+    return _ADAPTER, None
+
+
+def _require_same_base(folder: Path, policy: nn.Module) -> None:
+    """Say so when an adapter was made for another model than the policy's; a moved folder is no proof of it."""
+    theirs = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    ours = source_of(policy)
+    if theirs and theirs != ours:
+        logger.warning(f"reference: the adapter {folder} was made on {theirs!r} and the policy comes from {ours!r}")

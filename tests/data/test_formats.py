@@ -1,0 +1,418 @@
+"""Formats of other tools by their names: what each makes of a row, how faults are named, how sources are mixed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from data.samples import assistant, pair, user
+from tether.data import load_rows, preferences, read_preferences
+from tether.data.formats import FORMATS, detected
+from tether.data.split import split_rows
+from tether.errors import ConfigError, DataError
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+ASKED, GOOD, BAD = [user("Why?")], [assistant("So.")], [assistant("No.")]
+TALK = [user("Hi"), assistant("Hello"), user("Why?")]
+
+
+def ends(content: str) -> list[dict]:
+    return [*ASKED, assistant(content)]
+
+
+def said(speaker: str, value: str) -> dict[str, str]:
+    return {"from": speaker, "value": value}
+
+
+SHARED = [said("human", "Hi"), said("gpt", "Hello"), said("human", "Why?")]
+TOOL_TALK = [
+    said("human", "Hi"),
+    said("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+    said("observation", "2"),
+]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: "
+# name of the format, kind, a row, what it becomes
+EXAMPLES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    *(
+        (
+            f"{family}.{name}",
+            "pair",
+            {"system": "Be kind.", field: "Why?", "chosen": good, "rejected": bad},
+            {"prompt": [SYSTEM, *ASKED], "chosen": GOOD, "rejected": BAD},
+        )
+        for family in ("chatml", "llama3")
+        for name, field, good, bad in (
+            ("intel", "question", "So.", "No."),
+            ("icr", "input", "So.", "No."),
+            ("prompt_pairs", "prompt", "So.", "No."),
+            ("ultra", "prompt", ends("So."), ends("No.")),
+            ("argilla", "instruction", "So.", "No."),
+            ("default", "question", "So.", "No."),
+        )
+    ),
+    (
+        "chatml.argilla",
+        "pair",
+        {"input": "Why?", "chosen_response": "So.", "rejected_response": "No."},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "chatml.argilla_chat",
+        "pair",
+        {"chosen": ends("So."), "rejected": ends("No.")},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "chat_template.argilla_chat",
+        "pair",
+        {"chosen": [*TALK, *GOOD], "rejected": [*TALK, *BAD]},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "chat_template.default",
+        "pair",
+        {"messages": TALK, "chosen": GOOD[0], "rejected": "No."},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "chat_template.argilla",
+        "pair",
+        {"prompt": "Why?", "chosen": ends("So."), "rejected": ends("No.")},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "mistral.prompt_pairs",
+        "pair",
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "zephyr.nectar",
+        "pair",
+        {
+            "prompt": "\n\nHuman: Why? \n\nAssistant: ",
+            "answers": [{"rank": 3, "answer": "Eh"}, {"rank": 2, "answer": "No."}, {"rank": 1, "answer": "So."}],
+        },
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "zephyr.nectar",
+        "ranked",
+        {"prompt": "Why?", "answers": [{"rank": 2.0, "answer": "No."}, {"rank": 1.0, "answer": "So."}]},
+        {"prompt": ASKED, "completions": [GOOD, BAD]},
+    ),
+    ("passthrough", "pair", pair(), pair()),
+    ("user_defined.default", "pair", {"system": "Be kind.", **pair()}, pair()),
+    *(
+        (
+            f"{family}.{name}",
+            "unpaired",
+            {field: "Why?", "completion": "So.", "label": True},
+            {"prompt": ASKED, "completion": GOOD, "label": True},
+        )
+        for family in ("chatml", "llama3")
+        for name, field in (
+            ("intel", "question"),
+            ("argilla", "instruction"),
+            ("prompt_pairs", "prompt"),
+            ("ultra", "prompt"),
+        )
+    ),
+    (
+        "llama3.argilla_chat",
+        "unpaired",
+        {"completion": [*TALK, *GOOD], "label": False},
+        {"prompt": TALK, "completion": GOOD, "label": False},
+    ),
+    (
+        "user_defined",
+        "unpaired",
+        {"prompt": "Why?", "completion": " So.", "label": 1},
+        {"prompt": "Why?", "completion": " So.", "label": 1},
+    ),
+    (
+        "alpaca",
+        "pair",
+        {"instruction": "Why?", "input": "Tell.", "chosen": "So.", "rejected": "No.", "system": "Be kind."},
+        {"prompt": [SYSTEM, user("Why?\nTell.")], "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "alpaca",
+        "unpaired",
+        {"instruction": "Why?", "input": "", "output": "So.", "kto_tag": True},
+        {"prompt": ASKED, "completion": GOOD, "label": True},
+    ),
+    (
+        "alpaca",
+        "completion",
+        {"instruction": "Why?", "output": "So.", "history": [["Hi", "Hello"]]},
+        {"prompt": TALK, "completion": GOOD},
+    ),
+    (
+        "sharegpt",
+        "pair",
+        {"conversations": SHARED, "chosen": said("gpt", "So."), "rejected": said("gpt", "No.")},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "sharegpt",
+        "unpaired",
+        {"conversations": [*SHARED, said("gpt", "So.")], "kto_tag": False},
+        {"prompt": TALK, "completion": GOOD, "label": False},
+    ),
+    (
+        "sharegpt",
+        "completion",
+        {"conversations": [*SHARED, said("gpt", "So.")], "system": "Be kind."},
+        {"prompt": [SYSTEM, *TALK], "completion": GOOD},
+    ),
+    (
+        "openrlhf",
+        "pair",
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "openrlhf",
+        "pair",
+        {"chosen": [*TALK, *GOOD], "rejected": [*TALK, *BAD], "margin": 2},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD, "margin": 2},
+    ),
+    (
+        "openrlhf",
+        "pair",
+        {"input": "Why?", "chosen": " So.", "rejected": " No."},
+        {"prompt": "Why?", "chosen": " So.", "rejected": " No."},
+    ),
+    (
+        "openrlhf",
+        "unpaired",
+        {"input": [*TALK, *GOOD], "label": True},
+        {"prompt": TALK, "completion": GOOD, "label": True},
+    ),
+    ("openrlhf", "completion", {"input": TALK, "output": GOOD}, {"prompt": TALK, "completion": GOOD}),
+    ("hh", "pair", {"chosen": HH + "So.", "rejected": HH + "No."}, {"prompt": TALK, "chosen": GOOD, "rejected": BAD}),
+    (
+        "messages_rejected",
+        "pair",
+        {"messages": [*TALK, *GOOD], "rejected": "No."},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+    ),
+    (
+        "messages_rejected",
+        "pair",
+        {"messages": [*TALK, *GOOD], "rejected_messages": [*TALK, *BAD]},
+        {"prompt": TALK, "chosen": GOOD, "rejected": BAD},
+    ),
+]
+IDS = [f"{name}-{kind}-{place}" for place, (name, kind, *_) in enumerate(EXAMPLES)]
+
+
+@pytest.mark.parametrize(("name", "kind", "row", "expected"), EXAMPLES, ids=IDS)
+def test_what_a_format_makes_of_a_row(name: str, kind: str, row: dict, expected: dict) -> None:
+    rows = load_rows({"path": [row], "format": name}, kind=kind)  # type: ignore[arg-type]
+    assert {column: rows[0][column] for column in expected} == expected
+    schema = read_preferences(rows, kind=kind)  # type: ignore[arg-type]
+    [record] = preferences(rows, schema)
+    assert record.prompt == expected["prompt"]
+
+
+def test_every_format_has_an_example() -> None:
+    families = {name.replace("llama3.", "chatml.").replace("mistral.", "chatml.") for name in FORMATS}
+    shown = {name.replace("llama3.", "chatml.").replace("mistral.", "chatml.") for name, *_ in EXAMPLES}
+    assert families <= shown
+
+
+def test_function_calls_and_observations_become_tool_calls_and_tool_messages() -> None:
+    row = {
+        "conversations": TOOL_TALK,
+        "chosen": said("gpt", "So."),
+        "rejected": said("gpt", "No."),
+        "tools": '[{"name": "f"}]',
+    }
+    rows = load_rows([row])
+    [record] = preferences(rows, read_preferences(rows))
+    assert isinstance(record.prompt, list)
+    assert record.prompt[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    assert record.prompt[2] == {"role": "tool", "content": "2"}
+    assert record.tools == [{"name": "f"}]
+
+
+def test_any_format_gives_its_prompts_alone() -> None:
+    rows = load_rows({"path": [{"question": "Why?", "chosen": 3}], "format": "chatml.intel"}, kind="prompt_only")
+    assert rows[0]["prompt"] == ASKED
+
+
+def test_patterns_put_text_together() -> None:
+    origin = {
+        "path": [{"system": "Be kind.", "prompt": "Why?", "chosen": "So.", "rejected": "No."}],
+        "format": "user_defined",
+        "prompt_format": "{system}\nQ: {prompt}\nA:",
+        "chosen_format": " {chosen}",
+        "rejected_format": " {rejected}",
+    }
+    assert load_rows(origin)[0] == pair("Be kind.\nQ: Why?\nA:", " So.", " No.")
+
+
+# -- detection ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "name"),
+    [
+        (["conversations", "chosen", "rejected"], "pair", "sharegpt"),
+        (["conversations"], "completion", "sharegpt"),
+        (["messages", "rejected"], "pair", "messages_rejected"),
+        (["question", "chosen", "rejected"], "pair", None),
+        (["instruction", "input", "chosen", "rejected"], "pair", None),
+        (["prompt", "chosen", "rejected"], "pair", None),
+        (["conversations", "prompt", "chosen", "rejected"], "pair", None),
+    ],
+)
+def test_only_what_can_be_no_other_is_recognised(columns: list[str], kind: Any, name: str | None) -> None:
+    found = detected(columns, kind)
+    assert (found and found.name) == name
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "fault"),
+    [
+        ("chatml.intel", {"chosen": "a", "rejected": "b"}, "`question` is missing; there are chosen, rejected"),
+        (
+            "chatml.intel",
+            {"question": 3, "chosen": "a", "rejected": "b"},
+            r"`question` is a number \(3\); it must be text",
+        ),
+        (
+            "chatml.ultra",
+            {"prompt": "a", "chosen": [], "rejected": "b"},
+            "`chosen` is a list; it must be text, a message",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "me", "value": "a"}]},
+            "message 1 of `conversations` has a role that is text",
+        ),
+        ("sharegpt", {"conversations": "a"}, "`conversations` is text .'a'.; it must be a list of at least 1 messages"),
+        (
+            "alpaca",
+            {"instruction": "a", "history": [["b"]]},
+            "turn 1 of `history` is a list; it must be a question and",
+        ),
+        ("hh", {"chosen": "Hello", "rejected": "b"}, "`chosen` begins with 'Hello'; a transcript begins with 'Human:'"),
+        ("hh", {"chosen": HH + "a", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "there is no one prompt"),
+        (
+            "zephyr.nectar",
+            {"prompt": "a", "answers": [{"rank": 1}, {}]},
+            "item 1 of `answers` is an object with the keys rank",
+        ),
+    ],
+)
+def test_a_fault_names_row_field_and_format(name: str, row: dict, fault: str) -> None:
+    good = next(row for form, kind, row, _ in EXAMPLES if form == name and kind == "pair")
+    with pytest.raises(DataError, match=rf"\(format {name}\): 1 of 2 rows cannot be used\. row 2: .*{fault}"):
+        load_rows({"path": [good, row], "format": name}, name="train")
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [
+        ({"format": "chatml.inte"}, "there is no format `chatml.inte`. Did you mean `chatml.intel`?"),
+        ({"formt": "hh"}, "a source has the key `formt`, which is not known. Did you mean `format`?"),
+        ({"weight": 0}, "weight is 0; it must be a number above 0"),
+        ({"fields": ["a"]}, "fields is .* it must be a mapping such as {prompt: question}"),
+        ({"prompt_format": "{prompt}"}, "prompt_format is given with the format `None`, which does not read it"),
+        ({"format": "user_defined", "prompt_format": "{prompt"}, "prompt_format is '{prompt', which cannot be read"),
+        ({"format": "user_defined", "prompt_format": "{prompt.__class__}"}, "a place must be the name of a field"),
+        ({"format": "hh"}, "the format `hh` cannot be read as `unpaired`; they can be read as `pair`, `prompt_only`"),
+    ],
+)
+def test_wrong_words_about_a_source_are_refused(origin: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_rows({"path": [pair(label=True, completion="a")], **origin}, kind="unpaired")
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def test_fields_give_columns_their_names() -> None:
+    row = {"q": "Why?", "good": " So.", "rejected": " No.", "prompt": "another thing"}
+    for rows in ([row], Dataset.from_list([row])):
+        found = load_rows({"path": rows, "fields": {"prompt": "q", "chosen": "good"}})
+        assert dict(found[0]) == pair("Why?", " So.", " No.")
+    with pytest.raises(DataError, match=r"fields say that `prompt` is in the column `goood`, .*Did you mean `good`"):
+        load_rows({"path": [row], "fields": {"prompt": "goood"}})
+
+
+def test_several_sources_are_joined_with_their_weights() -> None:
+    first, second = [pair(f"a{n}") for n in range(1000)], [pair(f"b{n}") for n in range(3)]
+    rows = load_rows([{"path": first, "weight": 0.3}, {"path": second, "weight": 2}])
+    drawn = [prompt for prompt in rows["prompt"] if prompt[0] == "a"]
+    assert 290 <= len(drawn) <= 310
+    assert len(set(drawn)) == len(drawn)
+    assert rows["prompt"][-6:] == ["b0", "b0", "b1", "b1", "b2", "b2"]
+    again = load_rows([{"path": first, "weight": 0.3}, {"path": second, "weight": 2}])
+    assert again["prompt"][:] == rows["prompt"][:]
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".arrow", ".parquet", ".jsonl.zst"])
+def test_compressed_and_arrow_files(tmp_path: Path, ending: str) -> None:
+    path, lines = tmp_path / f"rows{ending}", "\n".join(map(json.dumps, [pair(), pair("Why?")])).encode()
+    table = pa.Table.from_pylist([pair(), pair("Why?")])
+    if ending == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif ending == ".jsonl.zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as out:
+            out.write(lines)
+    elif ending == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert load_rows(path)["prompt"][:] == load_rows(tmp_path)["prompt"][:] == ["The sky is", "Why?"]
+
+
+def test_a_torn_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(pair()).encode() * 99)[:-20])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz` cannot be unpacked"):
+        load_rows(path)
+
+
+def test_a_saved_data_set_is_read_from_its_folder(tmp_path: Path) -> None:
+    Dataset.from_list([pair()]).save_to_disk(str(tmp_path / "saved"))
+    assert load_rows(tmp_path / "saved")["prompt"][:] == ["The sky is"]
+
+
+# -- splits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_by_prompt_puts_no_prompt_on_both_sides_and_does_not_move() -> None:
+    rows = load_rows([pair(f"{n // 3}?", f" {n}") for n in range(900)])
+    train, held = split_rows(rows, {"split": 0.1})
+    assert not set(train["prompt"]) & set(held["prompt"])
+    assert 50 <= len(held) <= 140
+    more = load_rows([*reversed([pair(f"{n // 3}?", f" {n}") for n in range(1200)])])
+    again = set(split_rows(more, {"split": 0.1})[1]["prompt"])
+    assert set(held["prompt"]) == {prompt for prompt in again if int(prompt[:-1]) < 300}
+
+
+def test_a_split_by_rows_and_by_number() -> None:
+    rows = load_rows([pair("Why?", f" {n}") for n in range(100)])
+    train, held = split_rows(rows, {"split": 20, "by": "row"})
+    assert (len(train), len(held)) == (80, 20)
+    with pytest.raises(DataError, match="leaves one side empty"):
+        split_rows(rows, {"split": 20})
+    for asked, message in (({"split": 1.0}, "eval.split is 1.0"), ({"split": 2, "by": "x"}, "eval.by is 'x'")):
+        with pytest.raises(ConfigError, match=message):
+            split_rows(rows, asked)
