@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tether.errors import ConfigError
 from tether.objectives import Combination
 from tether.training.arguments import PreferenceConfig
+from tether.types import Kind
 
 # Options of single losses that have a field here; a loss that takes one gets its value, and where no loss does, only
 # the default may stand.
