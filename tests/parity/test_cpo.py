@@ -36,7 +36,13 @@ def both(tmp_path, **arguments):
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("sigmoid", "assistant only", "simpo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_three_steps_equal_trl(name, tmp_path):
     """Summed log-probs, or means over tokens for `ipo`, `simpo` and `alphapo`; the likelihood of chosen completions."""
     ours, theirs = both(tmp_path, evaluation=pair_rows(7), **CASES[name])
@@ -46,6 +52,7 @@ def test_three_steps_equal_trl(name, tmp_path):
     assert_equal(ours, theirs, metrics, unlike=unlike)
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_trl(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     ours, theirs = both(tmp_path, peft_config=lora, seed=5, learning_rate=0.5)

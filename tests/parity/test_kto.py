@@ -45,7 +45,7 @@ def both(tmp_path, **arguments):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"beta": 0.5, "desirable_weight": 0.7, "undesirable_weight": 1.4}],
+    [{}, pytest.param({"beta": 0.5, "desirable_weight": 0.7, "undesirable_weight": 1.4}, marks=pytest.mark.slow)],
     ids=["defaults", "weights"],
 )
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
@@ -60,6 +60,7 @@ def test_three_steps_equal_trl(loss, settings, tmp_path):
         assert any(step["kl"] > 0 for step in ours.steps), "the baseline is tested above 0"
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_trl(tmp_path):
     """With the adapter switched off as the reference."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

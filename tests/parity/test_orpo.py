@@ -31,7 +31,9 @@ def both(tmp_path, **arguments):
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta": 0.7, "max_length": 45}], ids=["defaults", "cut"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"beta": 0.7, "max_length": 45}, marks=pytest.mark.slow)], ids=["defaults", "cut"]
+)
 def test_three_steps_equal_trl(settings, tmp_path):
     """The likelihood of prompt and chosen completion, and the odds ratio."""
     ours, theirs = both(tmp_path, evaluation=pair_rows(7), **settings)
@@ -40,6 +42,7 @@ def test_three_steps_equal_trl(settings, tmp_path):
     assert ours.args.reference == "none"
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_trl(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     assert_equal(*both(tmp_path, peft_config=lora, seed=5, learning_rate=0.5), METRICS, unlike=UNLIKE)

@@ -33,11 +33,11 @@ def with_margins():
 @pytest.mark.parametrize(
     ("rows", "settings"),
     [
-        (pair_rows(), {}),
+        pytest.param(pair_rows(), {}, marks=pytest.mark.slow),
         (with_margins(), {}),
-        (pair_rows(), {"center_rewards_coefficient": 0.05}),
+        pytest.param(pair_rows(), {"center_rewards_coefficient": 0.05}, marks=pytest.mark.slow),
         # Pairs that are longer are dropped by both.
-        (pair_rows(), {"max_length": 50}),
+        pytest.param(pair_rows(), {"max_length": 50}, marks=pytest.mark.slow),
     ],
     ids=["plain", "margins", "centred", "longer pairs dropped"],
 )
@@ -49,6 +49,7 @@ def test_three_steps_equal_trl(rows, settings, tmp_path):
     assert_equal(*runs, METRICS)
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_trl(tmp_path):
     """The head is trained in full beside it, as TRL advises."""
     runs = []

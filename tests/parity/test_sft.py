@@ -55,7 +55,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("completions", "assistant only", "simpo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
 def test_three_steps_equal_trl(name, tmp_path):
     """A loss averaged over the tokens of a step; also where it is accumulated over batches of unequal length."""
     rows, settings = CASES[name]
@@ -68,6 +74,7 @@ def test_three_steps_equal_trl(name, tmp_path):
     assert_equal(*runs, tuple(set(METRICS) - set(unlike)), unlike=unlike)
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_trl(tmp_path):
     runs = []
     for classes in ((SFTTrainer, SFTConfig), (trl.SFTTrainer, trl.SFTConfig)):
