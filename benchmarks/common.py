@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("tether", "trl", "torch", "transformers", "accelerate", "peft", "datasets")
 
 
@@ -101,6 +103,45 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         lines.append("  ".join(aligned).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The rows of a table for `docs/performance.md`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def new_report(settings: dict[str, Any]) -> dict[str, Any]:
+    """What every file of results begins with: when, on what machine, with which versions and settings."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+        "results": [],
+    }
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write all raw numbers, and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\nraw numbers: {path}")
+
+
+def is_worker() -> bool:
+    """Whether this process was started by `run_worker`, so that a benchmark and its worker may be one file."""
+    return len(sys.argv) == 3 and sys.argv[1].endswith("spec.json") and sys.argv[2].endswith("result.json")
+
+
+def read_spec() -> dict[str, Any]:
+    """What `run_worker` asks of this process."""
+    return json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+
+
+def write_result(result: dict[str, Any]) -> None:
+    """Answer `run_worker`."""
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def _field(file: str, name: str) -> str:

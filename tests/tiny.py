@@ -66,6 +66,7 @@ CONFIGS = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "phi": ("PhiConfig", {**_SHAPE, "num_key_value_heads": 4}),  # its head has a bias
     "phi3": ("Phi3Config", _SHAPE),
     "opt": (
         "OPTConfig",
@@ -83,6 +84,7 @@ CONFIGS = {
         },
     ),
     "falcon": ("FalconConfig", {**_SHAPE, "alibi": False}),
+    "granite": ("GraniteConfig", {**_SHAPE, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
     "olmo2": ("Olmo2Config", _SHAPE),
     "cohere2": (
         "Cohere2Config",

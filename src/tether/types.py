@@ -252,6 +252,9 @@ class Scores:
         mean_logits: float32 `[N]`, mean logit over the vocabulary; None unless asked for.
         log_collision: float32 `[N]` nats, log of the sum of squared probabilities, which is the log-probability that
             two draws agree; None unless asked for.
+        hidden: `[N, hidden_size]`, the state before the head that predicts each token; None unless asked for.
+        reference_kl: float32 `[N]` nats, KL(reference, policy) of the distribution that each token is from; None unless
+            a loss takes it.
         aux_loss: scalar, the load-balancing loss of the batch's routers; None unless asked for.
 
     Example:
@@ -267,6 +270,8 @@ class Scores:
     top1: Tensor | None = None
     mean_logits: Tensor | None = None
     log_collision: Tensor | None = None
+    hidden: Tensor | None = None
+    reference_kl: Tensor | None = None
     aux_loss: Tensor | None = None
 
     def sum_by_completion(self, values: Tensor) -> Tensor:

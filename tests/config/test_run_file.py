@@ -59,6 +59,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "use_weighting": False,
             "discopop_tau": 0.05,
             "dpop_lambda": 50.0,
+            "tdpo_alpha": 0.5,
             "rpo_eta": 1.0,
             "simpo_gamma": 0.5,
             "cpo_alpha": 1.0,
@@ -294,3 +295,30 @@ def test_the_json_schema_knows_every_key() -> None:
     assert {"epochs", "batch_size", "logging_steps", "disable_dropout"} <= set(train["properties"])
     assert train["additionalProperties"] is False
     assert train["properties"]["eval_strategy"]["enum"] == ["no", "steps", "epoch"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": {"path": "a", "formt": "x"}}, "`data.train.formt` is not known. Did you mean `data.train.format`?"),
+        ({"train": [{"path": "a", "weight": -1}]}, "`data.train.0.weight` is -1 .* allowed is a number above 0"),
+        (
+            {"train": {"path": "a"}, "eval": {"split": 0.1, "by": "z"}},
+            "`data.eval.by` is 'z' .* allowed is prompt or row",
+        ),
+        ({"train": "a", "eval": {"x": {"path": 1}}}, "`data.eval.x.path` is 1"),
+        ({"train": {"path": "a", "fields": {"prompt": 3}}}, "`data.train.fields.prompt` is 3"),
+        ({"train": {"split": 0.1}}, "`data.train` is {'split': 0.1}"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_said_at_its_key(data: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_run({"model": "m", "data": data})
+
+
+def test_sources_reach_the_trainer_as_they_were_written() -> None:
+    train = [{"path": "a.jsonl", "format": "hh", "fields": {"prompt": "q"}, "weight": 0.5}, "b.jsonl"]
+    run = check_run({"model": "m", "data": {"train": train, "eval": {"split": 0.05}}})
+    assert run.data.train_rows == train
+    assert run.data.eval_rows == {"split": 0.05}
+    assert check_run(run.to_dict()) == run

@@ -77,9 +77,12 @@ def test_inv_32_cut_and_dropped_rows_are_counted(tokenizer: PreTrainedTokenizerF
     assert report.lengths["chosen"]["max"] + report.lengths["prompt"]["max"] <= 10
     ends = run(rows, tokenizer, max_length=10, truncation_mode="keep_end").report
     assert (ends.kept, ends.cut_prompts) == (3, 1)
+    assert ends.cut_tokens["prompt"] > 0
+    assert ends.cut_tokens["completions"] == report.cut_tokens["completions"] > 0
+    assert run(rows, tokenizer, max_length=10, truncation_mode="drop").report.dropped["too_long"] == 2
 
 
-@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end", "middle"])
 def test_inv_32_the_prepared_rows_are_those_of_the_pure_function(mode: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [pair(chosen=" blue" * n, rejected=" green" * (9 - n)) for n in range(1, 9)]
     cut = [example_from_row(row) for row in run(rows, tokenizer, max_length=8, truncation_mode=mode).dataset]
@@ -205,7 +208,7 @@ def test_a_processor_gives_its_tokenizer() -> None:
     ("option", "message"),
     [
         ({"max_length": 1}, "max_length is 1"),
-        ({"truncation_mode": "middle"}, "truncation_mode is 'middle'"),
+        ({"truncation_mode": "ends"}, "truncation_mode is 'ends'"),
         ({"boundary": "merge"}, "boundary is 'merge'; it must be `split`, `drop` or `error`"),
         ({"num_proc": 0}, "num_proc is 0; it must be at least 1"),
     ],

@@ -88,6 +88,10 @@ FORMULAE: dict[str, Callable[..., Any]] = {
     ),
     "dpop": rows(lambda c, r, beta, dpop_lambda: nll(beta * (c - r - dpop_lambda * max(0.0, -c)))),
     "rpo": rows(lambda c, r, m, beta, rpo_eta: kl2(coin(rpo_eta * m), coin(beta * (c - r)))),
+    "tdpo1": rows(lambda c, r, kl_c, kl_r, beta: nll(beta * (c - r) - (beta * kl_r - beta * kl_c))),
+    "tdpo2": rows(
+        lambda c, r, kl_c, kl_r, beta, tdpo_alpha: nll(beta * (c - r) - tdpo_alpha * (beta * kl_r - beta * kl_c))
+    ),
     "aot": aot,
     "aot_unpaired": aot_unpaired,
     "nca_pair": rows(lambda c, r, beta: nll(beta * c) + nll(-beta * c) / 2 + nll(-beta * r) / 2),
@@ -119,6 +123,8 @@ AT_ZERO: dict[str, Callable[..., float]] = {
     "robust": lambda beta, label_smoothing: math.log(2),
     "discopop": lambda beta, discopop_tau: (math.log(2) + 1) / 2,
     "dpop": lambda beta, dpop_lambda: math.log(2),
+    "tdpo1": lambda beta: math.log(2),
+    "tdpo2": lambda beta, tdpo_alpha: math.log(2),
     "aot": lambda beta, label_smoothing: math.log(2),
     "aot_unpaired": lambda beta, label_smoothing: math.log(2),
     "nca_pair": lambda beta: 2 * math.log(2),

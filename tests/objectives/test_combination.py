@@ -42,10 +42,12 @@ REFUSED = [
     ({"ld_alpha": 1.1}, "ld_alpha is 1.1; it must be at least 0 and at most 1."),
     ({"loss_type": "sft", "ld_alpha": 0.5}, "ld_alpha has no effect on 'sft'"),
     ({"loss_type": "orpo", "ld_alpha": 0.5}, "ld_alpha has no meaning for orpo"),
+    ({"loss_type": "tdpo1", "ld_alpha": 0.5}, "ld_alpha has no meaning for a KL per token"),
     ({"loss_type": "aot", "use_weighting": True}, "use_weighting has no meaning for aot, which sorts"),
     ({"loss_type": "plackett_luce", "use_weighting": True}, "the weight is that of a pair"),
     ({"loss_type": "aot", "per_device_train_batch_size": 1}, "aot sorts the pairs of a micro-batch"),
     ({"loss_type": "simpo", "reference": "start"}, "no loss among simpo compares with one"),
+    ({"loss_type": "tdpo2", "reference": "none"}, "takes the reference's whole distribution at each token"),
     ({"loss_type": ["orpo"], "reference_means": "snapshot"}, "no loss among orpo compares with one"),
     *(
         ({"loss_type": name, "f_divergence_type": "js_divergence"}, f"has no meaning for {name}")

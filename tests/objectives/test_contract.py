@@ -17,10 +17,13 @@ OPTIONS = {
     "label_smoothing": (0.1, 0.3),
     "discopop_tau": (0.5, 2.0),
     "dpop_lambda": (0.7, 5.0),
+    "tdpo_alpha": (0.2, 1.3),
     "rpo_eta": (0.5, 2.0),
     "simpo_gamma": (0.0, 1.2),
     "cpo_alpha": (0.0, 0.4),
 }
+# Inputs that a paper keeps constant in the gradient.
+STOPPED = {("tdpo2", "chosen_reference_kl")}
 
 
 def settings(row):
@@ -40,7 +43,7 @@ def numbers(row, *, count=5, dtype=torch.float64, seed=0):
         drawn = torch.randn(shape, generator=generator, dtype=dtype)
         # Probabilities need log-probs at most 0; those of a mean over tokens are near it.
         drawn = -drawn.abs() - 0.05 if name.endswith("logps") else 3 * drawn
-        found.append(drawn.requires_grad_(name != "margins"))
+        found.append(drawn.requires_grad_(name != "margins" and (row.name, name) not in STOPPED))
     return found
 
 
@@ -98,7 +101,7 @@ def test_extremes_are_finite(name, dtype):
         losses.sum().backward()
         assert losses.isfinite().all()
         for name, leaf in zip(row.inputs, leaves, strict=True):
-            assert leaf.grad.isfinite().all(), name
+            assert (row.name, name) in STOPPED or leaf.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,6 +162,7 @@ def test_every_name_gives_another_number():
     """INV-24: on one pair, no two losses of it agree (margins of 0.7, 4 and 3 tokens)."""
     drawn = {"chosen_logps": -3.0, "rejected_logps": -4.5, "chosen_reference_logps": -4.0}
     drawn |= {"rejected_reference_logps": -4.2, "margins": 0.7}
+    drawn |= {"chosen_reference_kl": 0.3, "rejected_reference_kl": 1.1}
     drawn |= {"chosen_logratios": -0.4, "rejected_logratios": -1.7}
     for side, tokens in (("chosen", 4), ("rejected", 3)):
         for what in ("logps", "logratios"):

@@ -163,3 +163,20 @@ def test_metrics_do_not_depend_on_the_split():
     for name, (total, count) in whole.items():
         assert total.item() == pytest.approx(sum(half[name][0].item() for half in halves)), name
         assert count.item() == sum(half[name][1].item() for half in halves), name
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.kind == "pair"])
+def test_a_completion_of_which_nothing_is_scored_is_finite(name):
+    """A mean is over at least one token: the empty completion has a log-prob of 0, and no NaN comes of it."""
+    tokens = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    policy = Scores(tokens, torch.tensor([0, 0, 3]), 4, log_collision=torch.zeros(3), reference_kl=torch.ones(3))
+    reference = Scores(torch.tensor([-1.5, -1.5, -1.0]), policy.completion_index, 4)
+    row = OBJECTIVES[name]
+    desensitised = None if "chosen_reference_kl" in row.inputs else 0.5
+    mixed = Combination((name,), ld_alpha=desensitised, use_weighting=row.averaged != "micro_batch")
+    output = preference_loss(policy, reference, loss=mixed, values={"margin": torch.zeros(2)})
+    total = output.per_example.sum() + (0 if output.per_token is None else output.per_token.sum())
+    total.backward()
+    assert total.isfinite()
+    assert tokens.grad.isfinite().all()
+    assert all(value.isfinite() for value, _ in output.metrics.values())

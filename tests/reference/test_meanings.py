@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from completions_server import serving
 from policies import CASES, PROBE, continued_adapter, lora, resolved, take_steps, unfrozen_norms, with_lora
 from tether.errors import ConfigError, ReferenceError
 from tether.models.structure import adapter_on, trainable_tensors
-from tether.reference import SAME, FrozenProbe, ReferenceSpec, Sync, refuse_other_tokenizer, resolve
+from tether.reference import SAME, FrozenProbe, ReferenceSpec, RemoteOptions, Sync, refuse_other_tokenizer, resolve
 from tether.scoring import score
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -286,13 +287,16 @@ def test_the_contract_of_all_means(build, checkpointing, layout):
         for one in means
         for keep in (("device", "host") if one == "snapshot" else ("device",))
     }
-    for _ in range(2):
-        for name, reference in found.items():
-            values = reference.score(PROBE)
-            torch.testing.assert_close(values, start, atol=SAME, rtol=0, msg=str(name))
-            assert values.dtype == torch.float32
-            assert not values.requires_grad
-        assert take_steps(policy, 1) > 1e-4
+    with serving(copy.deepcopy(policy)) as server:
+        spec = ReferenceSpec(means="remote", remote=RemoteOptions(server.url, retries=0))
+        found["remote", ""] = resolve(spec, policy, PROBE, scorer, lambda _: scorer).reference
+        for _ in range(2):
+            for name, reference in found.items():
+                values = reference.score(PROBE)
+                torch.testing.assert_close(values, start, atol=SAME, rtol=0, msg=str(name))
+                assert values.dtype == torch.float32
+                assert not values.requires_grad
+            assert take_steps(policy, 1) > 1e-4
     assert len({reference.identity.fingerprint for reference in found.values()}) == 1
 
 
@@ -303,3 +307,47 @@ def test_a_served_start_and_a_second_model_are_told_apart_from_the_policy():
         resolved(policy, meaning="model", model=policy.get_base_model(), source="base")
     frozen = get_peft_model(tiny_model(vocab_size=VOCABULARY + 1), lora())
     assert resolved(policy, meaning="model", model=frozen.get_base_model()).identity.meaning == "model"
+
+
+@pytest.mark.parametrize("meaning", ["base", "adapter"])
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_means_of_base_and_of_an_adapter_agree(layout, meaning):
+    """INV-4, 10: by switching, by snapshot, and by a second model or a server, before and after updates."""
+    policy, scorer = with_sft(), partial(score, layout=layout)
+    server_model = with_sft()
+    server_model.set_adapter("sft")
+    expected = logps(tiny_model(vocab_size=VOCABULARY + 1)) if meaning == "base" else logps(server_model)
+    spec = partial(ReferenceSpec, meaning, adapter="sft" if meaning == "adapter" else None)
+    choices = ["adapter_off", "snapshot"] if meaning == "base" else ["adapter_on", "snapshot", "model"]
+    references = [resolve(spec(means), policy, PROBE, scorer, lambda _: scorer).reference for means in choices]
+    for _ in range(2):
+        for reference in references:
+            torch.testing.assert_close(reference.score(PROBE), expected, atol=SAME, rtol=0)
+        take_steps(policy, 1)
+    assert len({reference.identity.fingerprint for reference in references}) == 1
+
+
+def test_a_partitioned_policy_is_refused():
+    """DeepSpeed's stage 3 leaves an empty parameter behind: a snapshot of it would exchange nothing."""
+    policy = tiny_model()
+    reference = resolved(policy)
+    policy.lm_head.weight.ds_id, policy.lm_head.weight.ds_tensor = 0, torch.zeros(1)
+    with pytest.raises(ReferenceError, match="ZeRO stage 3"):
+        reference.score(PROBE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_snapshot_in_host_memory_is_pinned_and_equal():
+    """On a GPU: the values wait in pinned memory, the policy's come back bit for bit."""
+    policy, probe = tiny_model().cuda(), PROBE.to("cuda")
+    spec = ReferenceSpec(keep="host")
+    reference = resolve(spec, policy, probe, score, lambda model: score).reference
+    with torch.no_grad():
+        start = score(policy, probe).token_logps
+    assert all(value.is_pinned() for value in reference.state().values())
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.1)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    assert torch.equal(reference.score(probe), start)
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())

@@ -108,7 +108,7 @@ def test_a_leak_between_merged_rows_is_caught(monkeypatch):
         assert (score(model, batch).token_logps - score_alone(model, batch)).abs().max() > 1e-2
     choice = choose_layout(model, SHARED)
     assert choice.layout == "padded"
-    assert "tree layout refused" in choice.line
+    assert "tree layout, blocked attention refused" in choice.line
 
 
 def test_an_empty_prompt_needs_unscored_first_tokens():

@@ -6,9 +6,14 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from tether.models.structure import transformers_model
+from tether.scoring import pack, score, score_alone
 from tether.scoring.head import Head, token_scores
+from tether.scoring.score import head_of
+from tiny import ragged_examples, tiny_model
 
 N, HIDDEN, VOCABULARY = 11, 6, 13
 
@@ -140,3 +145,69 @@ def test_the_whole_logit_matrix_never_exists(trainable):
         plain(head, hidden, targets)[1].sum().backward()
     assert fused.size <= chunk * vocabulary
     assert whole.size == rows * vocabulary
+
+
+def adapted(**changes):
+    """An adapter whose second matrix is not zero, so that it has a gradient and an effect."""
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", **changes})
+    model = get_peft_model(tiny_model(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+MODELS = {
+    "untied": tiny_model,
+    "tied": lambda: tiny_model(tie_word_embeddings=True),
+    "biased": lambda: tiny_model("phi"),
+    "scaled": lambda: tiny_model("cohere2"),
+    "divided": lambda: tiny_model("granite"),
+    "soft-capped and tied": lambda: tiny_model("gemma2"),
+    "LoRA on the head": adapted,
+    "a whole head in the adapter": lambda: adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_of_models_equal_plain_log_softmax(name, frozen):
+    """INV-19: the fused head inside a model against the model's own logits, values and every gradient."""
+    model, batch = MODELS[name](), pack(ragged_examples())
+    head = head_of(transformers_model(model))
+    if frozen:
+        head.module.requires_grad_(False)
+    results = []
+    for how in (score_alone, lambda model, batch: score(model, batch, chunk=7).token_logps):
+        model.zero_grad()
+        logps = how(model, batch)
+        (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        results.append((logps.detach(), grads))
+    (expected, expected_grads), (found, found_grads) = results
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found_grads.keys() == expected_grads.keys()
+    assert found_grads
+    in_head = [name for name, p in model.named_parameters() if any(p is q for q in head.module.parameters())]
+    assert frozen == (not any(name in found_grads for name in in_head))
+    for parameter, grad in expected_grads.items():
+        assert (found_grads[parameter] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, parameter
+
+
+@pytest.mark.parametrize("name", ["linear", "wrapped"])
+def test_an_output_may_be_named_twice(name):
+    hidden, targets = torch.randn(N, HIDDEN, dtype=torch.float64), torch.arange(N) % VOCABULARY
+    once = token_scores(HEADS[name], hidden, targets, outputs=("top1", "entropy"))
+    twice = token_scores(HEADS[name], hidden, targets, outputs=("top1", "entropy", "top1"))
+    assert torch.equal(once.top1, twice.top1)
+    assert torch.equal(once.entropy, twice.entropy)
+
+
+def test_a_second_derivative_is_refused():
+    """The backward is not differentiable; asking for more is an error and not a wrong number."""
+    hidden = torch.randn(N, HIDDEN, dtype=torch.float64, requires_grad=True)
+    logps = token_scores(HEADS["linear"], hidden, torch.arange(N) % VOCABULARY).token_logps
+    weights = torch.ones(N, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad((logps * weights).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import evaluation_mode
-from tether.scoring import attention, choose_layout, pack, score, score_alone
+from tether.scoring import attention, attention_sdpa, choose_layout, pack, score, score_alone
 from tether.types import Example, Scores
 from tiny import ragged_examples, tiny_model
 
@@ -54,31 +55,28 @@ def test_masks_and_values_that_do_not_fit_are_refused(examples, message):
         pack(examples)
 
 
-def broken_forests():
-    """Ways to break isolation between the branches or the trees of a packed row."""
-    original = attention._Kernel.__call__
-
-    def lose_causality(self, query, key, value):
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-
-    def lose_trunk(self, query, key, value):
-        length = query.shape[2]
-        return original(self, query, key[:, :, -length:], value[:, :, -length:])
-
-    return {"later tokens are seen": lose_causality, "the trunk is lost": lose_trunk}
+def lose_causality(kernel, query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
 
-@pytest.mark.parametrize("fault", broken_forests())
-def test_a_broken_mask_is_caught(fault, monkeypatch):
-    """INV-16, negative control: the oracle and the start-up proof see a wrong mask."""
+def lose_trunk(kernel, query, key, value):
+    length = query.shape[2]
+    return kernel(query, key[:, :, -length:], value[:, :, -length:])
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+@pytest.mark.parametrize("fault", [lose_causality, lose_trunk])
+def test_a_broken_mask_is_caught(fault, backend, monkeypatch):
+    """INV-16, negative control: the oracle and the start-up proof see a wrong mask between branches or trees."""
     model, examples = tiny_model(), ragged_examples()
-    monkeypatch.setattr(attention._Kernel, "__call__", broken_forests()[fault])
+    whole = attention_sdpa._by_segments
+    monkeypatch.setattr(attention_sdpa, "_by_segments", lambda *inputs: whole(*inputs[:-1], partial(fault, inputs[-1])))
     with torch.no_grad():
-        difference = score(model, pack(examples)).token_logps - score_alone(model, pack(examples))
-    assert difference.abs().max() > 1e-2
-    choice = choose_layout(model, examples)
-    assert choice.layout == "padded"
-    assert "tree layout refused" in choice.line
+        found = score(model, pack(examples), backend=backend).token_logps
+    assert (found - score_alone(model, pack(examples))).abs().max() > 1e-2
+    with pytest.raises(ScoringError, match=f"tree layout, {backend} attention refused"):
+        choose_layout(model, examples, backend=backend)
+    assert choose_layout(model, examples).layout == "padded"
 
 
 def test_leaking_branches_are_caught(monkeypatch):
@@ -190,7 +188,7 @@ def test_padded_columns_never_matter():
 
 def test_wrong_calls_are_refused():
     model, batch = tiny_model(), pack(ragged_examples())
-    with pytest.raises(ConfigError, match="layouts are tree and padded"):
+    with pytest.raises(ConfigError, match="layouts are tree, padded"):
         score(model, batch, layout="grid")
     with pytest.raises(ScoringError, match="at least one"):
         pack([Example.of([1], [[1], []])])

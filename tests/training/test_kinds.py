@@ -294,13 +294,12 @@ def test_a_saved_reward_model_gives_the_same_rewards(tmp_path):
     assert torch.equal(continued.policy.score.weight, run.policy.score.weight)
 
 
-def test_pairs_that_are_too_long_for_a_reward_are_dropped_not_cut(tmp_path, caplog):
+def test_pairs_that_are_too_long_for_a_reward_are_dropped_not_cut(tmp_path):
     run = build(tmp_path, "reward", max_length=50)
-    kept = run.data.reports["train"]["kept"]
-    assert len(run.train_dataset) == kept < len(MARGINS)
-    assert f"{len(MARGINS) - kept} of 12 pairs have more than 50 tokens and are dropped, not cut" in caplog.text
-    with pytest.raises(DataError, match="Raise max_length"):
-        build(tmp_path, "reward", max_length=5)
+    report = run.data.reports["train"]
+    assert len(run.train_dataset) == report["kept"] < len(MARGINS)
+    assert sum(report["cut_completions"]) == 0
+    assert sum(report["dropped"].values()) == len(MARGINS) - report["kept"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -56,11 +55,11 @@ def learnt(model, name="default", seed=0):
     return model
 
 
-def trainer(folder, model, *, kind=DPOConfig, **arguments):
+def trainer(folder, model, **arguments):
     keywords = {name: arguments.pop(name) for name in list(arguments) if name in ("ref_model", "peft_config")}
     return DPOTrainer(
         model=model,
-        args=kind(output_dir=str(folder), **{**SETTINGS, **arguments}),
+        args=DPOConfig(output_dir=str(folder), **{**SETTINGS, **arguments}),
         train_dataset=ROWS,
         processing_class=TOKENIZER,
         **keywords,
@@ -206,6 +205,35 @@ def test_a_moving_reference_resumes_exactly(adapter, tmp_path):
         still.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_an_adapter_reference_resumes_exactly(sft, tmp_path):
+    """INV-7, 8, 38: the reference's adapter is neither trained nor changed by saving and loading."""
+    folder, _ = sft
+
+    def run(where, resume=None):
+        one = trainer(
+            where,
+            policy(),
+            peft_config=lora(),
+            reference_adapter=str(folder),
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        one.train(resume_from_checkpoint=resume)
+        return one
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    for (name, mine), (_, theirs) in zip(
+        whole.policy.named_parameters(), resumed.policy.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    whole.save_model(str(tmp_path / "saved"))
+    reloaded = PeftModel.from_pretrained(policy(), tmp_path / "saved")
+    torch.testing.assert_close(alone(whole, reloaded), alone(whole, whole.policy), atol=1e-5, rtol=0)
+
+
 def test_a_run_may_be_resumed_under_another_means(tmp_path):
     """INV-8: the same start by adapter_off and by snapshot is one reference."""
     first = trainer(tmp_path, policy(), peft_config=lora(), max_steps=2, save_strategy="steps", save_steps=1)
@@ -215,14 +243,6 @@ def test_a_run_may_be_resumed_under_another_means(tmp_path):
     one, two = first.resolved.reference, second.resolved.reference
     assert (one.identity.means, two.identity.means) == ("adapter_off", "snapshot")
     torch.testing.assert_close(one.score(first._probe), two.score(second._probe), atol=SAME, rtol=0)
-
-
-@dataclass
-class ReferenceFree(DPOConfig):
-    """A stand-in for an objective that compares with no reference."""
-
-    def needs_reference(self) -> bool:
-        return False
 
 
 def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatch):
@@ -235,15 +255,15 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
         return original(*args, **kwargs)
 
     monkeypatch.setattr(trainer_module, "score", counting)
-    run = trainer(tmp_path, policy(), kind=ReferenceFree, max_steps=2)
-    assert run.resolved.line == ("reference: none; no reference is loaded or run: the objective compares with none")
+    run = trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, max_steps=2)
+    assert run.resolved.line == "reference: none; no reference is loaded or run"
     calls.clear()
     run.train()
     assert len(calls) == 2
-    declared = [{"ref_model": "no/such/model"}, {"reference": "start"}, {"sync_ref_model": True}]
-    for one in declared:
-        with pytest.raises(ConfigError, match="compares with none, so that it would never be used"):
-            trainer(tmp_path, policy(), kind=ReferenceFree, **one)
+    declared = [{"ref_model": "no/such/model"}, {"reference": "start"}, {"reference_means": "snapshot"}]
+    for one in [*declared, {"sync_ref_model": True}]:
+        with pytest.raises(ConfigError, match=r"say different things|compares with one|can be mixed"):
+            trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, **one)
 
 
 @pytest.mark.parametrize(

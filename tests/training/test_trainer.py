@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 
@@ -509,7 +510,7 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"loss_type": ["sigmoid", "kot"]}, ConfigError, "kot"),
         ({"beta": -0.1}, ConfigError, "above 0"),
         ({"label_smoothing": 0.7}, ConfigError, "below 0.5"),
-        ({"truncation_mode": "middle"}, ConfigError, "keep_start, keep_end"),
+        ({"truncation_mode": "ends"}, ConfigError, "keep_start, keep_end"),
         ({"max_length": 1}, ConfigError, "whole number from 2"),
         ({"scoring_layout": "grid"}, ConfigError, "tree, padded"),
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, adapter, none"),
@@ -606,3 +607,40 @@ def test_a_load_balancing_loss_needs_experts(tmp_path):
         trainer(tmp_path, router_aux_loss_coef=0.1)
     with pytest.raises(ConfigError, match="must be 0"):
         config(tmp_path, router_aux_loss_coef=-1.0)
+
+
+class LiveTensors(TrainerCallback):
+    """Numbers held in tensors that are alive after the third and after the thirtieth batch of an evaluation."""
+
+    def __init__(self):
+        self.batches, self.alive = 0, []
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.batches += 1
+        if self.batches in (3, 30):
+            gc.collect()
+            self.alive.append(sum(one.numel() for one in gc.get_objects() if type(one) is torch.Tensor))
+
+
+@pytest.mark.parametrize("leak", [False, True], ids=["as it is", "negative control"])
+def test_evaluation_memory_is_constant_in_the_size_of_the_data(leak, tmp_path, monkeypatch):
+    """INV-20: ten times the rows, and as few tensors are alive."""
+    watch, hoard = LiveTensors(), []
+    run = trainer(tmp_path, callbacks=[watch], per_device_eval_batch_size=2)
+    if leak:
+        judge = run.judge
+        monkeypatch.setattr(run, "judge", lambda *given: (hoard.append(given[0].token_logps), judge(*given))[1])
+    run.evaluate(pair_rows(1) * 64)
+    early, late = watch.alive
+    assert (late == early) is not leak
+
+
+def test_the_attention_backend_is_an_option_and_is_reported(tmp_path, caplog):
+    """In one of the first lines; one that cannot train here is refused before a step."""
+    with caplog.at_level("INFO", "tether"):
+        trainer(tmp_path, attention_backend="sdpa")
+    assert "scoring: tree layout, sdpa attention, at most" in caplog.text
+    with pytest.raises(ConfigError, match="no backward on a CPU"):
+        trainer(tmp_path, attention_backend="flex")
+    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, flash"):
+        config(tmp_path, attention_backend="eager")

@@ -28,6 +28,9 @@ def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
         model=tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2),
         args=DPOConfig(
             output_dir=str(folder),
+            # One part of the loss is averaged over pairs, the other over tokens.
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 0.5],
             per_device_train_batch_size=size,
             per_device_eval_batch_size=2,
             gradient_accumulation_steps=accumulation,

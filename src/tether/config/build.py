@@ -43,8 +43,8 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, LoraConfig | None, dict[str
     keywords = {
         "model": run.model.name,
         "ref_model": run.reference.model,
-        "train_dataset": run.data.train,
-        "eval_dataset": run.data.eval,
+        "train_dataset": run.data.train_rows,
+        "eval_dataset": run.data.eval_rows,
     }
     arguments = _configuration(options, run.objective.loss)
     if "ref_model" not in inspect.signature(trainer_class(run.objective.loss)).parameters:

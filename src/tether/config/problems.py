@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tether.config.document import KeyPath
-from tether.config.sections import Allowed, RunConfig, Train
+from tether.config.sections import SOURCE_TAGS, Allowed, RunConfig, Train
 
 _SHOWN = 3
 _KINDS = (
@@ -36,7 +36,7 @@ def describe(error: ValidationError, values: dict[str, Any], place: Callable[[Ke
     """
     sentences: dict[KeyPath, str] = {}
     for problem in error.errors(include_url=False):
-        path, model, allowed = _resolve(problem["loc"])
+        path, model, allowed = _resolve(problem["loc"], values)
         if path not in sentences:
             sentences[path] = f"{place(path)}: {_sentence(problem, path, model, allowed, values, fields)}"
     shown = list(sentences.values())[:_SHOWN]
@@ -102,7 +102,7 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def _resolve(location: KeyPath) -> tuple[KeyPath, type[BaseModel], str]:
+def _resolve(location: KeyPath, values: dict[str, Any]) -> tuple[KeyPath, type[BaseModel], str]:
     """The key that an error belongs to, the section it is in, and what is allowed there.
 
     pydantic adds the branch of a union and the index in a list to the location; the key is where sections end.
@@ -110,10 +110,17 @@ def _resolve(location: KeyPath) -> tuple[KeyPath, type[BaseModel], str]:
     owner: type[BaseModel] = RunConfig
     inner: type[BaseModel] | None = RunConfig
     path: list[str | int] = []
-    allowed = ""
+    allowed, within = "", False
     for part in location:
+        if part in SOURCE_TAGS:
+            inner, within = SOURCE_TAGS[str(part)], True
+            continue
         if inner is None:
-            break
+            if not within:
+                break
+            if _holds(values, path, part):  # a place in a list of sources, or the name of a set
+                path.append(part)
+            continue
         owner = inner
         path.append(part)
         if part not in owner.model_fields:
@@ -124,6 +131,17 @@ def _resolve(location: KeyPath) -> tuple[KeyPath, type[BaseModel], str]:
         if inner is not None:
             allowed = allowed or f"a mapping with the keys {', '.join(inner.model_fields)}"
     return tuple(path), owner, allowed
+
+
+def _holds(values: Any, path: KeyPath | list[str | int], part: str | int) -> bool:
+    """Whether a part of a location is in the file, and not the name that pydantic has for a branch of a union."""
+    for step in path:
+        values = values[step] if _has(values, step) else None
+    return _has(values, part)
+
+
+def _has(value: Any, part: str | int) -> bool:
+    return part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
@@ -144,7 +162,7 @@ def _sentence(
         return f"`{dotted(path)}`: {problem['ctx']['error']}."
     value: Any = values
     for part in path:
-        value = value.get(part) if isinstance(value, dict) else problem["input"]
+        value = value[part] if _has(value, part) else problem["input"]
     return wrong_value(path, value, allowed)
 
 

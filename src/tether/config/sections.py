@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from tether.config.document import write_document
@@ -47,14 +47,6 @@ def _named(section: str, kind: type[Section]) -> BeforeValidator:
 Text = Annotated[str, Field(min_length=1), Allowed("text")]
 Count = Annotated[int, Field(ge=1), Allowed("a whole number from 1")]
 Flag = Annotated[bool, Allowed("true or false")]
-Sources = Annotated[
-    Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
-    Allowed("a path, a glob or a hub name, or a list of them"),
-]
-EvaluationSources = Annotated[
-    Sources | Annotated[dict[str, Sources], Field(min_length=1)] | None,
-    Allowed("a path, a glob or a hub name, a list of them, or a mapping of names to them"),
-]
 # Initialisations that need nothing besides their name; EVA, CorDA and LoftQ need data or a configuration of their own.
 _INITIALISATIONS = r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"
 
@@ -117,11 +109,100 @@ class Lora(Section):
     )
 
 
+class Rows(Section):
+    """One source of rows, with what its columns are called and how often each row occurs."""
+
+    path: Annotated[
+        Text | Annotated[list[Text], Field(min_length=1)],
+        Allowed("a path, glob, folder or hub name, or a list of paths"),
+    ] = Field(description="Files, a folder or a hub name.")
+    format: Annotated[Text | None, Allowed("the name of a format, such as chatml.intel; see docs/data.md")] = Field(
+        default=None, description="How other tools lay out their rows; null: TRL's columns, or what it plainly is."
+    )
+    fields: Annotated[dict[str, Text], Allowed("a mapping such as {prompt: question}")] = Field(
+        default_factory=dict, description="Name of a field to the column that holds it."
+    )
+    weight: Annotated[float, Field(gt=0, lt=1e6), Allowed("a number above 0")] = Field(
+        default=1.0, description="How often each row occurs: 2 twice, 0.5 every second one."
+    )
+    split: Text = Field(default="train", description="Part of a hub data set.")
+    prompt_format: Annotated[Text | None, Allowed("text with {prompt} in it, or null")] = Field(
+        default=None, description="Pattern of the prompt, for the format user_defined; so for the keys below."
+    )
+    chosen_format: Annotated[Text | None, Allowed("text with {chosen} in it, or null")] = None
+    rejected_format: Annotated[Text | None, Allowed("text with {rejected} in it, or null")] = None
+    completion_format: Annotated[Text | None, Allowed("text with {completion} in it, or null")] = None
+
+
+class Held(Section):
+    """`eval: {split: 0.05}`: rows of the training set that are set aside."""
+
+    split: Annotated[int | float, Field(gt=0), Allowed("a share below 1, or a number of rows")] = Field(
+        description="Share of the training rows, or how many of them."
+    )
+    by: Annotated[Literal["prompt", "row"], Allowed("prompt or row")] = Field(
+        default="prompt", description="prompt: no prompt is on both sides."
+    )
+
+
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, str):
+        return "@text"
+    if isinstance(value, (dict, Section)):
+        keys = value.keys() if isinstance(value, dict) else type(value).model_fields.keys()
+        return "@rows" if "path" in keys else "@held" if "split" in keys else "@named"
+    return "@list"
+
+
+# What stands for rows in `data`, told apart by its shape; the tags are in the places that pydantic reports.
+SOURCE_TAGS: dict[str, type[Section] | None] = {
+    "@text": None,
+    "@rows": Rows,
+    "@held": Held,
+    "@list": None,
+    "@named": None,
+}
+_Source = Annotated[
+    Annotated[Text, Tag("@text")] | Annotated[Rows, Tag("@rows")] | Annotated[list[Text], Tag("@list")],
+    Discriminator(_kind_of_source),
+]
+_Some = (
+    Annotated[Text, Tag("@text")]
+    | Annotated[Rows, Tag("@rows")]
+    | Annotated[list[_Source], Field(min_length=1), Tag("@list")]
+)
+Sources = Annotated[_Some, Discriminator(_kind_of_source)]
+_NAMED = Annotated[dict[str, Sources], Field(min_length=1), Tag("@named")]
+
+
 class Data(Section):
     """`data:` the rows; relative paths start in the current folder."""
 
-    train: Sources = Field(description="Rows with prompt, chosen and rejected: path, glob, hub name, or a list.")
-    eval: EvaluationSources = Field(default=None, description="Held-out rows, or a mapping of names to several sets.")
+    train: Annotated[
+        Sources, Allowed("a path, a glob or a hub name, a mapping such as {path: …, format: …}, or a list of them")
+    ] = Field(description="Rows with prompt, chosen and rejected: path, glob, hub name, mapping, or a list.")
+    eval: Annotated[
+        Annotated[_Some | Annotated[Held, Tag("@held")] | _NAMED, Discriminator(_kind_of_source)] | None,
+        Allowed("a path, a glob or a hub name, a list of them, {split: 0.05}, or a mapping of names to them"),
+    ] = Field(default=None, description="Held-out rows, a share of the training rows, or a mapping of names to sets.")
+
+    @property
+    def train_rows(self) -> Any:
+        """What the trainer takes as training rows."""
+        return _plain(self.train)
+
+    @property
+    def eval_rows(self) -> Any:
+        """What the trainer takes as evaluation rows."""
+        return _plain(self.eval)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump(exclude_defaults=True)
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 class Sync(Section):
@@ -270,6 +351,7 @@ class Objective(Section):
     use_weighting: Flag = Field(default=False, description="Weigh pairs by how likely the policy would write them.")
     discopop_tau: Number = Field(default=0.05, description="Temperature of discopop.")
     dpop_lambda: Number = Field(default=50.0, description="Weight of the penalty of dpop.")
+    tdpo_alpha: Number = Field(default=0.5, description="Weight of the difference of KLs in tdpo2.")
     rpo_eta: Number = Field(default=1.0, description="Scale of the reward gap that rpo fits.")
     simpo_gamma: Number = Field(default=0.5, description="Lead of the reward that simpo aims at.")
     cpo_alpha: Number = Field(default=1.0, description="Weight of the likelihood in cpo.")

@@ -5,7 +5,8 @@ from tether.data.columns import kind_of
 from tether.data.prepare import Overlap, Prepared, example_from_row, overlap, prepare
 from tether.data.render import Rendered, render
 from tether.data.schema import Schema, preferences, read_preferences, unpaired
-from tether.data.sources import load_rows
+from tether.data.sources import is_origin, load_rows
+from tether.data.split import is_split, split_rows
 from tether.data.table import longest_row
 from tether.data.template import chat_template
 from tether.data.tokenize import Encoder, Tokenized, tokenize
@@ -21,6 +22,8 @@ __all__ = [
     "Tokenized",
     "chat_template",
     "example_from_row",
+    "is_origin",
+    "is_split",
     "kind_of",
     "load_rows",
     "longest_row",
@@ -29,6 +32,7 @@ __all__ = [
     "prepare",
     "read_preferences",
     "render",
+    "split_rows",
     "tokenize",
     "truncate",
     "truncated_lengths",

@@ -22,6 +22,8 @@ DROPS = {
     "boundary": "no exact prompt boundary",
     "empty_prompt": "a prompt of no tokens",
     "prompt_too_long": "a prompt that fills max_length",
+    "too_long": "more tokens than max_length",
+    "image_cut": "an image that truncation would cut",
     "identical_after_truncation": "chosen equal to rejected within max_length",
     "nothing_scored": "no scored token within max_length",
 }
@@ -70,6 +72,7 @@ class Report:
         max_length: limit on the tokens of prompt and completion together; None for no limit.
         truncation_mode: what was kept of longer ones.
         cut_prompts: kept rows whose prompt was cut.
+        cut_tokens: tokens that were cut from kept rows, of `prompt` and of `completions`.
         cut_completions: completions that were cut, by position in `PARTS`.
         boundary: the policy for prompts whose ids are no prefix of the whole's.
         boundaries: kind of boundary to number of rows that came to be tokenised, see `Tokenized`.
@@ -100,6 +103,7 @@ class Report:
     max_length: int | None
     truncation_mode: str
     cut_prompts: int
+    cut_tokens: dict[str, int]
     cut_completions: tuple[int, ...]
     boundary: str
     boundaries: dict[str, int]
@@ -160,6 +164,7 @@ class Tally:
     repeated_prompts: int = 0
     ends_added: int = 0
     cut_prompts: int = 0
+    cut_tokens: Counter[str] = field(default_factory=Counter)
     cut_completions: Counter[int] = field(default_factory=Counter)
 
     def add(self, other: Tally) -> None:
@@ -168,11 +173,33 @@ class Tally:
             setattr(self, name, getattr(self, name) + value)
 
 
+def nothing_left(tally: Tally, name: str, rows: int, max_length: int | None) -> str:
+    """The message for rows of which none can be used: why, and what to do."""
+    reasons = ", ".join(f"{tally.dropped[reason]} with {DROPS[reason]}" for reason in DROPS if tally.dropped[reason])
+    advice = []
+    if (
+        tally.dropped["prompt_too_long"]
+        or tally.dropped["too_long"]
+        or tally.dropped["image_cut"]
+        or tally.dropped["identical_after_truncation"]
+    ):
+        advice.append(f"raise max_length (now {max_length}) or shorten the prompts")
+    if tally.dropped["identical"] or tally.dropped["empty_completion"]:
+        advice.append("give completions that differ and are not empty")
+    if tally.dropped["empty_prompt"]:
+        advice.append("give prompts that are not empty, or a tokenizer with a BOS token")
+    if tally.dropped["nothing_scored"]:
+        advice.append(f"raise max_length (now {max_length}), or score further turns")
+    if tally.dropped["boundary"]:
+        advice.append("allow such rows with boundary `split`")
+    return f"{name}: none of the {rows} rows can be used: {reasons}. To do: {'; '.join(advice)}."
+
+
 class MarkerFinder:
     """Finds text that a tokenizer would read, or a template would write, as control tokens.
 
     Args:
-        tokenizer: its special tokens are looked for, beside the markers of common templates.
+        tokenizer: its special tokens are looked for, beside the markers of common templates; None for these alone.
 
     Example:
         >>> from types import SimpleNamespace
@@ -180,8 +207,9 @@ class MarkerFinder:
         ['</s>', '[INST]']
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        special = [str(token) for token in tokenizer.all_special_tokens if str(token).strip()]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        own = tokenizer.all_special_tokens if tokenizer is not None else ()
+        special = [str(token) for token in own if str(token).strip()]
         self.markers = frozenset((*_MARKERS, *special))
         odd = sorted(token for token in special if not _MARKER_SHAPE.fullmatch(token))
         self.pattern = re.compile("|".join([*map(re.escape, odd), _MARKER_SHAPE.pattern]))

@@ -229,7 +229,8 @@ def _history(row: Row) -> Messages:
     return conversation(row, "messages")
 
 
-def _formats() -> dict[str, Format]:
+def _families() -> list[Format]:
+    """Axolotl's types that are named after a template."""
     found: list[Format] = []
     questions = {
         "intel": (("question",), "Intel's Orca pairs"),
@@ -244,74 +245,74 @@ def _formats() -> dict[str, Format]:
             found.append(Format(f"{family}.{name}", about, fields, _asked(fields), _ANSWERS))
         about = "Argilla's conversations: chosen and rejected hold the question too"
         found.append(Format(f"{family}.argilla_chat", about, ("chosen", "rejected"), _before_the_answer, _ANSWERS))
-    found += [
-        Format("chat_template.default", "messages, and an answer of each side", ("messages",), _history, _ANSWERS),
-        Format("chat_template.argilla_chat", "see chatml.argilla_chat", ("chosen",), _before_the_answer, _ANSWERS),
-        Format("chat_template.argilla", "Axolotl's ORPO type", ("prompt",), _asked(("prompt",)), _ANSWERS),
-        Format(
-            "zephyr.nectar",
-            "Nectar: the answers of ranks 1 and 2, or all of them as a ranked list",
-            ("prompt", "answers"),
-            _nectar_prompt,
-            {
-                "pair": _nectar_pair,
-                "ranked": lambda row: {"completions": [_said(one) for one in _ranked_answers(row)]},
-                "prompt_only": lambda row: {},
-            },
-        ),
-        Format(
-            "alpaca",
-            "LLaMA-Factory: instruction, input, system, history",
-            ("instruction",),
-            _alpaca_prompt,
-            {
-                **_ANSWERS,
-                "unpaired": lambda row: {"completion": answer(row, "output"), **label(row, "kto_tag")},
-                "completion": lambda row: {"completion": answer(row, "output")},
-            },
-        ),
-        Format(
-            "sharegpt",
-            "LLaMA-Factory: conversations of {from, value}",
-            ("conversations",),
-            _sharegpt_prompt,
-            {
-                **_ANSWERS,
-                "unpaired": lambda row: {"completion": _last(_sharegpt(row)), **label(row, "kto_tag")},
-                "completion": lambda row: {"completion": _last(_sharegpt(row))},
-            },
-        ),
-        Format(
-            "openrlhf",
-            "OpenRLHF: prompt or input; chosen and rejected, or output",
-            ("prompt", "input"),
-            _openrlhf_prompt,
-            {
-                "pair": lambda row: {name: _openrlhf_answer(row, name) for name in ("chosen", "rejected")},
-                "unpaired": lambda row: {**_openrlhf_output(row), **label(row)},
-                "completion": _openrlhf_output,
-                "prompt_only": lambda row: {},
-            },
-        ),
-        Format(
-            "hh",
-            "HH-RLHF: transcripts of Human and Assistant",
-            ("chosen", "rejected"),
-            _hh_prompt,
-            {"pair": _hh_pair, "prompt_only": lambda row: {}},
-        ),
-        Format(
-            "messages_rejected",
-            "messages that end in the chosen answer, and the rejected one beside them",
-            ("messages", "rejected"),
-            lambda row: conversation(row, "messages", 2)[:-1],
-            {"pair": _rejected_beside, "prompt_only": lambda row: {}},
-        ),
-    ]
-    return {one.name: one for one in found}
+    return found
 
 
-FORMATS: dict[str, Format] = _formats()
+_OTHERS = (
+    Format("chat_template.default", "messages, and an answer of each side", ("messages",), _history, _ANSWERS),
+    Format("chat_template.argilla_chat", "see chatml.argilla_chat", ("chosen",), _before_the_answer, _ANSWERS),
+    Format("chat_template.argilla", "Axolotl's ORPO type", ("prompt",), _asked(("prompt",)), _ANSWERS),
+    Format(
+        "zephyr.nectar",
+        "Nectar: the answers of ranks 1 and 2, or all of them as a ranked list",
+        ("prompt", "answers"),
+        _nectar_prompt,
+        {
+            "pair": _nectar_pair,
+            "ranked": lambda row: {"completions": [_said(one) for one in _ranked_answers(row)]},
+            "prompt_only": lambda row: {},
+        },
+    ),
+    Format(
+        "alpaca",
+        "LLaMA-Factory: instruction, input, system, history",
+        ("instruction",),
+        _alpaca_prompt,
+        {
+            **_ANSWERS,
+            "unpaired": lambda row: {"completion": answer(row, "output"), **label(row, "kto_tag")},
+            "completion": lambda row: {"completion": answer(row, "output")},
+        },
+    ),
+    Format(
+        "sharegpt",
+        "LLaMA-Factory: conversations of {from, value}",
+        ("conversations",),
+        _sharegpt_prompt,
+        {
+            **_ANSWERS,
+            "unpaired": lambda row: {"completion": _last(_sharegpt(row)), **label(row, "kto_tag")},
+            "completion": lambda row: {"completion": _last(_sharegpt(row))},
+        },
+    ),
+    Format(
+        "openrlhf",
+        "OpenRLHF: prompt or input; chosen and rejected, or output",
+        ("prompt", "input"),
+        _openrlhf_prompt,
+        {
+            "pair": lambda row: {name: _openrlhf_answer(row, name) for name in ("chosen", "rejected")},
+            "unpaired": lambda row: {**_openrlhf_output(row), **label(row)},
+            "completion": _openrlhf_output,
+            "prompt_only": lambda row: {},
+        },
+    ),
+    Format(
+        "hh",
+        "HH-RLHF: transcripts of Human and Assistant",
+        ("chosen", "rejected"),
+        _hh_prompt,
+        {"pair": _hh_pair, "prompt_only": lambda row: {}},
+    ),
+    Format(
+        "messages_rejected",
+        "messages that end in the chosen answer, and the rejected one beside them",
+        ("messages", "rejected"),
+        lambda row: conversation(row, "messages", 2)[:-1],
+        {"pair": _rejected_beside, "prompt_only": lambda row: {}},
+    ),
+)
+FORMATS: dict[str, Format] = {one.name: one for one in (*_families(), *_OTHERS)}
 # Names that stand for the columns as they are, and for text patterns; Axolotl writes both with and without `.default`.
 PLAIN = ("passthrough", "passthrough.default")
 PATTERNED = ("user_defined", "user_defined.default")

@@ -20,14 +20,14 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import DROPS, PARTS, MarkerFinder, Report, Tally, digest, quantiles, row_digest
+from tether.data.audit import DROPS, PARTS, MarkerFinder, Report, Tally, digest, nothing_left, quantiles, row_digest
 from tether.data.render import Rendered, render
 from tether.data.schema import BATCH_ROWS, VALUES, Schema, Turns, preferences, read_preferences, unpaired
 from tether.data.sources import Source, load_rows
 from tether.data.table import fingerprint_of, lengths_of
 from tether.data.template import chat_template, template_hash, text_tokenizer
 from tether.data.tokenize import BOUNDARIES, Boundary, Encoder, Tokenized, tokenize
-from tether.data.truncate import TruncationMode, truncated_lengths
+from tether.data.truncate import TruncationMode, kept_prompt, truncated_lengths
 from tether.data.values import is_blank, texts_of
 from tether.errors import ConfigError, DataError
 from tether.types import Example, Kind, Preference
@@ -97,11 +97,10 @@ def prepare(
         kind: what the rows are read as, see `tether.data.schema`; pairs can be read as `unpaired`, two rows each.
         turns: what is scored of a completion of several turns: `all` of it, what others say included, as TRL does; the
             turns of the `assistant`; or the `last` one of these. Of `messages`, `all` is the whole conversation.
-        truncation_mode: `keep_start` or `keep_end`, see `tether.data.truncate`.
+        truncation_mode: `keep_start`, `keep_end`, `middle` or `drop`, see `tether.data.truncate`.
         boundary: what to do where ids(prompt) is no prefix of ids(prompt + completion): `split`, `drop` or `error`, see
             `tether.data.tokenize`.
-        num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and for chat
-            templates, which run in Python; the result is the same.
+        num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and templates.
         name: what to call the rows in messages and in the report.
 
     Returns:
@@ -124,13 +123,14 @@ def prepare(
     encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)
     finder = MarkerFinder(encoder.tokenizer)
     job = _Job(data, schema, kind, turns, encoder, finder, template, max_length, mode, cast(Boundary, boundary), name)
+    job = replace(job, never_cut=_image_ids(tokenizer))
     batches = list(_run(job, num_proc or 1))
     table = pa.concat_tables([batch.table for batch in batches]).combine_chunks()
     tally = Tally()
     for batch in batches:
         tally.add(batch.tally)
     if not table.num_rows:
-        raise DataError(_nothing_left(job, tally))
+        raise DataError(nothing_left(tally, name, len(data), max_length))
     rows_seen, prompts_seen = (tuple(chain(*seen)) for seen in zip(*(batch.digests for batch in batches), strict=True))
     report = _report(job, table, tally, duplicates=len(rows_seen) - len(set(rows_seen)))
     return Prepared(Dataset(table, fingerprint=report.fingerprint), report, rows_seen, prompts_seen)
@@ -196,6 +196,7 @@ class _Job:
     mode: TruncationMode
     boundary: Boundary
     name: str
+    never_cut: frozenset[int] = frozenset()
 
     def batch(self, start: int) -> _Batch:
         """The rows from `start` on, as ids."""
@@ -264,9 +265,13 @@ class _Job:
         before = len(ids.prompt_ids), [len(completion) for completion in ids.completion_ids]
         lengths = truncated_lengths(*before, self.max_length, self.mode)
         if lengths is None:
-            tally.dropped["prompt_too_long"] += 1
+            tally.dropped["too_long" if self.mode == "drop" else "prompt_too_long"] += 1
             return None
         prompt, completions = lengths
+        prompt_ids = kept_prompt(ids.prompt_ids, prompt, self.mode, self.never_cut)
+        if prompt_ids is None:
+            tally.dropped["image_cut"] += 1
+            return None
         kept = [all_of[:length] for all_of, length in zip(ids.completion_ids, completions, strict=True)]
         if len(kept) > 1 and len(set(map(tuple, kept))) < len(kept):
             tally.dropped["identical_after_truncation" if kept != ids.completion_ids else "identical"] += 1
@@ -276,10 +281,17 @@ class _Job:
             tally.dropped["nothing_scored"] += 1
             return None
         tally.cut_prompts += prompt < before[0]
+        tally.cut_tokens.update(prompt=before[0] - prompt, completions=sum(before[1]) - sum(completions))
         parts = len(PARTS[self.kind])
         tally.cut_completions.update(min(k, parts - 1) for k, n in enumerate(completions) if n < before[1][k])
         tally.ends_added += ids.ends_added
-        return replace(ids, prompt_ids=ids.prompt_ids[before[0] - prompt :], completion_ids=kept, scored=scored)
+        return replace(ids, prompt_ids=prompt_ids, completion_ids=kept, scored=scored)
+
+
+def _image_ids(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> frozenset[int]:
+    """Tokens that stand for parts of an image."""
+    found = getattr(processing_class, "image_token_id", None)
+    return frozenset([found]) if isinstance(found, int) else frozenset()
 
 
 def _raw_fault(record: Preference) -> str | None:
@@ -324,22 +336,6 @@ def _batch_of_job(start: int) -> _Batch:
     return _JOBS[0].batch(start)
 
 
-def _nothing_left(job: _Job, tally: Tally) -> str:
-    reasons = ", ".join(f"{tally.dropped[reason]} with {DROPS[reason]}" for reason in DROPS if tally.dropped[reason])
-    advice = []
-    if tally.dropped["prompt_too_long"] or tally.dropped["identical_after_truncation"]:
-        advice.append(f"raise max_length (now {job.max_length}) or shorten the prompts")
-    if tally.dropped["identical"] or tally.dropped["empty_completion"]:
-        advice.append("give completions that differ and are not empty")
-    if tally.dropped["empty_prompt"]:
-        advice.append("give prompts that are not empty, or a tokenizer with a BOS token")
-    if tally.dropped["nothing_scored"]:
-        advice.append(f"raise max_length (now {job.max_length}), or score further turns")
-    if tally.dropped["boundary"]:
-        advice.append("allow such rows with boundary `split`")
-    return f"{job.name}: none of the {len(job.rows)} rows can be used: {reasons}. To do: {'; '.join(advice)}."
-
-
 def _report(job: _Job, table: pa.Table, tally: Tally, *, duplicates: int) -> Report:
     prompts, completions = lengths_of(table)
     parts = {"prompt": prompts.tolist()}
@@ -367,6 +363,7 @@ def _report(job: _Job, table: pa.Table, tally: Tally, *, duplicates: int) -> Rep
         max_length=job.max_length,
         truncation_mode=job.mode,
         cut_prompts=tally.cut_prompts,
+        cut_tokens={part: tally.cut_tokens[part] for part in ("prompt", "completions")},
         cut_completions=tuple(tally.cut_completions[k] for k in range(len(names))),
         boundary=job.boundary,
         boundaries=dict(sorted(tally.boundaries.items())),

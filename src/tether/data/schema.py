@@ -97,11 +97,9 @@ def read_preferences(rows: Dataset, *, kind: Kind = "pair", turns: Turns = "all"
         DataError: a column is missing, a value has a wrong type, rows mix forms, a prompt cannot be told from the
             completions, or rows hold images. The message names rows, fields, what came and what to do.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"kind is {kind!r}; it must be {', '.join(f'`{one}`' for one in KINDS)}.")
     if turns not in TURNS:
         raise ConfigError(f"turns is {turns!r}; it must be {', '.join(f'`{one}`' for one in TURNS)}.")
-    schema = _form_of(rows, columns_to_read(rows, kind, name), kind)
+    schema = schema_of(rows, kind, name)
     if turns != "all" and schema.form == "standard":
         raise ConfigError(f"{name}: turns is `{turns}`, but the rows are text, which has no turns. Set turns to `all`.")
     faults, fields = Faults(), set()
@@ -113,6 +111,18 @@ def read_preferences(rows: Dataset, *, kind: Kind = "pair", turns: Turns = "all"
     if faults.total:
         raise DataError(faults.message(name, len(rows)))
     return replace(schema, message_fields=tuple(sorted(fields - {"role", "content"})))
+
+
+def schema_of(rows: Dataset, kind: Kind, name: str = "data") -> Schema:
+    """What columns and the first rows say of all of them; no row is checked.
+
+    Raises:
+        ConfigError: `kind` is unknown.
+        DataError: columns are missing.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"kind is {kind!r}; it must be {', '.join(f'`{one}`' for one in KINDS)}.")
+    return _form_of(rows, columns_to_read(rows, kind, name), kind)
 
 
 def preferences(

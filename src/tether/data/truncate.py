@@ -10,33 +10,41 @@ depends on the prompt's length, `max_length` and itself: never on a sibling. A r
   tokens of it, whichever is shorter; the prompt keeps as many of its last tokens as fit beside the longest completion.
   TRL keeps the last `max_length` tokens of each sequence, which cuts one prompt differently for chosen and rejected and
   can begin a completion in its middle; neither is possible with a shared prompt.
+- `middle`: lengths as with `keep_end`, but the prompt loses its middle: it keeps its beginning (instructions) and its
+  end (the question), half of the room each.
+- `drop`: a row that does not fit is dropped; nothing is cut.
 
-A completion that is cut ends without an end-of-turn token: none is put in its place.
+A completion that is cut ends without an end-of-turn token: none is put in its place. A row whose prompt would lose a
+token that stands for a part of an image is dropped, since the model would have fewer places than there are features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar, cast
+
+import torch
+from torch import Tensor
 
 from tether.errors import ConfigError
 from tether.types import Example
 
-TruncationMode = Literal["keep_start", "keep_end"]
-TRUNCATION_MODES: tuple[TruncationMode, ...] = ("keep_start", "keep_end")
+Ids = TypeVar("Ids", list[int], Tensor)
+TruncationMode = Literal["keep_start", "keep_end", "middle", "drop"]
+TRUNCATION_MODES: tuple[TruncationMode, ...] = ("keep_start", "keep_end", "middle", "drop")
 
 
 def truncated_lengths(
     prompt: int, completions: Sequence[int], max_length: int | None, mode: TruncationMode = "keep_start"
 ) -> tuple[int, list[int]] | None:
-    """How many tokens a row keeps: the last ones of its prompt, the first ones of each completion.
+    """How many tokens a row keeps: of its prompt, see `kept_prompt`, and the first ones of each completion.
 
     Args:
         prompt: tokens of the prompt, P.
         completions: tokens of each completion, `[K]`.
         max_length: tokens of prompt and completion together, at least 2; None for no limit.
-        mode: `keep_start` or `keep_end`, see the module.
+        mode: one of `TRUNCATION_MODES`, see the module.
 
     Returns:
         Tokens kept of the prompt and of each completion, or None when the row has to be dropped.
@@ -55,28 +63,66 @@ def truncated_lengths(
         True
     """
     if mode not in TRUNCATION_MODES:
-        raise ConfigError(f"truncation_mode is {mode!r}; it must be `keep_start` or `keep_end`.")
+        allowed = ", ".join(f"`{one}`" for one in TRUNCATION_MODES)
+        raise ConfigError(f"truncation_mode is {mode!r}; it must be one of {allowed}.")
     if max_length is None:
         return prompt, list(completions)
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a prompt and a completion need at least 2 tokens.")
-    room = max_length - (min(prompt, max_length // 2) if mode == "keep_end" else prompt)
+    if mode == "drop":
+        return (prompt, list(completions)) if prompt + max(completions, default=0) <= max_length else None
+    # A prompt without completions is to be answered, which takes at least one token.
+    room = max_length - (min(prompt, max_length // 2) if mode in ("keep_end", "middle") else prompt)
     if room <= 0:
         return None
     kept = [min(length, room) for length in completions]
-    return min(prompt, max_length - max(kept)), kept
+    return min(prompt, max_length - max(kept, default=1)), kept
 
 
-def truncate(example: Example, max_length: int | None, mode: TruncationMode = "keep_start") -> Example | None:
+def kept_prompt(ids: Ids, length: int, mode: TruncationMode, never_cut: Collection[int] = ()) -> Ids | None:
+    """The tokens that are left of a prompt.
+
+    Args:
+        ids: of the prompt, a list or a tensor `[P]`.
+        length: how many are kept, see `truncated_lengths`.
+        mode: one of `TRUNCATION_MODES`.
+        never_cut: ids of tokens that must all be kept, such as the one that stands for a part of an image.
+
+    Returns:
+        The kept ones in order, or None where a token of `never_cut` would be lost.
+
+    Example:
+        >>> kept_prompt([1, 2, 3, 4, 5], 3, "keep_end"), kept_prompt([1, 2, 3, 4, 5], 3, "middle")
+        ([3, 4, 5], [1, 4, 5])
+        >>> kept_prompt([9, 2, 3], 2, "keep_end", never_cut=[9]) is None
+        True
+    """
+    if length >= len(ids):
+        return ids
+    front = length // 2 if mode == "middle" else 0
+    lost = ids[front : len(ids) - length + front]
+    if never_cut and any(int(token) in never_cut for token in lost):
+        return None
+    tail = ids[len(ids) - length + front :]
+    if isinstance(ids, Tensor):
+        return torch.cat([ids[:front], cast(Tensor, tail)])
+    return cast(Ids, ids[:front] + tail)
+
+
+def truncate(
+    example: Example, max_length: int | None, mode: TruncationMode = "keep_start", never_cut: Collection[int] = ()
+) -> Example | None:
     """Cut an example to `max_length` tokens of prompt and completion together.
 
     Args:
         example: one prompt and its K completions.
         max_length: in tokens, at least 2; None for no limit.
-        mode: `keep_start` or `keep_end`, see the module.
+        mode: one of `TRUNCATION_MODES`, see the module.
+        never_cut: see `kept_prompt`.
 
     Returns:
-        The example cut, or None when no completion token, or none that is scored, would be left.
+        The example cut, or None when no completion token, or none that is scored, would be left, or one of `never_cut`
+        would be lost.
 
     Raises:
         ConfigError: see `truncated_lengths`.
@@ -89,13 +135,16 @@ def truncate(example: Example, max_length: int | None, mode: TruncationMode = "k
     lengths = truncated_lengths(len(example.prompt_ids), [len(ids) for ids in example.completion_ids], max_length, mode)
     if lengths is None:
         return None
-    prompt, completions = lengths
+    length, completions = lengths
+    prompt = kept_prompt(example.prompt_ids, length, mode, never_cut)
+    if prompt is None:
+        return None
     scored = example.scored and tuple(mask[:kept] for mask, kept in zip(example.scored, completions, strict=True))
     if scored and not all(mask.any() for mask in scored):
         return None
     return replace(
         example,
-        prompt_ids=example.prompt_ids[len(example.prompt_ids) - prompt :],
+        prompt_ids=prompt,
         completion_ids=tuple(ids[:kept] for ids, kept in zip(example.completion_ids, completions, strict=True)),
         scored=scored,
     )

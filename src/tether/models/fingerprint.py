@@ -214,6 +214,12 @@ def _digest(tensor: Tensor) -> bytes:
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     """The values in order, as contiguous vectors of at most about `CHUNK` bytes; only scattered ones are copied."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        # A tensor made of several, as of quantised values and their scales.
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        for name in names:
+            yield from _chunks(getattr(tensor, name))
+        return
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     if tensor.numel() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -46,15 +47,31 @@ def quantization_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
 
 
 def keep_quantized_layout() -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in a forward in evaluation mode on a CPU.
+    """Make bitsandbytes compute on a CPU what it computes in training mode, in evaluation mode too.
 
-    On processors with AVX512-BF16 it does so once, for inference, and the packed weights have no backward: afterwards
-    gradients are missing without a word. Every pass of a reference is such a forward.
+    Two of its short cuts for inference are wrong beside training, where every pass of a reference is a forward in
+    evaluation mode between two of training. On processors with AVX512-BF16 it repacks 4-bit weights in the first such
+    forward, and the packed ones have no backward: gradients are missing from then on without a word. And 8-bit layers
+    take another kernel, so that the policy is not at its own start.
     """
-    modules = sys.modules.get("bitsandbytes.nn.modules")
-    if modules is not None and hasattr(modules, "has_avx512bf16"):
+    modules, package = sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("bitsandbytes")
+    if modules is None or package is None:
+        return
+    if hasattr(modules, "has_avx512bf16"):
         modules.has_avx512bf16 = _never  # type: ignore[attr-defined]
+    if not hasattr(package.matmul, "in_both_modes"):
+        package.matmul = _in_both_modes(package.matmul)  # type: ignore[attr-defined]
 
 
 def _never() -> bool:
     return False
+
+
+def _in_both_modes(matmul: Callable[..., Any]) -> Callable[..., Any]:
+    def multiply(values: torch.Tensor, *args: Any, state: Any = None, **kwargs: Any) -> Any:
+        if state is not None and values.device.type == "cpu":
+            state.is_training = True
+        return matmul(values, *args, state=state, **kwargs)
+
+    multiply.in_both_modes = True  # type: ignore[attr-defined]
+    return multiply

@@ -58,7 +58,12 @@ class Combination:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What scoring the policy must give besides log-probs."""
-        return ("log_collision",) if self.use_weighting else ()
+        return ("log_collision",) * self.use_weighting + ("hidden",) * self.takes_divergence
+
+    @property
+    def takes_divergence(self) -> bool:
+        """Whether any of them takes the KL between whole distributions, and not only log-probs of tokens."""
+        return self.takes("chosen_reference_kl")
 
     def takes(self, quantity: str) -> bool:
         """Whether any of them takes these numbers, such as `margins`."""
@@ -154,6 +159,8 @@ class Combination:
                 f"ld_alpha has no effect on {self._listed}: it changes the log-probs of whole completions, which "
                 f"{self._listed} does not take."
             )
+        if self.takes_divergence:
+            return "ld_alpha has no meaning for a KL per token, which would keep the tail that log-probs lose."
         for row in self.rows:
             if any(name.endswith("mean_logps") for name in row.inputs):
                 return (

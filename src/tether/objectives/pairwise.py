@@ -224,6 +224,64 @@ def rpo(
     return right + (-gap).sigmoid() * (F.logsigmoid(-gap) - F.logsigmoid(-logits))
 
 
+def tdpo1(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_reference_kl: Tensor,
+    rejected_reference_kl: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """Token-level DPO: `-log s(beta (chosen - rejected - (KL rejected - KL chosen)))`, KL(reference, policy) of tokens.
+
+    Args:
+        chosen_logratios: `[B]` nats.
+        rejected_logratios: `[B]` nats.
+        chosen_reference_kl: `[B]` nats, summed over the completion's tokens.
+        rejected_reference_kl: `[B]` nats, summed over the completion's tokens.
+        beta: inverse temperature, per nat, as in DPO.
+
+    Returns:
+        `[B]` nats; `log 2` where policy and reference are the same.
+
+    Reference:
+        Zeng et al., Token-level Direct Preference Optimization, TDPO1, arXiv:2404.11999.
+    """
+    lead = rejected_reference_kl - chosen_reference_kl
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - lead))
+
+
+def tdpo2(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_reference_kl: Tensor,
+    rejected_reference_kl: Tensor,
+    *,
+    beta: float = 0.1,
+    tdpo_alpha: float = 0.5,
+) -> Tensor:
+    """Token-level DPO, weighed: `-log s(beta (chosen - rejected - alpha (KL rejected - KL chosen)))`.
+
+    KL(reference, policy) of tokens, that of the chosen completion without gradient.
+
+    Args:
+        chosen_logratios: `[B]` nats.
+        rejected_logratios: `[B]` nats.
+        chosen_reference_kl: `[B]` nats, summed over the completion's tokens.
+        rejected_reference_kl: `[B]` nats, summed over the completion's tokens.
+        beta: inverse temperature, per nat, as in DPO.
+        tdpo_alpha: weight of the difference of KLs.
+
+    Returns:
+        `[B]` nats; `log 2` where policy and reference are the same.
+
+    Reference:
+        Zeng et al., Token-level Direct Preference Optimization, TDPO2, arXiv:2404.11999.
+    """
+    lead = tdpo_alpha * (rejected_reference_kl - chosen_reference_kl.detach())
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - lead))
+
+
 def aot(
     chosen_logps: Tensor,
     rejected_logps: Tensor,

@@ -127,6 +127,8 @@ class Numbers:
             return self.logps
         if quantity == "reference_logps":
             return self._reference_logps
+        if quantity == "reference_kl" and self._policy.reference_kl is not None:
+            return self._policy.sum_by_completion(self._policy.reference_kl)
         if quantity != "logratios":
             raise ValueError(f"A loss takes {quantity!r}, which a batch of pairs or lists does not have.")
         coefficient = self._combination.f_alpha_divergence_coef

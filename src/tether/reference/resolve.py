@@ -76,7 +76,7 @@ def resolve(
         ReferenceError: a forced means that cannot be right, or a model that cannot be a reference.
     """
     if spec.meaning == "none":
-        return Resolved(NoReference(), f"reference: none; no reference is loaded or run{spec.why_none}")
+        return Resolved(NoReference(), "reference: none; no reference is loaded or run")
     run = _Run(spec, policy, probe, scorer, scorer_for)
     if spec.means == "remote":
         return _resolve_remote(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tether.errors import ReferenceError
@@ -55,14 +56,12 @@ def gather_shards(values: Tensor, parameter: Tensor) -> Tensor:
 
 def drop_gathered(model: nn.Module) -> None:
     """Give up what FSDP2 has gathered for a forward, so that parameters are shards and the next forward reads them."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "set_reshard_after_forward"):
-            module.reshard()  # type: ignore[operator]
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter lies on several processes."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in wrapped[:1]:
+        # A head that is called in chunks after the forward leaves its group in the middle of one; this ends it.
+        module.reset_iter_state()
+    for module in wrapped:
+        module.reshard()
 
 
 def free_memory(device: torch.device) -> int | None:

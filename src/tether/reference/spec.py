@@ -105,7 +105,6 @@ class ReferenceSpec:
         keep: where a snapshot is kept; None lets free memory decide.
         remote: the server, for the means `remote`.
         sync: how the reference moves; None for not at all.
-        why_none: for `none` that Tether chose, why.
     """
 
     meaning: Meaning = "start"
@@ -117,7 +116,6 @@ class ReferenceSpec:
     keep: Keep | None = None
     remote: RemoteOptions | None = None
     sync: Sync | None = None
-    why_none: str = ""
 
     def __post_init__(self) -> None:
         if self.meaning not in MEANS:

@@ -1,8 +1,8 @@
 """Tree attention: every branch of a packed forest attends to its trunk and to itself, and to nothing else.
 
 Registered with transformers' attention interface, one name per implementation it stands in for. A forward that carries
-a `forest` is computed here, segment by segment; any other forward (generation, the padded layout, the user's own code)
-goes to the implementation that the model had before, unchanged.
+a `forest` is computed here, by one of several backends; any other forward (generation, the padded layout, the user's
+own code) goes to the implementation that the model had before, unchanged.
 """
 
 from __future__ import annotations
@@ -11,18 +11,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tether.errors import ScoringError
-from tether.scoring.blocked import blocked_attention
+from tether.errors import ConfigError, ScoringError
+from tether.scoring.attention_flash import flash_attention, flash_problem
+from tether.scoring.attention_flex import flex_tree_attention
+from tether.scoring.attention_sdpa import Options, blocked_segments, segmented_attention
 from tether.types import Forest
+
+Backend = Literal["blocked", "sdpa", "flex", "flash"]
+BACKENDS = {
+    "blocked": blocked_segments,
+    "sdpa": segmented_attention,
+    "flex": flex_tree_attention,
+    "flash": flash_attention,
+}
 
 PREFIX = "tether_tree_"
 # Inside a forest's forward, the modules that attended to the forest so far; None outside.
@@ -110,6 +119,34 @@ def _mask_over(inner: Any) -> Any:
     return mask
 
 
+def backends_for(device: torch.device | str, *, gradients: bool, requested: str = "auto") -> tuple[Backend, ...]:
+    """The backends to try on a device, best first.
+
+    Args:
+        device: where the model is.
+        gradients: whether it will be trained.
+        requested: `auto`, or the one that is forced.
+
+    Raises:
+        ConfigError: an unknown backend, or a forced one that cannot work here.
+    """
+    kind = torch.device(device).type
+    if requested == "auto":
+        if kind == "cuda":
+            return ("flex", "sdpa")
+        return ("blocked",) if kind == "cpu" else ("sdpa",)
+    if requested not in BACKENDS:
+        raise ConfigError(f"attention_backend is {requested!r}; allowed are auto, {', '.join(BACKENDS)}.")
+    problem = ""
+    if requested == "flex" and kind == "cpu" and gradients:
+        problem = "FlexAttention has no backward on a CPU"
+    elif requested == "flash":
+        problem = flash_problem(kind)
+    if problem:
+        raise ConfigError(f"attention_backend is {requested!r}: {problem}. Use auto or sdpa.")
+    return (requested,)  # type: ignore[return-value]
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -117,6 +154,7 @@ def tree_attention(
     value: Tensor,
     forest: Forest,
     *,
+    tree_backend: Backend = "sdpa",
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -125,15 +163,13 @@ def tree_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention over a packed forest by segments, without a `T x T` mask.
-
-    The trunk and the first branch are one causal segment. Each further branch attends to the trunk's keys and,
-    causally, to its own.
+    """Attention over a packed forest, without a `T x T` mask.
 
     Args:
         query: `[1, heads, T, head_dim]`.
         key: `[1, key_value_heads, T, head_dim]`; as `value`.
         forest: the layout of the T tokens.
+        tree_backend: which implementation computes it.
         dropout: probability; `scaling` of the scores, default `head_dim ** -0.5`.
         sliding_window: a query sees keys less than this many positions before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
@@ -143,7 +179,8 @@ def tree_attention(
         `[1, T, heads, head_dim]`.
 
     Raises:
-        ScoringError: a batch that is not one packed row, or a position bias, which has no tree form here.
+        ScoringError: a batch that is not one packed row, a position bias, which has no tree form here, or an option
+            that the backend cannot honour.
     """
     if query.shape[0] != 1 or query.shape[2] != forest.length:
         raise ScoringError(f"A forest of {forest.length} tokens met queries of shape {tuple(query.shape)}.")
@@ -151,79 +188,5 @@ def tree_attention(
         raise ScoringError(f"{type(module).__name__} adds a position bias to its scores; use the padded layout.")
     if (attended := _attended.get()) is not None:
         attended.append(module)
-    kernel = _Kernel(forest, dropout, scaling, sliding_window, softcap, s_aux)
-    sizes = [size for tree in forest.trees for size in (tree.trunk + tree.branches[0], *tree.branches[1:])]
-    # `split` and not slices: its backward is one concatenation, not a zero-filled row for each segment.
-    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
-    outputs: list[Tensor] = []
-    for tree in forest.trees:
-        first = len(outputs)
-        outputs.append(kernel(queries[first], keys[first], values[first]))
-        trunk_key, trunk_value = keys[first][:, :, : tree.trunk], values[first][:, :, : tree.trunk]
-        for i in range(first + 1, first + len(tree.branches)):
-            joined = torch.cat([trunk_key, keys[i]], 2), torch.cat([trunk_value, values[i]], 2)
-            outputs.append(kernel(queries[i], *joined))
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
-
-
-class _Kernel:
-    """Attention of queries that are the last of their keys (bottom-right causal), with a model's options."""
-
-    def __init__(self, forest: Forest, dropout: float, scaling: float | None, window: int | None, softcap, sinks):
-        self.forest, self.dropout, self.scaling = forest, dropout, scaling
-        self.window, self.softcap, self.sinks = window, softcap, sinks
-        self.blocked = not dropout and softcap is None and sinks is None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        length, total = query.shape[2], key.shape[2]
-        if self.blocked and query.device.type == "cpu" and query.dtype != torch.float16:
-            scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-            return blocked_attention(query, key, value, scaling=scaling, window=self.window or 0)
-        if self.window is None or total <= self.window:
-            return self._attend(query, key, value, 0)
-        blocks = []
-        for start in range(total - length, total, self.window):
-            end, low = min(start + self.window, total), max(0, start - self.window + 1)
-            rows = slice(start - (total - length), end - (total - length))
-            blocks.append(self._attend(query[:, :, rows], key[:, :, low:end], value[:, :, low:end], self.window))
-        return torch.cat(blocks, dim=2)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-        mask = self._mask(query.shape[2], key.shape[2], window, query.device)
-        if self.softcap is not None or self.sinks is not None:
-            return self._plain(query, key, value, mask)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout,
-            scale=self.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-
-    def _mask(self, queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:
-        """Bool `[queries, keys]`, True where seen; None for a plain causal square. Built once per forest and shape."""
-        if queries == keys and not window and self.softcap is None and self.sinks is None:
-            return None
-        slot = (queries, keys, window, device)
-        if slot not in self.forest.cache:
-            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-            seen = (distance >= 0) & (distance < window) if window else distance >= 0
-            self.forest.cache[slot] = seen
-        return self.forest.cache[slot]
-
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask is not None else scores
-        if self.sinks is not None:
-            sinks = self.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
-            weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
-        else:
-            weights = scores.softmax(-1, dtype=torch.float32)
-        return F.dropout(weights, self.dropout).to(value.dtype) @ value
+    options = Options(dropout, scaling, sliding_window, softcap, s_aux)
+    return BACKENDS[tree_backend](query, key, value, forest, options)

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256
@@ -30,6 +33,9 @@ class Head:
     @property
     def is_plain(self) -> bool:
         """Whether the module is exactly a linear layer, so that its weight may be used directly."""
+        if isinstance(self.module, FSDPModule):
+            # Gathered by the forward that has just run, and kept until the backward; its hooks are FSDP's own.
+            return isinstance(self.module, nn.Linear) and not isinstance(self.module.weight, DTensor)
         return (
             type(self.module) is nn.Linear and not self.module._forward_hooks and self.module.weight.is_floating_point()
         )
@@ -72,6 +78,7 @@ def token_scores(
     Returns:
         One value per token; `token_logps` is differentiable in `hidden` and in the head's trainable tensors.
     """
+    outputs = tuple(dict.fromkeys(outputs))
     if head.is_plain:
         module: Any = head.module
         logps, *extra = _LinearLogProbs.apply(hidden, module.weight, module.bias, targets, head, outputs, chunk)  # type: ignore
@@ -142,6 +149,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return logps, *extra.values()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logps, *_):  # type: ignore
         if not ctx.trainable:
             (slope,) = ctx.saved_tensors

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import dtype_of, evaluation_mode, transformers_model
-from tether.scoring.attention import remove_tree_attention
+from tether.scoring.attention import Backend, backends_for, remove_tree_attention
 from tether.scoring.batch import pack, sequence_sources, sequences
 from tether.scoring.score import Layout, score
 from tether.types import Example, ScoringBatch
@@ -46,29 +47,40 @@ class Measures:
     """What a layout is proved by: the same numbers in a layout and with each sequence alone.
 
     Args:
-        packed: model, batch and layout to numbers.
+        packed: model, batch, and layout and backend as keywords, to numbers.
         alone: model and batch to the same numbers, the plainest way.
         unit: of a number; `counted`: what there is one number for.
     """
 
-    packed: Callable[[nn.Module, ScoringBatch, Layout], Tensor]
+    packed: Callable[..., Tensor]
     alone: Callable[[nn.Module, ScoringBatch], Tensor]
     unit: str
     counted: str
 
 
-LOG_PROBS = Measures(
-    lambda model, batch, layout: score(model, batch, layout=layout).token_logps, score_alone, "nats", "tokens"
-)
+def _token_logps(model: nn.Module, batch: ScoringBatch, **options: Any) -> Tensor:
+    return score(model, batch, **options).token_logps
+
+
+LOG_PROBS = Measures(_token_logps, score_alone, "nats", "tokens")
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """The layout a run uses, and the proof: largest difference per token from scoring alone, in nats."""
+    """The layout a run uses, and the proof: largest difference per token from scoring alone, in nats.
+
+    `backend` is what computes the attention of a tree; None for another layout.
+    """
 
     layout: Layout
+    backend: Backend | None
     difference: float
     line: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords for `score`."""
+        return {"layout": self.layout} | ({"backend": self.backend} if self.backend else {})
 
 
 def choose_layout(
@@ -76,7 +88,8 @@ def choose_layout(
     examples: Sequence[Example],
     *,
     requested: Layout | None = None,
-    measures: Measures | None = None,
+    backend: str = "auto",
+    measures: Measures = LOG_PROBS,
 ) -> LayoutChoice:
     """Score real examples as a tree and alone, and take the tree layout only if they agree.
 
@@ -84,41 +97,63 @@ def choose_layout(
         model: the policy.
         examples: a few real ones; with two completions or more, so that a leak between them would show.
         requested: a layout that is forced; it is proved all the same.
-        measures: what is compared, as a function of a layout and as the plainest way; log-probabilities if None.
+        backend: what computes a tree's attention; `auto`: the device's first choice that is proved.
+        measures: what is compared.
 
     Returns:
         The choice with one line to print.
 
     Raises:
         ScoringError: no layout gives what scoring alone gives, or the one that was forced does not.
+        ConfigError: the backend that was forced cannot work here, or the layout has none.
     """
     device = next(model.parameters()).device
     batch, limit = pack(examples).to(device), tolerance(model)
-    measures = measures or LOG_PROBS
+    candidates = _candidates(model, requested, backend)
     with torch.no_grad(), evaluation_mode(model):
         alone = measures.alone(model, batch)
         reason = ""
-        for layout in (requested,) if requested else ("tree", "padded"):
-            difference, problem = _compare(measures, model, batch, alone, layout)
-            if difference <= limit:
-                tokens = f"{difference:.1e} {measures.unit} from each sequence alone, {len(alone)} {measures.counted}"
-                tokens += f" (allowed {limit:.0e})"
-                return LayoutChoice(layout, difference, f"scoring: {layout} layout, at most {tokens}{reason}")
-            reason += f"; {layout} layout refused: {problem or f'{difference:.1e} {measures.unit} off'}"
+        for layout, kernel in candidates:
+            choice = LayoutChoice(layout, kernel, *_compare(measures, model, batch, alone, layout, kernel))
+            name = f"{layout} layout" + (f", {kernel} attention" if kernel else "")
+            if choice.difference <= limit:
+                figure = (
+                    f"{choice.difference:.1e} {measures.unit} from each sequence alone, {len(alone)} {measures.counted}"
+                )
+                return replace(choice, line=f"scoring: {name}, at most {figure} (allowed {limit:.0e}){reason}")
+            reason += f"; {name} refused: {choice.line or f'{choice.difference:.1e} {measures.unit} off'}"
             if layout == "tree":
                 remove_tree_attention(transformers_model(model))
+    forced = ["`scoring_layout`"] * (requested is not None) + ["`attention_backend`"] * (backend != "auto")
     raise ScoringError(
         f"{type(transformers_model(model)).__name__} is not scored as it scores each sequence alone{reason}. "
         f"Allowed are {limit:.0e} {measures.unit}. "
-        + ("Leave `scoring_layout` unset to let Tether choose." if requested else "This architecture is not supported.")
+        + (f"Leave {' and '.join(forced)} unset to let Tether choose." if forced else "This model is not supported.")
     )
 
 
+def _candidates(model: nn.Module, requested: Layout | None, backend: str) -> list[tuple[Layout, Backend | None]]:
+    """Layouts and backends to try, best first; a backend that is forced leaves trees only."""
+    if requested not in (None, "tree") and backend != "auto":
+        raise ConfigError(
+            f"attention_backend is {backend!r} and scoring_layout {requested!r}, whose attention is the model's own. "
+            "Leave attention_backend at auto."
+        )
+    if requested not in (None, "tree"):
+        return [(requested, None)]
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    kernels = backends_for(next(model.parameters()).device, gradients=trains, requested=backend)
+    trees: list[tuple[Layout, Backend | None]] = [("tree", kernel) for kernel in kernels]
+    return trees if requested or backend != "auto" else [*trees, ("padded", None)]
+
+
 def _compare(
-    measures: Measures, model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout
+    measures: Measures, model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout, backend: Backend | None
 ) -> tuple[float, str]:
+    """Largest difference from scoring alone, and what went wrong where nothing could be compared."""
     try:
-        difference = (measures.packed(model, batch, layout) - alone).abs().max().item()
+        found = measures.packed(model, batch, layout=layout, backend=backend or "auto")
+        difference = (found - alone).abs().max().item()
     except ConfigError:
         raise
     except ScoringError as error:

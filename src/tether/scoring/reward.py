@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,20 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import transformers_model
+from tether.scoring.attention import Backend, backends_for, require_all_attended
 from tether.scoring.batch import sequences
 from tether.scoring.proof import Measures
 from tether.scoring.score import _LAYOUTS, Layout, _refuse_length_dependence
 from tether.types import ScoringBatch
 
 
-def reward(model: nn.Module, batch: ScoringBatch, *, layout: Layout = "tree") -> Tensor:
+def reward(
+    model: nn.Module,
+    batch: ScoringBatch,
+    *,
+    layout: Layout = "tree",
+    backend: Backend | Literal["auto"] = "auto",
+) -> Tensor:
     """Reward of every completion of a batch under a sequence classifier with one output, called `score`.
 
     It is read where transformers reads it: at the last token of prompt and completion that is not the padding token.
@@ -26,7 +33,7 @@ def reward(model: nn.Module, batch: ScoringBatch, *, layout: Layout = "tree") ->
     Args:
         model: a transformers or PEFT model for sequence classification with `num_labels=1`, wrapped or not.
         batch: B packed prompts with K completions.
-        layout: as for `score`.
+        layout: as for `score`; also `backend`.
 
     Returns:
         `[K]`, float32.
@@ -43,13 +50,17 @@ def reward(model: nn.Module, batch: ScoringBatch, *, layout: Layout = "tree") ->
     ends = _last_tokens(batch, inner.config.get_text_config().pad_token_id)
     index = torch.arange(batch.num_completions, device=ends.device)
     inputs, sources, context = _LAYOUTS[layout](inner, replace(batch, sources=ends, completion_index=index))
+    if "forest" in inputs:
+        inputs["tree_backend"] = backends_for(ends.device, gradients=False, requested=backend)[0]
     values: list[Tensor] = []
     handle = head.register_forward_hook(lambda _, args, output: values.append(cast(Tensor, output)))
     try:
-        with context:
+        with context as attended:
             model(**inputs, use_cache=False)
     finally:
         handle.remove()
+    if attended is not None:
+        require_all_attended(inner, attended)
     return values[0].flatten(0, 1).index_select(0, sources)[:, 0].float()
 
 
@@ -62,9 +73,7 @@ def reward_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
     return torch.stack(outputs).float()
 
 
-REWARDS = Measures(
-    lambda model, batch, layout: reward(model, batch, layout=layout), reward_alone, "of a reward", "completions"
-)
+REWARDS = Measures(reward, reward_alone, "of a reward", "completions")
 
 
 def _head_of(model: PreTrainedModel) -> nn.Module:

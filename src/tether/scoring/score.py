@@ -12,14 +12,20 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import transformers_model
-from tether.scoring.attention import forest_forward, install_tree_attention, require_all_attended
+from tether.scoring.attention import (
+    Backend,
+    backends_for,
+    forest_forward,
+    install_tree_attention,
+    require_all_attended,
+)
 from tether.scoring.batch import sequence_counts, sequence_sources, sequences
 from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
 from tether.scoring.router import has_router, load_balancing_loss
 from tether.types import Scores, ScoringBatch
 
 Layout = Literal["tree", "padded"]
-Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss"]
+Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden"]
 
 
 def score(
@@ -28,6 +34,7 @@ def score(
     *,
     outputs: tuple[Output, ...] = (),
     layout: Layout = "tree",
+    backend: Backend | Literal["auto"] = "auto",
     chunk: int = CHUNK,
 ) -> Scores:
     """Log-probability of every completion token of a batch under a causal language model.
@@ -39,9 +46,12 @@ def score(
         model: a transformers or PEFT model, wrapped or not, on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
-            `log_collision`; of the whole batch `aux_loss`, see `load_balancing_loss`.
+            `log_collision`; its `hidden` state before the head; of the whole batch `aux_loss`, see
+            `load_balancing_loss`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own.
+        backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
+            device's first choice.
         chunk: tokens whose logits exist at once.
 
     Returns:
@@ -49,16 +59,18 @@ def score(
 
     Raises:
         ScoringError: the model cannot be called this way, for instance it has no language-model head.
-        ConfigError: an unknown layout or output.
+        ConfigError: an unknown layout, output or backend, or a backend that cannot work here.
     """
     inner = transformers_model(model)
     _check_request(inner, outputs, layout)
     head, routed = head_of(inner), "aux_loss" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
+    if "forest" in inputs:
+        inputs["tree_backend"] = backends_for(batch.input_ids.device, gradients=False, requested=backend)[0]
+    if has_router(inner):
+        inputs["output_router_logits"] = routed
     with _capture_hidden(head.module) as captured, context as attended:
-        if has_router(inner):
-            inputs["output_router_logits"] = routed
         answer = model(**inputs, use_cache=False)
     if attended is not None:
         require_all_attended(inner, attended)
@@ -73,13 +85,14 @@ def score(
     return Scores(
         completion_index=batch.completion_index,
         num_completions=batch.num_completions,
+        hidden=hidden if "hidden" in outputs else None,
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
         **found._asdict(),
     )
 
 
 def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str) -> None:
-    allowed = (*OUTPUTS, "aux_loss")
+    allowed = (*OUTPUTS, "aux_loss", "hidden")
     if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
         raise ConfigError(
             f"score(): layout {layout!r}, outputs {outputs!r}; layouts are {', '.join(_LAYOUTS)}, outputs {allowed}."

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from tether.data.schema import Turns
+from tether.data.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.scoring import Layout
 from tether.training.reference_arguments import ReferenceArguments, keywords
@@ -44,7 +45,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
-        truncation_mode: what is kept of a longer sequence: `keep_start` or `keep_end`.
+        truncation_mode: what is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`.
         prompt_boundary: what to do when a prompt's tokens are no prefix of prompt and completion tokenised together:
             `split`, `drop` or `error`.
         dataset_num_proc: processes that prepare the data.
@@ -57,6 +58,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
             what the memory allows, printed; None: a batch is one forward.
         scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
+        attention_backend: force what computes a tree's attention: `blocked`, `sdpa`, `flex` or `flash`; `auto`: blocks
+            on a processor, FlexAttention on CUDA where it is proved, SDPA elsewhere.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -81,15 +84,17 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
     max_tokens_per_forward: int | str | None = "auto"
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
             self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        self._refuse("truncation_mode", ("keep_start", "keep_end"))
+        self._refuse("truncation_mode", TRUNCATION_MODES)
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("scoring_layout", (None, "tree", "padded"))
+        self._refuse("attention_backend", ("auto", "blocked", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
@@ -123,11 +128,6 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     def turns(self) -> Turns:
         """Which turns of a completion of several are scored: `all`, or those of the `assistant`."""
         return "all"
-
-    @property
-    def cut_length(self) -> int | None:
-        """Tokens to which a row's sequences are cut; None: not at all."""
-        return self.max_length
 
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""

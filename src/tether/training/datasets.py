@@ -6,18 +6,28 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tether.data import Prepared, example_from_row, longest_row, overlap, prepare
+from tether.data import (
+    Prepared,
+    example_from_row,
+    is_origin,
+    is_split,
+    load_rows,
+    longest_row,
+    overlap,
+    prepare,
+    split_rows,
+)
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
 logger = logging.getLogger("tether")
 _FRONT = 32
-Rows = Dataset | list[dict[str, Any]] | str | Path | list[str]
+Rows = Dataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
 
 
 @dataclass
@@ -41,7 +51,7 @@ class RunData:
         prepared = prepare(
             rows,
             self.tokenizer,
-            max_length=self.args.cut_length,
+            max_length=self.args.max_length,
             kind=self.args.kind,
             turns=self.args.turns,
             truncation_mode=self.args.truncation_mode,
@@ -61,11 +71,14 @@ class RunData:
         Returns:
             The training set, and the evaluation set, a dictionary of them, or None.
         """
+        if is_split(evaluation):
+            train, evaluation = split_rows(load_rows(train, name="train"), cast(Mapping[str, Any], evaluation))
         training = self.prepare("train", train)
         if evaluation is None:
             return training.dataset, None
-        named = isinstance(evaluation, Mapping)
-        parts = {f"eval_{name}": rows for name, rows in evaluation.items()} if named else {"eval": evaluation}
+        named = isinstance(evaluation, Mapping) and not is_origin(evaluation)
+        sets = cast(Mapping[str, Rows], evaluation if named else {"": evaluation})
+        parts = {f"eval_{name}" if named else "eval": rows for name, rows in sets.items()}
         prepared = {name: self.prepare(name, rows) for name, rows in parts.items()}
         for name, part in prepared.items():
             shared = overlap(training, part)

@@ -17,6 +17,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
     "discopop_tau",
     "dpop_lambda",
+    "tdpo_alpha",
     "rpo_eta",
     "simpo_gamma",
     "cpo_alpha",
@@ -42,6 +43,7 @@ class DPOConfig(PreferenceConfig):
         use_weighting: weigh each pair by how likely the policy would have written it (WPO).
         discopop_tau: temperature of `discopop`.
         dpop_lambda: weight of the penalty of `dpop`.
+        tdpo_alpha: weight of the difference of KLs in `tdpo2`.
         rpo_eta: scale of the reward gap that `rpo` fits.
         simpo_gamma: lead of the reward that `simpo` aims at.
         cpo_alpha: weight of the likelihood in `cpo`.
@@ -61,6 +63,7 @@ class DPOConfig(PreferenceConfig):
     use_weighting: bool = False
     discopop_tau: float = 0.05
     dpop_lambda: float = 50.0
+    tdpo_alpha: float = 0.5
     rpo_eta: float = 1.0
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
@@ -81,6 +84,12 @@ class DPOConfig(PreferenceConfig):
             raise ConfigError(
                 f"per_device_train_batch_size is 1, and {sorting[0]} sorts the pairs of a micro-batch, of which there "
                 "would be one. Raise it, or take another loss."
+            )
+        if combination.takes_divergence and (self.reference == "none" or self.reference_means in ("remote", "store")):
+            raise ConfigError(
+                f"reference is {self.reference!r} (reference_means {self.reference_means!r}), and "
+                f"{', '.join(self.loss_type)} takes the reference's whole distribution at each token. Take a reference "
+                "that is run here: adapter_off, snapshot or model."
             )
         if not combination.needs_reference:
             self._do_without_reference()

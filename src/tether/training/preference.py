@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
+
+from torch import nn
 
 from tether.errors import DataError
 from tether.objectives import OBJECTIVES, Combination, preference_loss
+from tether.scoring import Layout
+from tether.training.distributions import ReferenceStates
 from tether.training.dpo_arguments import DPOConfig
 from tether.training.trainer import TetherTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -49,8 +54,22 @@ class DPOTrainer(TetherTrainer):
         """What scoring the policy gives besides log-probs: for metrics, and where the objective asks for more."""
         return (*super().outputs, *self.objective.outputs)
 
+    @cached_property
+    def _states(self) -> ReferenceStates:
+        return ReferenceStates()
+
+    def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Any]:
+        layout, scorer = super()._proved(model, whose)
+        return layout, self._states.kept_by(scorer) if self.objective.takes_divergence else scorer
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
+        self._states.forget()
+        return super()._judge_batch(model, batch, mode)
+
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """The configured losses."""
+        if self.objective.takes_divergence:
+            policy = self._states.with_divergence(policy, self.policy)
         flat = self.resolved.reference.identity.meaning == "none"
         return preference_loss(
             policy, None if flat else reference, loss=self.objective, values=batch.values, sizes=batch.sizes

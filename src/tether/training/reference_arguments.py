@@ -102,10 +102,6 @@ class ReferenceArguments:
             **found,
         )
 
-    def needs_reference(self) -> bool:
-        """Whether the objective compares with a reference at all; where it does not, none is loaded or run."""
-        return True
-
 
 def keywords(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     """A mapping that may be given as JSON text, as on a command line.

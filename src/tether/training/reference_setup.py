@@ -30,7 +30,7 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     """What the reference means, from the configuration and `ref_model`.
 
     Raises:
-        ConfigError: the two say different things, or a reference was declared for an objective that needs none.
+        ConfigError: the two say different things.
     """
     if ref_model is not None and args.reference not in (None, "model"):
         raise ConfigError(
@@ -47,15 +47,7 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
         raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
     if args.ref_model_init_kwargs and not isinstance(ref_model, (str, Path)):
         raise ConfigError("ref_model_init_kwargs came without a ref_model that is named by a string. Leave them out.")
-    declared = args.reference or (None if ref_model is None else "model")
-    if not args.needs_reference():
-        if declared not in (None, "none") or args.reference_means is not None or args.sync_ref_model:
-            raise ConfigError(
-                "A reference was declared, and the objective compares with none, so that it would never be used. "
-                "Leave reference, ref_model and sync_ref_model out, or choose an objective that needs a reference."
-            )
-        return "none"
-    return declared or "start"
+    return args.reference or ("start" if ref_model is None else "model")
 
 
 def reference_spec(
@@ -84,8 +76,6 @@ def reference_spec(
         found["adapter"], ref_model = _adapter(args, policy)
         if ref_model is not None:
             meaning, found = "model", {}
-    if meaning == "none" and not args.needs_reference():
-        found["why_none"] = ": the objective compares with none"
     described = policy if ref_model is None else ref_model
     revision = getattr(transformers_model(described).config, "_commit_hash", None)
     return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, **found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any, cast
 
 from datasets import Dataset
@@ -12,8 +11,6 @@ from peft import PeftConfig, TaskType
 from torch import Tensor, nn
 from transformers import set_seed
 
-from tether.data import Prepared
-from tether.errors import DataError
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
 from tether.objectives.reward import reward_loss
@@ -57,21 +54,23 @@ class RewardTrainer(ReferenceFreeTrainer):
         """Add the adapter, and train the head beside it."""
         return super().add_adapter(policy, None if peft_config is None else _with_head(peft_config), args)
 
-    def arrange(self, prepared: Prepared, args: RewardConfig) -> Prepared:
-        """Drop pairs that are too long."""
-        return without_longer(prepared, args.max_length)
-
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Any]:
         # In a batch of several rows transformers finds the last token by the padding token.
         transformers_model(model).config.get_text_config().pad_token_id = self.data.tokenizer.pad_token_id
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         with self.accelerator.autocast():
-            choice = choose_layout(model, examples, requested=self.args.scoring_layout, measures=REWARDS)
+            choice = choose_layout(
+                model,
+                examples,
+                requested=self.args.scoring_layout,
+                backend=self.args.attention_backend,
+                measures=REWARDS,
+            )
         logger.info(f"{whose}{choice.line}")
 
         def scorer(model: nn.Module, batch: ScoringBatch) -> Tensor:
             with self.accelerator.autocast():
-                return reward(model, batch, layout=choice.layout)
+                return reward(model, batch, **choice.options)
 
         return choice.layout, scorer
 
@@ -105,30 +104,3 @@ def _with_head(peft_config: PeftConfig) -> PeftConfig:
         logger.info(f"adapter: for sequence classification; the head {HEAD!r} is trained in full beside it")
     changed.task_type, changed.modules_to_save = TaskType.SEQ_CLS, [*saved, *({HEAD} - set(saved))]
     return changed
-
-
-def without_longer(prepared: Prepared, max_length: int | None) -> Prepared:
-    """Prepared rows without those of which a sequence has more than `max_length` tokens; None keeps all.
-
-    Raises:
-        DataError: none is left.
-    """
-    if max_length is None:
-        return prepared
-    rows = prepared.dataset.with_format(None)
-    kept = [
-        i
-        for i, (prompt, completions) in enumerate(zip(rows["prompt_ids"][:], rows["completion_ids"][:], strict=True))
-        if len(prompt) + max(map(len, completions)) <= max_length
-    ]
-    longer = len(rows) - len(kept)
-    if not longer:
-        return prepared
-    name = prepared.report.name
-    if not kept:
-        raise DataError(f"{name}: all {longer} pairs have more than max_length={max_length} tokens. Raise max_length.")
-    logger.warning(f"{name}: {longer} of {len(rows)} pairs have more than {max_length} tokens and are dropped, not cut")
-    digests = ([found[i] for i in kept] for found in (prepared.row_digests, prepared.prompt_digests))
-    row_digests, prompt_digests = map(tuple, digests)
-    report = replace(prepared.report, kept=len(kept))
-    return Prepared(rows.select(kept).flatten_indices(), report, row_digests, prompt_digests)

@@ -16,6 +16,7 @@ class RewardConfig(ReferenceFreeConfig):
     Args:
         max_length: tokens of prompt and completion together; pairs of which one is longer are dropped, since the end of
             a text decides its reward. None keeps all.
+        truncation_mode: stays `drop`.
         center_rewards_coefficient: weight of a term that draws the rewards' mean to 0; None for none. The paper uses
             0.01.
 
@@ -24,6 +25,7 @@ class RewardConfig(ReferenceFreeConfig):
     """
 
     learning_rate: float = 1e-4
+    truncation_mode: str = "drop"
     center_rewards_coefficient: float | None = None
 
     def __post_init__(self) -> None:
@@ -31,14 +33,9 @@ class RewardConfig(ReferenceFreeConfig):
             problem = option_problem("reward", {"center_rewards_coefficient": self.center_rewards_coefficient})
             if problem:
                 raise ConfigError(problem)
-        if self.truncation_mode != "keep_start":
+        if self.truncation_mode != "drop":
             raise ConfigError(
                 f"truncation_mode={self.truncation_mode!r} came, but longer pairs are dropped here, not cut, since the "
                 "end of a text decides its reward. Leave truncation_mode out."
             )
         super().__post_init__()
-
-    @property
-    def cut_length(self) -> None:
-        """Nothing is cut."""
-        return None

