@@ -162,6 +162,28 @@ def test_columns_of_weights_and_margins_reach_the_loss(tmp_path):
     assert one.state.log_history[0]["loss"] == pytest.approx(sum(expected) / 4, abs=1e-5)
 
 
+def test_ranked_lists_train(tmp_path):
+    """From the rows on, lists of 2, 3 and 4: the first loss is the mean of log K!, then it falls, for every split."""
+    words = [" good", " fine, as such", " bad", " dull and long and dull"]
+    sizes = (2, 3, 4, 3)
+    rows = [{"prompt": f"Film {i} was", "completions": words[:size]} for i, size in enumerate(sizes)]
+    losses = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        one = trainer(
+            tmp_path / str(batch),
+            rows=rows,
+            loss_type="plackett_luce",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=2.0,
+        )
+        one.train()
+        losses.append([log["loss"] for log in one.state.log_history if "loss" in log])
+    assert losses[0][0] == pytest.approx(sum(math.log(math.factorial(size)) for size in sizes) / 4, abs=1e-5)
+    assert losses[0][1] < losses[0][0] - 1e-3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sft", "simpo", "cpo", "orpo", "odds_ratio"])
 def test_no_reference_is_run_where_none_is_needed(name, tmp_path):
     """INV-9, by counting: one forward a micro-batch, none without a gradient after the start."""

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tether.cli import data
 from tether.cli.demo import demo
 from tether.cli.errors import explain, print_error
 from tether.cli.train import TrainCommand, train
@@ -27,6 +28,7 @@ app.command(
     "demo",
     help="Tune a real language model on preferences in minutes, compare before and after, and write the report.",
 )(demo)
+app.add_typer(data.app, name="data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

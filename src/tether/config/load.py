@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from tether.config.document import KeyPath, parse, read_document
 from tether.config.fields import ELSEWHERE, known_fields, problem_with
 from tether.config.problems import describe, dotted, show, unknown_key, wrong_value
-from tether.config.sections import SHORT_FORMS, Objective, RunConfig, Train
+from tether.config.section import SHORT_FORMS
+from tether.config.sections import Objective, RunConfig, Train
 from tether.config.trainers import Loss, default_of, own_fields
 from tether.errors import ConfigError
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from tether.config.data_section import SOURCE_TAGS
 from tether.config.document import KeyPath
-from tether.config.sections import SOURCE_TAGS, Allowed, RunConfig, Train
+from tether.config.section import Allowed
+from tether.config.sections import RunConfig, Train
 
 _SHOWN = 3
 _KINDS = (

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.render import Rendered
 from tether.data.template import turn_end
+from tether.data.words import WordMemory
 from tether.errors import DataError
 
 Boundary = Literal["split", "drop", "error"]
@@ -75,6 +76,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, name: str = "data") -> None:
         self.tokenizer = tokenizer
         self.name = name
+        self._words = WordMemory.of(tokenizer, self._plain)
         self.prefix = [] if template is not None else self._learned_prefix()
         self.end, self.tail = self._learned_end(template)
         # SentencePiece writes a space before a text on its own ("world" gives the ids of " world").
@@ -83,6 +85,14 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, without any that the tokenizer would add around them."""
+        if self._words is not None and texts:
+            found = self._words.encode(texts)
+            if found is not None:
+                return found
+            self._words = None
+        return self._plain(texts)
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.row import Objective
 from tether.objectives.table import OBJECTIVES
 
 BEGIN, END = "<!-- generated: python -m tether.objectives.describe -->", "<!-- end of generated -->"
+# Every row of the page.
+ROWS: tuple[Objective, ...] = (*OBJECTIVES.values(), *OTHER_OBJECTIVES.values())
 _KINDS = {
     "pair": "Pairs: a prompt with a chosen and a rejected completion",
     "ranked": "Ranked lists: a prompt with several completions, the best first",
@@ -62,7 +65,7 @@ def page() -> str:
     """All kinds of data that have an objective, each with a table and what each objective computes."""
     parts = []
     for kind, title in _KINDS.items():
-        rows = [row for row in OBJECTIVES.values() if row.kind == kind]
+        rows = [row for row in ROWS if row.kind == kind]
         if rows:
             parts += [f"## {title}", _overview(rows), *map(_details, rows)]
     return "\n\n".join(parts)

@@ -19,6 +19,10 @@ def nll(token_logps: Tensor) -> Tensor:
     Returns:
         `[N]` nats.
 
+    Reference:
+        Ouyang et al., Training language models to follow instructions with human feedback, section 3.5,
+        arXiv:2203.02155.
+
     Example:
         >>> nll(torch.tensor([-0.5, -2.0]))
         tensor([0.5000, 2.0000])

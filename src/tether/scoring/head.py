@@ -35,7 +35,8 @@ class Head:
         """Whether the module is exactly a linear layer, so that its weight may be used directly."""
         if isinstance(self.module, FSDPModule):
             # Gathered by the forward that has just run, and kept until the backward; its hooks are FSDP's own.
-            return isinstance(self.module, nn.Linear) and not isinstance(self.module.weight, DTensor)
+            plain = nn.Linear in type(self.module).__bases__  # FSDP puts its class over the module's own
+            return plain and not isinstance(self.module.weight, DTensor)
         return (
             type(self.module) is nn.Linear and not self.module._forward_hooks and self.module.weight.is_floating_point()
         )

@@ -75,9 +75,7 @@ def score(
     if attended is not None:
         require_all_attended(inner, attended)
     if len(captured) != 1:
-        raise ScoringError(
-            f"The head of {type(inner).__name__} was called {len(captured)} times in a forward; once is needed."
-        )
+        raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times, not once.")
     hidden = captured[0].flatten(0, 1).index_select(0, sources)
     per_token = tuple(name for name in OUTPUTS if name in outputs)
     found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)

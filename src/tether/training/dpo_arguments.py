@@ -95,11 +95,6 @@ class DPOConfig(PreferenceConfig):
             self._do_without_reference()
         super().__post_init__()
 
-    @property
-    def kind(self) -> Kind:  # type: ignore[override]
-        """Pairs or ranked lists, as the losses say."""
-        return self.combination().kind
-
     def _do_without_reference(self) -> None:
         if self.reference not in (None, "none") or self.reference_means is not None:
             raise ConfigError(
@@ -107,6 +102,11 @@ class DPOConfig(PreferenceConfig):
                 f"{', '.join(self.loss_type)} compares with one. Leave them out; none is loaded or run."
             )
         self.reference = "none"
+
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        """What the rows are read as: pairs, or ranked lists."""
+        return self.combination().kind
 
     def combination(self) -> Combination:
         """The objective: losses, weights, options that take effect or were changed, and transforms."""
