@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tether.errors import ConfigError
 from tether.training import CPOConfig, DPOConfig, KTOConfig, SFTConfig
 
 Tether = Callable[..., tuple[int, str, str]]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "trainers"
 
 
 def completions(workplace: Any) -> list[dict[str, Any]]:
@@ -101,3 +103,14 @@ def test_learning_rates_are_the_trainers_own(loss: str, rate: float) -> None:
 def test_wrong_options_are_refused(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build(run_with(**sections))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+def test_the_examples_train(name: str, workplace: Any, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run file of `examples/trainers`, as it is, for one step of a tiny model."""
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    small = ["train.max_steps=1", "train.batch_size=4", "train.use_cpu=true", "train.logging_steps=1"]
+    place = [f"model={workplace.path / 'model'}", f"output={workplace.path / 'out'}"]
+    code, _, err = tether("train", str(EXAMPLES / f"{name}.yaml"), *small, *place)
+    assert code == 0, err
+    assert "step 1/1" in err
