@@ -331,13 +331,17 @@ def test_options_take_effect(kind, name, value, tmp_path):
 def test_columns_take_effect_or_are_refused(kind, tmp_path):
     """A weight of 0 takes a row out of the gradient; a margin that no loss reads is an error."""
     rows = KINDS[kind][1]
-    plain = build(tmp_path, kind, rows=[{**row, "weight": 1.0} for row in rows], max_steps=1, **other(kind))
-    weighted = build(tmp_path, kind, rows=[{**row, "weight": 0.25} for row in rows], max_steps=1, **other(kind))
-    for run in (plain, weighted):
+    losses = []
+    for weight in (1.0, 0.25):
+        weighted = [{**row, "weight": weight} for row in rows]
+        run = build(tmp_path, kind, rows=weighted, eval_dataset=Dataset.from_list(weighted), max_steps=1, **other(kind))
+        evaluation = run.evaluate()["eval_loss"]
         run.train()
-    assert logged(weighted)[0] != pytest.approx(logged(plain)[0], abs=1e-3)
+        losses.append((logged(run)[0], evaluation))
+    plain, weighted = losses
+    assert all(loss != pytest.approx(other, abs=1e-3) for loss, other in zip(weighted, plain, strict=True))
     if kind in ("kto", "reward"):
-        assert logged(weighted)[0] == pytest.approx(0.25 * logged(plain)[0], abs=1e-5)
+        assert weighted == pytest.approx([0.25 * loss for loss in plain], abs=1e-5)
     if kind != "reward":
         with pytest.raises(DataError, match="column `margin`"):
             build(tmp_path, kind, rows=[{**row, "margin": 1.0} for row in rows])
@@ -359,6 +363,7 @@ def test_columns_take_effect_or_are_refused(kind, tmp_path):
         ("sft", {"assistant_only_loss": True, "completion_only_loss": False}, "Leave one of them out"),
         ("sft", {"assistant_only_loss": True}, "text, which has no turns"),
         ("reward", {"center_rewards_coefficient": -0.1}, "at least 0"),
+        ("reward", {"router_aux_loss_coef": 0.1}, "reward models do not take"),
         ("reward", {"truncation_mode": "keep_end"}, "dropped here, not cut"),
     ],
 )

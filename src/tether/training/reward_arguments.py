@@ -33,6 +33,11 @@ class RewardConfig(ReferenceFreeConfig):
             problem = option_problem("reward", {"center_rewards_coefficient": self.center_rewards_coefficient})
             if problem:
                 raise ConfigError(problem)
+        if self.router_aux_loss_coef is not None:
+            raise ConfigError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r} came, which reward models do not take, as in TRL. "
+                "Leave it out."
+            )
         if self.truncation_mode != "drop":
             raise ConfigError(
                 f"truncation_mode={self.truncation_mode!r} came, but longer pairs are dropped here, not cut, since the "

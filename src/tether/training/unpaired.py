@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared
 from tether.objectives.others import OTHER_OBJECTIVES
-from tether.objectives.unpaired import UNPAIRED, is_balanced, suggested_weights, unpaired_loss
+from tether.objectives.unpaired import is_balanced, kto, suggested_weights, unpaired_loss
 from tether.reference.protocol import frozen_pass
 from tether.training.mismatched import with_mismatched
 from tether.training.trainer import TetherTrainer
@@ -110,7 +110,10 @@ class KTOTrainer(TetherTrainer):
         """The configured loss of single completions."""
         desirable = batch.values["label"] > 0.5
         logratios = (policy.logps - reference.logps).detach()
-        baseline = self._baseline(logratios, desirable)
+        baseline = self._baseline(logratios)
+        weights = batch.values.get("weight", torch.ones_like(batch.values["label"]))
+        if self._mode == "eval":
+            self._evaluated.append(torch.stack([logratios[:: self._branches], desirable, weights], dim=1))
         output = unpaired_loss(
             policy,
             reference,
@@ -120,8 +123,7 @@ class KTOTrainer(TetherTrainer):
             branches=self._branches,
             **self.args.objective_options(),
         )
-        if "weight" in batch.values:
-            output = replace(output, per_example=output.per_example * batch.values["weight"])
+        output = replace(output, per_example=output.per_example * weights)
         rows = torch.tensor(float(len(desirable)), device=baseline.device)
         if self.args.loss_type == "bco":
             output.metrics["delta"] = (self.args.beta * baseline * rows, rows)
@@ -130,18 +132,15 @@ class KTOTrainer(TetherTrainer):
             output.metrics["kl"] = cast(tuple[Tensor, Tensor], shown)
         return output
 
-    def _baseline(self, logratios: Tensor, desirable: Tensor) -> Tensor:
+    def _baseline(self, logratios: Tensor) -> Tensor:
         """Of the step, in nats; in evaluation, `kto` knows its own only at the end."""
-        training = self._mode != "eval"
         if self.args.loss_type == "bco":
             if self._mode == "train":
                 new = torch.stack([logratios.double().sum(), logratios.new_tensor(float(len(logratios))).double()])
                 self._current = new if self._current is None else self._current + new
             total, count = self._earlier.tolist()
             return logratios.new_tensor(total / count if count else 0.0)
-        if self.args.loss_type == "kto" and not training:
-            self._evaluated.append(torch.stack([logratios[0::2], desirable.to(logratios)], dim=1))
-        if self.args.loss_type != "kto" or not training:
+        if self.args.loss_type != "kto" or self._mode == "eval":
             return logratios.new_zeros(())
         z0 = self._mean(_mismatched(logratios)).clamp(min=0) if self._z0 is None else self._z0
         return z0.to(logratios.dtype)
@@ -166,10 +165,11 @@ class KTOTrainer(TetherTrainer):
         """The margin between the classes; in evaluation, KTO's loss with the baseline of the whole set."""
         if mode == "eval" and self.args.loss_type == "kto":
             means["kl"] = max(0.0, means["kl"])
-            rows = torch.cat([torch.zeros(0, 2, device=self.args.device), *self._evaluated])
-            losses = UNPAIRED["kto"](rows[:, 0], rows[:, 1] > 0.5, means["kl"], **self.args.objective_options())
-            parts = torch.stack([losses.double().sum(), losses.new_tensor(float(len(losses))).double()])
-            means["loss"], self._evaluated = self._mean(parts).item(), []
+            rows = torch.cat([torch.zeros(0, 3, device=self.args.device), *self._evaluated]).double()
+            losses = rows[:, 2] * kto(rows[:, 0], rows[:, 1] > 0.5, means["kl"], **self.args.objective_options())
+            loss = self._mean(torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))]))
+            means["loss"] = loss.item() + self._router_coefficient * means.get("aux_loss", 0.0)
+        self._evaluated = []
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means
