@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -42,11 +42,13 @@ class RunData:
     Args:
         tokenizer: the policy's.
         args: lengths, truncation, boundary policy.
+        arrange: what is done to prepared rows before they are packed.
         reports: name of a set to its report, for `data.json`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     args: PreferenceConfig
+    arrange: Callable[[Prepared, Any], Prepared]
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
@@ -57,11 +59,13 @@ class RunData:
             self.tokenizer,
             max_length=self.args.max_length,
             kind=self.args.kind,
+            turns=self.args.turns,
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             name=name,
         )
+        prepared = self.arrange(prepared, self.args)
         self.reports[name] = {**prepared.report.to_dict(), "audit": self._audit(name, data)}
         for line in prepared.report.lines():
             logger.info(line)
@@ -69,7 +73,7 @@ class RunData:
 
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        found = check(rows, sample=_AUDITED_ROWS, name=name)
+        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
