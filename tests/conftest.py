@@ -1,6 +1,15 @@
 """Settings for every test."""
 
+import gc
+
+import peft  # noqa: F401  (imported so that it is frozen below, as are the others)
 import torch
+import transformers
 
 # Tiny tensors gain nothing from threads and lose much to switching between them on a shared machine.
 torch.set_num_threads(1)
+
+# accelerate collects garbage in every training run, which walks through all that the libraries hold: most of the time
+# of a run on a tiny model.
+_ = transformers.Trainer, transformers.AutoModelForCausalLM
+gc.freeze()

@@ -9,14 +9,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.reference import Namespace, Store
     from tether.scoring import pack, score
-    from tether.training import DPOConfig, DPOTrainer
+    from tether.training import (
+        CPOConfig,
+        CPOTrainer,
+        DPOConfig,
+        DPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        ORPOConfig,
+        ORPOTrainer,
+        RewardConfig,
+        RewardTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "DPOTrainer", "__version__", "pack", "score"]
+__all__ = [
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "Namespace",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "Store",
+    "__version__",
+    "pack",
+    "score",
+]
 
 # Imported when first used: torch and transformers take seconds, and `tether --help` needs neither.
-_HOMES = {"DPOConfig": "training", "DPOTrainer": "training", "pack": "scoring", "score": "scoring"}
+_HOMES = {name: "training" for name in __all__ if name.endswith(("Config", "Trainer"))}
+_HOMES |= {"Namespace": "reference", "Store": "reference", "pack": "scoring", "score": "scoring"}
 
 
 def __getattr__(name: str) -> Any:

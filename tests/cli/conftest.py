@@ -99,7 +99,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
         pytest.fail("weights were loaded before the input was refused")
 
-    monkeypatch.setattr("tether.training.trainer.load_policy", load)
+    for module in ("trainer", "kind"):
+        monkeypatch.setattr(f"tether.training.{module}.load_policy", load)
 
 
 @pytest.fixture

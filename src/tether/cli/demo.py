@@ -19,7 +19,7 @@ from tether.cli.run import Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tether.training import DPOTrainer
+    from tether.training import TetherTrainer
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SAMPLES = "samples.json"
@@ -114,7 +114,7 @@ def _free_folder(first: Path) -> Path:
     return folder
 
 
-def _sample(trainer: DPOTrainer, prompts: list[str]) -> list[str]:
+def _sample(trainer: TetherTrainer, prompts: list[str]) -> list[str]:
     from tether.evaluate import generate
 
     return generate(trainer.policy, trainer.processing_class, prompts, **SAMPLING)  # type: ignore[arg-type]

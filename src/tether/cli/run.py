@@ -13,7 +13,7 @@ from tether.errors import ConfigError
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
-    from tether.training import DPOConfig, DPOTrainer
+    from tether.training import PreferenceConfig, TetherTrainer
 
 CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
@@ -22,7 +22,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everyt
 _RESULTS = ("*.safetensors", "checkpoint-*")
 
 
-def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> DPOTrainer:
+def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTrainer:
     """Check the data, load the model, prove the reference; write the resolved configuration.
 
     Args:
@@ -32,14 +32,13 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> DPOTrainer:
     Raises:
         TetherError: bad input, before weights are loaded where possible.
     """
-    from tether.config import build
-    from tether.training import DPOTrainer
+    from tether.config import build, trainer_class
 
     output = Path(run.output)
     arguments, adapter, keywords = build(run)
     if checkpoint is None:
         _refuse_used_folder(output)
-    trainer = DPOTrainer(args=arguments, peft_config=adapter, **keywords)
+    trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG).write_text(run.dump_yaml(), encoding="utf-8")
@@ -47,7 +46,7 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> DPOTrainer:
     return trainer
 
 
-def train_and_evaluate(trainer: DPOTrainer, checkpoint: Path | None = None) -> None:
+def train_and_evaluate(trainer: TetherTrainer, checkpoint: Path | None = None) -> None:
     """Train with the progress display, evaluate at the end, save the model and what was found.
 
     Args:
@@ -71,7 +70,7 @@ def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
         path.write_text(json.dumps({**found, **results}, indent=2) + "\n", encoding="utf-8")
 
 
-def _accuracies(trainer: DPOTrainer) -> dict[str, Any]:
+def _accuracies(trainer: TetherTrainer) -> dict[str, Any]:
     """Reward accuracy on each evaluation set after the last step, with its 95 % interval."""
     from tether.evaluate import wilson_interval
 
@@ -92,14 +91,15 @@ def _accuracies(trainer: DPOTrainer) -> dict[str, Any]:
     return results
 
 
-def _batch_line(arguments: DPOConfig) -> str:
+def _batch_line(arguments: PreferenceConfig) -> str:
     micro, steps, devices = (
         arguments.per_device_train_batch_size,
         arguments.gradient_accumulation_steps,
         arguments.world_size,
     )
     split = f", {steps} times {micro}" * (steps > 1) + f" on each of {devices} devices" * (devices > 1)
-    return f"batch: {micro * steps * devices} pairs per step{split}"
+    rows = "pairs" if arguments.kind == "pair" else "rows"
+    return f"batch: {micro * steps * devices} {rows} per step{split}"
 
 
 def _refuse_used_folder(output: Path) -> None:
@@ -112,7 +112,7 @@ def _refuse_used_folder(output: Path) -> None:
         )
 
 
-def _evaluated_at_end(trainer: DPOTrainer) -> bool:
+def _evaluated_at_end(trainer: TetherTrainer) -> bool:
     return any(
         entry.get("step") == trainer.state.global_step and any(name.startswith("eval_") for name in entry)
         for entry in trainer.state.log_history

@@ -15,7 +15,7 @@ from tether.cli.run import Debug
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
-    from tether.training import DPOTrainer
+    from tether.training import TetherTrainer
 
 _LAST = "last"
 
@@ -71,7 +71,7 @@ def train(
             typer.echo(line)
 
 
-def _run(run: RunConfig, resume: str | None) -> DPOTrainer:
+def _run(run: RunConfig, resume: str | None) -> TetherTrainer:
     from tether.cli.run import make_trainer, train_and_evaluate
     from tether.report import write_report
     from tether.training.checkpoint import resume_folder
@@ -93,7 +93,7 @@ def _how_to_go_on(output: Path, command: Sequence[str]) -> str:
     return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join([*command, '--resume'])}"
 
 
-def _summary(trainer: DPOTrainer, output: Path) -> list[str]:
+def _summary(trainer: TetherTrainer, output: Path) -> list[str]:
     """Final figures and where things are, a line each."""
     from tether.training.progress import SEPARATOR, evaluations, figures
 

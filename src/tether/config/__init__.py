@@ -4,5 +4,15 @@ from tether.config.build import build, split_batch
 from tether.config.load import check_run, load_run_file
 from tether.config.schema import json_schema
 from tether.config.sections import RunConfig
+from tether.config.trainers import config_class, trainer_class
 
-__all__ = ["RunConfig", "build", "check_run", "json_schema", "load_run_file", "split_batch"]
+__all__ = [
+    "RunConfig",
+    "build",
+    "check_run",
+    "config_class",
+    "json_schema",
+    "load_run_file",
+    "split_batch",
+    "trainer_class",
+]

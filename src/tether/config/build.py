@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
 from tether.config.fields import ELSEWHERE, known_fields
 from tether.config.sections import RunConfig
+from tether.config.trainers import Loss, config_class, default_of, objective_arguments, own_fields, trainer_class
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from tether.training import DPOConfig
+    from tether.training import PreferenceConfig
 
 # Pairs that are computed at once on one device where neither the run file nor a budget of tokens says how many: enough
 # to keep a device busy, as pairs are packed without padding, and few enough for a small one's memory.
@@ -25,14 +27,14 @@ _PLACES = {
 }
 
 
-def build(run: RunConfig) -> tuple[DPOConfig, LoraConfig | None, dict[str, Any]]:
+def build(run: RunConfig) -> tuple[PreferenceConfig, LoraConfig | None, dict[str, Any]]:
     """Make the trainer's arguments of a run; loads neither data nor a model.
 
     Args:
         run: a checked run file.
 
     Returns:
-        The configuration, the adapter or None, and further keywords for `DPOTrainer`.
+        The configuration, the adapter or None, and further keywords for the trainer of `trainer_class`.
 
     Raises:
         ConfigError: values that are each allowed but not together.
@@ -44,7 +46,10 @@ def build(run: RunConfig) -> tuple[DPOConfig, LoraConfig | None, dict[str, Any]]
         "train_dataset": run.data.train_rows,
         "eval_dataset": run.data.eval_rows,
     }
-    return _configuration(options), _adapter(run), keywords
+    arguments = _configuration(options, run.objective.loss)
+    if "ref_model" not in inspect.signature(trainer_class(run.objective.loss)).parameters:
+        del keywords["ref_model"]
+    return arguments, _adapter(run), keywords
 
 
 def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
@@ -110,7 +115,7 @@ def _options(run: RunConfig) -> dict[str, Any]:
         "max_steps": run.train.max_steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
-        **run.objective.arguments,
+        **objective_arguments(run.objective),
         **_reference(run),
         "trust_remote_code": run.model.trust_remote_code,
         "model_init_kwargs": {name: value for name, value in loading.items() if value is not None},
@@ -123,7 +128,9 @@ def _reference(run: RunConfig) -> dict[str, Any]:
     declared = run.reference
     options: dict[str, Any] = {
         # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
-        "reference": declared.meaning if "reference" in run.model_fields_set else None,
+        "reference": declared.meaning if declared.model_fields_set - {"store", "store_dtype"} else None,
+        "reference_store": declared.store,
+        "reference_store_dtype": declared.store_dtype,
         "reference_adapter": declared.adapter,
         "reference_means": declared.means,
         "reference_snapshot": declared.snapshot,
@@ -140,7 +147,8 @@ def _reference(run: RunConfig) -> dict[str, Any]:
 def _refuse_idle_options(run: RunConfig) -> None:
     """An option that cannot take effect is an error."""
     further = run.train.further
-    if run.lora is not None and run.lora.dropout and further.get("disable_dropout", True):
+    disabled = further.get("disable_dropout", default_of(run.objective.loss, "disable_dropout"))
+    if run.lora is not None and run.lora.dropout and disabled:
         raise ConfigError(
             f"`lora.dropout` is {run.lora.dropout}, but every dropout is switched off, so that policy and "
             "reference differ by training alone. Leave it out, or set `train.disable_dropout: false`."
@@ -160,7 +168,7 @@ def _adapter(run: RunConfig) -> LoraConfig | None:
 
     lora = run.lora
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if run.objective.loss == "reward" else "CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.target,
@@ -173,39 +181,37 @@ def _adapter(run: RunConfig) -> LoraConfig | None:
     )
 
 
-def _configuration(options: dict[str, Any]) -> DPOConfig:
-    from tether.training import DPOConfig
-
+def _configuration(options: dict[str, Any], loss: Loss) -> PreferenceConfig:
     try:
-        return DPOConfig(**options)
+        return config_class(loss)(**options)
     except Exception as error:
         # transformers checks combinations and machines; the key that fails alone is the one to name.
-        culprit = next((name for name in options if name in known_fields() and _fails_alone(name, options[name])), None)
+        known = (name for name in options if name in known_fields(loss))
+        culprit = next((name for name in known if _fails_alone(name, options[name], loss)), None)
         message = " ".join(str(error).split())
         if isinstance(error, ConfigError):
-            raise ConfigError(_in_run_file_words(message)) from error
+            raise ConfigError(_in_run_file_words(message, loss)) from error
         where = (
             f"`train.{culprit}` is {options[culprit]!r}, which" if culprit else "The keys of `train` together are what"
         )
         raise ConfigError(f"{where} the trainer's configuration refuses: {message.rstrip('.')}.") from error
 
 
-def _fails_alone(name: str, value: Any) -> bool:
-    from tether.training import DPOConfig
-
+def _fails_alone(name: str, value: Any, loss: Loss) -> bool:
     try:
-        DPOConfig(**{"output_dir": "unused", name: value})
+        config_class(loss)(**{"output_dir": "unused", name: value})
     except Exception:
         return True
     return False
 
 
-def _in_run_file_words(message: str) -> str:
+def _in_run_file_words(message: str, loss: Loss) -> str:
     """Names of Python fields at the front of a message as the run file writes them."""
 
     def rename(match: re.Match[str]) -> str:
         name = match.group()
-        place = _PLACES.get(name) or (f"train.{name}" if name in known_fields() else None)
+        place = _PLACES.get(name) or (f"objective.{name}" if name in own_fields(loss) else None)
+        place = place or (f"train.{name}" if name in known_fields(loss) else None)
         return f"`{place}`" if place else name
 
     return re.sub(r"^\w+", rename, message)

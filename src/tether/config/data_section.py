@@ -85,6 +85,10 @@ class Data(Section):
         Annotated[_Some | Annotated[Held, Tag("@held")] | _NAMED, Discriminator(_kind_of_source)] | None,
         Allowed("a path, a glob or a hub name, a list of them, {split: 0.05}, or a mapping of names to them"),
     ] = Field(default=None, description="Held-out rows, a share of the training rows, or a mapping of names to sets.")
+    check: Annotated[
+        dict[str, Annotated[float, Field(ge=0, le=1)]] | None,
+        Allowed("a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md"),
+    ] = Field(default=None, description="Largest shares of rows that `tether data check` passes; null: any.")
 
     @property
     def train_rows(self) -> Any:

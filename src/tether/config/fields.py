@@ -1,4 +1,5 @@
-"""The keys of `train:` that are fields of `tether.DPOConfig`: which exist, and what may stand there."""
+"""The keys of `train:` and `objective:` that are fields of the trainer's configuration: which exist, and what may
+stand there."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tether.config.sections import OBJECTIVE_FIELDS, Objective, Train
+from tether.config.trainers import Loss, config_class, own_fields
 
 # Fields that the run file says elsewhere. One place for each thing, so that no two can disagree.
 ELSEWHERE = {
@@ -21,6 +23,8 @@ ELSEWHERE = {
     **{OBJECTIVE_FIELDS.get(name, name): f"`objective.{name}`" for name in Objective.model_fields},
     "reference": "`reference`",
     "reference_means": "`reference.means`",
+    "reference_store": "`reference.store`",
+    "reference_store_dtype": "`reference.store_dtype`",
     "reference_adapter": "`reference.adapter`",
     "reference_snapshot": "`reference.snapshot`",
     "reference_remote": "`reference.remote`",
@@ -48,27 +52,31 @@ _WORDS = {
 _FEW = 12
 
 
+def known_fields(loss: Loss = "sigmoid") -> dict[str, Any]:
+    """Type by name of the fields of the configuration of a loss' trainer that a run file may set under `train`."""
+    said = {*ELSEWHERE, *Train.model_fields, *own_fields(loss)}
+    return {name: hint for name, hint in field_types(config_class(loss)).items() if name not in said}
+
+
 @functools.cache
-def known_fields() -> dict[str, Any]:
-    """Type by name of the fields of `DPOConfig` that a run file may set under `train`."""
-    from tether.training import DPOConfig
-
-    hints = typing.get_type_hints(DPOConfig)
-    names = (field.name for field in dataclasses.fields(DPOConfig) if field.init)
-    return {name: hints[name] for name in names if name not in ELSEWHERE and name not in Train.model_fields}
+def field_types(config: type[Any]) -> dict[str, Any]:
+    """Type by name of the fields of a configuration."""
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
 
 
-def problem_with(name: str, value: Any) -> str | None:
+def problem_with(name: str, value: Any, loss: Loss = "sigmoid") -> str | None:
     """What is allowed for a field in place of `value`, in words; None if the value may stand.
 
     Args:
-        name: a key of `known_fields()`.
+        name: of a field of the configuration of the loss' trainer.
         value: from the run file.
+        loss: the run file's.
 
     Returns:
         Words that complete "allowed is".
     """
-    hint = known_fields()[name]
+    hint = field_types(config_class(loss))[name]
     choices = [choice for kind in _branches(hint) for choice in _choices(kind)]
     # A field typed `IntervalStrategy | str` takes any text for Python's sake; only the enumeration's values work.
     if choices and isinstance(value, str) and value not in choices:

@@ -13,7 +13,8 @@ from tether.config.document import KeyPath, parse, read_document
 from tether.config.fields import ELSEWHERE, known_fields, problem_with
 from tether.config.problems import describe, dotted, show, unknown_key, wrong_value
 from tether.config.section import SHORT_FORMS
-from tether.config.sections import RunConfig, Train
+from tether.config.sections import Objective, RunConfig, Train
+from tether.config.trainers import Loss, default_of, own_fields
 from tether.errors import ConfigError
 
 
@@ -62,7 +63,9 @@ def check_run(values: dict[str, Any], place: Callable[[KeyPath], str] = lambda k
     Raises:
         ConfigError: one paragraph with the place, what came and what is allowed.
     """
-    fields = list(known_fields())
+    loss = _loss_in(values)
+    values = _with_own_defaults(values, loss)
+    fields = list(known_fields(loss))
     try:
         run = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -73,12 +76,42 @@ def check_run(values: dict[str, Any], place: Callable[[KeyPath], str] = lambda k
             raise ConfigError(
                 f"{place(key)}: `{dotted(key)}` is said by {ELSEWHERE[name]} in a run file. Write it there."
             )
-        if name not in fields:
+        if name not in fields and name not in own_fields(loss):
             raise ConfigError(f"{place(key)}: {unknown_key(key, [*Train.model_fields, *fields], fields)}")
-        allowed = problem_with(name, value)
+        if name in own_fields(loss):
+            said = f"`{dotted(key)}` is said by `objective.{name}` in a run file. Write it there."
+            raise ConfigError(f"{place(key)}: {said}")
+        allowed = problem_with(name, value, loss)
         if allowed:
             raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
+    _check_objective(run, fields, place)
     return run
+
+
+def _check_objective(run: RunConfig, fields: list[str], place: Callable[[KeyPath], str]) -> None:
+    loss, known = run.objective.loss, [*Objective.model_fields, *own_fields(run.objective.loss)]
+    for name, value in run.objective.further.items():
+        key = ("objective", name)
+        if name not in known:
+            raise ConfigError(f"{place(key)}: {unknown_key(key, known, fields)}")
+        allowed = problem_with(name, value, loss)
+        if allowed:
+            raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
+
+
+def _loss_in(values: dict[str, Any]) -> Loss:
+    """The loss of a run file that is not checked yet."""
+    section = values.get("objective")
+    loss = section.get("loss") if isinstance(section, dict) else None
+    return loss if isinstance(loss, str) else "sigmoid"
+
+
+def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
+    """The values, with the trainer's default where it has another than the run file."""
+    train, default = values.get("train", {}), default_of(loss, "learning_rate")
+    if not isinstance(train, dict) or default == Train.model_fields["learning_rate"].default:
+        return values
+    return {**values, "train": {"learning_rate": default, **train}}
 
 
 def _apply(values: dict[str, Any], override: str, given: dict[KeyPath, str]) -> None:

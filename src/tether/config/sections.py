@@ -72,7 +72,14 @@ Number = Annotated[float, Allowed("a number")]
 
 class Objective(Section):
     """`objective:` the loss, or several with weights, and the options; which loss takes which: see
-    docs/choosing_an_objective.md. What is allowed is checked by `tether.DPOConfig`."""
+    docs/choosing_an_objective.md. What is allowed is checked by the trainer's configuration.
+
+    Besides these keys, any field that the configuration of the loss' trainer alone has, such as `desirable_weight` of
+    `tether.KTOConfig`.
+    """
+
+    # The further keys are checked in `tether.config.load`.
+    model_config = ConfigDict(extra="allow")
 
     loss: Annotated[
         Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
@@ -109,15 +116,20 @@ class Objective(Section):
         """The same by the names of `tether.DPOConfig`."""
         return {OBJECTIVE_FIELDS.get(name, name): value for name, value in self}
 
+    @property
+    def further(self) -> dict[str, Any]:
+        """The keys that are not named above."""
+        return dict(self.model_extra or {})
+
 
 # Keys of `objective` that `tether.DPOConfig` has under another name.
 OBJECTIVE_FIELDS = {"loss": "loss_type", "weights": "loss_weights"}
 
 
 class Train(Section):
-    """`train:` the steps. Besides these keys, any field of `tether.DPOConfig` by its Python name."""
+    """`train:` the steps. Besides these keys, any field of the trainer's configuration by its Python name."""
 
-    # The further keys are checked against DPOConfig in `tether.config.fields`.
+    # The further keys are checked against the configuration in `tether.config.fields`.
     model_config = ConfigDict(extra="allow")
 
     epochs: Annotated[float, Field(gt=0), Allowed("a number above 0")] = Field(
@@ -156,7 +168,7 @@ class Train(Section):
 
     @property
     def further(self) -> dict[str, Any]:
-        """The keys that are not named above: fields of `DPOConfig`."""
+        """The keys that are not named above: fields of the trainer's configuration."""
         return dict(self.model_extra or {})
 
 

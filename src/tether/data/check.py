@@ -170,7 +170,7 @@ def check(
     kind: Kind = "pair",
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
-    evaluation: Dataset | None = None,
+    evaluation: Sequence[Dataset] = (),
     sample: int | None = None,
     name: str = "data",
 ) -> Check:
@@ -181,7 +181,7 @@ def check(
         kind: what they are to be read as.
         tokenizer: for lengths in tokens, and for its own special tokens among the markers; None leaves lengths out.
         max_length: the run's limit in tokens, for `truncated`.
-        evaluation: rows that must not be among these.
+        evaluation: sets of rows that must not be among these.
         sample: look at no more than about this many rows, drawn evenly; None looks at all.
         name: what to call the rows.
 
@@ -197,7 +197,7 @@ def check(
     looked = rows if step == 1 else rows.select(places)
     schema = schema_of(looked, kind, name)
     finder = MarkerFinder(tokenizer)
-    held = _Held.of(evaluation, kind, name) if evaluation is not None else None
+    held = _Held.of(evaluation, kind, name) if evaluation else None
     seen, kept = _Seen(), []
     for place, row in zip(places, python_rows(looked, schema.columns), strict=True):
         number = place + 1
@@ -222,15 +222,16 @@ class _Held:
     near: NearDuplicates
 
     @classmethod
-    def of(cls, rows: Dataset, kind: Kind, name: str) -> _Held:
-        schema = schema_of(rows, kind, name)
+    def of(cls, sets: Sequence[Dataset], kind: Kind, name: str) -> _Held:
         near, whole, prompts = NearDuplicates(), set(), set()
-        for place, row in enumerate(python_rows(rows, schema.columns)):
-            if not row_faults(row, schema):
-                found = record(row, schema, place)
-                near.add(_text(found))
-                whole.add(_digest(found))
-                prompts.add(digest(*_parts(found.prompt)))
+        for rows in sets:
+            schema = schema_of(rows, kind, name)
+            for place, row in enumerate(python_rows(rows, schema.columns)):
+                if not row_faults(row, schema):
+                    found = record(row, schema, place)
+                    near.add(_text(found))
+                    whole.add(_digest(found))
+                    prompts.add(digest(*_parts(found.prompt)))
         return cls(frozenset(whole), frozenset(prompts), near)
 
 

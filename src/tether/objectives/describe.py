@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.row import Objective
 from tether.objectives.table import OBJECTIVES
 
 BEGIN, END = "<!-- generated: python -m tether.objectives.describe -->", "<!-- end of generated -->"
-# Every row of the page; a table of further objectives is added here.
-ROWS: tuple[Objective, ...] = tuple(OBJECTIVES.values())
+# Every row of the page.
+ROWS: tuple[Objective, ...] = (*OBJECTIVES.values(), *OTHER_OBJECTIVES.values())
 _KINDS = {
     "pair": "Pairs: a prompt with a chosen and a rejected completion",
     "ranked": "Ranked lists: a prompt with several completions, the best first",

@@ -105,7 +105,7 @@ def odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: 
     Reference:
         Hong et al., ORPO: Monolithic Preference Optimization without Reference Model, eq. 7, arXiv:2403.07691.
     """
-    return -beta * F.logsigmoid(_log_odds(chosen_mean_logps) - _log_odds(rejected_mean_logps))
+    return -beta * F.logsigmoid(log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps))
 
 
 def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -142,6 +142,7 @@ def log1mexp(x: Tensor) -> Tensor:
     )
 
 
-def _log_odds(mean_logps: Tensor) -> Tensor:
+def log_odds(mean_logps: Tensor) -> Tensor:
+    """`log(p / (1 - p))` of mean log-probs, clipped at odds of 1e7."""
     certain = mean_logps.clamp(max=_CERTAIN)
     return certain - log1mexp(certain)

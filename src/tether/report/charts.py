@@ -108,6 +108,52 @@ def line_chart(
     return tag("figure", tag("figcaption", tag("b", title), _legend(shown)), svg, _footnote(shown))
 
 
+def histogram(title: str, values: Sequence[float], *, bins: int = 40) -> Html | None:
+    """Draw how often values fall into bins of equal width; what lies above the 99th percentile is in the last bin.
+
+    Args:
+        title: above the chart.
+        values: any numbers, of which those that are not finite are left out.
+        bins: how many.
+
+    Returns:
+        A `figure`; None when there is no value.
+    """
+    finite = sorted(value for value in values if _fits(value))
+    if not finite:
+        return None
+    low, high = finite[0], max(finite[round(0.99 * (len(finite) - 1))], finite[0] + 1)
+    counts = [0] * bins
+    for value in finite:
+        counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+    x_scale, y_scale = Scale(low, high, LEFT, WIDTH - RIGHT), Scale(0, max(counts) * 1.06, HEIGHT - BOTTOM, TOP)
+    width = (WIDTH - RIGHT - LEFT) / bins
+    bars = [
+        tag(
+            "rect",
+            x=round(LEFT + place * width, 2),
+            y=y_scale(count),
+            width=round(width - 0.6, 2),
+            height=round(HEIGHT - BOTTOM - y_scale(count), 2),
+            class_="dot",
+        )
+        for place, count in enumerate(counts)
+        if count
+    ]
+    described = (
+        f"{title}: {len(finite)} values, median {number(finite[len(finite) // 2])}, largest {number(finite[-1])}"
+    )
+    svg = tag(
+        "svg",
+        tag("title", described),
+        _axes(x_scale, y_scale),
+        tag("g", bars, class_="train"),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+    )
+    return tag("figure", tag("figcaption", tag("b", title)), svg)
+
+
 def interval_strip(value: float, low: float, high: float, mark: float, limits: tuple[float, float]) -> Html | None:
     """Draw an interval on a scale beside the value it must be told apart from.
 

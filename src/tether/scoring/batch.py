@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -120,11 +121,55 @@ def _values(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {name: torch.tensor([float(example.values[name]) for example in examples]) for name in names}
 
 
+def with_prompts(batch: ScoringBatch) -> ScoringBatch:
+    """The same batch with its prompts scored too, for losses that take in the whole text.
+
+    The prompts follow the K completions as B further ones; all but the first token of each is scored.
+
+    Args:
+        batch: with K completions for B prompts.
+
+    Returns:
+        A batch of K + B completions, of which `branches` names the first K.
+
+    Example:
+        >>> batch = with_prompts(pack([Example.of([1, 5, 6], [[7, 2], [8]])]))
+        >>> batch.targets.tolist(), batch.completion_index.tolist()
+        ([7, 2, 8, 5, 6], [0, 0, 1, 2, 2])
+    """
+    row = batch.input_ids[0]
+    trunks = [(start, max(start, end - 1)) for start, end in _trunks(batch)]
+    sources = torch.cat([torch.arange(start, end, device=row.device) for start, end in trunks])
+    lengths = torch.tensor([end - start for start, end in trunks], device=row.device)
+    numbers = torch.arange(len(trunks), device=row.device) + batch.num_completions
+    prompts = (b"prompt" + example.prompt_ids.numpy().tobytes() for example in batch.examples)
+    return replace(
+        batch,
+        sources=torch.cat([batch.sources, sources]),
+        targets=torch.cat([batch.targets, row[sources + 1]]),
+        completion_index=torch.cat([batch.completion_index, torch.repeat_interleave(numbers, lengths)]),
+        keys=batch.keys + tuple(blake2b(prompt, digest_size=16).digest() for prompt in prompts),
+    )
+
+
+def _trunks(batch: ScoringBatch) -> list[tuple[int, int]]:
+    """Where the prompt of each of the B examples lies in the row."""
+    firsts = [0]
+    for size in batch.sizes[:-1]:
+        firsts.append(firsts[-1] + size)
+    return [batch.forest.trees[batch.branches[first][0]].spans()[0] for first in firsts]
+
+
 def sequences(batch: ScoringBatch) -> list[Tensor]:
-    """The K full sequences of a batch, prompt and completion joined: int64 `[P + C_k]` each."""
+    """The K full sequences of a batch, prompt and completion joined: int64 `[P + C_k]` each.
+
+    Of a batch `with_prompts` the B prompts follow, each alone.
+    """
     row, spans = batch.input_ids[0], [tree.spans() for tree in batch.forest.trees]
     parts = [(spans[tree][0], spans[tree][branch + 1]) for tree, branch in batch.branches]
-    return [torch.cat([row[start:end], row[first:last]]) for (start, end), (first, last) in parts]
+    joined = [torch.cat([row[start:end], row[first:last]]) for (start, end), (first, last) in parts]
+    alone = _trunks(batch) if batch.num_completions > len(batch.branches) else ()
+    return joined + [row[start:end] for start, end in alone]
 
 
 def sequence_sources(batch: ScoringBatch) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +43,29 @@ def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a layout is proved by: the same numbers in a layout and with each sequence alone.
+
+    Args:
+        packed: model, batch, and layout and backend as keywords, to numbers.
+        alone: model and batch to the same numbers, the plainest way.
+        unit: of a number; `counted`: what there is one number for.
+    """
+
+    packed: Callable[..., Tensor]
+    alone: Callable[[nn.Module, ScoringBatch], Tensor]
+    unit: str
+    counted: str
+
+
+def _token_logps(model: nn.Module, batch: ScoringBatch, **options: Any) -> Tensor:
+    return score(model, batch, **options).token_logps
+
+
+LOG_PROBS = Measures(_token_logps, score_alone, "nats", "tokens")
+
+
+@dataclass(frozen=True)
 class LayoutChoice:
     """The layout a run uses, and the proof: largest difference per token from scoring alone, in nats.
 
@@ -61,7 +84,12 @@ class LayoutChoice:
 
 
 def choose_layout(
-    model: nn.Module, examples: Sequence[Example], *, requested: Layout | None = None, backend: str = "auto"
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    requested: Layout | None = None,
+    backend: str = "auto",
+    measures: Measures = LOG_PROBS,
 ) -> LayoutChoice:
     """Score real examples as a tree and alone, and take the tree layout only if they agree.
 
@@ -70,6 +98,7 @@ def choose_layout(
         examples: a few real ones; with two completions or more, so that a leak between them would show.
         requested: a layout that is forced; it is proved all the same.
         backend: what computes a tree's attention; `auto`: the device's first choice that is proved.
+        measures: what is compared.
 
     Returns:
         The choice with one line to print.
@@ -82,21 +111,23 @@ def choose_layout(
     batch, limit = pack(examples).to(device), tolerance(model)
     candidates = _candidates(model, requested, backend)
     with torch.no_grad(), evaluation_mode(model):
-        alone = score_alone(model, batch)
+        alone = measures.alone(model, batch)
         reason = ""
         for layout, kernel in candidates:
-            choice = LayoutChoice(layout, kernel, *_compare(model, batch, alone, layout, kernel))
+            choice = LayoutChoice(layout, kernel, *_compare(measures, model, batch, alone, layout, kernel))
             name = f"{layout} layout" + (f", {kernel} attention" if kernel else "")
             if choice.difference <= limit:
-                figure = f"{choice.difference:.1e} nats from each sequence alone, {len(alone)} tokens"
+                figure = (
+                    f"{choice.difference:.1e} {measures.unit} from each sequence alone, {len(alone)} {measures.counted}"
+                )
                 return replace(choice, line=f"scoring: {name}, at most {figure} (allowed {limit:.0e}){reason}")
-            reason += f"; {name} refused: {choice.line or f'{choice.difference:.1e} nats off'}"
+            reason += f"; {name} refused: {choice.line or f'{choice.difference:.1e} {measures.unit} off'}"
             if layout == "tree":
                 remove_tree_attention(transformers_model(model))
     forced = ["`scoring_layout`"] * (requested is not None) + ["`attention_backend`"] * (backend != "auto")
     raise ScoringError(
         f"{type(transformers_model(model)).__name__} is not scored as it scores each sequence alone{reason}. "
-        f"Allowed are {limit:.0e} nats per token. "
+        f"Allowed are {limit:.0e} {measures.unit}. "
         + (f"Leave {' and '.join(forced)} unset to let Tether choose." if forced else "This model is not supported.")
     )
 
@@ -117,11 +148,11 @@ def _candidates(model: nn.Module, requested: Layout | None, backend: str) -> lis
 
 
 def _compare(
-    model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout, backend: Backend | None
+    measures: Measures, model: nn.Module, batch: ScoringBatch, alone: Tensor, layout: Layout, backend: Backend | None
 ) -> tuple[float, str]:
     """Largest difference from scoring alone, and what went wrong where nothing could be compared."""
     try:
-        found = score(model, batch, layout=layout, backend=backend or "auto").token_logps
+        found = measures.packed(model, batch, layout=layout, backend=backend or "auto")
         difference = (found - alone).abs().max().item()
     except ConfigError:
         raise

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from tether.data.schema import Turns
 from tether.data.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.scoring import Layout
@@ -122,6 +123,11 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         value = getattr(self, name)
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(str(choice) for choice in allowed)}.")
+
+    @property
+    def turns(self) -> Turns:
+        """Which turns of a completion of several are scored: `all`, or those of the `assistant`."""
+        return "all"
 
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""

@@ -1,13 +1,16 @@
-"""Where a run resumes from, and whether a model's folder belongs to an earlier run."""
+"""Where a run resumes from, what its objective knew then, and whether a model's folder belongs to an earlier run."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError
 from tether.reference.record import read_record
+
+OBJECTIVE = "objective.json"
 
 
 def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> Path | None:
@@ -30,6 +33,18 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
     if not Path(resume).is_dir():
         raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
     return Path(resume)
+
+
+def write_objective(folder: Path, state: dict[str, float]) -> None:
+    """Keep what an objective has learnt besides weights (BCO's running mean) in a checkpoint; nothing if empty."""
+    if state:
+        (folder / OBJECTIVE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+
+def read_objective(folder: Path | None) -> dict[str, float]:
+    """What `write_objective` kept; empty where there is none."""
+    path = folder / OBJECTIVE if folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
 
 def refuse_silent_reanchoring(source: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +22,15 @@ from tether.data import (
     prepare,
     split_rows,
 )
+from tether.data.check import FINDINGS, check
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
 logger = logging.getLogger("tether")
+_AUDITED_ROWS = 2000
+# Findings of the sample that are worth a line, above this share; the others are in the run folder.
+_WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
+_TELLING = 0.05
 _FRONT = 32
 Rows = Dataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
 
@@ -37,29 +42,43 @@ class RunData:
     Args:
         tokenizer: the policy's.
         args: lengths, truncation, boundary policy.
+        arrange: what is done to prepared rows before they are packed.
         reports: name of a set to its report, for `data.json`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     args: PreferenceConfig
+    arrange: Callable[[Prepared, Any], Prepared]
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
+        data = load_rows(rows, name=name)
         prepared = prepare(
-            rows,
+            data,
             self.tokenizer,
             max_length=self.args.max_length,
             kind=self.args.kind,
+            turns=self.args.turns,
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             name=name,
         )
-        self.reports[name] = prepared.report.to_dict()
+        prepared = self.arrange(prepared, self.args)
+        self.reports[name] = {**prepared.report.to_dict(), "audit": self._audit(name, data)}
         for line in prepared.report.lines():
             logger.info(line)
         return prepared
+
+    def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
+        """What a look at a sample of the rows found; `tether data check` looks at all of them."""
+        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
+        for finding, one in found.findings.items():
+            if one.share > _TELLING and finding in _WARNED:
+                logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
+        shares = {finding: one.share for finding, one in found.findings.items()}
+        return {"sampled_rows": found.rows, **shares, **found.length_bias}
 
     def prepare_all(self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None) -> tuple[Dataset, Any]:
         """Prepare the training set and the evaluation sets, and count training rows inside each of the latter.

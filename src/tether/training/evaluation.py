@@ -61,6 +61,7 @@ class EvaluationLoop(Trainer):
         means = self._sums["eval"].means(self.accelerator)
         if _TOKEN_LOSS in means:
             means["loss"] += means.pop(_TOKEN_LOSS)
+        means = cast(Any, self).completed(means, "eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 

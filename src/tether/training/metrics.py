@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class MetricSums:
-    """Means over real rows and tokens, whatever the split into micro-batches and processes."""
+    """Means over real rows and tokens, whatever the split into micro-batches and processes.
+
+    Of a name that begins with `min_` or `max_` the smallest or largest value is kept instead of a mean.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -20,7 +23,7 @@ class MetricSums:
         """Add one micro-batch's `(sum, count)` by name."""
         for name, (total, count) in metrics.items():
             pair = torch.stack([total.double(), count.double()])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            self._sums[name] = _joined(name, torch.stack([self._sums[name], pair])) if name in self._sums else pair
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all processes since the last call, by name; forgets them."""
@@ -28,8 +31,27 @@ class MetricSums:
         names = sorted({name for part in gather_object([sorted(self._sums)]) for name in part})
         if not names:
             return {}
-        nothing = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        sums = torch.stack([self._sums.get(name, nothing) for name in names])
-        table = cast(Tensor, accelerator.reduce(sums, reduction="sum"))
+        sums = torch.stack([self._sums.get(name, _nothing(name).to(accelerator.device)) for name in names])
+        parts = cast(Tensor, accelerator.gather(sums[None]))
+        table = torch.stack([_joined(name, parts[:, i]) for i, name in enumerate(names)])
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
+        rows = zip(names, table.tolist(), strict=True)
+        return {name: total / (1 if _extreme(name) else count) for name, (total, count) in rows if count}
+
+
+def _extreme(name: str) -> str:
+    return name[:3] if name.startswith(("min_", "max_")) else ""
+
+
+def _nothing(name: str) -> Tensor:
+    value = {"min": torch.inf, "max": -torch.inf}.get(_extreme(name), 0.0)
+    return torch.tensor([value, 0.0], dtype=torch.float64)
+
+
+def _joined(name: str, parts: Tensor) -> Tensor:
+    """`(sum, count)` of several, `[parts, 2]`; or their `(extreme, count)`."""
+    total = parts.sum(0)
+    if not _extreme(name):
+        return total
+    values = parts[:, 0].amin() if _extreme(name) == "min" else parts[:, 0].amax()
+    return torch.stack([values, total[1]])

@@ -42,6 +42,7 @@ class DPOTrainer(TetherTrainer):
     """
 
     args: DPOConfig  # type: ignore[override]
+    config = DPOConfig
 
     @cached_property
     def objective(self) -> Combination:

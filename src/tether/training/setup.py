@@ -17,10 +17,12 @@ from tether.training.arguments import PreferenceConfig
 logger = logging.getLogger("tether")
 
 
-def check_arguments(args: PreferenceConfig | None, train: Any, evaluation: Any) -> PreferenceConfig:
-    if not isinstance(args, PreferenceConfig):
+def check_arguments(
+    args: PreferenceConfig | None, wanted: type[PreferenceConfig], train: Any, evaluation: Any
+) -> PreferenceConfig:
+    if not isinstance(args, wanted):
         came = "nothing" if args is None else f"a {type(args).__name__}"
-        raise ConfigError(f"args: {came} came; pass a configuration such as DPOConfig(output_dir=...).")
+        raise ConfigError(f"args: {came} came; pass a configuration such as {wanted.__name__}(output_dir=...).")
     if train is None:
         raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
     if args.eval_strategy != "no" and evaluation is None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tether.errors import ConfigError
-from tether.models import load_policy, load_tokenizer
+from tether.models import load_tokenizer
 from tether.models.structure import disable_dropout, evaluation_mode, transformers_model, unwrap
 from tether.reference import (
     SAME,
@@ -30,6 +30,7 @@ from tether.reference import (
     Scorer,
     TrainingProof,
     compare_with_start,
+    live_reference,
     require_start_equality,
     resolve,
 )
@@ -38,10 +39,11 @@ from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
 from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
-from tether.training.checkpoint import refuse_silent_reanchoring, resume_folder
+from tether.training.checkpoint import read_objective, refuse_silent_reanchoring, resume_folder, write_objective
 from tether.training.collate import batch_of, collate
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.evaluation import EvaluationLoop
+from tether.training.kind import TrainerKind
 from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
 from tether.training.precision import choose_precision, require_same_precision, write_precision
@@ -54,21 +56,19 @@ from tether.training.setup import (
     make_audible,
     router_coefficient,
     source_of,
-    with_adapter,
 )
+from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
 
 
-class TetherTrainer(EvaluationLoop):
+class TetherTrainer(TrainerKind, EvaluationLoop):
     """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
     arguments."""
 
     args: PreferenceConfig
-    # What scoring the policy gives besides log-probs.
-    outputs: tuple[str, ...] = ("entropy", "top1", "mean_logits")
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class TetherTrainer(EvaluationLoop):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = check_arguments(args, train_dataset, eval_dataset)
+        args = check_arguments(args, self.config, train_dataset, eval_dataset)
         make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else source_of(model)
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
@@ -93,10 +93,10 @@ class TetherTrainer(EvaluationLoop):
             raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or load_tokenizer(source, **loading(args, tokenizer=True))
-        self.data = RunData(tokenizer, args)
+        self.data = RunData(tokenizer, args, self.arrange)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
-        policy = load_policy(source, **loading(args)) if isinstance(model, (str, Path)) else model
-        policy = with_adapter(policy, peft_config, args)
+        policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
+        policy = self.add_adapter(policy, peft_config, args)
         if args.disable_dropout:
             disable_dropout(policy)
         choose_precision(args, policy)
@@ -115,6 +115,7 @@ class TetherTrainer(EvaluationLoop):
         self.model_accepts_loss_kwargs = True
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._new_tokens = 0
+        self.restore_objective({})
         self.guard: GuardResult | None = None
         self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
         self.check_rows(self._probe)
@@ -128,28 +129,6 @@ class TetherTrainer(EvaluationLoop):
         logger.info(self.convention())
         self._display = install_progress(self)
         self._write_data_report()
-
-    # -- what a preference trainer defines -------------------------------------------------------------------------
-
-    def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
-        """Combine the policy's scores with the reference's; each kind of trainer says how."""
-        raise TypeError(f"{type(self).__name__} does not say how it judges; derive it from a trainer that does.")
-
-    def check_rows(self, batch: ScoringBatch) -> None:
-        """Refuse rows that the objective cannot use as they are, by the first few of the training set."""
-        return
-
-    def loss_tokens(self, batch: ScoringBatch) -> int:
-        """How many losses `judge` will give in `LossOutput.per_token`: the step's denominator, known before scoring."""
-        return 0
-
-    def couples_examples(self) -> bool:
-        """Whether the loss of an example depends on the others it is scored with, so that a batch must stay whole."""
-        return False
-
-    def convention(self) -> str:
-        """What the objective is and what its options mean, in one line; each kind of trainer says it."""
-        raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -173,8 +152,17 @@ class TetherTrainer(EvaluationLoop):
         resolved = resolve(
             spec, self.policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
         )
+        resolved = with_store(resolved, self.args, self.accelerator)
         logger.info(resolved.line)
+        install_store(self, resolved.reference)
         return resolved
+
+    def precompute_reference(self) -> Filled:
+        """Compute what the store lacks of the training set and every evaluation set, see `stored.precompute`."""
+        return precompute(self)
+
+    def _probe_numbers(self) -> Tensor:
+        return self._scorer(self.policy, self._probe).token_logps
 
     def _require_determinism(self) -> None:
         """With dropout disabled, training mode must compute what evaluation mode does."""
@@ -182,9 +170,9 @@ class TetherTrainer(EvaluationLoop):
             return
         with torch.no_grad():
             self.policy.train()
-            training = self._scorer(self.policy, self._probe).token_logps
+            training = self._probe_numbers()
             with evaluation_mode(self.policy):
-                difference = (training - self._scorer(self.policy, self._probe).token_logps).abs().max().item()
+                difference = (training - self._probe_numbers()).abs().max().item()
         if difference > SAME:
             raise ConfigError(
                 f"With dropout disabled, {type(transformers_model(self.policy)).__name__} still differs between "
@@ -194,7 +182,7 @@ class TetherTrainer(EvaluationLoop):
 
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
-        reference = self.resolved.reference
+        reference = live_reference(self.resolved.reference)
         if reference.identity.meaning == "none":
             self._record(self.run_folder)
             return None
@@ -240,19 +228,23 @@ class TetherTrainer(EvaluationLoop):
         """
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
+        self.restore_objective(read_objective(folder))
         if folder is not None:
             require_same_precision(folder, self.args)
-            self.guard = restore(folder, self.resolved.reference, self.policy)
+            self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
+        prepare_store(self, resumed=folder is not None)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         finally:
             self._display.close()
+            flush_store(self.resolved.reference)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
         batches = [batch_of(inputs) for inputs in batch_samples]
+        self.before_step(batches)
         counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
         return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
@@ -268,8 +260,9 @@ class TetherTrainer(EvaluationLoop):
         return loss + super().training_step(model, vars(last), num_items_in_batch)
 
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
+        batch = self.scored(batch)
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
-        reference = self.resolved.reference.score(batch)
+        reference = self.reference_logps(batch)
         outputs = (*self.outputs, "aux_loss") if self._router_coefficient else self.outputs
         policy = self._scorer(model, batch, outputs=outputs)  # type: ignore[call-arg]
         output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
@@ -279,13 +272,17 @@ class TetherTrainer(EvaluationLoop):
             self._sums[mode].add(output.metrics)
         return output
 
+    def reference_logps(self, batch: ScoringBatch) -> Tensor:
+        """The reference's `token_logps [N]` of a batch."""
+        return self.resolved.reference.score(batch)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's mean loss."""
         batch, repeated = batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
         output = self._judge_batch(model, batch, None if repeated else "train")
-        self._new_tokens += 0 if repeated else sum(batch.sequence_lengths)
+        self._new_tokens += 0 if repeated else self.trained_tokens(batch)
         totals = num_items_in_batch
         if totals is None:
             totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
@@ -298,7 +295,7 @@ class TetherTrainer(EvaluationLoop):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
         if "loss" in logs:
-            logs |= self._sums["train"].means(self.accelerator)
+            logs |= self.completed(self._sums["train"].means(self.accelerator), "train")
             logs["num_tokens"] = float(self._count_tokens())
         super().log(logs, start_time)
 
@@ -313,10 +310,12 @@ class TetherTrainer(EvaluationLoop):
         self._count_tokens()
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        state = self.objective_state()
         self._record(folder)
-        write_tensors(folder, self.resolved.reference, self.policy, write=self.is_world_process_zero())
+        write_tensors(folder, live_reference(self.resolved.reference), self.policy, write=self.is_world_process_zero())
         if self.is_world_process_zero():
             write_precision(folder, self.args)
+            write_objective(folder, state)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""

@@ -1,0 +1,234 @@
+"""`tether data check FILE…` and `tether data show FILE`: rows looked at before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from tether.cli.run import Debug
+from tether.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tether.data.check import Check
+    from tether.types import Kind
+
+app = typer.Typer(help="Look at preference data before it is trained on.", no_args_is_help=True)
+PASSED = 1
+_RUN_FILES = (".yaml", ".yml")
+Files = Annotated[
+    list[str],
+    typer.Argument(help="Files, globs, folders or hub names; or one run file.", metavar="FILE…", show_default=False),
+]
+TokenizerName = Annotated[
+    str | None, typer.Option("--tokenizer", help="Tokenizer, for lengths in tokens: a model's name or folder.")
+]
+FormatName = Annotated[str | None, typer.Option("--format", help="Layout of the rows, such as chatml.intel.")]
+KindName = Annotated[
+    str | None,
+    typer.Option("--kind", help="pair, ranked, unpaired, completion or prompt_only; left out: as the columns say."),
+]
+Page = Annotated[Path | None, typer.Option("--html", help="Write a page that needs nothing beside it.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="The run's limit in tokens.", min=2)]
+
+
+@app.command("check", help="Audit rows: errors, duplicates, contradictions, leaks, biases, lengths; no model needed.")
+def check(
+    files: Files,
+    evaluation: Annotated[
+        list[str] | None, typer.Option("--eval", help="Rows that must not be among the training rows.")
+    ] = None,
+    tokenizer: TokenizerName = None,
+    layout: FormatName = None,
+    kind: KindName = None,
+    max_length: MaxLength = None,
+    sample: Annotated[int | None, typer.Option(help="Look at about this many rows only.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    page: Page = None,
+    debug: Debug = False,
+) -> None:
+    """Print what was found; exit with 1 where a limit of the run file's `data.check` is passed.
+
+    Args:
+        files: rows, or one run file, which then says all that options leave out.
+        evaluation: held-out rows.
+        tokenizer: a model's name or folder.
+        layout: format of the rows.
+        kind: what the rows are.
+        max_length: in tokens.
+        sample: how many rows to look at.
+        as_json: print JSON.
+        page: where to write the page.
+        debug: let the libraries speak.
+
+    Raises:
+        TetherError: the rows cannot be read at all, or an option is wrong.
+    """
+    from tether.cli.output import terminal_output
+
+    asked = _Asked(files, tokenizer, layout, kind, max_length, evaluation)
+    with terminal_output(debug):
+        found = asked.checks(sample)
+    over = [line for one in found for line in one.passed(asked.limits)]
+    if as_json:
+        typer.echo(json.dumps({"sets": [one.to_dict() for one in found], "passed": over}, indent=2))
+    else:
+        from tether.cli.data_tables import print_check
+
+        for one in found:
+            print_check(one)
+        for line in over:
+            typer.echo(f"Limit passed: {line}", err=True)
+    if page is not None:
+        from tether.cli.data_page import check_page
+
+        page.write_text(check_page(found, over), encoding="utf-8", errors="replace")
+    if over:
+        raise typer.Exit(PASSED)
+
+
+@app.command("show", help="Show rows as the model will see them: tokens, roles, mask and the prompt's end.")
+def show(
+    files: Files,
+    tokenizer: TokenizerName = None,
+    layout: FormatName = None,
+    kind: KindName = None,
+    max_length: MaxLength = None,
+    row: Annotated[int, typer.Option("--row", help="Which row, counted from 1.", min=1)] = 1,
+    turns: Annotated[str, typer.Option(help="What is scored: all, assistant or last.")] = "all",
+    truncation: Annotated[str, typer.Option(help="keep_start, keep_end, middle or drop.")] = "keep_start",
+    page: Page = None,
+    debug: Debug = False,
+) -> None:
+    """Print the tokens of one row.
+
+    Args:
+        files: rows, or one run file.
+        tokenizer: a model's name or folder.
+        layout: format of the rows.
+        kind: what the rows are.
+        max_length: in tokens.
+        row: number of the row, from 1.
+        turns: what is scored.
+        truncation: what is kept of a long row.
+        page: where to write it.
+        debug: let the libraries speak.
+
+    Raises:
+        TetherError: there is no such row, it would be dropped, or it cannot be read.
+    """
+    from tether.cli.data_tables import print_tokens
+    from tether.cli.output import terminal_output
+    from tether.data import prepare
+    from tether.data.show import tokens_of
+
+    asked = _Asked(files, tokenizer, layout, kind, max_length, None)
+    with terminal_output(debug):
+        made = asked.tokenizer()
+        if made is None:
+            raise ConfigError("There is no tokenizer to show tokens with. Name one: --tokenizer MODEL, or a run file.")
+        rows, own_kind = asked.rows(asked.train)
+        if row > len(rows):
+            raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
+        prepared = prepare(
+            rows.select([row - 1]),
+            made,
+            max_length=asked.max_length,
+            kind=own_kind,
+            turns=cast(Any, turns),
+            truncation_mode=truncation,
+            name=f"row {row}",
+        )
+    shown = [tokens_of(dict(one), made) for one in prepared.dataset]
+    for parts in shown:
+        print_tokens(parts, row)
+    for line in prepared.report.lines()[1:]:
+        typer.echo(line)
+    if page is not None:
+        from tether.cli.data_page import tokens_page
+
+        page.write_text(tokens_page(shown, row), encoding="utf-8", errors="replace")
+
+
+class _Asked:
+    """What the options and, where there is one, the run file say together."""
+
+    def __init__(
+        self,
+        files: list[str],
+        tokenizer: str | None,
+        layout: str | None,
+        kind: str | None,
+        max_length: int | None,
+        evaluation: list[str] | None,
+    ) -> None:
+        self.limits: dict[str, float] = {}
+        self.kind, self.layout = kind, layout
+        self.train: Any = files
+        self.evaluation: Any = evaluation
+        self._tokenizer, self.max_length, self.remote_code = tokenizer, max_length, False
+        self.revision: str | None = None
+        if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
+            self._read_run_file(files[0])
+
+    def _read_run_file(self, file: str) -> None:
+        from tether.config import load_run_file
+
+        run = load_run_file(file)
+        self.train = run.data.train_rows
+        self.evaluation = self.evaluation or run.data.eval_rows
+        self.limits = run.data.check or {}
+        self.max_length = self.max_length or run.train.max_length
+        if self._tokenizer is None:
+            self._tokenizer, self.revision = run.model.name, run.model.revision
+            self.remote_code = run.model.trust_remote_code
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was named; None without one."""
+        from tether.models import load_tokenizer
+
+        if self._tokenizer is None:
+            return None
+        return load_tokenizer(self._tokenizer, revision=self.revision, trust_remote_code=self.remote_code)
+
+    def rows(self, source: Any, kind: Kind | None = None, name: str = "data") -> tuple[Any, Kind]:
+        """Rows, and what they are."""
+        from tether.data import kind_of, load_rows
+        from tether.data.columns import KINDS
+
+        wanted = kind or self.kind
+        if wanted is not None and wanted not in KINDS:
+            raise ConfigError(f"--kind is {wanted}; it must be {', '.join(KINDS)}.")
+        if isinstance(source, list) and len(source) == 1:
+            source = source[0]
+        if self.layout is not None:
+            source = {"path": source, "format": self.layout}
+        if wanted is not None:
+            return load_rows(source, kind=cast(Any, wanted), name=name), cast(Any, wanted)
+        rows = load_rows(source, name=name)
+        return rows, kind_of(rows.column_names) or "pair"
+
+    def checks(self, sample: int | None) -> list[Check]:
+        """The audit of the training rows, and of each evaluation set."""
+        from tether.data import is_origin, is_split, split_rows
+        from tether.data.check import check
+
+        tokenizer = self.tokenizer()
+        train, kind = self.rows(self.train, name="train")
+        options: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "max_length": self.max_length}
+        held = self.evaluation
+        if held is None:
+            return [check(train, sample=sample, name="train", **options)]
+        if is_split(held):
+            train, aside = split_rows(train, held, kind=kind)
+            sets = {"eval": aside}
+        else:
+            named = held if isinstance(held, dict) and not is_origin(held) else {"": held}
+            sets = {
+                f"eval_{name}" if name else "eval": self.rows(part, kind, f"eval_{name}" if name else "eval")[0]
+                for name, part in named.items()
+            }
+        first = check(train, evaluation=list(sets.values()), sample=sample, name="train", **options)
+        return [first, *(check(part, sample=sample, name=name, **options) for name, part in sets.items())]

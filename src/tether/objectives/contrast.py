@@ -1,0 +1,102 @@
+"""Reference-free trainers' losses: a contrast of pairs, and the likelihood of the chosen text averaged over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tether.objectives import pairwise, reference_free
+from tether.objectives.metrics import preference_metrics
+from tether.objectives.transforms import EXPONENT_LIMIT
+from tether.types import LossOutput, Scores
+
+# Loss by name, and whether it takes log-probabilities per token (`True`) or summed over tokens.
+CONTRASTS = {
+    "sigmoid": (pairwise.sigmoid, False),
+    "hinge": (pairwise.hinge, False),
+    "ipo": (pairwise.ipo, True),
+    "simpo": (reference_free.simpo, True),
+    "odds_ratio": (reference_free.odds_ratio, True),
+}
+
+
+def shaped_reward(logps: Tensor, alpha: float) -> Tensor:
+    """AlphaPO's reward of a log-probability, `(1 - p^-alpha) / alpha`; `log p` at alpha 0.
+
+    Args:
+        logps: any shape, nats.
+        alpha: shape; above 0 the reward of unlikely completions falls faster.
+
+    Returns:
+        The same shape. Exponents are clipped at 40, where gradients end.
+
+    Reference:
+        Gupta et al., AlphaPO: Reward Shape Matters for LLM Alignment, eq. 4, arXiv:2501.03884.
+
+    Example:
+        >>> shaped_reward(torch.tensor([-1.0]), 0.5)
+        tensor([-1.2974])
+    """
+    return -torch.expm1((-alpha * logps).clamp(max=EXPONENT_LIMIT)) / alpha if alpha else logps
+
+
+def contrast_loss(
+    policy: Scores,
+    *,
+    loss: str,
+    pairs: int,
+    likelihood: float = 1.0,
+    alpha: float = 0.0,
+    values: Mapping[str, Tensor] | None = None,
+    **options: float,
+) -> LossOutput:
+    """Losses of a batch of pairs without a reference, with TRL's metrics.
+
+    Args:
+        policy: scores of the 2B completions of the pairs, chosen and rejected in turn; and, where the prompts' tokens
+            belong to the likelihood, of the B prompts after them (`tether.scoring.with_prompts`).
+        loss: a name in `CONTRASTS`.
+        pairs: B.
+        likelihood: weight of the negative log-likelihood of the chosen texts; 0 leaves it out.
+        alpha: see `shaped_reward`.
+        values: `[B]` each: `weight` multiplies the contrast of a pair.
+        options: the loss's own.
+
+    Returns:
+        `per_example [B]`, `per_token [M]` over the tokens of the chosen texts, and the metrics.
+    """
+    function, by_token = CONTRASTS[loss]
+    judged = _first(policy, 2 * pairs)
+    logps = judged.mean_logps if by_token else judged.logps
+    rewards = shaped_reward(logps, alpha)
+    per_example = function(rewards[0::2], rewards[1::2], **options)
+    if values and "weight" in values:
+        per_example = per_example * values["weight"]
+    index = policy.completion_index
+    tokens = -policy.token_logps[(index % 2 == 0) | (index >= 2 * pairs)] if likelihood else None
+    with torch.no_grad():
+        sizes = torch.full((pairs,), 2, device=index.device)
+        metrics = preference_metrics(judged, None, logps.detach(), options["beta"] * rewards.detach(), None, sizes)
+        count = torch.tensor(float(pairs), device=index.device)
+        if tokens is not None:
+            metrics["nll_loss"] = (tokens.detach().sum(), torch.tensor(float(len(tokens)), device=index.device))
+        if loss == "odds_ratio":
+            odds = reference_free.log_odds(rewards.detach())
+            lead = odds[0::2] - odds[1::2]
+            metrics["log_odds_chosen"] = (lead.sum(), count)
+            metrics["log_odds_ratio"] = (torch.nn.functional.logsigmoid(lead).sum(), count)
+    return LossOutput(per_example, metrics, None if tokens is None else likelihood * tokens)
+
+
+def _first(scores: Scores, completions: int) -> Scores:
+    """Scores of the first completions alone."""
+    tokens = scores.completion_index < completions
+    parts = {
+        name: value[tokens]
+        for name, value in vars(scores).items()
+        if isinstance(value, Tensor) and len(value) == len(tokens)
+    }
+    return replace(scores, num_completions=completions, **parts)

@@ -1,0 +1,106 @@
+"""The trainer of reward models."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from typing import Any, cast
+
+from datasets import Dataset
+from peft import PeftConfig, TaskType
+from torch import Tensor, nn
+from transformers import set_seed
+
+from tether.models.reward import HEAD, load_reward_model
+from tether.models.structure import transformers_model
+from tether.objectives.reward import reward_loss
+from tether.scoring import Layout, choose_layout
+from tether.scoring.reward import REWARDS, reward
+from tether.training.datasets import probe_examples
+from tether.training.reward_arguments import RewardConfig
+from tether.training.setup import loading
+from tether.training.without_reference import ReferenceFreeTrainer
+from tether.types import LossOutput, ScoringBatch
+
+logger = logging.getLogger("tether")
+
+
+class RewardTrainer(ReferenceFreeTrainer):
+    """A Bradley-Terry reward model, trained on pairs in the same packed trees as every policy; as in TRL 1.16.
+
+    The reward of a completion is what the head `score` makes of the hidden state of its last token, and each prompt is
+    computed once. Before the first step the rewards of real rows are compared with those of each sequence alone.
+
+    Args:
+        model: a name, a folder or a .gguf file of a causal language model, which gets a new head; or a sequence
+            classifier with one output. See `DPOTrainer` for all arguments; there is no reference.
+        train_dataset: pairs; a column `margin` says by how much the chosen reward should be larger.
+        peft_config: a PEFT configuration; the head is trained in full beside the adapter.
+
+    Reference:
+        Ouyang et al., Training language models to follow instructions with human feedback, arXiv:2203.02155.
+    """
+
+    args: RewardConfig  # type: ignore[override]
+    config = RewardConfig
+    columns = ("margin", "weight")
+
+    def load_model(self, source: str, args: RewardConfig) -> nn.Module:
+        """Load the model; the same seed gives the same new head."""
+        set_seed(args.seed)
+        return load_reward_model(source, **loading(args))
+
+    def add_adapter(self, policy: nn.Module, peft_config: PeftConfig | None, args: RewardConfig) -> nn.Module:
+        """Add the adapter, and train the head beside it."""
+        return super().add_adapter(policy, None if peft_config is None else _with_head(peft_config), args)
+
+    def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Any]:
+        # In a batch of several rows transformers finds the last token by the padding token.
+        transformers_model(model).config.get_text_config().pad_token_id = self.data.tokenizer.pad_token_id
+        examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
+        with self.accelerator.autocast():
+            choice = choose_layout(
+                model,
+                examples,
+                requested=self.args.scoring_layout,
+                backend=self.args.attention_backend,
+                measures=REWARDS,
+            )
+        logger.info(f"{whose}{choice.line}")
+
+        def scorer(model: nn.Module, batch: ScoringBatch) -> Tensor:
+            with self.accelerator.autocast():
+                return reward(model, batch, **choice.options)
+
+        return choice.layout, scorer
+
+    def _probe_numbers(self) -> Tensor:
+        return cast(Tensor, self._scorer(self.policy, self._probe))
+
+    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
+        output = reward_loss(
+            cast(Tensor, self._scorer(model, batch)),
+            margins=batch.values.get("margin"),
+            weights=batch.values.get("weight"),
+            center_rewards_coefficient=self.args.center_rewards_coefficient or 0.0,
+        )
+        if mode is not None:
+            self._sums[mode].add(output.metrics)
+        return output
+
+    def convention(self) -> str:
+        """What is compared, in one line."""
+        center = self.args.center_rewards_coefficient
+        return "objective: Bradley-Terry on the rewards at the last token" + (
+            f", centred with {center:g}" if center else ""
+        )
+
+
+def _with_head(peft_config: PeftConfig) -> PeftConfig:
+    """The same adapter for a sequence classifier, whose head is trained in full."""
+    changed: Any = deepcopy(peft_config)
+    saved = list(getattr(changed, "modules_to_save", None) or [])
+    if changed.task_type != TaskType.SEQ_CLS or HEAD not in saved:
+        logger.info(f"adapter: for sequence classification; the head {HEAD!r} is trained in full beside it")
+    changed.task_type, changed.modules_to_save = TaskType.SEQ_CLS, [*saved, *({HEAD} - set(saved))]
+    return changed

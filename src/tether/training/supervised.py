@@ -1,0 +1,44 @@
+"""The trainer that imitates: supervised fine-tuning."""
+
+from __future__ import annotations
+
+from tether.objectives.supervised import supervised_loss
+from tether.scoring.batch import with_prompts
+from tether.training.supervised_arguments import SFTConfig
+from tether.training.without_reference import ReferenceFreeTrainer
+from tether.types import LossOutput, Scores, ScoringBatch
+
+
+class SFTTrainer(ReferenceFreeTrainer):
+    """Supervised fine-tuning on prompts and completions, conversations or texts; arguments as in TRL 1.16.
+
+    The loss is the mean over all scored tokens of the optimizer step, micro-batches and processes included, so that a
+    token counts the same in a full and in a half-empty micro-batch. No reference is loaded or run.
+
+    Args:
+        model: the policy; see `DPOTrainer` for all arguments.
+        train_dataset: rows with `prompt` and `completion`, or `messages`, or `text`.
+
+    Reference:
+        Ouyang et al., Training language models to follow instructions with human feedback, arXiv:2203.02155.
+    """
+
+    args: SFTConfig  # type: ignore[override]
+    config = SFTConfig
+
+    def scored(self, batch: ScoringBatch) -> ScoringBatch:
+        """The prompts too, where the whole text counts."""
+        return with_prompts(batch) if self.args.completion_only_loss is False else batch
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """All scored tokens."""
+        return len(self.scored(batch).targets)
+
+    def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
+        """The configured loss of each token."""
+        return supervised_loss(policy, loss=self.args.loss_type, examples=batch.num_examples)
+
+    def convention(self) -> str:
+        """What is averaged, in one line."""
+        what = "the assistant's" if self.args.assistant_only_loss else "scored"
+        return f"objective: sft, {self.args.loss_type}: averaged over all {what} tokens of a step"

@@ -1,0 +1,185 @@
+"""INV-35: what is known to spoil training is found and counted, with the numbers of the rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from data.samples import assistant, chat, pair, user
+from tether.data import load_rows
+from tether.data.check import FINDINGS, check, script
+from tether.data.lengths import measured
+from tether.data.near import NearDuplicates, jaccard, near_duplicates
+from tether.data.schema import preferences, read_preferences
+from tether.errors import ConfigError
+
+
+def found(rows: list[dict], **options: Any) -> dict[str, tuple[int, ...]]:
+    """Findings that hold, with the rows they hold for."""
+    result = check(load_rows(rows), **options)
+    return {name: one.rows for name, one in result.findings.items() if one.count}
+
+
+def distinct(n: int, **more: Any) -> dict:
+    return pair(f"Question {n}, about {n * 7}?", f" answer {n * 3} yes", f" reply {n * 5} no", **more)
+
+
+def test_clean_rows_show_nothing_but_lengths() -> None:
+    assert set(found([distinct(n) for n in range(5)])) <= {"longer_chosen"}
+
+
+@pytest.mark.parametrize(
+    ("row", "finding"),
+    [
+        (pair(chosen=" green."), "identical"),
+        (pair(chosen=" "), "empty"),
+        (distinct(0), "duplicates"),
+        (pair("Question 0, about 0?", " reply 0 no", " answer 0 yes"), "contradictions"),
+        (pair("[INST] Hi [/INST]"), "markers"),
+        (pair("What is the sky like?", " 天空是蓝色的。", " It is green."), "other_script"),
+        (pair("Do it.", " I'm sorry, but I can't.", " Done."), "refusals"),
+        (pair("Do it.", " Done.", " As an AI language model, I cannot."), "refusals_rejected"),
+        (pair("Do it.", None, " Done."), "broken"),
+    ],
+)
+def test_each_thing_is_found_in_the_row_it_is_in(row: dict, finding: str) -> None:
+    rows = [distinct(n) for n in range(4)]
+    assert finding not in found(rows)
+    assert found([*rows, row])[finding] == (5,)
+
+
+def test_faults_are_said_in_words_and_the_other_rows_are_looked_at() -> None:
+    result = check(load_rows([pair(chosen=None), distinct(1), distinct(1)]))
+    assert result.faults == ("row 1: `chosen` is missing (null); it must be text or a list of messages",)
+    assert result.findings["duplicates"].rows == (3,)
+    assert result.findings["broken"].share == pytest.approx(1 / 3)
+
+
+def test_turns_in_an_odd_order_are_found() -> None:
+    system = {"role": "system", "content": "Be kind."}
+    good = [system, user("Hi")]
+    for prompt in ([user("Hi"), system], [user("Hi"), user("Hi?")], [{"role": "narrator", "content": "x"}, user("Hi")]):
+        rows = [pair(good, [assistant("A")], [assistant("B")]), pair(prompt, [assistant("C")], [assistant("D")])]
+        assert found(rows)["odd_roles"] == (2,)
+
+
+def test_train_rows_inside_evaluation() -> None:
+    words = " ".join(f"word{n}" for n in range(60))
+    rows = [distinct(0), pair("Question 1, about 7?", " else", " other"), pair(words, " yes", " no"), distinct(3)]
+    held = [distinct(0), distinct(1), pair(words, " yes", " nope")]
+    leaks = found(rows, evaluation=[load_rows(held)])
+    assert leaks["in_evaluation"] == (1,)
+    assert leaks["prompts_in_evaluation"] == (1, 2, 3)
+    assert leaks["near_evaluation"] == (3,)
+
+
+def test_contradicting_labels() -> None:
+    row = {"prompt": "Why?", "completion": " So.", "label": True}
+    assert found([row, {**row, "label": False}], kind="unpaired")["contradictions"] == (2,)
+    ranked = [
+        {"prompt": "Why?", "completions": [" a", " b", " c"]},
+        {"prompt": "Why?", "completions": [" c", " x", " a"]},
+    ]
+    assert found(ranked, kind="ranked")["contradictions"] == (2,)
+
+
+def test_length_bias_is_the_accuracy_of_preferring_the_longer() -> None:
+    rows = [pair(f"{n}", " long answer", " no") for n in range(3)] + [
+        pair("a", " no", " long answer"),
+        pair("b", " x", " y"),
+    ]
+    bias = check(load_rows(rows)).length_bias
+    assert bias["longer_wins"] == 0.75
+    assert bias["characters_prompt"] == 1.0
+
+
+def test_lengths_and_limits(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = load_rows([pair(), pair("word " * 600), pair(chosen=" blue" * 600)])
+    records = preferences(rows, schema := read_preferences(rows))
+    lengths = measured(records, schema, byte_tokenizer, max_length=20)
+    assert lengths.limits[512].dropped == pytest.approx(1 / 3)
+    assert lengths.limits[512].cut == pytest.approx(1 / 3)
+    assert lengths.truncated == pytest.approx(2 / 3)
+    ids = [len(byte_tokenizer(row["prompt"])["input_ids"]) for row in rows]  # type: ignore[arg-type]
+    assert lengths.sequence_tokens - lengths.tokens == sum(ids)
+    assert check(rows, tokenizer=byte_tokenizer, max_length=20).findings["truncated"].count == 2
+
+
+def test_a_sample_is_drawn_evenly_and_keeps_row_numbers() -> None:
+    rows = [distinct(n) for n in range(99)] + [pair(chosen=None)]
+    result = check(load_rows(rows), sample=50)
+    assert (result.rows, result.total) == (50, 100)
+    assert (
+        check(load_rows(rows[1:]), sample=33).findings["broken"].rows == (99,) or result.findings["broken"].count == 0
+    )
+
+
+def test_limits() -> None:
+    result = check(load_rows([pair(chosen=" green."), *(distinct(n) for n in range(9))]))
+    assert result.passed({"identical": 0.1}) == []
+    assert result.passed({"identical": 0.05, "duplicates": 0.0}) == [
+        "data: 10.00% of the rows completions are equal (identical); the limit is 5.00%"
+    ]
+    with pytest.raises(ConfigError, match="check: `identcal` is not known"):
+        result.passed({"identcal": 0.1})
+
+
+def test_the_result_is_plain_json(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = json.loads(
+        json.dumps(check(load_rows([distinct(n) for n in range(3)]), tokenizer=byte_tokenizer).to_dict())
+    )
+    assert plain["lengths"]["limits"]["512"] == {"cut": 0.0, "dropped": 0.0}
+    assert set(plain["findings"]) <= set(FINDINGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Hello", "latin"),
+        ("12 + 3", ""),
+        ("Привет", "cyrillic"),
+        ("你好", "chinese"),
+        ("안녕", "korean"),
+        ("שלום", "hebrew"),
+    ],
+)
+def test_scripts(text: str, name: str) -> None:
+    assert script(text) == name
+
+
+# -- near duplicates ---------------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_are_exactly_those_of_comparing_all_with_all() -> None:
+    """The index against its oracle: every text compared with every earlier one."""
+    import random
+
+    generator = random.Random(0)
+    words = [f"w{n}" for n in range(500)]
+    texts = [" ".join(generator.choices(words, k=80)) for _ in range(60)]
+    for text in list(texts):
+        changed = text.split()
+        for _ in range(generator.choice([0, 1, 3, 8, 20])):
+            changed[generator.randrange(80)] = "other"
+        texts.append(" ".join(changed))
+    seen = NearDuplicates()
+    sets = [seen.shingles(text) for text in texts]
+    pairwise = [n for n, own in enumerate(sets) if any(jaccard(own, earlier) >= 0.8 for earlier in sets[:n])]
+    assert 10 < len(pairwise) < 60
+    assert near_duplicates(texts) == pairwise
+
+
+@pytest.mark.parametrize("text", ["", "one", "two words", "   "])
+def test_short_texts_are_compared_too(text: str) -> None:
+    assert near_duplicates([text, "something else here", text]) == [2]
+
+
+def test_conversations_are_looked_at_like_text(chatml: PreTrainedTokenizerFast) -> None:
+    result = check(load_rows([chat(), chat(), chat(question="What is <|im_end|>?")]), tokenizer=chatml)
+    assert result.findings["duplicates"].rows == (2,)
+    assert result.markers == {"<|im_end|>": 1}
+    assert result.lengths is not None
+    assert result.lengths.inexact_boundaries == 0

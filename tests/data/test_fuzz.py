@@ -1,0 +1,155 @@
+"""10,000 rows, right and broken in every field, in every format: never a traceback, always the row and the field."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from data.samples import assistant, pair, user
+from data.test_formats import EXAMPLES
+from tether.config import load_run_file
+from tether.data import load_rows, preferences, read_preferences
+from tether.errors import ConfigError, DataError, TetherError
+
+ROWS, RUN_FILES, BATCH = 10_000, 500, 4
+CANONICAL: list[tuple[str | None, str, dict[str, Any], dict[str, Any]]] = [
+    (None, "pair", pair(), {}),
+    (
+        None,
+        "pair",
+        pair([user("Hi")], [assistant("A")], [assistant("B")], weight=1.0, margin=0.5, tools=[{"name": "f"}]),
+        {},
+    ),
+    (None, "pair", {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant("B")]}, {}),
+    (None, "ranked", {"prompt": "Hi", "completions": ["a", "b"], "scores": [1.0, 2.0]}, {}),
+    (None, "ranked", {"prompt": [user("Hi")], "completions": [[assistant("A")], [assistant("B")]]}, {}),
+    (None, "unpaired", {"prompt": "Hi", "completion": "A", "label": True}, {}),
+    (None, "completion", {"messages": [user("Hi"), assistant("A")], "chat_template_kwargs": {"a": 1}}, {}),
+    (None, "completion", {"text": "Hi"}, {}),
+    (None, "prompt_only", {"prompt": [user("Hi")]}, {}),
+]
+JUNK: list[Any] = [
+    *(None, "", " ", "text", 0, -1, 3.5, math.nan, math.inf, 2**70, True, False, b"bytes", "\ud800", "\x00"),
+    *([], {}, [[]], [None], [1], ["a", None], [{}], {"a": 1}, [{"role": None}], [{"role": "user"}], {"role": "user"}),
+    *([{"content": "x"}], [{"role": 1, "content": "x"}], [{"role": "user", "content": 1}], [[{"role": "user"}]]),
+    *([{"role": "user", "content": "x"}], [{"role": "user", "content": [{"type": "image"}]}], [user("x"), "y"]),
+    *([{"from": "human", "value": None}], [{"rank": 1}], [["a", "b"]], [["a"]], "[{'role': 'user', 'content': 'x'}]"),
+    *([{**assistant("A"), "tool_calls": 3}], [{**assistant("A"), "tool_calls": [None]}], {"tools": [1]}, object()),
+]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every field inside a row."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def broken(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """A row with one to three of its fields, at any depth, replaced, removed or renamed."""
+    row = copy.deepcopy(row)
+    for _ in range(generator.choice([1, 1, 1, 2, 3])):
+        path = generator.choice(list(places(row)) or [()])
+        if not path:
+            break
+        target = row
+        for key in path[:-1]:
+            target = target[key]
+        how = generator.random()
+        if how < 0.75:
+            target[path[-1]] = copy.deepcopy(generator.choice(JUNK[:-1])) if how < 0.74 else JUNK[-1]
+        elif isinstance(target, dict):
+            value = target.pop(path[-1])
+            if how > 0.9:
+                target[f"{path[-1]}s"] = value
+        else:
+            target.pop(path[-1])
+    return row
+
+
+def test_ten_thousand_rows_in_every_format_end_in_records_or_in_a_message_with_row_and_field() -> None:
+    generator = random.Random(7)
+    layouts = [*CANONICAL, *EXAMPLES]
+    fields = {str(key) for _, _, row, _ in layouts for path in places(row) for key in path}
+    fields |= {"instruction", "input", "messages"}  # asked for where nothing like them is there
+    named = re.compile("|".join(map(re.escape, fields)))
+    done = refused = 0
+    for number in range(ROWS // BATCH):
+        name, kind, good, _ = layouts[number % len(layouts)]
+        rows = [good if generator.random() < 0.6 else broken(good, generator) for _ in range(BATCH)]
+        source: Any = rows if name is None else {"path": rows, "format": name}
+        try:
+            data = load_rows(source, kind=kind, name="train")  # type: ignore[arg-type]
+            schema = read_preferences(data, kind=kind, name="train")  # type: ignore[arg-type]
+            assert len(preferences(data, schema)) == len(data)
+            done += 1
+        except DataError as error:
+            message = str(error)
+            refused += 1
+            whole_column = re.search(r"columns? .* (is|are) missing", message)
+            assert re.search(r"row \d+", message) or whole_column or "no rows" in message, (message, rows)
+            assert named.search(message), (message, rows)
+            assert "\n" not in message
+        except Exception as error:  # what must not happen, with what made it happen
+            pytest.fail(f"{name} {kind}: {type(error).__name__}: {error}; rows {rows!r}")
+    assert done > 100
+    assert refused > 500
+
+
+RUN = {
+    "model": {"name": "m", "dtype": "float32"},
+    "lora": {"r": 4, "target": ["q_proj"], "dropout": 0.0},
+    "data": {
+        "train": [{"path": "a.jsonl", "format": "hh", "fields": {"prompt": "q"}, "weight": 0.5}, "b.jsonl"],
+        "eval": {"held": "c.jsonl", "other": {"path": "d.jsonl"}},
+        "check": {"identical": 0.1},
+    },
+    "reference": {"meaning": "start", "means": "snapshot"},
+    "objective": {"loss": "sigmoid", "beta": 0.1},
+    "train": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 64, "logging_steps": 1},
+    "output": "out",
+}
+RUN_JUNK: list[Any] = [None, "", "x", 0, -1, 1.5, True, [], {}, [None], {"x": 1}, [[1]], {"path": 3}, "1e-3", math.inf]
+
+
+def test_five_hundred_broken_run_files_name_the_key(tmp_path: Any) -> None:
+    generator = random.Random(11)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(RUN), encoding="utf-8")
+    load_run_file(path)
+    refused = 0
+    for _ in range(RUN_FILES):
+        values: dict[str, Any] = copy.deepcopy(RUN)
+        place = generator.choice([one for one in places(values) if all(isinstance(key, (str, int)) for key in one)])
+        target: Any = values
+        for key in place[:-1]:
+            target = target[key]
+        how = generator.random()
+        if how < 0.7 or isinstance(target, list):
+            target[place[-1]] = generator.choice(RUN_JUNK)
+        elif how < 0.85:
+            target[f"{place[-1]}x"] = target.pop(place[-1])
+        else:
+            del target[place[-1]]
+        path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        try:
+            load_run_file(path)
+        except ConfigError as error:
+            refused += 1
+            message = str(error)
+            keys = [str(key) for key in place]
+            assert "run.yaml" in message or "`" in message, message
+            assert any(re.search(rf"[`.]{re.escape(key)}x?[`.]", message) for key in keys), (place, message)
+        except TetherError:
+            raise
+        except Exception as error:
+            pytest.fail(f"{place}: {type(error).__name__}: {error}; {values!r}")
+    assert refused > RUN_FILES // 4
