@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tether.training import DPOConfig
-from tether.training.datasets import RunData
+from tether.training.datasets import RunData, cache_folder
 from tiny import pair_rows, tiny_tokenizer
 
 
 def prepared(train: Any, evaluation: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    data = RunData(tiny_tokenizer(), DPOConfig(output_dir=str(folder), report_to=[]))
+    args = DPOConfig(output_dir=str(folder), report_to=[])
+    data = RunData(tiny_tokenizer(), args, lambda prepared, _: prepared)
     return *data.prepare_all(train, evaluation), data.reports
 
 
@@ -28,3 +31,25 @@ def test_sources_may_be_mappings(tmp_path: Path) -> None:
     assert len(train) == 18
     assert {name: len(part) for name, part in held.items()} == {"a": 6, "b": 6}
     assert reports["train"]["form"] == "conversational"
+
+
+def test_where_prepared_rows_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path))
+    assert cache_folder("auto") == tmp_path / "prepared"
+    assert cache_folder("~/x") == Path.home() / "x"
+    assert cache_folder(None) is None
+
+
+@pytest.mark.parametrize("said", ["auto", None])
+def test_a_run_keeps_what_it_prepared_unless_told_not_to(said, monkeypatch, tmp_path):
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path / "cache"))
+    sets = []
+    for learning_rate in (1e-6, 1e-3):
+        args = DPOConfig(
+            output_dir=str(tmp_path / str(learning_rate)), dataset_cache=said, use_cpu=True, learning_rate=learning_rate
+        )
+        data = RunData(tiny_tokenizer(), args, lambda prepared, _: prepared)
+        sets.append(data.prepare_all(pair_rows(12), pair_rows(3))[0])
+        assert data.reports["eval"]["overlap"]["rows"] == 3
+    assert sets[0][:] == sets[1][:]
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == (2 if said else 0)

@@ -19,10 +19,11 @@ from tether.data import (
     load_rows,
     longest_row,
     overlap,
-    prepare,
+    prepare_cached,
     split_rows,
 )
 from tether.data.check import FINDINGS, check
+from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
@@ -52,11 +53,12 @@ class RunData:
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
-        """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
-        data = load_rows(rows, name=name)
-        prepared = prepare(
+        """Prepare one set, or take it from the cache, and say what was done to it; see `tether.data.prepare`."""
+        data = load_rows(rows, kind=self.args.kind, name=name)
+        prepared = prepare_cached(
             data,
             self.tokenizer,
+            folder=cache_folder(self.args.dataset_cache),
             max_length=self.args.max_length,
             kind=self.args.kind,
             turns=self.args.turns,
@@ -106,6 +108,13 @@ class RunData:
         if named:
             return training.dataset, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
         return training.dataset, prepared["eval"].dataset
+
+
+def cache_folder(setting: str | None) -> Path | None:
+    """The folder of prepared sets that `dataset_cache` stands for; None for none."""
+    if setting is None:
+        return None
+    return cache_root() / "prepared" if setting == "auto" else Path(setting).expanduser()
 
 
 def probe_examples(rows: Dataset, count: int, *, longest: bool = False) -> list[Example]:
