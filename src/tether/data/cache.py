@@ -116,7 +116,8 @@ def cache_key(
     state = tokenizer_state(tokenizer)
     if state is None:
         return None
-    defaults = {option: value for option, value in prepare.__kwdefaults__.items() if option not in ("name", "num_proc")}
+    every = cast(dict[str, Any], prepare.__kwdefaults__)
+    defaults = {option: value for option, value in every.items() if option not in ("name", "num_proc")}
     parts = {
         "code": _code(),
         "libraries": {library: importlib.metadata.version(library) for library in _LIBRARIES},
