@@ -87,8 +87,8 @@ class DPOConfig(PreferenceConfig):
             )
         if combination.takes_divergence and self.wants_store():
             raise ConfigError(
-                f"reference_store or precompute_ref_log_probs came, and {', '.join(self.loss_type)} takes the reference's "
-                "whole distribution at each token, where a store keeps one number. Leave the store out."
+                f"reference_store or precompute_ref_log_probs came, and {', '.join(self.loss_type)} takes the "
+                "reference's whole distribution at each token, where a store keeps one number. Leave the store out."
             )
         if combination.takes_divergence and (self.reference == "none" or self.reference_means in ("remote", "store")):
             raise ConfigError(
