@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tether.reference import Namespace, Store
     from tether.scoring import pack, score
     from tether.training import (
         CPOConfig,
@@ -33,12 +34,14 @@ __all__ = [
     "DPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "Namespace",
     "ORPOConfig",
     "ORPOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "Store",
     "__version__",
     "pack",
     "score",
@@ -46,7 +49,7 @@ __all__ = [
 
 # Imported when first used: torch and transformers take seconds, and `tether --help` needs neither.
 _HOMES = {name: "training" for name in __all__ if name.endswith(("Config", "Trainer"))}
-_HOMES |= {"pack": "scoring", "score": "scoring"}
+_HOMES |= {"Namespace": "reference", "Store": "reference", "pack": "scoring", "score": "scoring"}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,3 +28,7 @@ class ReferenceError(TetherError):
 
 class ScoringError(TetherError):
     """A batch that cannot be scored exactly by the model at hand."""
+
+
+class StoreError(TetherError):
+    """The store of reference log-probabilities cannot be read, written or trusted."""

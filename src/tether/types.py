@@ -21,7 +21,7 @@ from torch import Tensor
 Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
 Meaning = Literal["start", "base", "model", "adapter", "none"]
-Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "none"]
+Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "store", "none"]
 
 
 @dataclass(frozen=True)

@@ -181,3 +181,13 @@ def test_adapter_dropout_needs_dropout() -> None:
     _, adapter, _ = build(run_with(lora={"dropout": 0.1}, train={"disable_dropout": False}))
     assert adapter is not None
     assert adapter.lora_dropout == 0.1
+
+
+def test_a_store_alone_declares_no_meaning(tmp_path):
+    """A model that Tether trained must go on asking which reference is meant, with a store too."""
+    written = {"model": "tiny", "data": {"train": "pairs.jsonl"}, "reference": {"store": "log_probs"}}
+    arguments, _, _ = build(check_run({**written, "output": str(tmp_path)}))
+    assert (arguments.reference, arguments.reference_store) == (None, "log_probs")
+    written["reference"] = {"meaning": "start", "store": "log_probs", "store_dtype": "float16"}
+    arguments, _, _ = build(check_run({**written, "output": str(tmp_path)}))
+    assert (arguments.reference, arguments.reference_store_dtype) == ("start", "float16")

@@ -47,6 +47,8 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "snapshot": None,
             "sync": None,
             "remote": None,
+            "store": None,
+            "store_dtype": "float32",
         },
         "objective": {
             "loss": "sigmoid",

@@ -79,13 +79,12 @@ def test_ten_thousand_rows_in_every_format_end_in_records_or_in_a_message_with_r
     generator = random.Random(7)
     layouts = [*CANONICAL, *EXAMPLES]
     fields = {str(key) for _, _, row, _ in layouts for path in places(row) for key in path}
-    named = re.compile(
-        "|".join(sorted(map(re.escape, fields | {"instruction", "input", "messages"}), key=len, reverse=True))
-    )
+    fields |= {"instruction", "input", "messages"}  # asked for where nothing like them is there
+    named = re.compile("|".join(map(re.escape, fields)))
     done = refused = 0
     for number in range(ROWS // BATCH):
         name, kind, good, _ = layouts[number % len(layouts)]
-        rows = [good if generator.random() < 0.3 else broken(good, generator) for _ in range(BATCH)]
+        rows = [good if generator.random() < 0.6 else broken(good, generator) for _ in range(BATCH)]
         source: Any = rows if name is None else {"path": rows, "format": name}
         try:
             data = load_rows(source, kind=kind, name="train")  # type: ignore[arg-type]

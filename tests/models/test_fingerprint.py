@@ -10,9 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tether.errors import ReferenceError
 from tether.models.fingerprint import base_tensors, fingerprint, model_fingerprint
+from tether.models.fingerprint_files import checkpoint_fingerprint
 from tiny import tiny_model
 
 
@@ -148,3 +150,46 @@ def test_survives_saving_and_loading(tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert model_fingerprint(again, without_adapters=True) == model_fingerprint(model, without_adapters=True)
+
+
+@pytest.mark.parametrize("shard", ["10KB", "1GB"], ids=["several files", "one file"])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen2", {"tie_word_embeddings": True}), ("gpt2", {})])
+def test_files_have_the_fingerprint_of_the_model_they_load_as(family, changes, shard, tmp_path, monkeypatch):
+    """Whatever they are split into, in the dtype they are saved in and in another; nothing is loaded as a model."""
+    tiny_model(family, **changes).save_pretrained(tmp_path, max_shard_size=shard)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = [model_fingerprint(model, without_adapters=True) for model in (loaded, half)]
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert checkpoint_fingerprint(tmp_path) == expected[0]
+    assert checkpoint_fingerprint(tmp_path, dtype=torch.bfloat16) == expected[1]
+    assert expected[0] != expected[1]
+
+
+def test_files_that_differ_in_one_bit_or_one_setting_differ(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    before = checkpoint_fingerprint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    changed = checkpoint_fingerprint(tmp_path)
+    assert changed != before
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert checkpoint_fingerprint(tmp_path) not in (changed, before)
+
+
+def test_files_that_do_not_say_what_the_model_is_are_refused(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "less", state_dict={"lm_head.weight": model.lm_head.weight})
+    with pytest.raises(ReferenceError, match=r"has a tensor 'model\..*' that the files .* do not name"):
+        checkpoint_fingerprint(tmp_path / "less")
+    model.save_pretrained(tmp_path / "more", state_dict={**model.state_dict(), "other.weight": torch.zeros(2)})
+    with pytest.raises(ReferenceError, match=r"such as 'other\.weight'"):
+        checkpoint_fingerprint(tmp_path / "more")
+    (tmp_path / "more" / "model.safetensors").unlink()
+    with pytest.raises(ReferenceError, match="pickled weights are never read"):
+        checkpoint_fingerprint(tmp_path / "more")
+    with pytest.raises(ReferenceError, match=r"has no config\.json"):
+        checkpoint_fingerprint(tmp_path)

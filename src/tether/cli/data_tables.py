@@ -52,7 +52,7 @@ def notes(found: Check) -> list[str]:
     if "longer_wins" in found.length_bias:
         lines.append(f"preferring the longer text is right in {found.length_bias['longer_wins']:.1%} of unequal pairs")
     if found.opening:
-        lines.append(f"most frequent opening: “{found.opening}”")
+        lines.append(f"most frequent opening: “{visible(found.opening)}”")
     if found.markers:
         lines.append("template markers: " + ", ".join(f"{name} ({count})" for name, count in found.markers.items()))
     if len(found.scripts) > 1:

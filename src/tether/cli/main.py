@@ -12,6 +12,8 @@ import typer
 from tether.cli import data
 from tether.cli.demo import demo
 from tether.cli.errors import explain, print_error
+from tether.cli.precompute import precompute
+from tether.cli.store import app as store_app
 from tether.cli.train import TrainCommand, train
 
 app = typer.Typer(
@@ -28,6 +30,11 @@ app.command(
     "demo",
     help="Tune a real language model on preferences in minutes, compare before and after, and write the report.",
 )(demo)
+app.command(
+    "precompute",
+    help="Fill the store of a run file with the reference's log-probabilities, ahead of training.",
+)(precompute)
+app.add_typer(store_app, name="store")
 app.add_typer(data.app, name="data")
 
 

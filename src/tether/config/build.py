@@ -128,7 +128,9 @@ def _reference(run: RunConfig) -> dict[str, Any]:
     declared = run.reference
     options: dict[str, Any] = {
         # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
-        "reference": declared.meaning if "reference" in run.model_fields_set else None,
+        "reference": declared.meaning if declared.model_fields_set - {"store", "store_dtype"} else None,
+        "reference_store": declared.store,
+        "reference_store_dtype": declared.store_dtype,
         "reference_adapter": declared.adapter,
         "reference_means": declared.means,
         "reference_snapshot": declared.snapshot,

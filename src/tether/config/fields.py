@@ -23,6 +23,8 @@ ELSEWHERE = {
     **{OBJECTIVE_FIELDS.get(name, name): f"`objective.{name}`" for name in Objective.model_fields},
     "reference": "`reference`",
     "reference_means": "`reference.means`",
+    "reference_store": "`reference.store`",
+    "reference_store_dtype": "`reference.store_dtype`",
     "reference_adapter": "`reference.adapter`",
     "reference_snapshot": "`reference.snapshot`",
     "reference_remote": "`reference.remote`",

@@ -52,6 +52,7 @@ class Reference(Section):
     """`reference:` what the policy is held to. `start`, `base` and `none` are short for `{meaning: …}`.
 
     `{model: name}` is short for `{meaning: model, model: name}`, and so are `{adapter: name}` and `{remote: {url: …}}`;
+    `{store: PATH}` alone keeps the ordinary meaning;
     `means` forces how the reference is computed, as in `{meaning: start, means: snapshot}`.
     """
 
@@ -91,6 +92,12 @@ class Reference(Section):
     )
     remote: Annotated[Remote | None, Allowed("a mapping such as {url: …}, or null")] = Field(
         default=None, description="A server that computes the reference."
+    )
+    store: Annotated[Text | None, Allowed("text: a folder or an fsspec address such as s3://bucket/store; or null")] = (
+        Field(default=None, description="Where its log-probabilities are kept, so that each is computed once.")
+    )
+    store_dtype: Annotated[Literal["float32", "float16"], Allowed("float32 or float16")] = Field(
+        default="float32", description="What the store keeps them in."
     )
 
     @model_validator(mode="before")

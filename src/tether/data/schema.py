@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
+import pyarrow as pa
 from datasets import Dataset
 
 from tether.data.columns import BATCH_ROWS, EXTRAS, KINDS, TEXTS, VALUES, columns_to_read
@@ -216,13 +217,14 @@ def split_prompt(chosen: Sequential, rejected: Sequential) -> tuple[Sequential, 
     return chosen[:low], chosen[low:], rejected[low:]
 
 
-def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, reason: str) -> str:
+def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, column: str, error: Exception) -> str:
     """The message for rows of which a column does not fit one table type.
 
     Args:
         rows: plain rows.
         name: what to call these rows.
-        reason: what Arrow said, for values that are each allowed but do not fit together.
+        column: the one that does not fit.
+        error: what Arrow said, for values that are each allowed but do not fit together.
 
     Returns:
         A message that names rows and fields.
@@ -233,13 +235,21 @@ def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, reason: st
     form: Form | None = form_of(samples[0]) if samples else None
     faults = Faults()
     for number, row in enumerate(rows, 1):
-        for column in columns:
-            check = list_faults if column == "completions" else text_faults
-            for fault in check(column, row.get(column), form):
+        for own in columns:
+            check = list_faults if own == "completions" else text_faults
+            for fault in check(own, row.get(own), form):
                 faults.add(number, fault)
+    if not faults.total:
+        first = next(row[column] for row in rows if row.get(column) is not None)
+        for number, row in enumerate(rows, 1):
+            try:
+                pa.array([first, row.get(column)])
+            except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
+                said = (str(reason).splitlines() or [type(reason).__name__])[0]
+                faults.add(number, f"`{column}` cannot be stored beside the others ({said})")
     if faults.total:
         return faults.message(name, len(rows))
-    return f"{name}: values of one column do not fit one type ({reason}). Give every message the same field types."
+    return f"{name}: values of `{column}` do not fit one type ({error}). Give every message the same field types."
 
 
 def python_rows(

@@ -322,7 +322,7 @@ def _table(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Table:
             arrays[str(column)] = pa.array(values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:
-                raise DataError(explain_mixed_types(rows, name, f"`{column}`: {error}")) from error
+                raise DataError(explain_mixed_types(rows, name, column, error)) from error
             # Not read by training, but still listed among the unused columns.
             arrays[str(column)] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)

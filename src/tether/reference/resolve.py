@@ -95,7 +95,7 @@ def _resolve_model(run: _Run) -> Resolved:
         raise ConfigError("reference: model came without a model; pass `ref_model`, or name one in the run file.")
     refuse_wrong_model(run.policy, model)
     identity = _identity(spec, "model", model, without_adapters=False)
-    reference = ModelReference(model, run.scorer_for(model), identity)
+    reference = ModelReference(model, run.scorer_for(model), identity, spec.reload)
     where = next(model.parameters()).device
     return Resolved(reference, f"reference: model, by model: {spec.source} ({identity.dtype}, {where}), frozen")
 

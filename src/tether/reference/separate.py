@@ -2,32 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ReferenceError
+from tether.models.fingerprint import model_fingerprint
 from tether.models.structure import transformers_model
 from tether.reference.protocol import SAME, Scorer, frozen_pass
 from tether.types import ReferenceIdentity, ScoringBatch
 
 
 class ModelReference:
-    """Another model; frozen here."""
+    """Another model; frozen here.
+
+    Args:
+        model: the weights.
+        scorer: the scoring function in the model's layout.
+        identity: what this reference is.
+        reload: loads the same weights again, and places them; without it, released ones wait in the host's memory.
+    """
 
     tolerance = SAME
 
-    def __init__(self, model: nn.Module, scorer: Scorer, identity: ReferenceIdentity) -> None:
-        self._model, self._scorer, self.identity = model.requires_grad_(False), scorer, identity
+    def __init__(
+        self,
+        model: nn.Module,
+        scorer: Scorer,
+        identity: ReferenceIdentity,
+        reload: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self._model: nn.Module | None = model.requires_grad_(False)
+        self._scorer, self.identity, self._reload = scorer, identity, reload
+        self._device = next(model.parameters()).device
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """See `Reference.score`. Moves the batch to the reference's device and the answer back."""
-        device = next(self._model.parameters()).device
-        with frozen_pass(self._model):
-            return self._scorer(self._model, batch.to(device)).token_logps.to(batch.input_ids.device)
+        model = self._recalled()
+        with frozen_pass(model):
+            return self._scorer(model, batch.to(self._device)).token_logps.to(batch.input_ids.device)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the weights are in memory, on their device."""
+        return self._model is not None and next(self._model.parameters()).device == self._device
+
+    def release(self) -> None:
+        """Let the weights go; the next `score` brings them back."""
+        if self._reload is not None:
+            self._model = None
+        elif self._model is not None and may_move(self._model):
+            self._model.to("cpu")
+
+    def _recalled(self) -> nn.Module:
+        if self._model is None and self._reload is not None:
+            model = self._reload().requires_grad_(False)
+            found = model_fingerprint(model, without_adapters=False)
+            if found != self.identity.fingerprint:
+                raise ReferenceError(
+                    f"The reference {self.identity.source!r} was released and loaded again, and is another one now: "
+                    f"its fingerprint is {found} and was {self.identity.fingerprint}. The files changed during the "
+                    "run. Restore them, or name a revision, and start again."
+                )
+            self._model = model
+        model = self._model
+        if model is None:
+            raise ReferenceError("The reference has no weights and no way to load them; this is a bug in Tether.")
+        return model if self.resident else model.to(self._device)
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: the model is rebuilt from its source, and its fingerprint is checked."""
         return {}
+
+
+def may_move(model: nn.Module) -> bool:
+    """Whether a model's weights may go to another device: quantised ones, and those spread over several, stay."""
+    inner = transformers_model(model)
+    return getattr(inner, "hf_device_map", None) is None and not getattr(inner, "is_quantized", False)
 
 
 def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -105,6 +106,7 @@ class ReferenceSpec:
         keep: where a snapshot is kept; None lets free memory decide.
         remote: the server, for the means `remote`.
         sync: how the reference moves; None for not at all.
+        reload: loads the other model again after a full store let it go; None for one that was given in memory.
     """
 
     meaning: Meaning = "start"
@@ -116,6 +118,7 @@ class ReferenceSpec:
     keep: Keep | None = None
     remote: RemoteOptions | None = None
     sync: Sync | None = None
+    reload: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.meaning not in MEANS:

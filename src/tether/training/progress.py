@@ -7,12 +7,14 @@ standard error, so that what a command answers on standard output stays clean.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -25,6 +27,7 @@ _SHOWN = (
 # With these figures a line of a run of some hundred steps fits a terminal of 80 columns; a bar needs a wider one.
 SEPARATOR = "  "
 _WIDE = 110
+_PLAIN_SECONDS = 10.0
 
 
 @functools.cache
@@ -47,6 +50,35 @@ def install_progress(trainer: Trainer) -> ProgressDisplay:
     display = ProgressDisplay(live=False if trainer.args.disable_tqdm else None)
     trainer.add_callback(display)
     return display
+
+
+@contextlib.contextmanager
+def counted(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far a loop outside training is: a live line on a terminal, else a line every ten seconds.
+
+    Args:
+        what: is counted.
+        total: how much there is.
+        shown: whether this process shows anything.
+
+    Yields:
+        A function that takes how much more is done.
+    """
+    done, said = 0, time.monotonic()
+    live = shown and console().is_terminal
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
+    with Progress(*columns, console=console(), transient=True, disable=not live) as progress:
+        task = progress.add_task(what, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            progress.update(task, completed=done)
+            if shown and not live and time.monotonic() - said > _PLAIN_SECONDS:
+                said = time.monotonic()
+                console().print(f"{what}: {done} of {total} rows", markup=False, highlight=False, soft_wrap=True)
+
+        yield advance
 
 
 class ProgressDisplay(TrainerCallback):

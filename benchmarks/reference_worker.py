@@ -1,0 +1,170 @@
+"""One run of `reference.py` in a process of its own: train a few steps by one means, or fill or read a large store."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import peak_memory_mib
+
+from tether.reference import Namespace, Store
+from tether.reference.store_tools import compact_store
+
+SPACE = Namespace("b2:benchmark", "float32")
+BATCH = 64
+BATCHES = 2000
+
+
+def key_of(number: int) -> bytes:
+    """The digest of a synthetic completion."""
+    return np.random.default_rng(number).bytes(16)
+
+
+def value_of(number: int, tokens: int) -> np.ndarray:
+    """Its log-probabilities: anyone can say whether what is read is right."""
+    length = 1 + number * 7919 % (2 * tokens - 1)
+    return -(np.arange(length, dtype=np.float32) + number % 1000) / 64
+
+
+def fill(spec: dict[str, Any]) -> dict[str, Any]:
+    """Put every completion, in batches; the time is that of the store alone."""
+    ready, seconds = peak_memory_mib(), 0.0
+    value_bytes = 0
+    store = Store(spec["path"], SPACE)
+    for start in range(0, spec["completions"], BATCH):
+        numbers = range(start, min(start + BATCH, spec["completions"]))
+        keys, values = [key_of(n) for n in numbers], [value_of(n, spec["tokens"]) for n in numbers]
+        value_bytes += sum(value.nbytes for value in values)
+        begin = time.perf_counter()
+        store.put(keys, values)
+        seconds += time.perf_counter() - begin
+    begin = time.perf_counter()
+    store.flush()
+    seconds += time.perf_counter() - begin
+    sizes = store.folder.sizes()
+    return {
+        "seconds": seconds,
+        "parts": len(sizes),
+        "file_bytes": sum(sizes.values()),
+        "value_bytes": value_bytes,
+        "ready_mib": ready,
+        "peak_mib": peak_memory_mib(),
+    }
+
+
+def read(spec: dict[str, Any]) -> dict[str, Any]:
+    """Open, then look up random batches and compare what comes with what is right."""
+    ready = peak_memory_mib()
+    begin = time.perf_counter()
+    store = Store(spec["path"], SPACE)
+    open_seconds = time.perf_counter() - begin
+    opened = peak_memory_mib()
+    draw, seconds = np.random.default_rng(0), []
+    for _ in range(BATCHES):
+        numbers = draw.integers(0, spec["completions"], BATCH).tolist()
+        keys = [key_of(n) for n in numbers]
+        begin = time.perf_counter()
+        found = store.get(keys)
+        seconds.append(time.perf_counter() - begin)
+        for number, value in zip(numbers, found, strict=True):
+            if value is None or not np.array_equal(value, value_of(number, spec["tokens"])):
+                raise SystemExit(f"completion {number} came back wrong")
+    return {
+        "open_seconds": open_seconds,
+        "completions": len(store),
+        "index_bytes": store.index_bytes,
+        "batch_seconds": float(np.median(seconds)),
+        "batches": BATCHES,
+        "ready_mib": ready,
+        "open_mib": opened,
+    }
+
+
+def compact(spec: dict[str, Any]) -> dict[str, Any]:
+    """Merge the parts."""
+    begin = time.perf_counter()
+    before, after = compact_store(spec["path"])
+    return {"seconds": time.perf_counter() - begin, "before": before, "after": after}
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Some steps by one means, with the passes of the live reference and the time of look-ups counted."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torch.utils.data import SequentialSampler
+    from vs_trl_worker import Clock
+
+    from tether import DPOConfig, DPOTrainer
+    from tether.reference import StoredReference, live_reference
+
+    torch.set_num_threads(spec["threads"])
+    clock, means = Clock(), spec["means"]
+    stored = means.startswith("store")
+    trainer = DPOTrainer(
+        model=spec["model"],
+        args=DPOConfig(
+            output_dir=str(Path(spec["folder"], "run")),
+            model_init_kwargs={"dtype": "float32"},
+            bf16=False,
+            use_cpu=True,
+            per_device_train_batch_size=spec["pairs"],
+            max_steps=spec["steps"] + 1,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            reference="start",
+            reference_means=None if stored else means,
+            reference_store=spec["store"] if stored else None,
+            reference_check_steps=0,
+        ),
+        train_dataset=Dataset.from_list(spec["rows"]),
+        callbacks=[clock],
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if spec["kind"] == "lora"
+        else None,
+    )
+    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
+    calls, lookup = [], [0.0]
+    reference: Any = trainer.resolved.reference
+    live: Any = live_reference(reference)
+    scored = live.score
+    live.score = lambda batch: calls.append(len(clock.wall)) or scored(batch)
+    if isinstance(reference, StoredReference):
+        get = reference.store.get
+
+        def timed(keys: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return get(keys)
+            finally:
+                lookup[0] += time.perf_counter() - begin
+
+        reference.store.get = timed  # type: ignore[method-assign]
+    begin = time.perf_counter()
+    trainer.train()
+    steps = [after - before for before, after in itertools.pairwise(clock.wall)]
+    guards = 2  # start equality and the frozen probe's first values
+    return {
+        "means": means,
+        "step_seconds": steps,
+        "all_step_seconds": [clock.wall[0] - begin, *steps],
+        "peak_mib": peak_memory_mib(),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "reference_passes": len(calls) - guards,
+        "lookup_seconds": lookup[0],
+    }
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer = {"fill": fill, "read": read, "compact": compact, "train": train}[asked["job"]](asked)
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")

@@ -1,0 +1,58 @@
+"""`tether precompute run.yaml [key=value …]`: fill the store of a run file ahead of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tether.cli.errors import Interrupted
+from tether.cli.run import Debug
+from tether.errors import ConfigError
+
+
+def precompute(
+    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to set, as in reference.store=log_probs.", metavar="KEY=VALUE"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compute the reference's log-probabilities of every row that the store of a run lacks.
+
+    Started again after a kill, or under torchrun, it computes what is still missing.
+
+    Args:
+        run_file: the YAML run file; it names a store.
+        overrides: `key=value`, applied in order.
+        debug: let the libraries speak.
+
+    Raises:
+        TetherError: bad input, or a store that does not hold what the reference says.
+    """
+    from tether.cli.output import terminal_output
+    from tether.config import build, load_run_file
+    from tether.training import DPOTrainer
+    from tether.training.stored import FOLDER, flush_store
+
+    run = load_run_file(run_file, overrides or ())
+    if run.reference.store is None and not run.train.further.get("precompute_ref_log_probs"):
+        raise ConfigError(
+            f"{run_file} names no store, so there is nothing to fill. Set `reference: {{store: FOLDER}}` in it, or "
+            "give reference.store=FOLDER after it."
+        )
+    with terminal_output(debug):
+        arguments, adapter, keywords = build(run)
+        trainer = DPOTrainer(args=arguments, peft_config=adapter, **keywords)
+        stored = trainer.resolved.reference
+        try:
+            filled = trainer.precompute_reference()
+        except KeyboardInterrupt:
+            flush_store(stored)
+            raise Interrupted("Stopped. What was computed is stored; the same command computes the rest.") from None
+    if trainer.is_world_process_zero():
+        total = filled.present + filled.computed
+        typer.echo(f"{total} completions: {filled.present} were in the store, {filled.computed} were computed")
+        typer.echo(f"store: {run.reference.store or Path(run.output) / FOLDER}")

@@ -1,0 +1,261 @@
+"""The store: reference log-probabilities on disk, computed once and read by every later run.
+
+Content-addressed, so that it cannot be stale: a key is a digest of the reference's fingerprint, the numerics, and the
+token ids of prompt and completion, and of nothing else. Usable without a trainer:
+
+    store = Store("log_probs", Namespace(model_fingerprint(model, without_adapters=True), "float32"))
+    store.put(batch.keys, values)
+    store.get(batch.keys)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tether.errors import StoreError
+from tether.reference.store_files import PartFolder
+from tether.reference.store_index import KeyIndex
+from tether.reference.store_parts import Namespace, PartIndex, crc_of, decode_part, encode_part, part_name
+
+logger = logging.getLogger("tether")
+# What a killed process may lose: values that are computed and not yet in a part.
+FLUSH_BYTES = 2**25
+FLUSH_SECONDS = 30.0
+_REFRESH_SECONDS = 10.0
+
+
+class Store:
+    """Token log-probabilities of one reference in one class of numerics, by the content of a completion.
+
+    Any number of processes may read and write one folder at once. What is put is found at once by this object, and by
+    others after `flush()` here and `refresh()` there. The index takes 36 bytes a completion; values stay on disk.
+
+    Args:
+        path: a folder or an fsspec address; made by the first write.
+        namespace: whose log-probabilities.
+        flush_bytes: values held in memory before a part is written.
+        flush_seconds: longest time until a value that was put is written.
+
+    Raises:
+        ConfigError: an address that cannot be reached.
+
+    Example:
+        >>> with Store("memory://doctest", Namespace("s2:00ff", "float32")) as store:
+        ...     store.put([b"a" * 16], [np.array([-1.5, -0.25])])
+        >>> Store("memory://doctest", Namespace("s2:00ff", "float32")).get([b"a" * 16, b"b" * 16])
+        [array([-1.5 , -0.25], dtype=float32), None]
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        namespace: Namespace,
+        *,
+        flush_bytes: int = FLUSH_BYTES,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
+        self.namespace, self.folder = namespace, PartFolder(path)
+        self._below = namespace.digest.hex()
+        self._kept_as = np.dtype(namespace.dtype).newbyteorder("<")
+        self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
+        self._pending: dict[bytes, bytes] = {}
+        self._pending_bytes, self._pending_since = 0, 0.0
+        self._index = KeyIndex()
+        self._names: list[str] = []
+        self._known: dict[str, int] = {}  # part to its size, also of those that are damaged
+        self.damaged: dict[str, str] = {}  # part to what is wrong with it
+        self._refreshed = 0.0
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Completions that can be read, those not yet written included."""
+        return self._index.unique + len(self._pending)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.flush()
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the index."""
+        return self._index.nbytes
+
+    def refresh(self, *, unless_recent: bool = False) -> None:
+        """Find parts that others have written since.
+
+        Args:
+            unless_recent: do nothing if the last look is seconds ago.
+        """
+        if unless_recent and time.monotonic() - self._refreshed < _REFRESH_SECONDS:
+            return
+        sizes = self.folder.sizes(self._below)
+        fresh = [name for name, size in sizes.items() if self._known.get(name) != size]
+        self._index.add(self._read_indexes(fresh))
+        self._known.update(sizes)
+        for name in self._known.keys() - sizes.keys():
+            # Merged by `compact` into another part, which was in place before this one went.
+            del self._known[name]
+            if name in self._names:
+                self._drop(self._names.index(name), "")
+        self._refreshed = time.monotonic()
+
+    def _read_indexes(self, names: list[str]) -> Iterator[tuple[int, PartIndex]]:
+        for name in names:
+            index = self._read_index(name)
+            if index is not None:
+                yield self._number(name), index
+
+    def _read_index(self, name: str) -> PartIndex | None:
+        try:
+            index = self.folder.index(name)
+        except FileNotFoundError:
+            return None
+        except (StoreError, OSError) as error:
+            self._report(name, str(error))
+            return None
+        if index.namespace != self.namespace:
+            self._report(name, "it belongs to another reference")
+            return None
+        return index
+
+    def _number(self, name: str) -> int:
+        self._names.append(name)
+        return len(self._names) - 1
+
+    def _report(self, name: str, reason: str) -> None:
+        self.folder.forget(name)
+        if name not in self.damaged:
+            self.damaged[name] = reason
+            logger.warning(
+                f"store: the part {name} of {self.folder.path} is not used: {reason}. Its entries are computed again; "
+                "`tether store verify` lists such parts, and they may be deleted."
+            )
+
+    def holds(self, contents: Sequence[bytes]) -> np.ndarray:
+        """Which completions are stored, bool `[k]`.
+
+        Args:
+            contents: k digests, see `tether.types.Example.keys`.
+        """
+        keys = [self.namespace.key(content) for content in contents]
+        return (self._index.find(keys) >= 0) | np.array([key in self._pending for key in keys], dtype=bool)
+
+    def get(self, contents: Sequence[bytes]) -> list[np.ndarray | None]:
+        """Values of completions, in one look-up.
+
+        A value is checked against its checksum. A part that fails is reported and no longer used, and what only it held
+        is missing.
+
+        Args:
+            contents: k digests, see `tether.types.Example.keys`.
+
+        Returns:
+            k float32 arrays of token log-probabilities in nats; None for what is missing.
+        """
+        keys = [self.namespace.key(content) for content in contents]
+        found: list[np.ndarray | None] = [None] * len(keys)
+        wanted = []
+        for i, key in enumerate(keys):
+            if key in self._pending:
+                found[i] = self._decoded(self._pending[key])
+            else:
+                wanted.append(i)
+        while wanted:
+            rows = self._index.find([keys[i] for i in wanted])
+            present = [(i, int(row)) for i, row in zip(wanted, rows, strict=True) if row >= 0]
+            if not present:
+                break
+            pieces = self._read([row for _, row in present])
+            wanted = []
+            if pieces is None:
+                wanted = [i for i, _ in present]
+                continue
+            bad = set()
+            for (i, row), piece in zip(present, pieces, strict=True):
+                if crc_of(keys[i], piece) == self._index.crc[row]:
+                    found[i] = self._decoded(piece)
+                else:
+                    bad.add(int(self._index.part[row]))
+                    wanted.append(i)
+            for part in bad:
+                self._drop(part, "a value does not match its checksum")
+        return found
+
+    def _read(self, rows: list[int]) -> list[Any] | None:
+        """The bytes of rows; None after a part turned out to be gone, and the index changed."""
+        width = self._kept_as.itemsize
+        parts = self._index.part[rows]
+        starts = self._index.offset[rows]
+        ends = starts + self._index.length[rows].astype(np.int64) * width
+        names = [self._names[part] for part in parts]
+        try:
+            return self.folder.read(names, starts.tolist(), ends.tolist())
+        except OSError:
+            # Merged away or cut short since it was listed: find out which, and look again.
+            there = self.folder.sizes(self._below)
+            for part in set(parts.tolist()):
+                self._drop(part, "it cannot be read" if self._names[part] in there else "")
+            self.refresh()
+            return None
+
+    def _drop(self, part: int, reason: str) -> None:
+        self._index.remove(part)
+        if reason:
+            self._report(self._names[part], reason)
+
+    def _decoded(self, data: Any) -> np.ndarray:
+        return np.frombuffer(data, dtype=self._kept_as).astype(np.float32)
+
+    def put(self, contents: Sequence[bytes], values: Sequence[np.ndarray]) -> None:
+        """Add completions; one that is stored already is left as it is.
+
+        Args:
+            contents: k digests, see `tether.types.Example.keys`.
+            values: k arrays of token log-probabilities in nats.
+
+        Raises:
+            StoreError: a value that is not a number, or the disk refused.
+        """
+        for content, value, stored in zip(contents, values, self.holds(contents), strict=True):
+            if stored:
+                continue
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused below
+                numbers = np.ascontiguousarray(value, dtype=self._kept_as)
+            if numbers.ndim != 1 or not np.isfinite(numbers).all():
+                raise StoreError(
+                    f"A completion's log-probabilities are no finite numbers in {self.namespace.dtype}: the shape is "
+                    f"{numbers.shape}, the values are {numbers.ravel()[:4]}. Is the reference right, and is float16 "
+                    "wide enough?"
+                )
+            if not self._pending:
+                self._pending_since = time.monotonic()
+            data = numbers.tobytes()
+            self._pending[self.namespace.key(content)] = data
+            self._pending_bytes += len(data)
+        late = self._pending and time.monotonic() - self._pending_since > self._flush_seconds
+        if late or self._pending_bytes >= self._flush_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was put into a part of its own.
+
+        Raises:
+            StoreError: the disk refused; the values stay in memory.
+        """
+        if not self._pending:
+            return
+        name = f"{self._below}/{part_name()}"
+        data = encode_part(self.namespace, list(self._pending), list(self._pending.values()))
+        self.folder.write(name, data)
+        self._known[name] = len(data)
+        self._index.add([(self._number(name), decode_part(data))])
+        self._pending, self._pending_bytes = {}, 0

@@ -1,0 +1,182 @@
+"""Where the store's parts lie: a local folder or any fsspec path; whole writes, listings, reads at offsets."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from tether.errors import ConfigError, StoreError
+from tether.reference.store_parts import SUFFIX, PartIndex, decode_part
+
+# Most bytes of remote parts that are kept in memory; a local part is mapped, never copied.
+CACHE_BYTES = 2**28
+# Begins the name of a file that is being written; one that stays behind belongs to a writer that was killed.
+WRITING = ".writing-"
+# An upload appears whole or not at all, and a rename would be a copy.
+_WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "r2", "hf", "memory"}
+
+
+class PartFolder:
+    """The files of a store.
+
+    Args:
+        path: a folder, or an fsspec address such as `s3://bucket/store` or `memory://store`.
+
+    Raises:
+        ConfigError: the address needs a package that is not installed, or is a file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(str(Path(path).expanduser() if "://" not in str(path) else path))
+            is_file = self.fs.isfile(self.root)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"The store '{path}' cannot be reached: {error}. Name a local folder, or install the fsspec package of "
+                "that protocol."
+            ) from error
+        if is_file:
+            raise ConfigError(
+                f"The store '{path}' is a file; a store is a folder, which is made when it is first used."
+            )
+        self.path, self.local = str(path), isinstance(self.fs, LocalFileSystem)
+        protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
+        self._uploads_whole = not _WHOLE_UPLOADS.isdisjoint(protocols)
+        self._cached = 0
+        self._open: dict[str, Any] = {}
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Bytes of each part by its name inside the store, oldest first; files that are still being written are none.
+
+        Args:
+            below: a folder of the store; empty for all.
+        """
+        return {name: size for name, size in self._files(below) if self._is_part(name)}
+
+    def leftovers(self) -> dict[str, float]:
+        """Seconds since the last change of each unfinished file, by name."""
+        names = [name for name, _ in self._files("") if name.rsplit("/", 1)[-1].startswith(WRITING)]
+        now = time.time()
+        return {name: now - self.fs.modified(self._full(name)).timestamp() for name in names}
+
+    def _files(self, below: str) -> list[tuple[str, int]]:
+        where = self._full(below) if below else self.root
+        self.fs.invalidate_cache(where)
+        try:
+            found = self.fs.find(where, detail=True)
+        except FileNotFoundError:
+            return []
+        start = len(self.root.rstrip("/")) + 1
+        return sorted((path[start:], int(entry["size"] or 0)) for path, entry in found.items())
+
+    def _is_part(self, name: str) -> bool:
+        return name.endswith(SUFFIX) and not name.rsplit("/", 1)[-1].startswith(WRITING)
+
+    def _full(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def index(self, name: str) -> PartIndex:
+        """Everything but the values of a part; raises FileNotFoundError, or StoreError where it cannot be read."""
+        if self.local:
+            return decode_part(self._full(name))
+        with self.fs.open(self._full(name), "rb") as file:
+            return decode_part(file)
+
+    def read(self, names: list[str], starts: list[int], ends: list[int]) -> list[Any]:
+        """The bytes between offsets of parts, one piece each.
+
+        Raises:
+            OSError: a part is gone, or a piece is shorter than asked for.
+        """
+        pieces: list[Any] = [None] * len(names)
+        far = []
+        for i, name in enumerate(names):
+            whole = self._map(name) if self.local else self._kept(name)
+            if whole is None:
+                far.append(i)
+            else:
+                pieces[i] = memoryview(whole)[starts[i] : ends[i]]
+        if far:
+            paths = [self._full(str(names[i])) for i in far]
+            fetched: list[Any] = self.fs.cat_ranges(paths, [starts[i] for i in far], [ends[i] for i in far])
+            for i, piece in zip(far, fetched, strict=True):
+                pieces[i] = piece
+        for piece, name, start, end in zip(pieces, names, starts, ends, strict=True):
+            if isinstance(piece, Exception) or len(piece) != end - start:
+                raise OSError(f"{name} could not be read from {start} to {end}: {piece if far else 'it is shorter'}")
+        return pieces
+
+    def _map(self, name: str) -> Any:
+        if name not in self._open:
+            with open(self._full(name), "rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:
+                    raise OSError(f"{name} is empty")  # which cannot be mapped
+                self._open[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._open[name]
+
+    def _kept(self, name: str) -> bytes | None:
+        """A remote part in memory, as long as there is room; the rest are read piece by piece."""
+        if name not in self._open:
+            size = self.fs.size(self._full(name)) or 0
+            if self._cached + size > CACHE_BYTES:
+                return None
+            self._open[name] = self.fs.cat_file(self._full(name))
+            self._cached += size
+        return self._open[name]
+
+    def whole(self, name: str) -> bytes:
+        """All bytes of a part."""
+        return self.fs.cat_file(self._full(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a part so that others see it whole or not at all.
+
+        Raises:
+            StoreError: the system refused.
+        """
+        folder, _, last = name.rpartition("/")
+        target, unfinished = self._full(name), self._full(f"{folder}/{WRITING}{last}")
+        try:
+            if self.local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                with open(unfinished, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unfinished, target)
+            elif self._uploads_whole:
+                self.fs.pipe_file(target, data)
+            else:
+                self.fs.makedirs(self._full(folder), exist_ok=True)
+                self.fs.pipe_file(unfinished, data)
+                self.fs.mv(unfinished, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.fs.rm_file(unfinished)  # on a full disk it would stay in the way
+            raise StoreError(
+                f"The store '{self.path}' could not be written: {error}. Free space or change its rights, or name "
+                "another folder; what it holds is intact."
+            ) from error
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; one that is gone already is no error."""
+        for name in names:
+            self.forget(name)
+            try:
+                self.fs.rm_file(self._full(name))
+            except FileNotFoundError:
+                continue
+
+    def forget(self, name: str) -> None:
+        """Let go of a part's memory."""
+        held = self._open.pop(name, None)
+        if held is not None and not self.local:
+            self._cached -= len(held)

@@ -1,0 +1,239 @@
+"""Training with a store: opened and verified at the start, filled ahead on request, written and shared as it grows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedType
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tether.data import example_from_row
+from tether.errors import ConfigError
+from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
+from tether.reference.store_reference import Releasable
+from tether.scoring import pack
+from tether.training.arguments import PreferenceConfig
+from tether.training.progress import counted
+from tether.types import Example
+
+if TYPE_CHECKING:
+    from tether.training.trainer import TetherTrainer
+
+logger = logging.getLogger("tether")
+FOLDER = "reference_store"
+_VERIFIED_ROWS = 8
+_CHUNK = 256
+# Their passes gather the weights, so every process must take part in each.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelerator) -> Resolved:
+    """Put the store that the arguments ask for in front of a reference; without one, the reference as it is.
+
+    Raises:
+        ConfigError: the store cannot be reached, or the reference has nothing to keep.
+    """
+    if not args.wants_store():
+        return resolved
+    path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
+    live = resolved.reference
+    with accelerator.autocast():
+        numerics = numerics_class(live.identity, accelerator.device.type)
+
+    def agree(here: bool) -> bool:
+        flag = torch.tensor(float(here), device=accelerator.device)
+        together: Tensor = accelerator.reduce(flag, reduction="sum")  # type: ignore[assignment]
+        return bool(together > 0)
+
+    asks_others = {"agree": agree} if accelerator.distributed_type in _SHARDED else {}
+    stored = StoredReference(live, path, numerics, dtype=args.reference_store_dtype, **asks_others)
+    held = f"{len(stored.store)} completions of this reference in {numerics}"
+    return Resolved(stored, f"{resolved.line}; kept in the store {path}, which has {held}")
+
+
+def install_store(trainer: TetherTrainer, stored: Reference) -> None:
+    """Verify a trainer's store, if it has one, and look after it during the run."""
+    rows = cast(Dataset, trainer.train_dataset)
+    if isinstance(stored, StoredReference):
+        verify_store(stored, rows, trainer.args.device)
+        trainer.add_callback(StoreCallback(stored, rows, trainer.accelerator))
+
+
+def prepare_store(trainer: TetherTrainer, *, resumed: bool) -> None:
+    """Before the first step: verify again what a checkpoint changed, and fill the store where that was asked for."""
+    stored = trainer.resolved.reference
+    if not isinstance(stored, StoredReference):
+        return
+    if resumed:
+        verify_store(stored, cast(Dataset, trainer.train_dataset), trainer.args.device)
+    if trainer.args.precompute_ref_log_probs:
+        precompute(trainer)
+
+
+def precompute(trainer: TetherTrainer) -> Filled:
+    """Compute what the store lacks of the training set and every evaluation set.
+
+    Args:
+        trainer: its processes each take their share of the rows.
+
+    Returns:
+        How many completions were there already, and how many were computed, over all processes.
+
+    Raises:
+        ConfigError: the run has no store.
+    """
+    stored, args = trainer.resolved.reference, trainer.args
+    if not isinstance(stored, StoredReference):
+        raise ConfigError("There is no store to fill. Set `reference_store` (in a run file `reference.store`).")
+    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    sets: dict[str, Any] = {"train": trainer.train_dataset}
+    sets |= {f"eval {name}".strip(): rows for name, rows in evaluation.items() if rows is not None}
+    sizes = dict.fromkeys(sets, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
+    sizes["train"] = args.precompute_ref_batch_size or args.per_device_train_batch_size
+    filled = fill_store(stored, sets, trainer.accelerator, sizes)
+    logger.info(f"store: {filled.present} completions were there, {filled.computed} were computed")
+    return filled
+
+
+def flush_store(reference: Reference) -> None:
+    """Write what a store has not written yet; nothing for a reference without one."""
+    if isinstance(reference, StoredReference):
+        reference.store.flush()
+
+
+def verify_store(stored: StoredReference, rows: Dataset, device: torch.device) -> StoreCheck | None:
+    """Compare stored values of a few rows, evenly spread, with the live reference, and say so.
+
+    Raises:
+        StoreError: they differ.
+    """
+    places = sorted({len(rows) * i // _VERIFIED_ROWS for i in range(_VERIFIED_ROWS)})
+    check = stored.verify([example_from_row(rows[i]) for i in places], device)
+    if check is not None:
+        logger.info(
+            f"store: {check.completions} stored completions of the training set were computed again, at most "
+            f"{check.max_difference:.1e} nats apart (allowed {check.tolerance:.0e})"
+        )
+    return check
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Completions of the data sets: how many were in the store already, and how many were computed now."""
+
+    present: int
+    computed: int
+
+
+def fill_store(
+    stored: StoredReference,
+    sets: Mapping[str, Dataset],
+    accelerator: Accelerator,
+    batch_sizes: Mapping[str, int],
+) -> Filled:
+    """Compute what the store lacks of data sets; every process takes its share of the rows.
+
+    What is computed is written every half minute, so that after a kill the same call goes on from there.
+
+    Args:
+        stored: the reference with its store.
+        sets: name to prepared rows.
+        accelerator: of the run.
+        batch_sizes: examples per pass, by name of the set.
+
+    Returns:
+        The counts, over all processes.
+    """
+    stored.store.refresh()
+    before, present = stored.computed, 0
+    for name, rows in sets.items():
+        waiting: list[Example] = []
+        mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
+        with counted(f"reference log-probs of {name}", len(mine), shown=accelerator.is_main_process) as advance:
+            for examples in _chunks(rows, mine):
+                for example in examples:
+                    missing = int((~stored.store.holds(example.keys)).sum())
+                    present += len(example.keys) - missing
+                    if missing:
+                        waiting.append(example)
+                    else:
+                        advance(1)
+                    if len(waiting) == batch_sizes[name]:
+                        _score(stored, waiting, accelerator)
+                        advance(len(waiting))
+                        waiting = []
+            if waiting:
+                _score(stored, waiting, accelerator)
+                advance(len(waiting))
+    share(stored, accelerator)
+    counts = torch.tensor([present, stored.computed - before], device=accelerator.device)
+    present, computed = accelerator.reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+    return Filled(present, computed)
+
+
+def _score(stored: StoredReference, examples: list[Example], accelerator: Accelerator) -> None:
+    stored.score(pack(examples).to(accelerator.device))
+
+
+def _chunks(rows: Dataset, places: range) -> Iterator[list[Example]]:
+    for start in range(0, len(places), _CHUNK):
+        chunk: list[Any] = rows.select(places[start : start + _CHUNK]).to_list()
+        yield [example_from_row(row) for row in chunk]
+
+
+def share(stored: StoredReference, accelerator: Accelerator, *, release: bool = False) -> None:
+    """Write what this process computed, and after all have, find what the others did."""
+    stored.store.flush()
+    accelerator.wait_for_everyone()
+    stored.settle(release=release)
+
+
+class StoreCallback(TrainerCallback):
+    """Writes and shares the store at the moments of a run, and lets the reference's weights go once it is full.
+
+    Args:
+        stored: the reference with its store.
+        rows: the training set.
+        accelerator: of the run.
+    """
+
+    def __init__(self, stored: StoredReference, rows: Dataset, accelerator: Accelerator) -> None:
+        self._stored, self._rows, self._accelerator = stored, rows, accelerator
+        self._full = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """A store that has every training row needs no weights; the guards have run."""
+        if isinstance(self._stored.live, Releasable):
+            self._full = all(
+                self._stored.store.holds([key for example in examples for key in example.keys]).all()
+                for examples in _chunks(self._rows, range(len(self._rows)))
+            )
+        self._stored.settle(release=self._full)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Rows come to other processes in the next epoch; whatever one computed, all can read."""
+        self._full = True
+        share(self._stored, self._accelerator, release=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """A run that resumes from this checkpoint finds the values of the steps before it."""
+        self._stored.store.flush()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """An evaluation set that came back from the live reference is stored now."""
+        self._stored.settle(release=self._full)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Say what was computed."""
+        share(self._stored, self._accelerator)
+        logger.info(
+            f"store: {len(self._stored.store)} completions kept; this process computed {self._stored.computed} of them "
+            f"in {self._stored.forwards} passes of the reference"
+        )

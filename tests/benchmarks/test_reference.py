@@ -1,0 +1,68 @@
+"""The benchmark of the reference: it compares equal work, sees a store that is not used, and runs on a tiny model."""
+
+from __future__ import annotations
+
+import math
+
+import lengths
+import pytest
+from lengths import Profile
+
+import reference as benchmark
+from tiny import tiny_model, tiny_tokenizer
+
+LOSSES = (math.log(2), 0.6)
+
+
+def run(*, seconds=1.0, losses=LOSSES, passes=2, lookup=0.001):
+    return {
+        "step_seconds": [seconds],
+        "all_step_seconds": [seconds] * len(losses),
+        "losses": list(losses),
+        "reference_passes": passes,
+        "lookup_seconds": lookup,
+        "peak_mib": 100.0,
+    }
+
+
+def test_equal_work_has_no_problems_and_targets_are_ratios():
+    runs = {"adapter_off": [run(seconds=3.0)], "store-cold": [run()], "store-warm": [run(seconds=2.0, passes=0)]}
+    assert benchmark.check(runs) == []
+    assert [line.split(" (")[0] for line in benchmark.targets(runs)] == [
+        "look-up takes 0.025% of a step",
+        "a full store is 1.50x as fast as adapter_off",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("means", "wrong", "problem"),
+    [
+        ("store-warm", run(passes=1), "ran the reference 1 times, not 0"),
+        ("store-cold", run(passes=0), "ran the reference 0 times, not 2"),
+        ("store-warm", run(passes=0, losses=(0.7, 0.6)), "apart"),
+        ("store-warm", run(passes=0, losses=(math.nan, 0.6)), "apart"),
+    ],
+)
+def test_unequal_work_is_a_problem(means, wrong, problem):
+    assert any(problem in line for line in benchmark.check({"adapter_off": [run()], means: [wrong]}))
+
+
+@pytest.mark.multiprocess
+def test_a_store_of_some_thousand_completions_is_measured():
+    found = benchmark.measure_store(5000, 10, 1)
+    assert (found["read"]["completions"], found["read"]["index_bytes"]) == (5000, 36 * 5000)
+    assert found["fill"]["file_bytes"] > found["fill"]["value_bytes"] > 5000 * 4
+    assert "5,000 completions" in benchmark.show_store(found)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_every_means_does_the_same_work_on_a_tiny_model(tmp_path, monkeypatch):
+    tiny_model(vocab_size=320).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setitem(lengths.PROFILES, "hh", Profile(20, 5, 2))
+    options = benchmark.parse(["--steps", "2", "--repeats", "1", "--threads", "1", "--model", str(tmp_path)])
+    for kind in benchmark.MEANS:
+        runs = benchmark.measure_steps(kind, options)
+        assert benchmark.check(runs) == []
+        assert "store-warm" in benchmark.show_steps(kind, runs)

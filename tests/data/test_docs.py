@@ -1,0 +1,49 @@
+"""docs/data.md: every example on the page is run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tether.config import check_run
+from tether.data import load_rows, preferences, read_preferences
+from tether.data.check import FINDINGS
+from tether.data.formats import FORMATS
+from tether.data.truncate import TRUNCATION_MODES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```json (\S+) (\S+)\n(.+)\n(.+)\n```$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "row", "becomes"), BLOCKS, ids=[f"{b[0]}-{b[1]}-{n}" for n, b in enumerate(BLOCKS)]
+)
+def test_an_example_of_the_page(name: str, kind: Any, row: str, becomes: str) -> None:
+    source: Any = [json.loads(row)] if name == "trl" else {"path": [json.loads(row)], "format": name}
+    data = load_rows(source, kind=kind)
+    [record] = preferences(data, read_preferences(data, kind=kind))
+    expected = json.loads(becomes)
+    if name == "trl":
+        assert {"prompt": record.prompt, "completions": list(record.completions)} == expected
+    else:
+        assert {column: data[0][column] for column in expected} == expected
+
+
+def test_every_format_is_on_the_page() -> None:
+    families = {name.partition(".")[2] for name, *_ in BLOCKS} | {name for name, *_ in BLOCKS}
+    assert {name for name in FORMATS if name not in families and name.partition(".")[2] not in families} == set()
+    assert len(BLOCKS) > 25
+    for mode in TRUNCATION_MODES:
+        assert f"`{mode}`" in PAGE
+
+
+def test_the_run_file_of_the_page_is_right() -> None:
+    [block] = re.findall(r"^```yaml\n(.*?)```$", PAGE, re.MULTILINE | re.DOTALL)
+    run = check_run({"model": "m", **yaml.safe_load(block)})
+    assert run.data.check is not None
+    assert set(run.data.check) <= set(FINDINGS)

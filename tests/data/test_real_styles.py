@@ -1,0 +1,209 @@
+"""INV-29 to 31 on four styles of tokenizer and on the templates that real models have, written down here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from data.samples import CHATML, TEXTS, assistant, byte_level, metaspace, pair, user
+from tether.data import prepare
+
+SPECIAL = [
+    *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>"),
+    *("<think>", "</think>"),
+]
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] +"
+    " ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# Thoughts of earlier turns are left out; an answer without one gets an empty one, unless it is asked for with thoughts.
+QWEN3 = (
+    "{% for message in messages %}{% set text = message['content'] %}"
+    "{% if message['role'] == 'assistant' %}{% if '</think>' in text %}"
+    "{% if not loop.last %}{% set text = text.split('</think>')[1].lstrip('\n') %}{% endif %}"
+    "{% elif loop.last %}{% set text = '<think>\n\n</think>\n\n' + text %}{% endif %}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+ENDS = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "llama3": (LLAMA3, "<|eot_id|>"),
+    "mistral": (MISTRAL, None),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "zephyr": (ZEPHYR, None),
+    "qwen3": (QWEN3, "<|im_end|>"),
+}
+
+
+def bpe() -> PreTrainedTokenizerFast:
+    return byte_level(special=tuple(SPECIAL), bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """BPE with a dummy prefix, as Llama 2 and Mistral have."""
+    tokenizer = metaspace()
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return tokenizer
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """Unigram over Metaspace with a dummy prefix, as Gemma's and T5's kind."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>", *SPECIAL]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=250,
+        special_tokens=special,
+        unk_token="<unk>",
+        initial_alphabet=sorted({*"".join(TEXTS), "\n"} - {" "}),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return made
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """WordPiece in lower case, as BERT has: it does not keep every character."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[UNK]", "<s>", "</s>", *SPECIAL], show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="</s>")
+    made.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return made
+
+
+def bytes_alone() -> PreTrainedTokenizerBase:
+    """Bytes without merges, in Python; it adds `</s>` after every text by itself."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL, "bos_token": "<s>"})
+    return tokenizer
+
+
+STYLES = {
+    "byte-level BPE": bpe,
+    "SentencePiece BPE": sentencepiece,
+    "unigram": unigram,
+    "WordPiece": wordpiece,
+    "bytes": bytes_alone,
+}
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return STYLES[request.param]()
+
+
+CHATS = [
+    pair([user("Who are you?")], [assistant("I am a small model.")], [assistant("I am the sea.")]),
+    pair([user("Hi"), assistant("Hello there"), user("2 + 2 =")], [assistant("4")], [assistant("2, and 4")]),
+]
+
+
+def run(rows: list[dict], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Any]:
+    prepared = prepare(rows, tokenizer, **{"max_length": None, **options})
+    assert prepared.report.kept == len(rows)
+    return list(prepared.dataset)
+
+
+def counted(ids: list[int], tokenizer: PreTrainedTokenizerBase, token: str | None) -> int:
+    return ids.count(tokenizer.convert_tokens_to_ids(token)) if token else 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_conversations_have_one_bos_and_each_completion_one_end(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    template, end = ENDS[name]
+    tokenizer.chat_template = template
+    end = end or str(tokenizer.eos_token)
+    for row in run(CHATS, tokenizer):
+        for completion in row["completion_ids"]:
+            whole = row["prompt_ids"] + completion
+            assert completion[-1] == tokenizer.convert_tokens_to_ids(end)
+            assert counted(completion, tokenizer, end) == 1
+            assert counted(whole, tokenizer, tokenizer.bos_token) == ("bos_token" in template)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_prompt_and_the_completion_make_up_the_whole_conversation(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """INV-29, INV-31: their ids are those of the conversation rendered and tokenised at once, up to its last end."""
+    tokenizer.chat_template = ENDS[name][0]
+    for source, row in zip(CHATS, run(CHATS, tokenizer), strict=True):
+        whole = tokenizer.apply_chat_template(source["prompt"] + source["chosen"], tokenize=False)
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        made = row["prompt_ids"] + row["completion_ids"][0]
+        assert made == ids[: len(made)]  # type: ignore[index]
+        after = tokenizer.decode(ids[len(made) :])  # type: ignore[index]
+        assert str(after).strip() == ""
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_turns_of_the_assistant_are_masked_in_every_style(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = ENDS[name][0]
+    talk = [user("Who are you?"), assistant("a model"), user("the sky?"), assistant("the sea")]
+    [row] = run([{"messages": talk}], tokenizer, kind="completion", turns="assistant")
+    ids, mask = row["completion_ids"][0], row["scored"][0]
+    said = str(tokenizer.decode([token for token, on in zip(ids, mask, strict=True) if on], skip_special_tokens=True))
+    quiet = str(tokenizer.decode([token for token, on in zip(ids, mask, strict=True) if not on]))
+    squeezed = "".join(said.split()).replace("<think></think>", "")
+    assert squeezed in ("amodelthesea", "<think></think>amodelthesea")
+    assert "thesky" in "".join(quiet.split())
+    assert "thesea" not in "".join(quiet.split())
+
+
+def test_text_in_every_style(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [
+        pair(),
+        pair(TEXTS[0], " " + TEXTS[1], " No."),
+        {"chosen": "The sky is blue.", "rejected": "The sky is red."},
+    ]
+    for row in run(rows[:2], tokenizer) + run(rows[2:], tokenizer):
+        for completion in row["completion_ids"]:
+            assert completion[-1] == tokenizer.eos_token_id
+            assert completion.count(tokenizer.eos_token_id) == 1
+            assert tokenizer.eos_token_id not in row["prompt_ids"]
+            assert (row["prompt_ids"] + completion).count(tokenizer.bos_token_id) <= 1
+
+
+def test_inv_31_with_and_without_a_prompt_column(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = CHATML
+    whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in CHATS]
+    explicit, implicit = run(CHATS, tokenizer), run(whole, tokenizer)
+    assert [dict(row) for row in explicit] == [dict(row) for row in implicit]
+
+
+def test_thinking_can_be_switched_per_row() -> None:
+    tokenizer = bpe()
+    tokenizer.chat_template = QWEN3
+    rows = [CHATS[0] | {"chat_template_kwargs": {"enable_thinking": on}} for on in (True, False)]
+    on, off = run(rows, tokenizer, kind="prompt_only")
+    assert str(tokenizer.decode(off["prompt_ids"])).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert str(tokenizer.decode(on["prompt_ids"])).endswith("assistant\n")

@@ -1,0 +1,336 @@
+"""The store keeps what was put, under keys that cover what changes the number and nothing else (INV-13, 14)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tether import Namespace, Store
+from tether.errors import ConfigError, StoreError
+from tether.reference.store_index import KeyIndex
+from tether.reference.store_parts import PartIndex, decode_part, encode_part
+from tether.reference.store_tools import compact_store, describe_store, export_store
+
+SPACE = Namespace("s2:00ff", "float32")
+
+
+def contents(count, seed=0):
+    """Digests of completions and their values, as a deterministic function of both."""
+    random = np.random.default_rng(seed)
+    keys = [random.bytes(16) for _ in range(count)]
+    return keys, [value_of(key) for key in keys]
+
+
+def value_of(key):
+    """What is right for a key: anyone can say of a stored value whether it is wrong."""
+    random = np.random.default_rng(int.from_bytes(key, "little"))
+    return -random.random(random.integers(1, 40)).astype(np.float32)
+
+
+@pytest.fixture(params=["file", "memory", "far"])
+def path(request, tmp_path, monkeypatch):
+    """A local folder, whose parts are mapped; an object store whose parts fit in memory; one whose parts do not."""
+    if request.param == "file":
+        return str(tmp_path / "store")
+    if request.param == "far":
+        monkeypatch.setattr("tether.reference.store_files.CACHE_BYTES", 0)
+    return f"memory://{uuid.uuid4().hex}"
+
+
+def parts(path):
+    files, root = fsspec.core.url_to_fs(path)
+    return files, sorted(files.find(root))
+
+
+def rewrite(path, change, number=0):
+    """Change the bytes of a part in place, as a failing disk would."""
+    files, names = parts(path)
+    files.pipe_file(names[number], change(files.cat_file(names[number])))
+
+
+def test_what_is_put_is_found_now_and_by_others_after_a_flush(path):
+    keys, values = contents(50)
+    store, other = Store(path, SPACE), Store(path, SPACE)
+    store.put(keys[:30], values[:30])
+    assert [value is not None for value in store.get(keys)] == [True] * 30 + [False] * 20
+    other.refresh()
+    assert not other.holds(keys).any()
+    store.flush()
+    store.put(keys[20:], values[20:])
+    store.flush()
+    other.refresh()
+    for reader in (store, other, Store(path, SPACE)):
+        assert len(reader) == 50
+        for found, value in zip(reader.get(keys), values, strict=True):
+            np.testing.assert_array_equal(found, value)
+    assert len(parts(path)[1]) == 2
+
+
+def test_a_look_up_in_any_order_equals_a_dictionary():
+    """The fast path against the plain one, with keys that share their first half, and a negative control."""
+    random = np.random.default_rng(0)
+    keys = list({b"same" * 2 + random.bytes(8) for _ in range(100)} | {random.bytes(16) for _ in range(300)})
+    index = KeyIndex()
+    for number, start in enumerate(range(0, len(keys), 150)):
+        packed = np.frombuffer(b"".join(keys[start : start + 150]), np.uint8).reshape(-1, 16)
+        rows = np.arange(start, start + len(packed))
+        index.add([(number, PartIndex(SPACE, packed, rows, rows.astype(np.uint32), rows.astype(np.uint32)))])
+    asked = [keys[i] for i in random.permutation(len(keys))] + [random.bytes(16) for _ in range(50)]
+    plain = {key: row for row, key in enumerate(keys)}
+    found = index.find(asked)
+    assert [index.offset[row] if row >= 0 else -1 for row in found] == [plain.get(key, -1) for key in asked]
+    assert index.nbytes / len(keys) <= 64
+    index.low[:] = index.low[::-1].copy()
+    assert (index.find(asked[: len(keys)]) < 0).any()
+
+
+def test_the_index_takes_at_most_64_bytes_a_completion(tmp_path):
+    keys, values = contents(2000)
+    with Store(tmp_path, SPACE) as store:
+        store.put(keys, values)
+    assert store.index_bytes / len(store) == 36
+    assert Store(tmp_path, SPACE).index_bytes / 2000 == 36
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "s2:ff"}, {"numerics": "bfloat16"}, {"dtype": "float16"}])
+def test_another_reference_or_numerics_shares_a_folder_and_no_entry(path, change):
+    """INV-13."""
+    keys, values = contents(3)
+    with Store(path, SPACE) as store:
+        store.put(keys, values)
+    other = Store(path, Namespace(**{"fingerprint": "s2:00ff", "numerics": "float32", **change}))
+    assert not other.holds(keys).any()
+    with other:
+        other.put(keys, [value - 1 for value in values])
+    np.testing.assert_array_equal(Store(path, SPACE).get(keys)[0], values[0])
+
+
+def test_float16_is_kept_on_request(path):
+    keys, values = contents(20)
+    space = Namespace("s2:00ff", "float32", "float16")
+    store = Store(path, space)
+    store.put(keys, values)
+    before = store.get(keys)
+    store.flush()
+    for found, pending, value in zip(store.get(keys), before, values, strict=True):
+        np.testing.assert_array_equal(found, value.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(found, pending)
+        assert found.dtype == np.float32
+
+
+def test_values_that_are_no_numbers_are_refused(tmp_path):
+    store = Store(tmp_path, SPACE)
+    for value in ([-1.0, float("nan")], [[-1.0]], [float("-inf")]):
+        with pytest.raises(StoreError, match="no finite numbers"):
+            store.put([b"k" * 16], [np.array(value, np.float32)])
+    with pytest.raises(StoreError, match="no finite numbers in float16"):
+        Store(tmp_path, Namespace("a", "b", "float16")).put([b"k" * 16], [np.array([-1e6])])
+    assert not store.holds([b"k" * 16]).any()
+
+
+def test_parts_are_ordinary_parquet_that_is_read_in_place(tmp_path):
+    """The offsets against what pyarrow decodes, over several row groups and a completion without tokens."""
+    random = np.random.default_rng(0)
+    keys = [random.bytes(16) for _ in range(40_000)]
+    values = [random.bytes(4 * int(length)) for length in random.integers(0, 5, 40_000)]
+    data = encode_part(SPACE, keys, values)
+    (tmp_path / "part.parquet").write_bytes(data)
+    table = pq.read_table(tmp_path / "part.parquet")
+    assert pq.ParquetFile(tmp_path / "part.parquet").num_row_groups == 3
+    assert table["key"].to_pylist() == keys
+    assert table["values"].to_pylist() == values
+    found = decode_part(data)
+    ends = found.offsets + 4 * found.lengths
+    assert [data[start:end] for start, end in zip(found.offsets, ends, strict=True)] == values
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"no parquet at all",
+        lambda data: data[:4] + bytes(len(data) - 8) + data[-4:],
+    ],
+    ids=["torn", "empty", "other", "zeros"],
+)
+def test_a_part_that_cannot_be_read_is_reported_and_its_entries_are_missing(path, change, caplog):
+    """INV-14: never 0.0; what other parts hold is found all the same."""
+    keys, values = contents(20)
+    for half in (slice(0, 10), slice(10, 20)):
+        with Store(path, SPACE) as store:
+            store.put(keys[half], values[half])
+    damaged = Store(path, SPACE)
+    first = [value is not None for value in damaged.get(keys)]
+    rewrite(path, change)
+    with caplog.at_level(logging.WARNING, logger="tether"):
+        store = Store(path, SPACE)
+    assert sum(first) == 20
+    found = store.get(keys)
+    missing = [i for i, value in enumerate(found) if value is None]
+    assert missing in (list(range(10)), list(range(10, 20)))
+    assert len(store.damaged) == 1
+    assert "computed again" in caplog.text
+    assert len(describe_store(path).damaged) == 1
+    with store:
+        store.put(keys, values)
+    for value, right in zip(Store(path, SPACE).get(keys), values, strict=True):
+        np.testing.assert_array_equal(value, right)
+
+
+def test_a_changed_bit_of_a_value_is_noticed_when_it_is_read(path, caplog):
+    keys, values = contents(20)
+    with Store(path, SPACE) as store:
+        store.put(keys, values)
+    files, (name,) = parts(path)
+    offset = decode_part(files.cat_file(name)).offsets[4]
+    rewrite(path, lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+    store = Store(path, SPACE)
+    assert store.holds(keys).all()  # the keys are sound
+    found = store.get(keys)
+    assert [i for i, value in enumerate(found) if value is None] == list(range(20)) or all(
+        value is None or np.array_equal(value, right) for value, right in zip(found, values, strict=True)
+    )
+    assert any(value is None for value in found)
+    assert store.get(keys) == [None] * 20
+    assert "a value does not match its checksum" in caplog.text
+    assert not describe_store(path).damaged
+    assert len(describe_store(path, values=True).damaged) == 1
+    store.put(keys, values)
+    store.flush()
+    again = Store(path, SPACE)
+    for _ in range(2):
+        for value, right in zip(again.get(keys), values, strict=True):
+            np.testing.assert_array_equal(value, right)
+
+
+def test_a_part_that_vanishes_is_missing_or_still_readable_and_never_wrong(path):
+    """Another process compacts or deletes while this one reads."""
+    keys, values = contents(30)
+    for start in range(0, 30, 10):
+        with Store(path, SPACE) as store:
+            store.put(keys[start : start + 10], values[start : start + 10])
+    reader = Store(path, SPACE)
+    assert compact_store(path) == (3, 1)
+    for _ in range(2):
+        for value, right in zip(reader.get(keys), values, strict=True):
+            np.testing.assert_array_equal(value, right)
+        reader.refresh()
+    assert len(reader) == 30
+    files, names = parts(path)
+    files.rm_file(names[0])
+    reader.refresh()
+    assert reader.get(keys) == [None] * 30
+
+
+def test_two_writers_lose_nothing_and_compaction_keeps_each_once(path):
+    """INV-14."""
+    keys, values = contents(40)
+    one, two = Store(path, SPACE), Store(path, SPACE)
+    for start in range(0, 40, 4):
+        for store, places in ((one, range(start, start + 4)), (two, range(start, min(start + 8, 40)))):
+            store.put([keys[i] for i in places], [values[i] for i in places])
+            store.flush()
+    before = describe_store(path)
+    assert before.completions == 40
+    assert before.namespaces[0].repeated > 0
+    assert compact_store(path, part_bytes=1000)[0] == before.namespaces[0].parts
+    after = describe_store(path, values=True)
+    assert (after.completions, after.namespaces[0].repeated, after.damaged) == (40, 0, {})
+    assert 1 < after.namespaces[0].parts < before.namespaces[0].parts
+    for value, right in zip(Store(path, SPACE).get(keys), values, strict=True):
+        np.testing.assert_array_equal(value, right)
+
+
+def test_compaction_leaves_damaged_parts_and_removes_old_unfinished_files(tmp_path, monkeypatch):
+    keys, values = contents(30)
+    for start in range(0, 30, 10):
+        with Store(tmp_path, SPACE) as store:
+            store.put(keys[start : start + 10], values[start : start + 10])
+    rewrite(str(tmp_path), lambda data: data[:-20], number=1)
+    folder = next(tmp_path.iterdir())
+    (folder / ".writing-killed.parquet").write_bytes(b"half")
+    report = describe_store(tmp_path)
+    assert (report.completions, len(report.damaged), len(report.leftovers)) == (20, 1, 1)
+    assert compact_store(tmp_path) == (2, 1)
+    assert (folder / ".writing-killed.parquet").exists()  # its writer may be alive
+    monkeypatch.setattr("tether.reference.store_tools._ABANDONED_SECONDS", -1.0)
+    compact_store(tmp_path)
+    report = describe_store(tmp_path)
+    assert (report.completions, len(report.damaged), len(report.leftovers)) == (20, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_export_has_every_completion_once_in_plain_columns(path, tmp_path, kind):
+    keys, values = contents(10)
+    for space in (SPACE, Namespace("s2:11", "bfloat16", "float16")):
+        for _ in range(2):
+            store = Store(path, space)
+            store._index = KeyIndex()  # forgets what is there, as a second writer would not have known it
+            with store:
+                store.put(keys, values)
+    target = tmp_path / f"out.{kind}"
+    assert export_store(path, target) == 20
+    if kind == "parquet":
+        rows = pq.read_table(target).to_pylist()
+    else:
+        rows = [json.loads(line) for line in target.read_text("utf-8").splitlines()]
+    right = {SPACE.key(key).hex(): value for key, value in zip(keys, values, strict=True)}
+    mine = {row["key"]: row for row in rows if row["reference"] == "s2:00ff"}
+    assert mine.keys() == right.keys()
+    for key, row in mine.items():
+        np.testing.assert_array_equal(np.array(row["token_logps"], np.float32), right[key])
+    assert {row["numerics"] for row in rows} == {"float32", "bfloat16, kept in float16"}
+    with pytest.raises(ConfigError, match="this one exists"):
+        export_store(path, target)
+    rewrite(path, lambda data: data[:-20])
+    with pytest.raises(StoreError, match="damaged parts"):
+        export_store(path, tmp_path / f"again.{kind}")
+    assert not (tmp_path / f"again.{kind}").exists()
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="There is no store"):
+        describe_store(tmp_path / "nothing")
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ConfigError, match="is a file"):
+        Store(tmp_path / "file", SPACE)
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        Store("nonsense://bucket/store", SPACE)
+    with pytest.raises(StoreError, match="float32 or float16"):
+        Namespace("a", "b", "int8")
+
+
+def test_a_disk_that_refuses_loses_nothing_that_was_put(tmp_path, monkeypatch):
+    keys, values = contents(5)
+    store = Store(tmp_path, SPACE)
+    store.put(keys, values)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tether.reference.store_files.os.replace", full)
+        with pytest.raises(StoreError, match="No space left"):
+            store.flush()
+    store.flush()
+    assert Store(tmp_path, SPACE).holds(keys).all()
+    assert not [name for name in Path(tmp_path).rglob("*") if name.name.startswith(".writing-")]
+
+
+def test_parts_are_written_when_they_are_large_or_late(tmp_path):
+    keys, values = contents(100)
+    store = Store(tmp_path, SPACE, flush_bytes=400, flush_seconds=1e9)
+    for key, value in zip(keys, values, strict=True):
+        store.put([key], [value])
+    assert len(parts(str(tmp_path))[1]) > 5
+    late = Store(tmp_path / "late", SPACE, flush_bytes=10**9, flush_seconds=0.0)
+    late.put(keys[:1], values[:1])
+    assert Store(tmp_path / "late", SPACE).holds(keys[:1]).all()
