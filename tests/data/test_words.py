@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import CHATML, TEXTS, chat_tokenizer
 from tether.data.tokenize import Encoder
-from tether.data.words import WordMemory, cuts_at_words
+from tether.data.words import WordMemory, _parts, cuts_at_words, tokens_apart
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -133,3 +133,72 @@ def test_nothing_to_encode_forgets_nothing():
     known = encoder._words
     assert encoder.encode([]) == []
     assert encoder._words is known
+
+
+def marked(*tokens, **options):
+    made = backend(byte_level(), **options)
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def memory_of(tokenizer, seen=None):
+    def plain(some):
+        if seen is not None:
+            seen.update(some)
+        return tokenizer(list(some), add_special_tokens=False)["input_ids"] if some else []
+
+    return WordMemory.of(tokenizer, plain)
+
+
+@pytest.mark.parametrize("joint", ["", " ", "\n", "<|end|>", "<|e", "<|end|>\n<|end|> "])
+def test_completions_after_their_prompt_have_the_ids_of_the_whole(joint):
+    """Wherever the prompt is cut off: in a word, before a space, inside a control token or a longer one."""
+    tokenizer = marked("<|end|>", "<|end|>nd|>", "nd|>")
+    some = []
+    for prompt in (*texts(100, 5), "the sea<", "the sea <|e", "sea <|end|>", "the", ""):
+        some += [prompt + joint, *(prompt + joint + end for end in ("nd|> a sea", " the sea", "the  sea", "", "é a b"))]
+    memory = memory_of(tokenizer)
+    memory._to_check = 0
+    assert memory.encode(some) == tokenizer(some, add_special_tokens=False)["input_ids"]
+
+
+def test_a_prompt_is_cut_up_once():
+    """What its completions have in common with it is not looked up again: only parts from its last cut on are."""
+    seen: set[str] = set()
+    memory = memory_of(marked("<|end|>"), seen)
+    memory.encode(["the sea and the", "the sea and the sky", "the sea and the sky was blue", "a boat"])
+    parts, begins = _parts(["the sea and the", "the sea and the sky", "the sea and they were", "a boat"])
+    assert begins == [None, 0, 0, None]
+    assert parts[1:3] == [["the", "sky"], ["they", "were"]]
+    assert " sky" in seen
+    assert "the sea and the sky" in seen, "the first texts are still compared with the plain way"
+
+
+def test_control_tokens_stand_apart():
+    """`word<|end|>word` is made of what was seen before: no text is tokenised for it."""
+    seen: set[str] = set()
+    memory = memory_of(marked("<|end|>"), seen)
+    memory._to_check = 0
+    memory.encode(["a sea<|end|>", "sky", "b<|end|>sky c"])
+    seen.clear()
+    assert memory.encode(["a sea<|end|>sky c"]) == memory_of(marked("<|end|>")).encode(["a sea<|end|>sky c"])
+    assert not seen
+
+
+def test_tokens_that_are_not_looked_for_first_stay_in_their_part():
+    made = backend(byte_level(), normalizer=normalizers.NFC())
+    made.add_tokens([AddedToken("<n>", normalized=True), AddedToken("<p>", normalized=False)])
+    assert "<n>" not in tokens_apart(made)
+    assert "<p>" in tokens_apart(made)
+    made.encode_special_tokens = True
+    assert tokens_apart(made) == ()
+
+
+def test_a_wrong_prefix_would_be_seen(monkeypatch):
+    """Negative control: with prompts taken over whole, tokens that join prompt and completion are missed."""
+
+    def careless(texts):
+        return [["the", "sea"], [text.removeprefix("the sea") for text in texts[1:]]], [None, 0]
+
+    monkeypatch.setattr("tether.data.words._parts", careless)
+    assert memory_of(marked("<|end|>")).encode(["the sea", "the seas"]) is None
