@@ -51,7 +51,7 @@ class RunData:
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
-        data = load_rows(rows, name=name)
+        data = load_rows(rows, kind=self.args.kind, name=name)
         prepared = prepare(
             data,
             self.tokenizer,
@@ -69,7 +69,7 @@ class RunData:
 
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        found = check(rows, sample=_AUDITED_ROWS, name=name)
+        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
@@ -83,7 +83,8 @@ class RunData:
             The training set, and the evaluation set, a dictionary of them, or None.
         """
         if is_split(evaluation):
-            train, evaluation = split_rows(load_rows(train, name="train"), cast(Mapping[str, Any], evaluation))
+            asked, kind = cast(Mapping[str, Any], evaluation), self.args.kind
+            train, evaluation = split_rows(load_rows(train, kind=kind, name="train"), asked, kind=kind)
         training = self.prepare("train", train)
         if evaluation is None:
             return training.dataset, None
