@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tether.training import DPOConfig
 from tether.training.datasets import RunData
 from tiny import pair_rows, tiny_tokenizer
@@ -28,3 +30,17 @@ def test_sources_may_be_mappings(tmp_path: Path) -> None:
     assert len(train) == 18
     assert {name: len(part) for name, part in held.items()} == {"a": 6, "b": 6}
     assert reports["train"]["form"] == "conversational"
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == tiny_tokenizer().chat_template
+    assert reports["train"]["audit"]["duplicates"] == pytest.approx(12 / 18)
+
+
+def test_kinds_reach_sources_and_splits(tmp_path: Path) -> None:
+    class Unpaired(DPOConfig):
+        kind = "unpaired"
+
+    rows = [{"question": row["prompt"], "completion": row["chosen"], "label": True} for row in pair_rows(20)]
+    source = {"path": rows, "format": "chatml.intel"}
+    data = RunData(tiny_tokenizer(), Unpaired(output_dir=str(tmp_path), report_to=[]))
+    train, held = data.prepare_all(source, {"split": 5})
+    assert len(train) + len(held) == 20
+    assert set(train["label"]) == {1.0}

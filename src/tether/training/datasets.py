@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data import (
     Prepared,
+    Report,
+    chat_template,
     example_from_row,
     is_origin,
     is_split,
@@ -27,6 +29,7 @@ from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
 logger = logging.getLogger("tether")
+CHAT_TEMPLATE = "chat_template.jinja"
 _AUDITED_ROWS = 2000
 # Findings of the sample that are worth a line, above this share; the others are in the run folder.
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
@@ -53,7 +56,7 @@ class RunData:
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
-        data = load_rows(rows, name=name)
+        data = load_rows(rows, kind=self.args.kind, name=name)
         prepared = prepare(
             data,
             self.tokenizer,
@@ -71,6 +74,13 @@ class RunData:
             logger.info(line)
         return prepared
 
+    def _keep_template(self, report: Report) -> None:
+        """The chat template goes into the run folder: the tokenizer that it came with may change."""
+        if report.template_hash is not None and self.args.process_index == 0:
+            folder = Path(cast(str, self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CHAT_TEMPLATE).write_text(chat_template(self.tokenizer), encoding="utf-8")
+
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
         found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
@@ -87,8 +97,10 @@ class RunData:
             The training set, and the evaluation set, a dictionary of them, or None.
         """
         if is_split(evaluation):
-            train, evaluation = split_rows(load_rows(train, name="train"), cast(Mapping[str, Any], evaluation))
+            asked, kind = cast(Mapping[str, Any], evaluation), self.args.kind
+            train, evaluation = split_rows(load_rows(train, kind=kind, name="train"), asked, kind=kind)
         training = self.prepare("train", train)
+        self._keep_template(training.report)
         if evaluation is None:
             return training.dataset, None
         named = isinstance(evaluation, Mapping) and not is_origin(evaluation)
