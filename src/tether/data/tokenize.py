@@ -95,8 +95,13 @@ class Encoder:
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, **options)
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
         return cast(list[list[int]], encoded["input_ids"])
 
     def opened(self, ids: list[int]) -> list[int]:

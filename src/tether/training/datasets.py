@@ -51,7 +51,7 @@ class RunData:
 
     tokenizer: PreTrainedTokenizerBase
     args: PreferenceConfig
-    arrange: Callable[[Prepared, Any], Prepared]
+    arrange: Callable[[Prepared, Any], Prepared] = field(default=lambda prepared, _: prepared)
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
