@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 
+from tether.data import Prepared
 from tether.training import DPOConfig
 from tether.training.datasets import RunData
 from tiny import pair_rows, tiny_tokenizer
 
 
+def as_it_is(prepared: Prepared, args: Any) -> Prepared:
+    """What a trainer without an order of its own does to prepared rows."""
+    return prepared
+
+
 def prepared(train: Any, evaluation: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    data = RunData(tiny_tokenizer(), DPOConfig(output_dir=str(folder), report_to=[]))
+    data = RunData(tiny_tokenizer(), DPOConfig(output_dir=str(folder), report_to=[]), as_it_is)
     return *data.prepare_all(train, evaluation), data.reports
 
 
@@ -40,7 +46,7 @@ def test_kinds_reach_sources_and_splits(tmp_path: Path) -> None:
 
     rows = [{"question": row["prompt"], "completion": row["chosen"], "label": True} for row in pair_rows(20)]
     source = {"path": rows, "format": "chatml.intel"}
-    data = RunData(tiny_tokenizer(), Unpaired(output_dir=str(tmp_path), report_to=[]))
+    data = RunData(tiny_tokenizer(), Unpaired(output_dir=str(tmp_path), report_to=[]), as_it_is)
     train, held = data.prepare_all(source, {"split": 5})
     assert len(train) + len(held) == 20
     assert set(train["label"]) == {1.0}
