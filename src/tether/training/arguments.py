@@ -57,7 +57,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
             many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
             what the memory allows, printed; None: a batch is one forward.
-        scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
+        scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone, and
+            `encoder_decoder` for a model with an encoder.
         attention_backend: force what computes a tree's attention: `blocked`, `sdpa`, `flex` or `flash`; `auto`: blocks
             on a processor, FlexAttention on CUDA where it is proved, SDPA elsewhere.
 
@@ -93,7 +94,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", TRUNCATION_MODES)
         self._refuse("prompt_boundary", ("split", "drop", "error"))
-        self._refuse("scoring_layout", (None, "tree", "padded"))
+        self._refuse("scoring_layout", (None, "tree", "padded", "encoder_decoder"))
         self._refuse("attention_backend", ("auto", "blocked", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data import (
     Prepared,
@@ -40,15 +40,17 @@ class RunData:
     """Prepares rows for one run and keeps the reports.
 
     Args:
-        tokenizer: the policy's.
+        tokenizer: the policy's, or its processor.
         args: lengths, truncation, boundary policy.
         arrange: what is done to prepared rows before they are packed.
+        encoder_decoder: whether the policy reads prompts in an encoder.
         reports: name of a set to its report, for `data.json`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
     arrange: Callable[[Prepared, Any], Prepared]
+    encoder_decoder: bool = False
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
@@ -63,6 +65,7 @@ class RunData:
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
+            encoder_decoder=self.encoder_decoder,
             name=name,
         )
         prepared = self.arrange(prepared, self.args)
