@@ -185,7 +185,7 @@ def test_a_lost_bias_of_the_logits_is_caught(monkeypatch):
 def test_layouts_that_do_not_fit_the_model_are_refused():
     with pytest.raises(ScoringError, match="no encoder apart"):
         score(tiny_model(), pack(ragged_examples()), layout=LAYOUT)
-    with pytest.raises(ScoringError, match="tree layout.* refused"):
+    with pytest.raises(ScoringError, match=r"tree layout.* refused"):
         choose_layout(tiny_seq2seq("t5_tied"), ragged_examples(), requested="tree")
     nameless = tiny_seq2seq("t5_tied", decoder_start_token_id=None)
     nameless.generation_config.decoder_start_token_id = None

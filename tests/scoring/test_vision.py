@@ -128,7 +128,7 @@ def test_images_that_reach_another_row_are_caught(family, monkeypatch):
         monkeypatch.setattr(vision, "_joined", _images_in_another_order(vision._joined))
         wrong = score(model, pack(examples)).token_logps
     assert (right - wrong).abs().max() > 1e-2
-    with pytest.raises(ScoringError, match="tree layout.* refused"):
+    with pytest.raises(ScoringError, match=r"tree layout.* refused"):
         choose_layout(model, examples)
 
 
@@ -148,7 +148,7 @@ def test_positions_that_ignore_the_image_are_caught(monkeypatch):
     with torch.no_grad():
         difference = score(model, batch).token_logps - score_alone(model, batch)
     assert difference.abs().max() > 1e-3
-    with pytest.raises(ScoringError, match="tree layout.* refused"):
+    with pytest.raises(ScoringError, match=r"tree layout.* refused"):
         choose_layout(model, examples)
 
 

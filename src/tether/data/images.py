@@ -11,7 +11,6 @@ then each time a row is asked for, so that they never lie in memory for a whole 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -24,12 +23,11 @@ from datasets import Image as ImageFeature
 from transformers import ProcessorMixin
 
 from tether.data.render import Rendered
-from tether.data.sources import Source
+from tether.data.sources import IMAGE_COLUMNS
 from tether.data.tokenize import Encoder, Tokenized
 from tether.errors import DataError
 from tether.types import ImageInputs
 
-IMAGE_COLUMNS = ("images", "image")
 # How an image lies in a table, as `datasets` stores it: the file, or where it is.
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 MARK = "\ue000"  # of Unicode's private use area
@@ -62,27 +60,6 @@ def parts_template(template: str) -> str:
 def reads_images(processing_class: Any) -> bool:
     """Whether a tokenizer or processor can turn images into what a model sees."""
     return isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "image_processor")
-
-
-def plain_images(rows: Source) -> Source:
-    """Rows given as a list, with images in memory written as files, so that they fit a table."""
-    if not isinstance(rows, list) or not any(isinstance(row, Mapping) and IMAGE_COLUMNS & row.keys() for row in rows):
-        return rows
-    found: list[Any] = list(rows)
-    for place, row in enumerate(found):
-        if isinstance(row, Mapping):
-            found[place] = {name: _encoded(v) if name in IMAGE_COLUMNS else v for name, v in row.items()}
-    return found
-
-
-def _encoded(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
-    if not hasattr(value, "save"):
-        return value
-    file = io.BytesIO()
-    value.save(file, format="PNG")
-    return {"bytes": file.getvalue(), "path": None}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import DROPS, PARTS, MarkerFinder, Report, Tally, digest, nothing_left, quantiles, row_digest
-from tether.data.images import Pictures, parts_template, plain_images, reads_images, take_images
+from tether.data.images import Pictures, parts_template, reads_images, take_images
 from tether.data.render import Rendered, render
 from tether.data.schema import BATCH_ROWS, VALUES, Schema, Turns, preferences, read_preferences, unpaired
 from tether.data.seq2seq import tokenize_seq2seq
@@ -121,7 +121,7 @@ def prepare(
         raise ConfigError(f"num_proc is {num_proc}; it must be at least 1.")
     mode = cast(TruncationMode, truncation_mode)
     truncated_lengths(1, [1], max_length, mode)  # refuses wrong options before the rows are read
-    data, pictures = take_images(load_rows(plain_images(rows), kind=kind, name=name), tokenizer, name=name)
+    data, pictures = take_images(load_rows(rows, kind=kind, name=name), tokenizer, name=name)
     schema = read_preferences(data, kind=kind, turns=turns, name=name)
     template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
     template = parts_template(template) if template is not None and reads_images(tokenizer) else template

@@ -52,6 +52,10 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
+        add_tokens: new tokens for tokenizer and model; each begins as the mean of all others.
+        train_parameters: regular expressions, searched for in parameter names: only what they find trains (and an
+            adapter); None: all.
+        freeze_parameters: the same for what does not train.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
             configuration says; 0: none.
         max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
@@ -82,6 +86,9 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
+    add_tokens: list[str] | None = None
+    train_parameters: list[str] | None = None
+    freeze_parameters: list[str] | None = None
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
     max_tokens_per_forward: int | str | None = "auto"

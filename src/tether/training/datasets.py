@@ -23,6 +23,7 @@ from tether.data import (
     split_rows,
 )
 from tether.data.check import FINDINGS, check
+from tether.data.images import take_images
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
@@ -76,7 +77,8 @@ class RunData:
 
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
+        text, _ = take_images(rows, self.tokenizer, name=name)
+        found = check(text, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from tether.errors import ConfigError
-from tether.models.load import load_config
-from tether.models.structure import transformers_model
+from tether.models.spec import ModelSpec, select_trainable
+from tether.models.structure import disable_dropout, transformers_model
 from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
 
@@ -54,11 +54,15 @@ def loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any
     return {name: options[name] for name in known if name in options} if tokenizer else options
 
 
+def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:
+    """How a policy that is named is loaded."""
+    options = cast(dict[str, Any], args.model_init_kwargs or {})
+    return ModelSpec.of(source, options, trust_remote_code=args.trust_remote_code)
+
+
 def config_of(model: str | Path | nn.Module, args: PreferenceConfig) -> Any:
     """The configuration of a model in memory, or of one that is named; no weights are read."""
-    if isinstance(model, nn.Module):
-        return transformers_model(model).config
-    return load_config(model, **loading(args, tokenizer=True))
+    return transformers_model(model).config if isinstance(model, nn.Module) else policy_spec(model, args).load_config()
 
 
 def source_of(model: nn.Module) -> str:
@@ -85,9 +89,18 @@ def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
     return weight
 
 
+def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
+    """The policy with what trains chosen, and without dropout where that is asked for."""
+    select_trainable(policy, args.train_parameters or (), args.freeze_parameters or ())
+    if args.disable_dropout:
+        disable_dropout(policy)
+    return policy
+
+
 def for_task(peft_config: PeftConfig, policy: PreTrainedModel) -> PeftConfig:
     """The adapter's configuration with the task that the model does, which PEFT saves beside the adapter."""
     task = "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM"
+    task = "SEQ_CLS" if "ForSequenceClassification" in type(policy).__name__ else task
     if peft_config.task_type is None:
         return replace(peft_config, task_type=task)
     if peft_config.task_type not in (task, TaskType(task)):
@@ -112,6 +125,11 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
         raise ConfigError(
             f"peft_config is {peft_config.peft_type}, which lengthens the input by virtual tokens; a packed row "
             "has no place for them. Use LoRA or another adapter on layers, or prefix tuning."
+        )
+    if peft_config.is_prompt_learning and args.gradient_checkpointing:
+        raise ConfigError(
+            "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "
+            "layers without one. Set gradient_checkpointing=False, or use LoRA or another adapter on layers."
         )
     peft_config = for_task(peft_config, policy)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
