@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data import (
     Prepared,
@@ -25,6 +25,7 @@ from tether.data import (
     split_rows,
 )
 from tether.data.check import FINDINGS, check
+from tether.data.images import take_images
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
@@ -43,15 +44,17 @@ class RunData:
     """Prepares rows for one run and keeps the reports.
 
     Args:
-        tokenizer: the policy's.
+        tokenizer: the policy's, or its processor.
         args: lengths, truncation, boundary policy.
         arrange: what is done to prepared rows before they are packed.
+        encoder_decoder: whether the policy reads prompts in an encoder.
         reports: name of a set to its report, for `data.json`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
     arrange: Callable[[Prepared, Any], Prepared] = field(default=lambda prepared, _: prepared)
+    encoder_decoder: bool = False
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
@@ -66,6 +69,7 @@ class RunData:
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
+            encoder_decoder=self.encoder_decoder,
             name=name,
         )
         prepared = self.arrange(prepared, self.args)
@@ -83,7 +87,8 @@ class RunData:
 
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
+        text, _ = take_images(rows, self.tokenizer, name=name)
+        found = check(text, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
