@@ -55,6 +55,41 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class ImageInputs:
+    """What a processor made of the images of one prompt: what the model is given beside its token ids.
+
+    Args:
+        tensors: by the name of the model's argument, images one after another in the first dimension: `pixel_values`,
+            and for some models `image_grid_thw [images, 3]` or `image_sizes [images, 2]`.
+        token_types: int64 `[P]`, 1 for prompt tokens that stand for a part of an image, else 0.
+        type_names: the model's arguments that `token_types` is for; empty for models that find the tokens by their id.
+
+    Example:
+        >>> images = ImageInputs({"pixel_values": torch.zeros(1, 3, 4, 4)}, torch.tensor([0, 1, 1, 0]))
+        >>> len(images.digest)
+        16
+    """
+
+    tensors: Mapping[str, Tensor]
+    token_types: Tensor
+    type_names: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> bytes:
+        """Of what the model sees: pixels after resizing, not the file they came from."""
+        whole = blake2b(digest_size=16)
+        for name, tensor in sorted(self.tensors.items()):
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            whole.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return whole.digest()
+
+    def to(self, device: torch.device | str) -> ImageInputs:
+        """The same with its tensors on `device`."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=moved, token_types=self.token_types.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
 class Example:
     """A tokenised, truncated preference: one prompt and its K completions.
 
@@ -67,6 +102,7 @@ class Example:
         values: numbers that belong to the example, by name, see `Preference`.
         scored: K bool tensors `[C_k]`, True for completion tokens that are scored; None when all are. It leaves out
             what the model did not write, such as the user's turns inside a conversation.
+        images: of the prompt, for vision-language models; None for none.
 
     Example:
         >>> example = Example.of([1, 5, 6], [[7, 2], [8, 9, 2]])
@@ -81,6 +117,7 @@ class Example:
     source_row: int = -1
     values: Mapping[str, float] = field(default_factory=dict)
     scored: tuple[Tensor, ...] | None = None
+    images: ImageInputs | None = None
 
     @classmethod
     def of(
@@ -91,6 +128,7 @@ class Example:
         *,
         values: Mapping[str, float] | None = None,
         scored: list[list[bool]] | None = None,
+        images: ImageInputs | None = None,
     ) -> Example:
         """Build an example from plain lists of token ids."""
         return cls(
@@ -99,17 +137,22 @@ class Example:
             source_row,
             values or {},
             None if scored is None else tuple(torch.as_tensor(mask, dtype=torch.bool) for mask in scored),
+            images,
         )
 
     @property
     def keys(self) -> tuple[bytes, ...]:
-        """K digests of exactly what a model is asked: the ids of prompt and completion, and which are scored."""
+        """K digests of exactly what a model is asked: images, the ids of prompt and completion, which are scored."""
         prompt = self.prompt_ids.numpy().tobytes()
         head = len(self.prompt_ids).to_bytes(8, "little") + prompt
         digests = [blake2b(head + ids.numpy().tobytes(), digest_size=16) for ids in self.completion_ids]
         for digest, mask in zip(digests, self.scored or (), strict=False):
             if not mask.all():
                 digest.update(b"scored" + mask.numpy().tobytes())
+        if self.images is not None:
+            seen = self.images.digest
+            for digest in digests:
+                digest.update(b"images" + seen)
         return tuple(digest.digest() for digest in digests)
 
 
@@ -182,6 +225,7 @@ class ScoringBatch:
         branches: K pairs `(tree, branch)`, where in the forest each completion lies.
         examples: the B examples, as they came; what splits a batch packs some of them again.
         values: float32 `[B]` each, by name, see `Preference`.
+        images: of the prompt of each tree, or None for one without; empty where no prompt has any.
 
     Example:
         A prompt `[1, 5]` with completions `[7, 2]` and `[8]`:
@@ -206,6 +250,7 @@ class ScoringBatch:
     branches: tuple[tuple[int, int], ...]
     examples: tuple[Example, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    images: tuple[ImageInputs | None, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -236,7 +281,8 @@ class ScoringBatch:
             if isinstance(value, Tensor)
         }
         values = {name: value.to(device, non_blocking=True) for name, value in self.values.items()}
-        return replace(self, **moved, values=values)
+        images = tuple(image if image is None else image.to(device) for image in self.images)
+        return replace(self, **moved, values=values, images=images)
 
 
 @dataclass(frozen=True)

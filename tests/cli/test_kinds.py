@@ -56,6 +56,9 @@ def test_a_run_file_trains_what_its_loss_says(loss: str, trainer: str, workplace
     assert (run / "adapter_model.safetensors").is_file()
     assert f"batch: 4 {'rows' if trainer in ('KTO', 'SFT') else 'pairs'} per step" in err
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["loss"] == loss
+    pairs = trainer in ("ORPO", "CPO", "Reward")
+    if pairs:
+        assert json.loads((run / "evaluation.json").read_text())["reward_accuracy"]["n"] == 8
     if loss == "reward":
         assert json.loads((run / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 

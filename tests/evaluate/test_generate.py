@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tether.errors import ConfigError
 from tether.evaluate.generate import generate
 from tiny import tiny_model, tiny_tokenizer
+from tiny_seq2seq import tiny_seq2seq, tiny_seq2seq_tokenizer
 
 PROMPTS = ["the film", "I", "the film was good and the film was bad", "I did not like it", "was it"]
 TOKENIZER = tiny_tokenizer()
@@ -105,3 +106,26 @@ def test_no_prompts_give_no_texts(model: PreTrainedModel):
 def test_refuses(model: PreTrainedModel, prompts: list[str], options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         generate(model, TOKENIZER, prompts, **options)
+
+
+def test_an_encoder_decoder_gives_what_its_decoder_wrote():
+    """Greedy, against the most likely tokens of plain forwards."""
+    model, tokenizer = tiny_seq2seq("bart", vocab_size=384).eval(), tiny_seq2seq_tokenizer("t5")
+    writes = torch.zeros(384, dtype=torch.bool)
+    writes[[tokenizer.eos_token_id, *tokenizer("a readable text")["input_ids"]]] = True
+    model.final_logits_bias[:, ~writes] = -1e4
+    model.generation_config.forced_eos_token_id = None
+    prompts = ["a short one", "and one that is longer"]
+    expected = []
+    for prompt in prompts:
+        ids = [model.config.decoder_start_token_id]
+        source = torch.tensor([tokenizer(prompt)["input_ids"]])
+        for _ in range(8):
+            with torch.no_grad():
+                logits = model(input_ids=source, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        expected.append(tokenizer.decode(ids, skip_special_tokens=True))
+    assert generate(model, tokenizer, prompts, temperature=0, max_new_tokens=8) == expected
+    assert all(expected)

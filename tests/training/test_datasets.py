@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
+from tether.data import Prepared
 from tether.training import DPOConfig
 from tether.training.datasets import RunData, cache_folder
 from tiny import pair_rows, tiny_tokenizer
 
 
+def as_it_is(prepared: Prepared, args: Any) -> Prepared:
+    """What a trainer without an order of its own does to prepared rows."""
+    return prepared
+
+
 def prepared(train: Any, evaluation: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    args = DPOConfig(output_dir=str(folder), report_to=[])
-    data = RunData(tiny_tokenizer(), args, lambda prepared, _: prepared)
+    data = RunData(tiny_tokenizer(), DPOConfig(output_dir=str(folder), report_to=[]), as_it_is)
     return *data.prepare_all(train, evaluation), data.reports
 
 
@@ -31,6 +36,20 @@ def test_sources_may_be_mappings(tmp_path: Path) -> None:
     assert len(train) == 18
     assert {name: len(part) for name, part in held.items()} == {"a": 6, "b": 6}
     assert reports["train"]["form"] == "conversational"
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == tiny_tokenizer().chat_template
+    assert reports["train"]["audit"]["duplicates"] == pytest.approx(12 / 18)
+
+
+def test_kinds_reach_sources_and_splits(tmp_path: Path) -> None:
+    class Unpaired(DPOConfig):
+        kind = "unpaired"
+
+    rows = [{"question": row["prompt"], "completion": row["chosen"], "label": True} for row in pair_rows(20)]
+    source = {"path": rows, "format": "chatml.intel"}
+    data = RunData(tiny_tokenizer(), Unpaired(output_dir=str(tmp_path), report_to=[]), as_it_is)
+    train, held = data.prepare_all(source, {"split": 5})
+    assert len(train) + len(held) == 20
+    assert set(train["label"]) == {1.0}
 
 
 def test_where_prepared_rows_are_kept(monkeypatch, tmp_path):
@@ -48,7 +67,7 @@ def test_a_run_keeps_what_it_prepared_unless_told_not_to(said, monkeypatch, tmp_
         args = DPOConfig(
             output_dir=str(tmp_path / str(learning_rate)), dataset_cache=said, use_cpu=True, learning_rate=learning_rate
         )
-        data = RunData(tiny_tokenizer(), args, lambda prepared, _: prepared)
+        data = RunData(tiny_tokenizer(), args, as_it_is)
         sets.append(data.prepare_all(pair_rows(12), pair_rows(3))[0])
         assert data.reports["eval"]["overlap"]["rows"] == 3
     assert sets[0][:] == sets[1][:]

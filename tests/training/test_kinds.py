@@ -187,6 +187,17 @@ def test_means_of_reference_train_alike(kind, tmp_path):
     assert_alike(*runs)
 
 
+@pytest.mark.parametrize("kind", ["kto", "bco"])
+def test_a_store_gives_the_same_numbers(kind, tmp_path):
+    """INV-12: also of the mismatched completions, which are entries of their own."""
+    live = build(tmp_path / "live", kind, **other(kind))
+    live.train()
+    stored = build(tmp_path / "stored", kind, precompute_ref_log_probs=True, **other(kind))
+    assert "store" in stored.resolved.line
+    stored.train()
+    assert_alike(stored, live)
+
+
 @pytest.mark.parametrize("kind", ["orpo", "cpo", "sft", "reward"])
 def test_no_reference_is_run_where_none_is_needed(kind, tmp_path, monkeypatch, caplog):
     """INV-9: one scoring a step, and no word of a start equality."""
@@ -355,6 +366,7 @@ def test_columns_take_effect_or_are_refused(kind, tmp_path):
         ("kto", {"desirable_weight": -1.0}, "desirable_weight is -1.0"),
         ("orpo", {"beta": 0.0}, "above 0"),
         ("orpo", {"reference": "start"}, "compares with no reference"),
+        ("orpo", {"precompute_ref_log_probs": True}, "compares with no reference"),
         ("sft", {"reference_check_steps": 10}, "compares with no reference"),
         ("cpo", {"loss_type": "kto_pair"}, "allowed are sigmoid"),
         ("cpo", {"loss_type": "hinge", "label_smoothing": 0.1}, "does not apply"),

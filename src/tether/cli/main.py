@@ -11,6 +11,7 @@ import typer
 
 from tether.cli import data
 from tether.cli.demo import demo
+from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
 from tether.cli.precompute import precompute
 from tether.cli.store import app as store_app
@@ -36,6 +37,8 @@ app.command(
 )(precompute)
 app.add_typer(store_app, name="store")
 app.add_typer(data.app, name="data")
+
+app.add_typer(doctor, name="doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

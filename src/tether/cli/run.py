@@ -77,8 +77,10 @@ def _accuracies(trainer: TetherTrainer) -> dict[str, Any]:
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     results = {}
     for name, rows in sets.items():
-        key = f"eval_{name}_rewards/accuracies" if name else "eval_rewards/accuracies"
-        value = next((entry[key] for entry in reversed(trainer.state.log_history) if key in entry), None)
+        prefix = f"eval_{name}_" if name else "eval_"
+        keys = [prefix + metric for metric in ("rewards/accuracies", "accuracy")]  # a policy's, a reward model's
+        logs = reversed(trainer.state.log_history)
+        value = next((entry[key] for entry in logs for key in keys if key in entry), None)
         if value is not None and rows is not None:
             pairs = len(rows)  # type: ignore[arg-type]
             low, high = wilson_interval(round(value * pairs), pairs)

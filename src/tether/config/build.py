@@ -169,7 +169,7 @@ def _adapter(run: RunConfig) -> LoraConfig | None:
 
     lora = run.lora
     return LoraConfig(
-        task_type="SEQ_CLS" if run.objective.loss == "reward" else "CAUSAL_LM",
+        task_type="SEQ_CLS" if run.objective.loss == "reward" else None,
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=lora.target,

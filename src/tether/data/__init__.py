@@ -3,13 +3,13 @@
 from tether.data.audit import Report
 from tether.data.cache import prepare_cached
 from tether.data.columns import kind_of
-from tether.data.prepare import Overlap, Prepared, example_from_row, overlap, prepare
+from tether.data.prepare import Overlap, Prepared, overlap, prepare
 from tether.data.render import Rendered, render
 from tether.data.schema import Schema, preferences, read_preferences, unpaired
 from tether.data.sources import is_origin, load_rows
 from tether.data.split import is_split, split_rows
-from tether.data.table import longest_row
-from tether.data.template import chat_template
+from tether.data.table import example_from_row, longest_row
+from tether.data.template import chat_template, text_tokenizer
 from tether.data.tokenize import Encoder, Tokenized, tokenize
 from tether.data.truncate import truncate, truncated_lengths
 
@@ -35,6 +35,7 @@ __all__ = [
     "read_preferences",
     "render",
     "split_rows",
+    "text_tokenizer",
     "tokenize",
     "truncate",
     "truncated_lengths",

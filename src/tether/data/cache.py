@@ -31,8 +31,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import Report
 from tether.data.columns import BATCH_ROWS
+from tether.data.images import reads_images
 from tether.data.prepare import Prepared, prepare
-from tether.data.sources import Source, load_rows
+from tether.data.sources import IMAGE_COLUMNS, Source, load_rows
 from tether.data.table import fingerprint_of
 from tether.data.template import text_tokenizer
 from tether.types import Kind
@@ -74,6 +75,9 @@ def prepare_cached(
     data = load_rows(rows, kind=cast(Kind, options.get("kind", "pair")), name=name)
     fresh = partial(prepare, data, tokenizer, name=name, num_proc=num_proc, **options)
     if folder is None:
+        return fresh()
+    if reads_images(tokenizer) and set(IMAGE_COLUMNS) & set(data.column_names):
+        logger.info(f"{name}: not cached, since images are read from where they are, which may change")
         return fresh()
     key = cache_key(data, tokenizer, options)
     if key is None:

@@ -32,7 +32,7 @@ class NearDuplicates:
     """
 
     def __init__(self) -> None:
-        self._words: dict[str, int] = {}
+        self._words = _Hashes()
         self._sets: list[np.ndarray] = []
         self._buckets: list[dict[bytes, list[int]]] = [{} for _ in range(BINS // BAND)]
 
@@ -70,7 +70,7 @@ class NearDuplicates:
 
     def shingles(self, text: str) -> np.ndarray:
         """Hashes of the distinct runs of three words, sorted: uint64 `[S]`, at least one."""
-        words = [self._word(word) for word in text.lower().split()] or [0]
+        words = list(map(self._words.__getitem__, text.lower().split())) or [0]
         row = np.array([*words, *[0] * (3 - len(words))], dtype=np.uint64)
         with np.errstate(over="ignore"):
             runs = row[:-2] * _SEEDS[0] + row[1:-1] * _SEEDS[1] + row[2:] * _SEEDS[2]
@@ -79,10 +79,12 @@ class NearDuplicates:
             runs ^= runs >> np.uint64(29)
         return np.unique(runs)
 
-    def _word(self, word: str) -> int:
-        found = self._words.get(word)
-        if found is None:
-            found = self._words[word] = crc32(word.encode("utf-8", "surrogatepass")) + 1
+
+class _Hashes(dict[str, int]):
+    """Words to their hashes, each computed once."""
+
+    def __missing__(self, word: str) -> int:
+        found = self[word] = crc32(word.encode("utf-8", "surrogatepass")) + 1
         return found
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import DROPS, PARTS, MarkerFinder, Report, Tally, digest, nothing_left, quantiles, row_digest
+from tether.data.images import Pictures, parts_template, reads_images, take_images
 from tether.data.render import Rendered, render
 from tether.data.schema import BATCH_ROWS, VALUES, Schema, Turns, preferences, read_preferences, unpaired
+from tether.data.seq2seq import tokenize_seq2seq
 from tether.data.sources import Source, load_rows
 from tether.data.table import fingerprint_of, lengths_of
 from tether.data.template import chat_template, template_hash, text_tokenizer
@@ -30,7 +32,7 @@ from tether.data.tokenize import BOUNDARIES, Boundary, Encoder, Tokenized, token
 from tether.data.truncate import TruncationMode, kept_prompt, truncated_lengths
 from tether.data.values import is_blank, texts_of
 from tether.errors import ConfigError, DataError
-from tether.types import Example, Kind, Preference
+from tether.types import Kind, Preference
 
 _IDS = pa.list_(pa.int32())
 _MASKS = pa.list_(pa.list_(pa.bool_()))
@@ -84,6 +86,7 @@ def prepare(
     truncation_mode: TruncationMode | str = "keep_start",
     boundary: Boundary | str = "split",
     num_proc: int | None = None,
+    encoder_decoder: bool = False,
     name: str = "train",
 ) -> Prepared:
     """Check, render, tokenise and truncate preference rows.
@@ -101,6 +104,7 @@ def prepare(
         boundary: what to do where ids(prompt) is no prefix of ids(prompt + completion): `split`, `drop` or `error`, see
             `tether.data.tokenize`.
         num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and templates.
+        encoder_decoder: the model reads the prompt in an encoder, see `tether.data.seq2seq`.
         name: what to call the rows in messages and in the report.
 
     Returns:
@@ -117,43 +121,30 @@ def prepare(
         raise ConfigError(f"num_proc is {num_proc}; it must be at least 1.")
     mode = cast(TruncationMode, truncation_mode)
     truncated_lengths(1, [1], max_length, mode)  # refuses wrong options before the rows are read
-    data = load_rows(rows, kind=kind, name=name)
+    data, pictures = take_images(load_rows(rows, kind=kind, name=name), tokenizer, name=name)
     schema = read_preferences(data, kind=kind, turns=turns, name=name)
     template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
+    template = parts_template(template) if template is not None and reads_images(tokenizer) else template
     encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)
-    finder = MarkerFinder(encoder.tokenizer)
-    job = _Job(data, schema, kind, turns, encoder, finder, template, max_length, mode, cast(Boundary, boundary), name)
-    job = replace(job, never_cut=_image_ids(tokenizer))
-    batches = list(_run(job, num_proc or 1))
+    options = (template, max_length, mode, cast(Boundary, boundary), name)
+    special = (_image_ids(tokenizer), encoder_decoder, pictures)
+    job = _Job(data, schema, kind, turns, encoder, MarkerFinder(encoder.tokenizer), *options, *special)
+    return _finished(job, list(_run(job, num_proc or 1)))
+
+
+def _finished(job: _Job, batches: list[_Batch]) -> Prepared:
     table = pa.concat_tables([batch.table for batch in batches]).combine_chunks()
     tally = Tally()
     for batch in batches:
         tally.add(batch.tally)
     if not table.num_rows:
-        raise DataError(nothing_left(tally, name, len(data), max_length))
+        raise DataError(nothing_left(tally, job.name, len(job.rows), job.max_length))
     rows_seen, prompts_seen = (tuple(chain(*seen)) for seen in zip(*(batch.digests for batch in batches), strict=True))
     report = _report(job, table, tally, duplicates=len(rows_seen) - len(set(rows_seen)))
-    return Prepared(Dataset(table, fingerprint=report.fingerprint), report, rows_seen, prompts_seen)
-
-
-def example_from_row(row: Mapping[str, Any]) -> Example:
-    """One row of `Prepared.dataset` as an `Example`.
-
-    Args:
-        row: with `prompt_ids`, `completion_ids` and `source_row`; and where there are any, `scored` (lists of bools
-            like `completion_ids`) and the columns of `VALUES`.
-
-    Returns:
-        The example, with int64 ids.
-
-    Example:
-        >>> example_from_row({"prompt_ids": [1, 5], "completion_ids": [[7, 2], [2]], "source_row": 3}).source_row
-        3
-    """
-    values = {name: row[name] for name in VALUES if name in row}
-    return Example.of(
-        row["prompt_ids"], row["completion_ids"], row["source_row"], values=values, scored=row.get("scored")
-    )
+    dataset = Dataset(table, fingerprint=report.fingerprint)
+    if job.pictures is not None:
+        dataset = job.pictures.read_when_asked(dataset)
+    return Prepared(dataset, report, rows_seen, prompts_seen)
 
 
 def overlap(train: Prepared, evaluation: Prepared) -> Overlap:
@@ -197,6 +188,8 @@ class _Job:
     boundary: Boundary
     name: str
     never_cut: frozenset[int] = frozenset()
+    encoder_decoder: bool = False
+    pictures: Pictures | None = None
 
     def batch(self, start: int) -> _Batch:
         """The rows from `start` on, as ids."""
@@ -218,12 +211,13 @@ class _Job:
             name=self.name,
         )
         kept: list[tuple[Rendered, Tokenized]] = []
-        for row, ids in zip(rendered, tokenize(rendered, self.encoder, boundary=self.boundary), strict=True):
+        for row, ids in zip(rendered, self._tokenize(rendered), strict=True):
             tally.boundaries[ids.boundary] += 1
             cut = None if _drop(ids.dropped, tally) else self._cut(ids, tally)
             if cut is not None:
                 kept.append((row, cut))
-        seen = [row_digest(row) for row, _ in kept], [digest(row.prompt) for row, _ in kept]
+        told = [row for row, _ in kept] if self.pictures is None else self.pictures.told_apart([row for row, _ in kept])
+        seen = [row_digest(row) for row in told], [digest(row.prompt) for row in told]
         return _Batch(self._table(kept), tally, seen)
 
     @property
@@ -241,12 +235,20 @@ class _Job:
         }
         if self.turns != "all":
             columns["scored"] = pa.array([ids.scored for _, ids in kept], type=_MASKS)
+        if self.pictures is not None:
+            columns["images"] = self.pictures.column([row for row, _ in kept])
         return pa.table(columns)
 
     def _drop(self, reason: str | None, tally: Tally) -> bool:
         if reason is not None:
             tally.dropped[reason] += self.per_row
         return reason is not None
+
+    def _tokenize(self, rendered: list[Rendered]) -> list[Tokenized]:
+        if self.encoder_decoder:
+            return tokenize_seq2seq(rendered, self.encoder)
+        found = tokenize(rendered, self.encoder, boundary=self.boundary)
+        return found if self.pictures is None else self.pictures.with_tokens(rendered, found, self.encoder)
 
     def _look(self, record: Preference, tally: Tally) -> None:
         """Count what is odd in the text of a row but no reason to drop it."""

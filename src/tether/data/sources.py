@@ -7,6 +7,7 @@ without blank lines, row N of a single file is its line N. `Preference.source_ro
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
 Source = Dataset | DatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
+IMAGE_COLUMNS = ("images", "image")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
 
@@ -332,9 +334,22 @@ def _portable(column: str, value: Any) -> Any:
     """What has another shape in every row (tools, arguments of a call) as JSON, which keeps it whole; see `decoded`."""
     if column in EXTRAS:
         return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+    if column in IMAGE_COLUMNS:
+        return _portable_image(value)
     if column in TEXTS and isinstance(value, list):
         return [_portable_message(item) for item in value]
     return value
+
+
+def _portable_image(value: Any) -> Any:
+    """Images in memory as the files that they would be, so that they fit a table; others as they are."""
+    if isinstance(value, (list, tuple)):
+        return [_portable_image(item) for item in value]
+    if not hasattr(value, "save"):
+        return value
+    file = io.BytesIO()
+    value.save(file, format="PNG")
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def _portable_message(item: Any) -> Any:

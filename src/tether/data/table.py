@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+
+from tether.data.images import table_digest as images_digest
+from tether.data.schema import VALUES
+from tether.types import Example
+
+
+def example_from_row(row: Mapping[str, Any]) -> Example:
+    """One row of `Prepared.dataset` as an `Example`.
+
+    Args:
+        row: with `prompt_ids`, `completion_ids` and `source_row`; and where there are any, `scored` (lists of bools
+            like `completion_ids`) and the columns of `VALUES`.
+
+    Returns:
+        The example, with int64 ids.
+
+    Example:
+        >>> example_from_row({"prompt_ids": [1, 5], "completion_ids": [[7, 2], [2]], "source_row": 3}).source_row
+        3
+    """
+    values = {name: row[name] for name in VALUES if name in row}
+    return Example.of(
+        row["prompt_ids"],
+        row["completion_ids"],
+        row["source_row"],
+        values=values,
+        scored=row.get("scored"),
+        images=row.get("image_inputs"),
+    )
 
 
 def longest_row(dataset: Dataset) -> int:
@@ -30,6 +61,9 @@ def lengths_of(table: pa.Table) -> tuple[np.ndarray, list[list[int]]]:
 def fingerprint_of(table: pa.Table) -> str:
     """A content hash of all columns; equal ids have an equal one, on every process and day."""
     whole = blake2b(digest_size=16)
+    if "images" in table.column_names:
+        whole.update(images_digest(table["images"]))
+        table = table.drop_columns("images")
     for column in table.itercolumns():
         values = column.combine_chunks()
         while pa.types.is_list(values.type):

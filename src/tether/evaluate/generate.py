@@ -62,7 +62,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = _left_padded([ids[row] for row in rows], config.pad_token_id)
-            width = batch["input_ids"].shape[1]
+            # A decoder of its own returns what it wrote, behind its start token; any other repeats the prompt.
+            width = 0 if base.config.is_encoder_decoder else batch["input_ids"].shape[1]
             batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
             sampled = sampler.generate(**batch, generation_config=config)
             decoded = tokenizer.batch_decode(sampled[:, width:], skip_special_tokens=True)

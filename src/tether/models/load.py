@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,11 +13,24 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tether.errors import ConfigError
 from tether.models.gguf import check_gguf, convert_gguf
 
+logger = logging.getLogger("tether")
 ALLOWED = (
     "a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct, a folder with config.json and safetensors, "
     "a folder with a PEFT adapter, or a .gguf file"
@@ -66,7 +80,9 @@ def load_policy(
     attn_implementation: str | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Load a causal language model to be trained, in evaluation mode, on the CPU unless `device_map` says otherwise.
+    """Load a language model to be trained, in evaluation mode, on the CPU unless `device_map` says otherwise.
+
+    Its configuration decides the class: with an encoder and a decoder (T5, BART), with a vision tower, or causal.
 
     Args:
         source: hub name, folder, folder of a PEFT adapter (its base is loaded under it, the adapter is trainable),
@@ -96,7 +112,7 @@ def load_policy(
         _check_head(source, config.architectures)
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             folder,
             dtype=chosen,
             # Never unpickle: a pickle runs the code it brings.
@@ -110,6 +126,35 @@ def load_policy(
     model, report = loaded
     _check_complete(source, report["missing_keys"])
     return model
+
+
+def load_config(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model, without its weights; of an adapter's folder, that of its base model.
+
+    Args:
+        source: what `load_policy` takes.
+        revision: branch, tag or commit; only for a hub name.
+        trust_remote_code: run Python code that the model's repository brings.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    folder = _local(source, revision)
+    if _is_adapter(folder):
+        base = _base_of_adapter(Path(folder))
+        name = cast(str, base.base_model_name_or_path)
+        return load_config(name, revision=base.revision, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _loading_error("configuration", source, error) from error
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    sees = getattr(config, "vision_config", None) is not None and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def load_tokenizer(
@@ -149,6 +194,38 @@ def load_tokenizer(
         raise _loading_error("tokenizer", source, error) from error
     ensure_pad_token(tokenizer)
     return tokenizer
+
+
+def load_processing(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Load what turns rows into a model's inputs: its processor if it sees images, else its tokenizer.
+
+    Args:
+        source: what `load_policy` takes.
+        revision: branch, tag or commit; only for a hub name.
+        trust_remote_code: run Python code that comes with it.
+
+    Returns:
+        The processor, its tokenizer with a padding token; or the tokenizer, where the model sees no images or its
+        processor needs a library that is not installed (rows with images are then refused).
+
+    Raises:
+        ConfigError: see `load_tokenizer`.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if getattr(load_config(source, **options), "vision_config", None) is not None:
+        folder = _local(source, revision)
+        name = cast(str, _base_of_adapter(Path(folder)).base_model_name_or_path) if _is_adapter(folder) else folder
+        try:
+            processor: Any = AutoProcessor.from_pretrained(name, **options)
+        except _LOADING_ERRORS as error:
+            logger.warning(f"The processor of '{source}' cannot be loaded ({error}), so images cannot be read.")
+        else:
+            if isinstance(processor, ProcessorMixin):
+                ensure_pad_token(processor.tokenizer)  # type: ignore[attr-defined]
+                return processor
+    return load_tokenizer(source, **options)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

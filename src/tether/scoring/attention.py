@@ -44,7 +44,7 @@ def install_tree_attention(model: PreTrainedModel) -> None:
     Raises:
         ScoringError: the architecture does not take its attention function from transformers' attention interface.
     """
-    inner = model.config._attn_implementation
+    inner = model.config.get_text_config()._attn_implementation
     if inner is None or inner.startswith(PREFIX):
         return
     name = PREFIX + inner
@@ -54,16 +54,23 @@ def install_tree_attention(model: PreTrainedModel) -> None:
         AttentionInterface.register(name, _over(ALL_ATTENTION_FUNCTIONS[inner]))
     AttentionMaskInterface.register(name, _mask_over(ALL_MASK_ATTENTION_FUNCTIONS[inner]))
     try:
-        model.set_attn_implementation(name)
+        _set_text_attention(model, name)
     except (ValueError, KeyError) as error:
         raise ScoringError(f"{type(model).__name__} does not accept tree attention: {error}") from error
 
 
 def remove_tree_attention(model: PreTrainedModel) -> None:
     """Give `model` back the attention implementation it had before `install_tree_attention`."""
-    name = model.config._attn_implementation or ""
+    name = model.config.get_text_config()._attn_implementation or ""
     if name.startswith(PREFIX):
-        model.set_attn_implementation(name.removeprefix(PREFIX))
+        _set_text_attention(model, name.removeprefix(PREFIX))
+
+
+def _set_text_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention of the layers that read tokens; a vision tower keeps its own."""
+    text = model.config.get_text_config()
+    own = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
+    model.set_attn_implementation(name if own is None else {own: name})
 
 
 @contextmanager

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from tether.errors import ScoringError
-from tether.types import Example, Forest, ScoringBatch, Tree
+from tether.types import Example, Forest, ImageInputs, ScoringBatch, Tree
 
 
 @dataclass
 class _Growing:
-    """A tree before it has its place in the row: a prompt, and each distinct completion once."""
+    """A tree before it has its place in the row: a prompt with its images, and each distinct completion once."""
 
     number: int
     prompt: Tensor
+    images: ImageInputs | None = None
     branches: dict[bytes, int] = field(default_factory=dict)
     completions: list[Tensor] = field(default_factory=list)
 
@@ -53,9 +54,11 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
     growing: dict[bytes, _Growing] = {}
     places: list[tuple[int, int]] = []
     for example in examples:
-        prompt = example.prompt_ids.numpy().tobytes()
-        tree = growing.setdefault(prompt, _Growing(len(growing), example.prompt_ids))
+        seen = b"" if example.images is None else example.images.digest
+        prompt = seen + example.prompt_ids.numpy().tobytes()
+        tree = growing.setdefault(prompt, _Growing(len(growing), example.prompt_ids, example.images))
         places += [(tree.number, tree.branch(ids)) for ids in example.completion_ids]
+    images = tuple(tree.images for tree in growing.values())
     pieces, trees = [], []
     for tree in growing.values():
         pieces += [tree.prompt, *tree.completions]
@@ -76,6 +79,7 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
         branches=tuple(places),
         examples=tuple(examples),
         values=_values(examples),
+        images=images if any(image is not None for image in images) else (),
     )
 
 

@@ -24,11 +24,15 @@ OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: `logits = softcap * tanh(scale * linear(hidden) / softcap)`, all in float32."""
+    """A language-model head: `logits = softcap * tanh(scale * (linear(hidden) + shift) / softcap)`, all in float32.
+
+    `shift [vocabulary]` is a constant that the architecture adds to the logits outside the module.
+    """
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
+    shift: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -82,7 +86,8 @@ def token_scores(
     outputs = tuple(dict.fromkeys(outputs))
     if head.is_plain:
         module: Any = head.module
-        logps, *extra = _LinearLogProbs.apply(hidden, module.weight, module.bias, targets, head, outputs, chunk)  # type: ignore
+        bias = module.bias if head.shift is None else _sum(module.bias, head.shift.flatten())
+        logps, *extra = _LinearLogProbs.apply(hidden, module.weight, bias, targets, head, outputs, chunk)  # type: ignore
         return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
     parts = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
@@ -96,7 +101,8 @@ def token_scores(
 
 def _module_scores(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
     """The plain form for one chunk: call the head, then an ordinary log-softmax."""
-    logits = head.finish(head.module(hidden))
+    logits = head.module(hidden)
+    logits = head.finish(logits if head.shift is None else logits + head.shift.flatten())
     logps = logits.log_softmax(-1)
     with torch.no_grad():
         extra = [_extra(name, logits.detach(), logps.detach().exp(), targets) for name in outputs]
@@ -179,6 +185,10 @@ class _LinearLogProbs(torch.autograd.Function):
 def _logits(ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     product = nn.functional.linear(hidden.to(ctx.dtype), matrix, None if bias is None else bias.to(ctx.dtype))
     return ctx.head.finish(product)
+
+
+def _sum(bias: Tensor | None, shift: Tensor) -> Tensor:
+    return shift if bias is None else bias + shift
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

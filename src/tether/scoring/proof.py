@@ -13,7 +13,9 @@ from tether.errors import ConfigError, ScoringError
 from tether.models.structure import dtype_of, evaluation_mode, transformers_model
 from tether.scoring.attention import Backend, backends_for, remove_tree_attention
 from tether.scoring.batch import pack, sequence_sources, sequences
+from tether.scoring.encoder_decoder import is_encoder_decoder, logits_alone
 from tether.scoring.score import Layout, score
+from tether.scoring.vision import images_alone
 from tether.types import Example, ScoringBatch
 
 # Largest difference of one token's log-probability, in nats, that rounding explains.
@@ -36,8 +38,13 @@ def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
         `token_logps [N]` in float32.
     """
     parts = []
-    for row, where in zip(sequences(batch), sequence_sources(batch), strict=True):
-        logits = model(input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False).logits[0]
+    inner = transformers_model(model)
+    if is_encoder_decoder(inner):
+        pairs = logits_alone(model, inner, batch)
+        return torch.cat([logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for logits, ids in pairs])
+    for row, where, images in zip(sequences(batch), sequence_sources(batch), images_alone(batch), strict=True):
+        mask = torch.ones_like(row)[None]
+        logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **images).logits[0]
         parts.append(logits[where].float().log_softmax(-1).gather(-1, row[where + 1, None])[:, 0])
     return torch.cat(parts)
 
@@ -134,6 +141,8 @@ def choose_layout(
 
 def _candidates(model: nn.Module, requested: Layout | None, backend: str) -> list[tuple[Layout, Backend | None]]:
     """Layouts and backends to try, best first; a backend that is forced leaves trees only."""
+    if requested is None and is_encoder_decoder(transformers_model(model)):
+        requested = "encoder_decoder"
     if requested not in (None, "tree") and backend != "auto":
         raise ConfigError(
             f"attention_backend is {backend!r} and scoring_layout {requested!r}, whose attention is the model's own. "

@@ -20,11 +20,13 @@ from tether.scoring.attention import (
     require_all_attended,
 )
 from tether.scoring.batch import sequence_counts, sequence_sources, sequences
+from tether.scoring.encoder_decoder import encoder_decoder
 from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
 from tether.scoring.router import has_router, load_balancing_loss
+from tether.scoring.vision import padded_images, tree_images
 from tether.types import Scores, ScoringBatch
 
-Layout = Literal["tree", "padded"]
+Layout = Literal["tree", "padded", "encoder_decoder"]
 Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden"]
 
 
@@ -37,7 +39,7 @@ def score(
     backend: Backend | Literal["auto"] = "auto",
     chunk: int = CHUNK,
 ) -> Scores:
-    """Log-probability of every completion token of a batch under a causal language model.
+    """Log-probability of every completion token of a batch under a language model.
 
     Differentiable in the model's trainable tensors. The model is called through its own forward, wrappers included, in
     the mode (training or evaluation) that it is in.
@@ -49,7 +51,7 @@ def score(
             `log_collision`; its `hidden` state before the head; of the whole batch `aux_loss`, see
             `load_balancing_loss`.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
-            own.
+            own; `encoder_decoder` encodes each prompt once, for models with an encoder.
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
             device's first choice.
         chunk: tokens whose logits exist at once.
@@ -125,7 +127,9 @@ def head_of(model: PreTrainedModel) -> Head:
     config: Any = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None))
+    # BART adds a bias of its own to the logits; its head is a linear layer without one.
+    bias = getattr(model, "final_logits_bias", None)
+    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None), bias)
 
 
 @contextmanager
@@ -152,10 +156,10 @@ def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], 
         raise ScoringError(f"{type(model).__name__} carries state along the row, which would run through the branches")
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
-    return inputs, batch.sources, forest_forward()
+    return tree_images(model, batch, inputs), batch.sources, forest_forward()
 
 
-def _padded(_: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+def _padded(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
     rows = sequences(batch)
     width = max(len(row) for row in rows)
     ids = batch.input_ids.new_zeros(len(rows), width)
@@ -164,10 +168,12 @@ def _padded(_: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Te
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     positions = torch.arange(width, device=ids.device).expand_as(ids)
     sources = torch.cat([i * width + where for i, where in enumerate(sequence_sources(batch))])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, sources, nullcontext()
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return padded_images(model, batch, inputs), sources, nullcontext()
 
 
 _LAYOUTS: dict[str, Callable[[PreTrainedModel, ScoringBatch], tuple[dict[str, Any], Tensor, Any]]] = {
     "tree": _tree,
     "padded": _padded,
+    "encoder_decoder": encoder_decoder,
 }

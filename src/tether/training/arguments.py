@@ -54,12 +54,17 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
+        add_tokens: new tokens for tokenizer and model; each begins as the mean of all others.
+        train_parameters: regular expressions, searched for in parameter names: only what they find trains (and an
+            adapter); None: all.
+        freeze_parameters: the same for what does not train.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; unset: what the model's
             configuration says; 0: none.
         max_tokens_per_forward: split the examples of a device's batch into as few micro-batches as hold at most this
             many tokens (a prompt counted once with all its completions), with the gradient of the whole batch; `auto`:
             what the memory allows, printed; None: a batch is one forward.
-        scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone.
+        scoring_layout: force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone, and
+            `encoder_decoder` for a model with an encoder.
         attention_backend: force what computes a tree's attention: `blocked`, `sdpa`, `flex` or `flash`; `auto`: blocks
             on a processor, FlexAttention on CUDA where it is proved, SDPA elsewhere.
 
@@ -84,6 +89,9 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
+    add_tokens: list[str] | None = None
+    train_parameters: list[str] | None = None
+    freeze_parameters: list[str] | None = None
     router_aux_loss_coef: float | None = None
     scoring_layout: Layout | None = None
     max_tokens_per_forward: int | str | None = "auto"
@@ -96,7 +104,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", TRUNCATION_MODES)
         self._refuse("prompt_boundary", ("split", "drop", "error"))
-        self._refuse("scoring_layout", (None, "tree", "padded"))
+        self._refuse("scoring_layout", (None, "tree", "padded", "encoder_decoder"))
         self._refuse("attention_backend", ("auto", "blocked", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         self._refuse("train_sampling_strategy", ("random", "sequential"))

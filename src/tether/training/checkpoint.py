@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError
+from tether.models.structure import unwrap
 from tether.reference.record import read_record
 
 OBJECTIVE = "objective.json"
@@ -45,6 +50,60 @@ def read_objective(folder: Path | None) -> dict[str, float]:
     """What `write_objective` kept; empty where there is none."""
     path = folder / OBJECTIVE if folder else None
     return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+
+def load_renamed(model: nn.Module | None, folder: str | Path) -> bool:
+    """Load a checkpoint whose tensors have other names on disk than in the model.
+
+    transformers writes some architectures under the names of their first release: mixtures of experts (one tensor per
+    expert in place of one for all), Qwen2-VL and others. Its `Trainer` looks the model's own names up in the file,
+    finds none, warns, and goes on from the weights at the start.
+
+    Args:
+        model: the model in training.
+        folder: the checkpoint.
+
+    Returns:
+        Whether the names differed, so that the weights were loaded here.
+
+    Raises:
+        ConfigError: the checkpoint lacks tensors of the model.
+    """
+    inner = unwrap(model) if model is not None else None
+    names = {name for file in Path(folder).glob("model*.safetensors") for name in _names(file)}
+    if not isinstance(inner, PreTrainedModel) or not names or names <= inner.state_dict().keys():
+        return False
+    found: Any = type(inner).from_pretrained(
+        folder, config=inner.config, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    loaded, report = found
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"The checkpoint {folder} lacks {len(missing)} tensors of the model, such as {missing[0]}. Resume from a "
+            "checkpoint of this model."
+        )
+    inner.load_state_dict(loaded.state_dict())
+    return True
+
+
+class RenamedCheckpoints(Trainer):
+    """A trainer that resumes from checkpoints whose tensors have other names than the model's, see `load_renamed`."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not load_renamed(model or cast(nn.Module, self.model), resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not load_renamed(cast(nn.Module, self.model), str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
 
 
 def refuse_silent_reanchoring(source: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data import (
     Prepared,
+    Report,
+    chat_template,
     example_from_row,
     is_origin,
     is_split,
@@ -23,11 +25,13 @@ from tether.data import (
     split_rows,
 )
 from tether.data.check import FINDINGS, check
+from tether.data.images import take_images
 from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
 logger = logging.getLogger("tether")
+CHAT_TEMPLATE = "chat_template.jinja"
 _AUDITED_ROWS = 2000
 # Findings of the sample that are worth a line, above this share; the others are in the run folder.
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
@@ -41,15 +45,17 @@ class RunData:
     """Prepares rows for one run and keeps the reports.
 
     Args:
-        tokenizer: the policy's.
+        tokenizer: the policy's, or its processor.
         args: lengths, truncation, boundary policy.
         arrange: what is done to prepared rows before they are packed.
+        encoder_decoder: whether the policy reads prompts in an encoder.
         reports: name of a set to its report, for `data.json`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
-    arrange: Callable[[Prepared, Any], Prepared]
+    arrange: Callable[[Prepared, Any], Prepared] = field(default=lambda prepared, _: prepared)
+    encoder_decoder: bool = False
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
@@ -65,6 +71,7 @@ class RunData:
             truncation_mode=self.args.truncation_mode,
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
+            encoder_decoder=self.encoder_decoder,
             name=name,
         )
         prepared = self.arrange(prepared, self.args)
@@ -73,9 +80,17 @@ class RunData:
             logger.info(line)
         return prepared
 
+    def _keep_template(self, report: Report) -> None:
+        """The chat template goes into the run folder: the tokenizer that it came with may change."""
+        if report.template_hash is not None and self.args.process_index == 0:
+            folder = Path(cast(str, self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CHAT_TEMPLATE).write_text(chat_template(self.tokenizer), encoding="utf-8")
+
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
+        text, _ = take_images(rows, self.tokenizer, name=name)
+        found = check(text, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
@@ -89,8 +104,10 @@ class RunData:
             The training set, and the evaluation set, a dictionary of them, or None.
         """
         if is_split(evaluation):
-            train, evaluation = split_rows(load_rows(train, name="train"), cast(Mapping[str, Any], evaluation))
+            asked, kind = cast(Mapping[str, Any], evaluation), self.args.kind
+            train, evaluation = split_rows(load_rows(train, kind=kind, name="train"), asked, kind=kind)
         training = self.prepare("train", train)
+        self._keep_template(training.report)
         if evaluation is None:
             return training.dataset, None
         named = isinstance(evaluation, Mapping) and not is_origin(evaluation)

@@ -85,6 +85,11 @@ class DPOConfig(PreferenceConfig):
                 f"per_device_train_batch_size is 1, and {sorting[0]} sorts the pairs of a micro-batch, of which there "
                 "would be one. Raise it, or take another loss."
             )
+        if combination.takes_divergence and self.wants_store():
+            raise ConfigError(
+                f"reference_store or precompute_ref_log_probs came, and {', '.join(self.loss_type)} takes the "
+                "reference's whole distribution at each token, where a store keeps one number. Leave the store out."
+            )
         if combination.takes_divergence and (self.reference == "none" or self.reference_means in ("remote", "store")):
             raise ConfigError(
                 f"reference is {self.reference!r} (reference_means {self.reference_means!r}), and "

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.errors import ConfigError
+from tether.training.checkpoint import RenamedCheckpoints
 from tether.training.collate import batch_of
 from tether.training.metrics import MetricSums
 from tether.training.reduce import sum_and_count
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _TOKEN_LOSS = "part of the loss that is averaged over tokens"
 
 
-class EvaluationLoop(Trainer):
+class EvaluationLoop(RenamedCheckpoints):
     """What `TetherTrainer` is beside its steps."""
 
     data: RunData

@@ -9,9 +9,8 @@ from torch import nn
 
 from tether.data import Prepared
 from tether.errors import DataError
-from tether.models import load_policy
 from tether.training.arguments import PreferenceConfig
-from tether.training.setup import loading, with_adapter
+from tether.training.setup import policy_spec, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 
 
@@ -55,7 +54,7 @@ class TrainerKind:
 
     def load_model(self, source: str, args: Any) -> nn.Module:
         """Load a policy that was named by a string."""
-        return load_policy(source, **loading(args))
+        return policy_spec(source, args).load()
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """What is scored of a batch, where that is more than its completions."""

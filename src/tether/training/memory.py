@@ -100,7 +100,7 @@ def _features(module: Any, config: Any) -> int:
     """Input and output features of the weight matrices that a module holds itself."""
     if isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
         return 0
-    if hasattr(module, "in_features"):
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features + module.out_features
     experts = getattr(config, "num_experts_per_tok", None) or 1
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() in (2, 3)]

@@ -28,7 +28,8 @@ class DPOTrainer(TetherTrainer):
         data_collator: makes `{"batch": ScoringBatch}` of prepared rows; left out, they are packed.
         train_dataset: rows with `prompt`, `chosen` and `rejected`: a `datasets.Dataset`, a list, a path or a hub name.
         eval_dataset: the same, or a dictionary of several sets.
-        processing_class: the tokenizer; left out, it is loaded from the model's source.
+        processing_class: the tokenizer, or the processor of a model that sees images; left out, it is loaded from the
+            model's source.
         callbacks: further transformers callbacks.
         optimizers: an optimizer and a scheduler in place of those that `args` describe.
         peft_config: a PEFT configuration; adds a new adapter to the model.

@@ -11,6 +11,7 @@ from peft import PeftConfig, TaskType
 from torch import Tensor, nn
 from transformers import set_seed
 
+from tether.data import text_tokenizer
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
 from tether.objectives.reward import reward_loss
@@ -56,7 +57,9 @@ class RewardTrainer(ReferenceFreeTrainer):
 
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Any]:
         # In a batch of several rows transformers finds the last token by the padding token.
-        transformers_model(model).config.get_text_config().pad_token_id = self.data.tokenizer.pad_token_id
+        transformers_model(model).config.get_text_config().pad_token_id = text_tokenizer(
+            self.data.tokenizer
+        ).pad_token_id
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         with self.accelerator.autocast():
             choice = choose_layout(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from tether.errors import ConfigError
-from tether.models.structure import transformers_model
+from tether.models.spec import ModelSpec, select_trainable
+from tether.models.structure import disable_dropout, transformers_model
 from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
 
@@ -51,6 +54,17 @@ def loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any
     return {name: options[name] for name in known if name in options} if tokenizer else options
 
 
+def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:
+    """How a policy that is named is loaded."""
+    options = cast(dict[str, Any], args.model_init_kwargs or {})
+    return ModelSpec.of(source, options, trust_remote_code=args.trust_remote_code)
+
+
+def config_of(model: str | Path | nn.Module, args: PreferenceConfig) -> Any:
+    """The configuration of a model in memory, or of one that is named; no weights are read."""
+    return transformers_model(model).config if isinstance(model, nn.Module) else policy_spec(model, args).load_config()
+
+
 def source_of(model: nn.Module) -> str:
     config = transformers_model(model).config
     return getattr(config, "_name_or_path", "") or "object in memory"
@@ -75,6 +89,28 @@ def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
     return weight
 
 
+def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
+    """The policy with what trains chosen, and without dropout where that is asked for."""
+    select_trainable(policy, args.train_parameters or (), args.freeze_parameters or ())
+    if args.disable_dropout:
+        disable_dropout(policy)
+    return policy
+
+
+def for_task(peft_config: PeftConfig, policy: PreTrainedModel) -> PeftConfig:
+    """The adapter's configuration with the task that the model does, which PEFT saves beside the adapter."""
+    task = "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM"
+    task = "SEQ_CLS" if "ForSequenceClassification" in type(policy).__name__ else task
+    if peft_config.task_type is None:
+        return replace(peft_config, task_type=task)
+    if peft_config.task_type not in (task, TaskType(task)):
+        raise ConfigError(
+            f"peft_config has the task_type {peft_config.task_type}, and {type(policy).__name__} does {task}; set "
+            "that, or leave task_type out."
+        )
+    return peft_config
+
+
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: PreferenceConfig) -> nn.Module:
     if peft_config is None:
         return policy
@@ -90,6 +126,12 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
             f"peft_config is {peft_config.peft_type}, which lengthens the input by virtual tokens; a packed row "
             "has no place for them. Use LoRA or another adapter on layers, or prefix tuning."
         )
+    if peft_config.is_prompt_learning and args.gradient_checkpointing:
+        raise ConfigError(
+            "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "
+            "layers without one. Set gradient_checkpointing=False, or use LoRA or another adapter on layers."
+        )
+    peft_config = for_task(peft_config, policy)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
         logger.warning(
             "lora_dropout has no effect: disable_dropout is on, so that policy and reference differ by training"

@@ -14,13 +14,15 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
     TrainerState,
 )
 
+from tether.data import text_tokenizer
 from tether.errors import ConfigError
-from tether.models import load_tokenizer
-from tether.models.structure import disable_dropout, evaluation_mode, transformers_model, unwrap
+from tether.models.spec import add_tokens, embed_tokens
+from tether.models.structure import evaluation_mode, transformers_model, unwrap
 from tether.reference import (
     SAME,
     FrozenProbe,
@@ -39,7 +41,12 @@ from tether.scoring import Layout, choose_layout, pack, score
 from tether.training.arguments import PreferenceConfig
 from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
-from tether.training.checkpoint import read_objective, refuse_silent_reanchoring, resume_folder, write_objective
+from tether.training.checkpoint import (
+    read_objective,
+    refuse_silent_reanchoring,
+    resume_folder,
+    write_objective,
+)
 from tether.training.collate import batch_of, collate
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.evaluation import EvaluationLoop
@@ -51,9 +58,11 @@ from tether.training.progress import install_progress
 from tether.training.reduce import add_to_each, reduce_loss
 from tether.training.reference_setup import declared_meaning, reference_spec
 from tether.training.setup import (
+    at_the_start,
     check_arguments,
-    loading,
+    config_of,
     make_audible,
+    policy_spec,
     router_coefficient,
     source_of,
 )
@@ -78,7 +87,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         data_collator: Callable[[list[dict[str, Any]]], dict[str, ScoringBatch]] | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
@@ -92,13 +101,13 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in (model, ref_model)):
             raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
         # Data before weights: what is wrong with the rows is known in seconds.
-        tokenizer = processing_class or load_tokenizer(source, **loading(args, tokenizer=True))
-        self.data = RunData(tokenizer, args, self.arrange)
+        tokenizer = processing_class or policy_spec(source, args).load_processing()
+        new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
+        self.data = RunData(tokenizer, args, self.arrange, config_of(model, args).is_encoder_decoder)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
         policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
-        policy = self.add_adapter(policy, peft_config, args)
-        if args.disable_dropout:
-            disable_dropout(policy)
+        embed_tokens(policy, new_tokens)
+        policy = at_the_start(self.add_adapter(policy, peft_config, args), args)
         choose_precision(args, policy)
         proof = TrainingProof(policy)
         super().__init__(
@@ -123,9 +132,10 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
         self._router_coefficient = router_coefficient(args, policy)
         self.layout, self._scorer = self._proved(policy, "")
-        self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout == "padded")
+        self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout != "tree")
         self._require_determinism()
-        self.resolved = self._resolved(reference_spec(args, meaning, ref_model, self.policy, source, tokenizer))
+        spec = reference_spec(args, meaning, ref_model, self.policy, source, text_tokenizer(tokenizer))
+        self.resolved = self._resolved(spec)
         logger.info(self.convention())
         self._display = install_progress(self)
         self._write_data_report()

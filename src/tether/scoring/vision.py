@@ -1,0 +1,106 @@
+"""Images in a batch: what a vision-language model is given besides token ids, in each layout.
+
+In the tree layout a prompt is in the packed row once, so its images go through the vision tower once, and their
+features fall onto its placeholder tokens. The padded layout repeats both for each completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tether.errors import ScoringError
+from tether.types import ImageInputs, ScoringBatch
+
+
+def has_images(batch: ScoringBatch) -> bool:
+    """Whether any prompt of a batch has images."""
+    return any(images is not None for images in batch.images)
+
+
+def tree_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a packed row `[1, T]`, with the images of its prompts."""
+    if not has_images(batch):
+        return inputs
+    types = torch.zeros_like(batch.input_ids)
+    for tree, images in zip(batch.forest.trees, batch.images, strict=True):
+        if images is not None:
+            types[0, tree.start : tree.start + tree.trunk] = images.token_types
+    found = {**inputs, **_joined(batch.images, types)}
+    if _counts_positions_by_image(model):
+        found["position_ids"] = _image_positions(model, batch)
+    return found
+
+
+def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of K padded rows `[K, width]`, with the images of each row's prompt."""
+    if not has_images(batch):
+        return inputs
+    types = torch.zeros_like(inputs["input_ids"])
+    repeated = _for_each_completion(batch)
+    for row, images in enumerate(repeated):
+        if images is not None:
+            types[row, : len(images.token_types)] = images.token_types
+    found = {**inputs, **_joined(repeated, types)}
+    if _counts_positions_by_image(model):
+        del found["position_ids"]  # the model's own code derives them from the images
+    return found
+
+
+def images_alone(batch: ScoringBatch) -> list[dict[str, Tensor]]:
+    """For each of the K completions, what its forward is given besides ids when it is scored alone."""
+    given = []
+    for images, length in zip(_for_each_completion(batch), batch.sequence_lengths, strict=True):
+        types = batch.input_ids.new_zeros(1, length)
+        if images is not None:
+            types[0, : len(images.token_types)] = images.token_types
+        given.append(_joined([images], types))
+    return given
+
+
+def _for_each_completion(batch: ScoringBatch) -> list[ImageInputs | None]:
+    return [batch.images[tree] if batch.images else None for tree, _ in batch.branches]
+
+
+def _joined(images: Sequence[ImageInputs | None], types: Tensor) -> dict[str, Tensor]:
+    """The tensors of several prompts behind each other, in the order of their rows."""
+    present = [image for image in images if image is not None]
+    if not present:
+        return {}
+    joined = {}
+    for name, first in present[0].tensors.items():
+        parts = [image.tensors[name] for image in present]
+        if any(part.shape[1:] != first.shape[1:] for part in parts):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise ScoringError(
+                f"The images of one micro-batch have {name} of different shapes ({shapes}), which cannot be joined. "
+                "Set per_device_train_batch_size and per_device_eval_batch_size to 1, or let the processor resize "
+                "all images alike."
+            )
+        joined[name] = torch.cat(parts)
+    return joined | {name: types for name in present[0].type_names}
+
+
+def _counts_positions_by_image(model: PreTrainedModel) -> bool:
+    """Whether positions have parts for time, height and width (Qwen2-VL and its kin)."""
+    return hasattr(model.base_model, "get_rope_index")
+
+
+def _image_positions(model: PreTrainedModel, batch: ScoringBatch) -> Tensor:
+    """Positions `[3, 1, T]`: of each trunk as the model counts them; a branch goes on after the trunk's largest."""
+    parts: list[Tensor] = []
+    index: Any = model.base_model
+    for tree, images in zip(batch.forest.trees, batch.images, strict=True):
+        ids = batch.input_ids[:, tree.start : tree.start + tree.trunk]
+        if images is None:
+            trunk = torch.arange(tree.trunk, device=ids.device).expand(3, 1, -1)
+        else:
+            trunk, _ = index.get_rope_index(ids, **_joined([images], images.token_types[None]))
+        after = trunk.amax() + 1
+        branches = [after + torch.arange(length, device=ids.device).expand(3, 1, -1) for length in tree.branches]
+        parts += [trunk, *branches]
+    return torch.cat(parts, dim=2)
