@@ -154,7 +154,7 @@ def tokenizer_state(processing_class: PreTrainedTokenizerBase | ProcessorMixin) 
             return None
     templates = [getattr(one, "chat_template", None) for one in (tokenizer, processing_class)]
     state = {
-        "class": type(tokenizer).__name__,
+        "class": [type(one).__name__ for one in (tokenizer, processing_class)],
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "all_special": [str(token) for token in tokenizer.all_special_tokens],
         "split_special": bool(getattr(tokenizer, "split_special_tokens", False)),
