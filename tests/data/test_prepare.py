@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, byte_level, chat, chat_tokenizer, pair, user
 from tether.data import Prepared, example_from_row, overlap, prepare, truncate
+from tether.data.audit import MarkerFinder, Tally
+from tether.data.collector import paused_collector
 from tether.errors import ConfigError, DataError
 
 
@@ -216,3 +219,28 @@ def test_a_processor_gives_its_tokenizer() -> None:
 def test_wrong_options_are_refused_before_rows_are_read(option: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare("no/such/file.jsonl", byte_level(), **{"max_length": 8, **option})
+
+
+def test_the_search_for_cycles_is_paused_for_a_batch_and_goes_on(tokenizer, monkeypatch):
+    seen = []
+    plain = Tally.add
+
+    def watched(self, other):
+        seen.append(gc.isenabled())
+        plain(self, other)
+
+    looked = MarkerFinder.find
+    inside = []
+    monkeypatch.setattr(Tally, "add", watched)
+    monkeypatch.setattr(MarkerFinder, "find", lambda *all_of: inside.append(gc.isenabled()) or looked(*all_of))
+    run(numbered(3), tokenizer)
+    assert (seen, set(inside)) == ([True], {False})
+    with pytest.raises(ZeroDivisionError), paused_collector():
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        run(numbered(1), tokenizer)
+        assert not gc.isenabled(), "who has switched it off finds it off"
+    finally:
+        gc.enable()

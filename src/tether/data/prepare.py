@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import DROPS, PARTS, MarkerFinder, Report, Tally, digest, nothing_left, quantiles, row_digest
+from tether.data.collector import paused_collector
 from tether.data.images import Pictures, parts_template, reads_images, take_images
 from tether.data.render import Rendered, render
 from tether.data.schema import BATCH_ROWS, VALUES, Schema, Turns, preferences, read_preferences, unpaired
@@ -191,6 +192,7 @@ class _Job:
     encoder_decoder: bool = False
     pictures: Pictures | None = None
 
+    @paused_collector()
     def batch(self, start: int) -> _Batch:
         """The rows from `start` on, as ids."""
         stop = min(start + BATCH_ROWS, len(self.rows))
