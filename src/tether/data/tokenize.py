@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -95,7 +95,7 @@ class Encoder:
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        options: Any = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         encoded = self.tokenizer(list(texts), add_special_tokens=False, **options)
         return cast(list[list[int]], encoded["input_ids"])
 
