@@ -3,6 +3,7 @@
 import gc
 
 import peft  # noqa: F401  (imported so that it is frozen below, as are the others)
+import pytest
 import torch
 import transformers
 
@@ -13,3 +14,9 @@ torch.set_num_threads(1)
 # of a run on a tiny model.
 _ = transformers.Trainer, transformers.AutoModelForCausalLM
 gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what is in the home of who runs it; processes that a test starts inherit this."""
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path_factory.getbasetemp() / "tether-cache"))

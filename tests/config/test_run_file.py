@@ -33,7 +33,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
     assert load(SMALLEST).to_dict() == {
         "model": {"name": "tiny", "dtype": "auto", "revision": None, "attention": None, "trust_remote_code": False},
         "lora": None,
-        "data": {"train": "pairs.jsonl", "eval": None, "check": None},
+        "data": {"train": "pairs.jsonl", "eval": None, "check": None, "cache": "auto"},
         "reference": {
             "meaning": "start",
             "model": None,
@@ -188,7 +188,7 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
         ("data: {train: x}", "run.yaml: `model` is missing. Name the policy"),
         (
             "model: x\ndata:",
-            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check.",
+            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache.",
         ),
         ("model: x\ndata: {}", "run.yaml, line 2: `data.train` is missing."),
         ("model: x\ndata: {train: []}", "`data.train` is [] (a list); allowed is a path, a glob or a hub name"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tether.data import example_from_row, prepare
+from tether.data import example_from_row, prepare, prepare_cached
 from tether.errors import DataError
 from tiny_vision import VISION, picture, tiny_processor
 
@@ -136,3 +136,16 @@ def test_pixels_change_the_fingerprint_of_a_data_set():
     other = row(1)
     other["images"] = [picture(50)]
     assert prepared([row(1)]).report.fingerprint != prepared([other]).report.fingerprint
+
+
+def test_rows_with_images_are_prepared_each_time(tmp_path):
+    """A file of an image may change under its name; rows of text for the same processor are cached."""
+    processor = tiny_processor("llava")
+    found = prepare_cached([row(1)], processor, folder=tmp_path, max_length=None)
+    assert example_from_row(found.dataset[0]).images is not None
+    assert not list(tmp_path.iterdir())
+    text = [{name: value for name, value in row(0, parts=False).items() if name != "images"}]
+    for _ in range(2):
+        again = prepare_cached(text, processor, folder=tmp_path, max_length=None)
+        assert again.dataset[0] == prepare(text, processor, max_length=None).dataset[0]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from tether.data import Prepared
 from tether.training import DPOConfig
-from tether.training.datasets import RunData
+from tether.training.datasets import RunData, cache_folder
 from tiny import pair_rows, tiny_tokenizer
 
 
@@ -50,3 +50,25 @@ def test_kinds_reach_sources_and_splits(tmp_path: Path) -> None:
     train, held = data.prepare_all(source, {"split": 5})
     assert len(train) + len(held) == 20
     assert set(train["label"]) == {1.0}
+
+
+def test_where_prepared_rows_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path))
+    assert cache_folder("auto") == tmp_path / "prepared"
+    assert cache_folder("~/x") == Path.home() / "x"
+    assert cache_folder(None) is None
+
+
+@pytest.mark.parametrize("said", ["auto", None])
+def test_a_run_keeps_what_it_prepared_unless_told_not_to(said, monkeypatch, tmp_path):
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path / "cache"))
+    sets = []
+    for learning_rate in (1e-6, 1e-3):
+        args = DPOConfig(
+            output_dir=str(tmp_path / str(learning_rate)), dataset_cache=said, use_cpu=True, learning_rate=learning_rate
+        )
+        data = RunData(tiny_tokenizer(), args, as_it_is)
+        sets.append(data.prepare_all(pair_rows(12), pair_rows(3))[0])
+        assert data.reports["eval"]["overlap"]["rows"] == 3
+    assert sets[0][:] == sets[1][:]
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == (2 if said else 0)

@@ -109,6 +109,7 @@ def _options(run: RunConfig) -> dict[str, Any]:
     options = {
         **run.train.further,
         "output_dir": run.output,
+        "dataset_cache": run.data.cache or None,
         "num_train_epochs": run.train.epochs,
         "learning_rate": run.train.learning_rate,
         "max_length": run.train.max_length,

@@ -90,6 +90,12 @@ class Data(Section):
         Allowed("a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md"),
     ] = Field(default=None, description="Largest shares of rows that `tether data check` passes; null: any.")
 
+    cache: Annotated[Text | Literal[False] | None, Allowed("a folder, auto, or null for no cache")] = Field(
+        default="auto",
+        description="Folder where prepared rows are kept for later runs; auto: `prepared` in $TETHER_CACHE or in "
+        "~/.cache/tether; null or false: nowhere.",
+    )
+
     @property
     def train_rows(self) -> Any:
         """What the trainer takes as training rows."""

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "sync_ref_model": "`reference.sync`",
     "ref_model_sync_steps": "`reference.sync.steps`",
     "ref_model_mixup_alpha": "`reference.sync.alpha`",
+    "dataset_cache": "`data.cache`",
     "model_init_kwargs": "`model`",
     "trust_remote_code": "`model.trust_remote_code`",
     "resume_from_checkpoint": "the option --resume",

@@ -1,6 +1,7 @@
 """From rows of preferences to token ids: sources, schema, render, tokenize, truncate, and the report of it all."""
 
 from tether.data.audit import Report
+from tether.data.cache import prepare_cached
 from tether.data.columns import kind_of
 from tether.data.prepare import Overlap, Prepared, overlap, prepare
 from tether.data.render import Rendered, render
@@ -30,6 +31,7 @@ __all__ = [
     "overlap",
     "preferences",
     "prepare",
+    "prepare_cached",
     "read_preferences",
     "render",
     "split_rows",

@@ -49,6 +49,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         prompt_boundary: what to do when a prompt's tokens are no prefix of prompt and completion tokenised together:
             `split`, `drop` or `error`.
         dataset_num_proc: processes that prepare the data.
+        dataset_cache: folder where prepared rows are kept for the other processes of a run and for later runs; `auto`:
+            `prepared` in `$TETHER_CACHE` or in `~/.cache/tether`; None: nowhere, and each process prepares for itself.
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
@@ -83,6 +85,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     truncation_mode: str = "keep_start"
     prompt_boundary: str = "split"
     dataset_num_proc: int | None = None
+    dataset_cache: str | None = "auto"
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False

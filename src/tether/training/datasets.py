@@ -21,11 +21,12 @@ from tether.data import (
     load_rows,
     longest_row,
     overlap,
-    prepare,
+    prepare_cached,
     split_rows,
 )
 from tether.data.check import FINDINGS, check
 from tether.data.images import take_images
+from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
 
@@ -58,11 +59,12 @@ class RunData:
     reports: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
-        """Prepare one set and say what was done to it; see `tether.data.prepare` for the errors."""
+        """Prepare one set, or take it from the cache, and say what was done to it; see `tether.data.prepare`."""
         data = load_rows(rows, kind=self.args.kind, name=name)
-        prepared = prepare(
+        prepared = prepare_cached(
             data,
             self.tokenizer,
+            folder=cache_folder(self.args.dataset_cache),
             max_length=self.args.max_length,
             kind=self.args.kind,
             turns=self.args.turns,
@@ -123,6 +125,13 @@ class RunData:
         if named:
             return training.dataset, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
         return training.dataset, prepared["eval"].dataset
+
+
+def cache_folder(setting: str | None) -> Path | None:
+    """The folder of prepared sets that `dataset_cache` stands for; None for none."""
+    if setting is None:
+        return None
+    return cache_root() / "prepared" if setting == "auto" else Path(setting).expanduser()
 
 
 def probe_examples(rows: Dataset, count: int, *, longest: bool = False) -> list[Example]:
