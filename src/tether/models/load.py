@@ -139,7 +139,9 @@ def load_config(source: str | Path, *, revision: str | None = None, trust_remote
     Raises:
         ConfigError: there is none that can be read.
     """
-    folder = _local(source, revision)
+    path = Path(source).expanduser()
+    # A reward model has a configuration too, though no policy's head.
+    folder = str(path) if (path / "config.json").is_file() and revision is None else _local(source, revision)
     if _is_adapter(folder):
         base = _base_of_adapter(Path(folder))
         name = cast(str, base.base_model_name_or_path)

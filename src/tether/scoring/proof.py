@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tether.scoring.attention import Backend, backends_for, remove_tree_attentio
 from tether.scoring.batch import pack, sequence_sources, sequences
 from tether.scoring.encoder_decoder import is_encoder_decoder, logits_alone
 from tether.scoring.score import Layout, score
-from tether.scoring.vision import images_alone
+from tether.scoring.vision import has_images, images_alone
 from tether.types import Example, ScoringBatch
 
 # Largest difference of one token's log-probability, in nats, that rounding explains.
@@ -42,7 +43,8 @@ def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
     if is_encoder_decoder(inner):
         pairs = logits_alone(model, inner, batch)
         return torch.cat([logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for logits, ids in pairs])
-    for row, where, images in zip(sequences(batch), sequence_sources(batch), images_alone(batch), strict=True):
+    beside = images_alone(batch) if has_images(batch) else repeat({})
+    for row, where, images in zip(sequences(batch), sequence_sources(batch), beside, strict=False):
         mask = torch.ones_like(row)[None]
         logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **images).logits[0]
         parts.append(logits[where].float().log_softmax(-1).gather(-1, row[where + 1, None])[:, 0])
