@@ -34,7 +34,7 @@ demo: $(DEMO_STAMP)
 	@$(OFFLINE) $(BIN)/tether demo $(ARGS)
 
 test: $(DEV_STAMP)
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -n 2 $(ARGS)
 
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not vllm" $(ARGS)
