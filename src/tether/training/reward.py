@@ -61,7 +61,7 @@ class RewardTrainer(ReferenceFreeTrainer):
             self.data.tokenizer
         ).pad_token_id
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
-        with self.accelerator.autocast():
+        with self._proving():
             choice = choose_layout(
                 model,
                 examples,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,7 +146,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
         """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
-        with self.accelerator.autocast():
+        with self._proving():
             choice = choose_layout(
                 model, examples, requested=self.args.scoring_layout, backend=self.args.attention_backend
             )
@@ -156,6 +157,11 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
                 return score(model, batch, **choice.options, **options)
 
         return choice.layout, scorer
+
+    def _proving(self) -> AbstractContextManager[Any]:
+        """The precision of a proof: the weights' own, as rounding under autocast would hide small mistakes."""
+        # FlashAttention knows no float32.
+        return self.accelerator.autocast() if self.args.attention_backend == "flash" else nullcontext()
 
     def _resolved(self, spec: ReferenceSpec) -> Resolved:
         """The declared reference, and a line that says what it is."""
