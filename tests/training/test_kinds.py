@@ -12,8 +12,9 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import tether
-import tether.training.trainer as trainer_module
+from tether import RewardTrainer
 from tether.errors import ConfigError, DataError
+from tether.training.trainer import TetherTrainer
 from tiny import CONFIGS, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -202,10 +203,10 @@ def test_a_store_gives_the_same_numbers(kind, tmp_path):
 def test_no_reference_is_run_where_none_is_needed(kind, tmp_path, monkeypatch, caplog):
     """INV-9: one scoring a step, and no word of a start equality."""
     calls = []
-    name = "reward" if kind == "reward" else "score"
-    module = __import__("tether.training.reward", fromlist=["reward"]) if kind == "reward" else trainer_module
-    original = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    owner = RewardTrainer if kind == "reward" else TetherTrainer
+    original = owner.scoring
+    counting = staticmethod(lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(owner, "scoring", counting)
     run = build(tmp_path, kind)
     calls.clear()
     run.train()

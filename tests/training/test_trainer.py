@@ -12,7 +12,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import tether.training.trainer as trainer_module
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, DataError, ReferenceError, TetherError
 from tiny import pair_rows, tiny_model, tiny_tokenizer
@@ -296,13 +295,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
 def test_no_reference_runs_no_reference(tmp_path, monkeypatch):
     """INV-9: one scoring call per micro-batch, where a reference makes two."""
     calls = []
-    original = trainer_module.score
+    original = DPOTrainer.scoring
 
     def counting(*args, **kwargs):
         calls.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "score", counting)
+    monkeypatch.setattr(DPOTrainer, "scoring", staticmethod(counting))
     run = trainer(tmp_path, reference="none", max_steps=2)
     calls.clear()
     run.train()

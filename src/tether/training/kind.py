@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -9,6 +10,8 @@ from torch import nn
 
 from tether.data import Prepared
 from tether.errors import DataError
+from tether.scoring import score
+from tether.scoring.proof import LOG_PROBS, Measures
 from tether.training.arguments import PreferenceConfig
 from tether.training.setup import policy_spec, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -22,6 +25,9 @@ class TrainerKind:
     columns: ClassVar[tuple[str, ...]] = ()
     # What scoring the policy gives besides log-probabilities.
     outputs: tuple[str, ...] = ("entropy", "top1", "mean_logits")
+    # The function that scores a batch, and what its layout is proved by.
+    scoring: Callable[..., Any] = staticmethod(score)
+    measures: Measures = LOG_PROBS
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
         """Combine the policy's scores with the reference's; each kind of trainer says how."""

@@ -6,7 +6,6 @@ import logging
 from copy import deepcopy
 from typing import Any, cast
 
-from datasets import Dataset
 from peft import PeftConfig, TaskType
 from torch import Tensor, nn
 from transformers import set_seed
@@ -15,9 +14,8 @@ from tether.data import text_tokenizer
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
 from tether.objectives.reward import reward_loss
-from tether.scoring import Layout, choose_layout
+from tether.scoring import Layout
 from tether.scoring.reward import REWARDS, reward
-from tether.training.datasets import probe_examples
 from tether.training.reward_arguments import RewardConfig
 from tether.training.setup import loading
 from tether.training.without_reference import ReferenceFreeTrainer
@@ -45,6 +43,8 @@ class RewardTrainer(ReferenceFreeTrainer):
     args: RewardConfig  # type: ignore[override]
     config = RewardConfig
     columns = ("margin", "weight")
+    scoring = staticmethod(reward)
+    measures = REWARDS
 
     def load_model(self, source: str, args: RewardConfig) -> nn.Module:
         """Load the model; the same seed gives the same new head."""
@@ -60,22 +60,7 @@ class RewardTrainer(ReferenceFreeTrainer):
         transformers_model(model).config.get_text_config().pad_token_id = text_tokenizer(
             self.data.tokenizer
         ).pad_token_id
-        examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
-        with self._proving():
-            choice = choose_layout(
-                model,
-                examples,
-                requested=self.args.scoring_layout,
-                backend=self.args.attention_backend,
-                measures=REWARDS,
-            )
-        logger.info(f"{whose}{choice.line}")
-
-        def scorer(model: nn.Module, batch: ScoringBatch) -> Tensor:
-            with self.accelerator.autocast():
-                return reward(model, batch, **choice.options)
-
-        return choice.layout, scorer
+        return super()._proved(model, whose)
 
     def _probe_numbers(self) -> Tensor:
         return cast(Tensor, self._scorer(self.policy, self._probe))

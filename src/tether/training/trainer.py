@@ -38,7 +38,7 @@ from tether.reference import (
     resolve,
 )
 from tether.reference.record import restore, write_record, write_tensors
-from tether.scoring import Layout, choose_layout, pack, score
+from tether.scoring import Layout, choose_layout, pack
 from tether.training.arguments import PreferenceConfig
 from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
@@ -148,13 +148,17 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         with self._proving():
             choice = choose_layout(
-                model, examples, requested=self.args.scoring_layout, backend=self.args.attention_backend
+                model,
+                examples,
+                requested=self.args.scoring_layout,
+                backend=self.args.attention_backend,
+                measures=self.measures,
             )
         logger.info(f"{whose}{choice.line}")
 
-        def scorer(model: nn.Module, batch: ScoringBatch, **options: Any) -> Scores:
+        def scorer(model: nn.Module, batch: ScoringBatch, **options: Any) -> Any:
             with self.accelerator.autocast():
-                return score(model, batch, **choice.options, **options)
+                return self.scoring(model, batch, **choice.options, **options)
 
         return choice.layout, scorer
 
