@@ -175,12 +175,12 @@ def test_the_frozen_probe_follows_a_moving_reference():
         {"meaning": "base"},
         {"means": "adapter_off"},
         {"means": "model"},
-        {"meaning": "adapter", "adapter": "sft"},
-        {"meaning": "model"},
+        {"meaning": "adapter", "adapter": "sft", "means": "adapter_on"},
+        {"meaning": "none"},
     ],
 )
 def test_what_cannot_move_is_refused(declared):
-    with pytest.raises(ConfigError, match="the one means that can be mixed"):
+    with pytest.raises(ConfigError, match="What can move is a snapshot"):
         ReferenceSpec(**declared, sync=Sync())
 
 
