@@ -97,8 +97,9 @@ def _compare(path: str, run_file: Path, overrides: list[str], rows: int, seed: i
     if not found.passed:
         raise StoreError(
             f"The store '{path}' does not hold what the reference says: {len(found.wrong)} of {found.completions} "
-            f"compared completions differ by more than {found.tolerance:.0e} nats in a token. It was filled by a "
-            "program that computes otherwise, or its parts were edited. Use another folder, or delete this one and "
+            f"compared completions have a token more than {found.tolerance:.0e} nats away, and tokens are "
+            f"{found.mean_difference:.1e} nats away on average (allowed {found.tolerance / 10:.0e}). It was filled by "
+            "a program that computes otherwise, or its parts were edited. Use another folder, or delete this one and "
             "fill it again."
         )
 

@@ -72,12 +72,14 @@ class Spill:
         Raises:
             ReferenceError: they are not those that were written.
         """
-        found = {name: torch.empty_like(tensor, device="cpu") for name, tensor in self._layout.items()}
+        found = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in self._layout.items()}
         problem = "nothing was written"
         if self._file is not None:
             try:
                 self._file.seek(0)
-                complete = all(self._file.readinto(_bytes_of(one)) == one.nbytes for one in found.values())  # type: ignore[attr-defined]
+                complete = all(
+                    self._file.readinto(_bytes_of(one)) == one.nbytes for one in found.values() if one.numel()
+                )  # type: ignore[attr-defined]
                 problem = "" if complete and fingerprint(found) == self._fingerprint else "its bytes are others now"
             except OSError as error:
                 problem = str(error)
@@ -102,5 +104,5 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    values: Any = tensor.view(-1).view(torch.uint8).numpy()
+    values: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
     return memoryview(values)
