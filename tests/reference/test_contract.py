@@ -251,11 +251,12 @@ def made(name, folder, url, **changes):
         arguments["ref_model"] = policy_of_run()
     if arguments.pop("reference_remote", False):
         arguments["reference_remote"] = {"url": url}
-    return trainer(folder, num_train_epochs=2, reference_check_steps=1, **arguments)
+    return trainer(folder, num_train_epochs=1, reference_check_steps=1, **arguments)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("store", [False, True], ids=["live", "store"])
+@pytest.mark.parametrize(
+    ("store", "checkpointing"), [(False, True), (True, False)], ids=["live-checkpointing", "store-plain"]
+)
 @pytest.mark.parametrize("name", RUNS)
 def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing, tmp_path):
     """INV-2, 15: by every means, also when a full store let the weights go; nothing else that a run does moves it."""
