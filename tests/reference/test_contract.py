@@ -23,6 +23,7 @@ from policies import PROBE, lora, take_steps
 from store_runs import lora as lora_of_run
 from store_runs import policy as policy_of_run
 from store_runs import trainer
+from tether.data import example_from_row
 from tether.models.structure import evaluation_mode, trainable_tensors
 from tether.reference import SAME, ReferenceSpec, RemoteOptions, StoredReference, live_reference, resolve
 from tether.reference.protocol import frozen_pass
@@ -274,8 +275,6 @@ def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing,
         # By hand: the policy now against a frozen copy of the start, row by row.
         start, margins = policy_of_run().eval(), []
         for row in run.data.prepare("by hand", late).dataset:
-            from tether.data import example_from_row
-
             batch = pack([example_from_row(row)])
             with frozen_pass(run.policy), frozen_pass(start):
                 chosen, rejected = (
