@@ -63,7 +63,7 @@ def test_the_document_has_every_means_and_every_option_it_names():
         assert f"| `{means}` |" in TEXT, means
     for name in re.findall(r"`((?:reference|ref_model|sync_ref)_\w+)", TEXT):
         assert name in ReferenceArguments.__dataclass_fields__, name
-    assert len(RUN_FILES) >= 8
+    assert len(RUN_FILES) >= 9
     assert len(SCRIPTS) == 3
 
 
