@@ -178,8 +178,11 @@ def require_the_start(reference, start, tolerance):
     torch.testing.assert_close(torch.cat(pieces), start, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("layout", ["tree", "padded"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    ("layout", "checkpointing"),
+    [("tree", False), ("tree", True), ("padded", True)],
+    ids=["tree-plain", "tree-checkpointing", "padded-checkpointing"],
+)
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_means_gives_the_start_and_leaves_the_policy_alone(name, kind, checkpointing, layout, tmp_path):
     """INV-1, 2, 4, 10, 12, 21: before and after updates, with dropout on in the policy; the oracle is a frozen copy."""
