@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, chat, pair, user
 from tether.data import load_rows
-from tether.data.check import FINDINGS, check, script
-from tether.data.lengths import measured
+from tether.data.check import FINDINGS, check
+from tether.data.lengths import Limited, measured
 from tether.data.near import NearDuplicates, jaccard, near_duplicates
 from tether.data.schema import preferences, read_preferences
+from tether.data.speech import script
 from tether.errors import ConfigError
 
 
@@ -99,7 +100,7 @@ def test_length_bias_is_the_accuracy_of_preferring_the_longer() -> None:
 def test_lengths_and_limits(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([pair(), pair("word " * 600), pair(chosen=" blue" * 600)])
     records = preferences(rows, schema := read_preferences(rows))
-    lengths = measured(records, schema, byte_tokenizer, max_length=20)
+    lengths = measured(records, schema, byte_tokenizer, Limited(20))
     assert lengths.limits[512].dropped == pytest.approx(1 / 3)
     assert lengths.limits[512].cut == pytest.approx(1 / 3)
     assert lengths.truncated == pytest.approx(2 / 3)

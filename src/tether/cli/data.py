@@ -98,7 +98,9 @@ def show(
     max_length: MaxLength = None,
     row: Annotated[int, typer.Option("--row", help="Which row, counted from 1.", min=1)] = 1,
     turns: Annotated[str, typer.Option(help="What is scored: all, assistant or last.")] = "all",
-    truncation: Annotated[str, typer.Option(help="keep_start, keep_end, middle or drop.")] = "keep_start",
+    truncation: Annotated[
+        str | None, typer.Option(help="keep_start, keep_end, middle or drop; left out: the run file's, or keep_start.")
+    ] = None,
     page: Page = None,
     debug: Debug = False,
 ) -> None:
@@ -121,7 +123,7 @@ def show(
     """
     from tether.cli.data_tables import print_tokens
     from tether.cli.output import terminal_output
-    from tether.data import prepare
+    from tether.data import prepare, text_tokenizer
     from tether.data.show import tokens_of
 
     asked = _Asked(files, tokenizer, layout, kind, max_length, None)
@@ -129,7 +131,7 @@ def show(
         made = asked.tokenizer()
         if made is None:
             raise ConfigError("There is no tokenizer to show tokens with. Name one: --tokenizer MODEL, or a run file.")
-        rows, own_kind = asked.rows(asked.train)
+        rows, own_kind = asked.rows(asked.train, name="train")
         if row > len(rows):
             raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
         prepared = prepare(
@@ -138,10 +140,11 @@ def show(
             max_length=asked.max_length,
             kind=own_kind,
             turns=cast(Any, turns),
-            truncation_mode=truncation,
+            truncation_mode=truncation or asked.truncation,
+            encoder_decoder=asked.encoder_decoder(),
             name=f"row {row}",
         )
-    shown = [tokens_of(dict(one), made) for one in prepared.dataset]
+    shown = [tokens_of(dict(one), text_tokenizer(made)) for one in prepared.dataset.with_format(None)]
     for parts in shown:
         print_tokens(parts, row)
     for line in prepared.report.lines()[1:]:
@@ -170,6 +173,7 @@ class _Asked:
         self.evaluation: Any = evaluation
         self._tokenizer, self.max_length, self.remote_code = tokenizer, max_length, False
         self.revision: str | None = None
+        self.truncation = "keep_start"
         if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
             self._read_run_file(files[0])
 
@@ -181,17 +185,34 @@ class _Asked:
         self.evaluation = self.evaluation or run.data.eval_rows
         self.limits = run.data.check or {}
         self.max_length = self.max_length or run.train.max_length
+        self.truncation = run.train.further.get("truncation_mode", self.truncation)
         if self._tokenizer is None:
             self._tokenizer, self.revision = run.model.name, run.model.revision
             self.remote_code = run.model.trust_remote_code
 
     def tokenizer(self) -> Any:
-        """The tokenizer that was named; None without one."""
-        from tether.models import load_tokenizer
+        """The tokenizer that was named, or the processor where its model sees images; None without one."""
+        from tether.models import load_processing, load_tokenizer
 
         if self._tokenizer is None:
             return None
-        return load_tokenizer(self._tokenizer, revision=self.revision, trust_remote_code=self.remote_code)
+        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.remote_code}
+        try:
+            return load_processing(self._tokenizer, **options)
+        except ConfigError:  # a folder of a tokenizer alone has no configuration of a model
+            return load_tokenizer(self._tokenizer, **options)
+
+    def encoder_decoder(self) -> bool:
+        """Whether the model beside the tokenizer reads prompts in an encoder; a tokenizer may stand alone."""
+        from tether.models import load_config
+
+        if self._tokenizer is None:
+            return False
+        try:
+            config = load_config(self._tokenizer, revision=self.revision, trust_remote_code=self.remote_code)
+        except ConfigError:
+            return False
+        return bool(config.is_encoder_decoder)
 
     def rows(self, source: Any, kind: Kind | None = None, name: str = "data") -> tuple[Any, Kind]:
         """Rows, and what they are."""
@@ -217,7 +238,13 @@ class _Asked:
 
         tokenizer = self.tokenizer()
         train, kind = self.rows(self.train, name="train")
-        options: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "max_length": self.max_length}
+        options: dict[str, Any] = {
+            "kind": kind,
+            "tokenizer": tokenizer,
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation,
+            "encoder_decoder": self.encoder_decoder(),
+        }
         held = self.evaluation
         if held is None:
             return [check(train, sample=sample, name="train", **options)]

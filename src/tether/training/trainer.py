@@ -101,10 +101,12 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         meaning = declared_meaning(args, ref_model)
         if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in (model, ref_model)):
             raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
+        config = config_of(model, args)
+        self.check_model(model, config, args)
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or policy_spec(source, args).load_processing()
         new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-        self.data = RunData(tokenizer, args, self.arrange, config_of(model, args).is_encoder_decoder)
+        self.data = RunData(tokenizer, args, self.arrange, config.is_encoder_decoder)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
         policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
         embed_tokens(policy, new_tokens)
