@@ -97,7 +97,9 @@ def show(
     kind: KindName = None,
     max_length: MaxLength = None,
     row: Annotated[int, typer.Option("--row", help="Which row, counted from 1.", min=1)] = 1,
-    turns: Annotated[str, typer.Option(help="What is scored: all, assistant or last.")] = "all",
+    turns: Annotated[
+        str | None, typer.Option(help="What is scored: all, assistant or last; left out: the run file's, or all.")
+    ] = None,
     truncation: Annotated[
         str | None, typer.Option(help="keep_start, keep_end, middle or drop; left out: the run file's, or keep_start.")
     ] = None,
@@ -123,8 +125,7 @@ def show(
     """
     from tether.cli.data_tables import print_tokens
     from tether.cli.output import terminal_output
-    from tether.data import prepare, text_tokenizer
-    from tether.data.show import tokens_of
+    from tether.data.show import shown_row
 
     asked = _Asked(files, tokenizer, layout, kind, max_length, None)
     with terminal_output(debug):
@@ -134,20 +135,19 @@ def show(
         rows, own_kind = asked.rows(asked.train, name="train")
         if row > len(rows):
             raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
-        prepared = prepare(
-            rows.select([row - 1]),
+        shown, report = shown_row(
+            rows,
+            row,
             made,
             max_length=asked.max_length,
             kind=own_kind,
-            turns=cast(Any, turns),
-            truncation_mode=truncation or asked.truncation,
+            turns=cast(Any, turns or asked.turns),
+            truncation_mode=cast(Any, truncation or asked.truncation),
             encoder_decoder=asked.encoder_decoder(),
-            name=f"row {row}",
         )
-    shown = [tokens_of(dict(one), text_tokenizer(made)) for one in prepared.dataset.with_format(None)]
     for parts in shown:
         print_tokens(parts, row)
-    for line in prepared.report.lines()[1:]:
+    for line in report.lines()[1:]:
         typer.echo(line)
     if page is not None:
         from tether.cli.data_page import tokens_page
@@ -173,7 +173,7 @@ class _Asked:
         self.evaluation: Any = evaluation
         self._tokenizer, self.max_length, self.remote_code = tokenizer, max_length, False
         self.revision: str | None = None
-        self.truncation = "keep_start"
+        self.truncation, self.turns = "keep_start", "all"
         if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
             self._read_run_file(files[0])
 
@@ -186,6 +186,7 @@ class _Asked:
         self.limits = run.data.check or {}
         self.max_length = self.max_length or run.train.max_length
         self.truncation = run.train.further.get("truncation_mode", self.truncation)
+        self.turns = run.train.further.get("turns", self.turns)
         if self._tokenizer is None:
             self._tokenizer, self.revision = run.model.name, run.model.revision
             self.remote_code = run.model.trust_remote_code

@@ -30,10 +30,10 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import Report
-from tether.data.columns import BATCH_ROWS
+from tether.data.columns import BATCH_ROWS, IMAGE_COLUMNS
 from tether.data.images import reads_images
 from tether.data.prepare import Prepared, prepare
-from tether.data.sources import IMAGE_COLUMNS, Source, load_rows
+from tether.data.sources import Source, load_rows
 from tether.data.table import fingerprint_of
 from tether.data.template import text_tokenizer
 from tether.types import Kind

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tether.data.columns import IMAGE_COLUMNS
 from tether.data.fields import (
     FieldFault,
+    Reading,
     answer,
     conversation,
     first_of,
@@ -23,6 +25,7 @@ from tether.data.fields import (
     optional,
     text,
     transcript,
+    with_image_parts,
 )
 from tether.data.values import Faults, described
 from tether.errors import ConfigError, DataError
@@ -31,7 +34,7 @@ from tether.types import Kind, Messages
 Row = Mapping[str, Any]
 _PROMPT_NAMES = ("prompt", "input", "question", "instruction")
 # Columns of a row that mean the same in every format.
-_KEPT = ("weight", "margin", "chat_template_kwargs")
+_KEPT = ("weight", "margin", "chat_template_kwargs", "tools", *IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -365,7 +368,7 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
         name: what to call them in messages.
 
     Returns:
-        As many rows, in order.
+        As many rows, in order. Columns that the format does not read stay beside TRL's, so that they can be listed.
 
     Raises:
         ConfigError: the format has no such kind.
@@ -380,14 +383,13 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
     faults, converted, total = Faults(), [], 0
     for total, row in enumerate(rows, 1):
         try:
-            done = {"prompt": layout.prompt(row), **build(row)}
+            reading = Reading(row)
+            done = {"prompt": layout.prompt(reading), **build(reading)}
         except FieldFault as fault:
             faults.add(total, str(fault))
             continue
-        done |= {column: row[column] for column in _KEPT if row.get(column) is not None}
-        if row.get("tools") and isinstance(done["prompt"], list):
-            done["tools"] = row["tools"]
-        converted.append(done)
+        done |= {column: reading[column] for column in _KEPT if reading.get(column) not in (None, "", [])}
+        converted.append(done | reading.unread(done))
     if faults.total:
         raise DataError(faults.message(f"{name} (format {layout.name})", total))
-    return converted
+    return with_image_parts(converted)

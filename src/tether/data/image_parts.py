@@ -19,8 +19,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from tether.data.columns import BATCH_ROWS
-from tether.data.sources import IMAGE_COLUMNS
+from tether.data.columns import BATCH_ROWS, IMAGE_COLUMNS
 from tether.data.values import SHOWN_FAULTS
 
 # How an image lies in a table, as `datasets` stores it: the file, or where it is.

@@ -56,5 +56,5 @@ class SFTTrainer(ReferenceFreeTrainer):
 
     def convention(self) -> str:
         """What is averaged, in one line."""
-        what = "the assistant's" if self.args.assistant_only_loss else "scored"
+        what = {"all": "scored", "assistant": "the assistant's", "last": "the last turns'"}[self.args.turns]
         return f"objective: sft, {self.args.loss_type}: averaged over all {what} tokens of a step"
