@@ -12,7 +12,9 @@ from tether.cli.run import Debug
 from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from tether.data import Report
     from tether.data.check import Check
+    from tether.data.show import Token
     from tether.types import Kind
 
 app = typer.Typer(help="Look at preference data before it is trained on.", no_args_is_help=True)
@@ -125,26 +127,10 @@ def show(
     """
     from tether.cli.data_tables import print_tokens
     from tether.cli.output import terminal_output
-    from tether.data.show import shown_row
 
     asked = _Asked(files, tokenizer, layout, kind, max_length, None)
     with terminal_output(debug):
-        made = asked.tokenizer()
-        if made is None:
-            raise ConfigError("There is no tokenizer to show tokens with. Name one: --tokenizer MODEL, or a run file.")
-        rows, own_kind = asked.rows(asked.train, name="train")
-        if row > len(rows):
-            raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
-        shown, report = shown_row(
-            rows,
-            row,
-            made,
-            max_length=asked.max_length,
-            kind=own_kind,
-            turns=cast(Any, turns or asked.turns),
-            truncation_mode=cast(Any, truncation or asked.truncation),
-            encoder_decoder=asked.encoder_decoder(),
-        )
+        shown, report = asked.shown(row, turns, truncation)
     for parts in shown:
         print_tokens(parts, row)
     for line in report.lines()[1:]:
@@ -231,6 +217,27 @@ class _Asked:
             return load_rows(source, kind=cast(Any, wanted), name=name), cast(Any, wanted)
         rows = load_rows(source, name=name)
         return rows, kind_of(rows.column_names) or "pair"
+
+    def shown(self, row: int, turns: str | None, truncation: str | None) -> tuple[list[list[list[Token]]], Report]:
+        """The tokens of a row, counted from 1, and what was done to it."""
+        from tether.data.show import shown_row
+
+        made = self.tokenizer()
+        if made is None:
+            raise ConfigError("There is no tokenizer to show tokens with. Name one: --tokenizer MODEL, or a run file.")
+        rows, own_kind = self.rows(self.train, name="train")
+        if row > len(rows):
+            raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
+        return shown_row(
+            rows,
+            row,
+            made,
+            max_length=self.max_length,
+            kind=own_kind,
+            turns=cast(Any, turns or self.turns),
+            truncation_mode=cast(Any, truncation or self.truncation),
+            encoder_decoder=self.encoder_decoder(),
+        )
 
     def checks(self, sample: int | None) -> list[Check]:
         """The audit of the training rows, and of each evaluation set."""

@@ -38,6 +38,12 @@ def check_arguments(
     return args
 
 
+def check_loading(args: PreferenceConfig, *models: Any) -> None:
+    """Refuse options of loading that nothing is loaded with."""
+    if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in models):
+        raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
+
+
 def make_audible(args: PreferenceConfig) -> None:
     """What a run says about its reference and its data must be seen, also in a script that never set up logging."""
     if not logger.hasHandlers():

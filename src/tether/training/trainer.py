@@ -61,6 +61,7 @@ from tether.training.reference_setup import declared_meaning, reference_spec
 from tether.training.setup import (
     at_the_start,
     check_arguments,
+    check_loading,
     config_of,
     make_audible,
     policy_spec,
@@ -99,10 +100,8 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
             refuse_silent_reanchoring(source)
         meaning = declared_meaning(args, ref_model)
-        if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in (model, ref_model)):
-            raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
-        config = config_of(model, args)
-        self.check_model(model, config, args)
+        check_loading(args, model, ref_model)
+        self.check_model(model, config := config_of(model, args), args)
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or policy_spec(source, args).load_processing()
         new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
