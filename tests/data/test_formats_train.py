@@ -20,11 +20,12 @@ from tether.training import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTCon
 from tiny import tiny_model, tiny_tokenizer
 
 
-def is_text(row: dict[str, Any], name: str | None) -> bool:
-    """Whether a row becomes text and not a conversation."""
+def form(row: dict[str, Any], name: str | None) -> str:
+    """Text, or a conversation, or one of these without a boundary: what cannot be mixed in one set."""
     kind = next(own for one, own, other in ALL if one == name and other is row)
     data = load_rows([row] if name is None else {"path": [row], "format": name}, kind=kind)  # type: ignore[arg-type]
-    return read_preferences(data, kind=kind).form == "standard"  # type: ignore[arg-type]
+    schema = read_preferences(data, kind=kind)  # type: ignore[arg-type]
+    return schema.form + (" whole" if schema.whole else "")
 
 
 ALL = [(name, kind, row) for name, kind, row, _ in [*EXAMPLES, *CANONICAL] if kind != "prompt_only"]
@@ -37,17 +38,17 @@ TRAINERS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "completion": (SFTTrainer, SFTConfig, {}),
 }
 # Columns that a set has in every row or in none, and columns that only some trainers take.
-GROUPS = sorted({(kind, is_text(row, name)) for name, kind, row in ALL})
+GROUPS = sorted({(kind, form(row, name)) for name, kind, row in ALL})
 
 
-@pytest.mark.parametrize(("kind", "text"), GROUPS)
-def test_every_format_is_trained_on(kind: str, text: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "own_form"), GROUPS)
+def test_every_format_is_trained_on(kind: str, own_form: str, tmp_path: Path) -> None:
     """Real steps of the trainer of its kind, all formats of a kind in one run, one source each: DPO for pairs and
     ranked lists, KTO for labelled completions, SFT for texts. Text and conversations are not mixed in one set."""
-    rows = [(name, row) for name, own, row in ALL if own == kind and is_text(row, name) == text]
-    sources: list[Any] = [{"path": [varied(row, "margin")], **({"format": name} if name else {})} for name, row in rows]
+    rows = [(name, row) for name, own, row in ALL if own == kind and form(row, name) == own_form]
+    sources: list[Any] = [{"path": [plain(row)], **({"format": name} if name else {})} for name, row in rows]
     if kind == "unpaired":  # KTO needs completions that differ, and these rows say the same in many formats
-        sources += [{"path": [{"prompt": p, "completion": c, "label": False}]} for p, c in unlike(text)]
+        sources += [{"path": [{"prompt": p, "completion": c, "label": False}]} for p, c in unlike(own_form)]
     trainer_class, config, options = TRAINERS[kind]
     tokenizer = tiny_tokenizer()
     args = config(
@@ -81,13 +82,15 @@ def test_no_format_is_left_out() -> None:
     assert {kind for kind, _ in GROUPS} == set(TRAINERS)
 
 
-def varied(row: dict[str, Any], *left_out: str) -> dict[str, Any]:
-    return {column: value for column, value in row.items() if column not in left_out}
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the numbers that the others of its set do not have, and its label as a truth value."""
+    kept = {column: value for column, value in row.items() if column not in ("weight", "margin")}
+    return {**kept, "label": bool(kept["label"])} if "label" in kept else kept
 
 
-def unlike(text: bool) -> list[tuple[Any, Any]]:
+def unlike(own_form: str) -> list[tuple[Any, Any]]:
     said = [("What?", " That."), ("Where?", " There.")]
-    return said if text else [([user(p)], [assistant(c)]) for p, c in said]
+    return said if own_form == "standard" else [([user(p)], [assistant(c)]) for p, c in said]
 
 
 @pytest.mark.parametrize(
