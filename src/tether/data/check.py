@@ -21,7 +21,7 @@ from tether.data.images import reads_images, require_processor
 from tether.data.lengths import Lengths, Limited, Reading, measured
 from tether.data.near import NearDuplicates
 from tether.data.schema import Schema, python_rows, record, row_faults, schema_of
-from tether.data.speech import is_odd, is_refusal, script
+from tether.data.speech import is_odd, is_refusal, language, script
 from tether.data.template import text_tokenizer
 from tether.data.truncate import TruncationMode
 from tether.data.values import is_blank, texts_of
@@ -42,6 +42,7 @@ FINDINGS = {
     "markers": "carry template markers",
     "odd_roles": "have turns in an odd order",
     "other_script": "are answered in another script",
+    "other_language": "are answered in another language",
     "refusals": "prefer a refusal",
     "refusals_rejected": "reject a refusal",
     "openings": "share the most frequent opening",
@@ -300,8 +301,12 @@ def _look_at_answers(row: Preference, number: int, seen: _Seen) -> None:
         seen.note("longer_chosen", number, sizes[0] > sizes[-1])
         seen.note("refusals_rejected", number, is_refusal(answers[-1]))
     seen.note("refusals", number, desirable and is_refusal(first))
-    asked, answered = script(" ".join(texts_of(row.prompt))), script(first)
+    question = " ".join(texts_of(row.prompt))
+    asked, answered = script(question), script(first)
     seen.note("other_script", number, bool(asked and answered and asked != answered))
+    if asked == answered == "latin":
+        spoken = language(first)
+        seen.note("other_language", number, bool(spoken) and language(question) not in ("", spoken))
     if answered:
         seen.scripts[answered] += 1
     opening = " ".join(first.split(None, 4)[:4])

@@ -1,5 +1,5 @@
-"""What can be told of a text by itself: its script, whether it refuses, whether turns are in an odd order. Called by
-`check`."""
+"""What can be told of a text by itself: its script and language, whether it refuses, whether turns are in an odd order.
+Called by `check`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ _SCRIPTS = {
     "korean": re.compile(r"[가-힯]"),
 }
 _READ_CHARACTERS = 400
+# The commonest words of languages in Latin script; those that languages share speak for each of them.
+_COMMON = {
+    "english": "the and of to is that it was for with as you on this are be have from not they which what would there",
+    "german": "der die das und ist nicht ein eine zu den mit von auf ich sie für dem des auch es sich wie als wird",
+    "french": "le la les et est des une un que pour dans qui pas sur au avec plus ce il elle sont vous nous cette mais",
+    "spanish": "el la los las y es que de en un una por con para no se del como más pero su al lo está son",
+    "italian": "il la che di e è un una per non con sono del della si come più ma gli anche dei nel questo alla le",
+    "portuguese": "o a os as e é que de um uma em para com não por do da mais como se mas ao dos na são você",
+    "dutch": "de het een en van is dat niet op te zijn voor met die er maar ook als aan bij wordt naar deze je ik",
+}
+_LANGUAGES: dict[str, tuple[str, ...]] = {
+    word: tuple(name for name, words in _COMMON.items() if word in words.split())
+    for words in _COMMON.values()
+    for word in words.split()
+}
+_TOLD = 4  # common words that a language must have, and twice as many as any other
+_WORD = re.compile(r"[^\W\d_]+")
 _KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -51,6 +68,25 @@ def script(text: str) -> str:
         counts["japanese"] += counts.pop("chinese")
     name, count = max(counts.items(), key=lambda item: item[1])
     return name if count else ""
+
+
+def language(text: str) -> str:
+    """The language of a text's beginning, among seven in Latin script; empty where its commonest words do not tell.
+
+    Example:
+        >>> language("What is the name of that city, and what is it for?")
+        'english'
+        >>> language("Das ist nicht die Stadt, die ich mit dem Namen meine.")
+        'german'
+        >>> language("x = 3")
+        ''
+    """
+    counts = dict.fromkeys(_COMMON, 0)
+    for word in _WORD.findall(text[:_READ_CHARACTERS].lower()):
+        for name in _LANGUAGES.get(word, ()):
+            counts[name] += 1
+    second, first = sorted(counts.items(), key=lambda item: item[1])[-2:]
+    return first[0] if first[1] >= max(_TOLD, 2 * second[1]) else ""
 
 
 def is_odd(messages: Messages) -> bool:
