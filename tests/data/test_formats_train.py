@@ -25,7 +25,7 @@ def form(row: dict[str, Any], name: str | None) -> str:
     kind = next(own for one, own, other in ALL if one == name and other is row)
     data = load_rows([row] if name is None else {"path": [row], "format": name}, kind=kind)  # type: ignore[arg-type]
     schema = read_preferences(data, kind=kind)  # type: ignore[arg-type]
-    return schema.form + (" whole" if schema.whole else "")
+    return schema.form + (" whole" if schema.whole else " shared" if schema.shared_prompt else "")
 
 
 ALL = [(name, kind, row) for name, kind, row, _ in [*EXAMPLES, *CANONICAL] if kind != "prompt_only"]

@@ -79,7 +79,7 @@ def shown_row(
     whole = prepared if max_length is None else prepare(one, processing, max_length=None, **options)
     roles = _roles(one, whole, processing, kind, options)
     shown = []
-    for row in prepared.dataset.with_format(None):
+    for row in prepared.dataset.with_format(None).to_list():
         own = roles.get(_first_completion(row, roles))
         cut = (
             own
@@ -108,7 +108,7 @@ def _roles(
     if kind == "unpaired" and schema.kind == "pair":
         records = [row for record in records for row in unpaired(record)]
     found = {}
-    for record, row in zip(records, whole.dataset.with_format(None), strict=False):
+    for record, row in zip(records, whole.dataset.with_format(None).to_list(), strict=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         image = getattr(processing, "image_token_id", None)
         found[tuple(chain(*completions))] = roles_of(record, prompt, completions, encoder, template, image)
