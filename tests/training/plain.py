@@ -11,7 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-BETA, RATE = 0.1, 0.02
+BETA, RATE, STEPS = 0.1, 0.02, 3
+
+
+def settings(config: type[Any], rows: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Options of plain gradient descent on all rows at once, so that their order does not matter; those among
+    `arguments` that are options are taken out of it and set."""
+    return {
+        "per_device_train_batch_size": rows,
+        "max_steps": STEPS,
+        "optim": "sgd",
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **{name: arguments.pop(name) for name in list(arguments) if name in config.__dataclass_fields__},
+    }
 
 
 @dataclass

@@ -17,7 +17,6 @@ from tiny_seq2seq import tiny_seq2seq, tiny_seq2seq_tokenizer
 from training import plain
 
 FAMILIES = ["t5_tied", "bart"]
-STEPS = 3
 PAIRS = pair_rows(8)
 ROWS = {
     "KTO": [
@@ -37,21 +36,9 @@ def policy(family, seed=0):
 
 def build(folder, kind, family, *, rows=None, **arguments):
     config = getattr(tether, f"{kind}Config")
-    settings = {
-        "per_device_train_batch_size": 8,  # all rows, so that the order does not matter
-        "max_steps": STEPS,
-        "optim": "sgd",
-        "learning_rate": plain.RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **({} if kind == "SFT" else {"beta": plain.BETA}),
-        **{name: arguments.pop(name) for name in list(arguments) if name in config.__dataclass_fields__},
-    }
+    settings = plain.settings(config, 8, arguments)
+    if kind != "SFT":
+        settings = {"beta": plain.BETA, **settings}
     return getattr(tether, f"{kind}Trainer")(
         model=arguments.pop("model", None) or policy(family),
         args=config(output_dir=str(folder), **settings),
@@ -83,7 +70,7 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
     """INV-16, 41: losses of three steps and of an evaluation after them; another model as KTO's reference."""
     other = policy(family, 5) if kind == "KTO" else None
     expected = plain.descend(
-        ORACLES[kind], plain.encoder_decoder_logps, policy(family), other, plain_rows(kind, family), STEPS
+        ORACLES[kind], plain.encoder_decoder_logps, policy(family), other, plain_rows(kind, family), plain.STEPS
     )
     more = {"ref_model": policy(family, 5)} if other is not None else {}
     run = build(tmp_path, kind, family, eval_dataset=ROWS[kind], **more)

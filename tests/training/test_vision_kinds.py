@@ -18,7 +18,6 @@ from tether.training import mismatched
 from tiny_vision import VISION, picture, tiny_processor, tiny_vision, tiny_vision_reward, vision_examples
 from training import plain
 
-STEPS = 3
 WORDS = ["good", "bad", "a long and winding film", "not what I liked", "fine", "dull"]
 
 
@@ -48,20 +47,7 @@ def rows(kind, count=6, shift=0):
 
 def build(folder, kind, family, *, data=None, **arguments):
     config = getattr(tether, f"{kind}Config")
-    settings = {
-        "per_device_train_batch_size": 6,  # all rows, so that the order does not matter
-        "max_steps": STEPS,
-        "optim": "sgd",
-        "learning_rate": plain.RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **{name: arguments.pop(name) for name in list(arguments) if name in config.__dataclass_fields__},
-    }
+    settings = plain.settings(config, 6, arguments)
     make = tiny_vision_reward if kind == "Reward" else tiny_vision
     return getattr(tether, f"{kind}Trainer")(
         model=arguments.pop("model", None) or make(family),
@@ -105,7 +91,7 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
     loss, one = ORACLES[kind]
     model = tiny_vision_reward(family) if kind == "Reward" else tiny_vision(family)
     other = tiny_vision(family, seed=5) if kind == "KTO" else None
-    expected = plain.descend(loss, one, model, other, plain_rows(kind, family), STEPS)
+    expected = plain.descend(loss, one, model, other, plain_rows(kind, family), plain.STEPS)
     more = {"ref_model": tiny_vision(family, seed=5)} if other is not None else {}
     run = build(tmp_path, kind, family, eval_dataset=rows(kind), **more)
     run.train()
