@@ -138,7 +138,9 @@ def test_what_is_wrong_with_images_is_said_with_the_row(tmp_path: Any) -> None:
 
 
 def test_a_tokenizer_alone_cannot_stand_for_a_processor(tmp_path: Any) -> None:
-    with pytest.raises(DataError, match=r"row 1: the column `images` holds images, and a .* alone does not read them"):
+    with pytest.raises(
+        DataError, match=r"row 1: the column `images` holds images, and a tokenizer alone .* does not read"
+    ):
         check(load_rows([row(picture(0))]), tokenizer=tiny_tokenizer())
 
 

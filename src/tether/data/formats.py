@@ -34,6 +34,7 @@ from tether.types import Kind, Messages
 Row = Mapping[str, Any]
 _PROMPT_NAMES = ("prompt", "input", "question", "instruction")
 # Columns of a row that mean the same in every format.
+_LABELS = frozenset({"label", "kto_tag"})
 _KEPT = ("weight", "margin", "chat_template_kwargs", "tools", *IMAGE_COLUMNS)
 
 
@@ -374,8 +375,8 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
         ConfigError: the format has no such kind.
         DataError: fields are not what the format needs; the message names rows and fields.
     """
-    build = layout.answers.get(kind)
-    if build is None:
+    build, as_pair = layout.answers.get(kind), layout.answers.get("pair") if kind == "unpaired" else None
+    if build is None and as_pair is None:
         raise ConfigError(
             f"{name}: rows of the format `{layout.name}` cannot be read as `{kind}`; they can be read as "
             f"{', '.join(f'`{one}`' for one in layout.answers)}."
@@ -384,7 +385,9 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
     for total, row in enumerate(rows, 1):
         try:
             reading = Reading(row)
-            done = {"prompt": layout.prompt(reading), **build(reading)}
+            # Pairs are read as labelled completions, too, two each.
+            paired = as_pair if build is None or (row.get("rejected") is not None and _LABELS.isdisjoint(row)) else None
+            done = {"prompt": layout.prompt(reading), **(paired or build)(reading)}  # type: ignore[misc]
         except FieldFault as fault:
             faults.add(total, str(fault))
             continue
