@@ -181,9 +181,9 @@ def require_processor(rows: Dataset, processor: Any, *, name: str) -> None:
     column = None if reads_images(processor) else image_column(rows)
     if column is not None:
         raise DataError(
-            f"{name}: row {first_with_images(rows, column)}: the column `{column}` holds images, and a "
-            f"tokenizer alone ({type(processor).__name__}) does not read them. Give the model's processor (as "
-            "processing_class in Python; a model's folder holds it as processor_config.json or preprocessor_config.json), or remove the "
+            f"{name}: row {first_with_images(rows, column)}: the column `{column}` holds images, and a tokenizer alone "
+            f"({type(processor).__name__}) does not read them. Give the model's processor (as processing_class in "
+            "Python; a model's folder holds it as processor_config.json or preprocessor_config.json), or remove the "
             "column if the rows are complete without it."
         )
 
