@@ -255,6 +255,9 @@ def test_what_a_format_does_not_read_is_listed() -> None:
     assert read_preferences(rows).unused_columns == ("source", "messages (of the source)")
     [record] = preferences(rows, read_preferences(rows))
     assert record.prompt == [user("Why?")]
+    whole = {"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")], "source": "web"}
+    rows = load_rows({"path": [whole], "format": "openrlhf"})
+    assert read_preferences(rows).unused_columns == ("source",)
 
 
 def test_tools_beside_text_are_refused_and_not_dropped() -> None:

@@ -165,7 +165,11 @@ def _openrlhf_prompt(row: Row) -> Messages | str:
     if isinstance(row[name], str):
         return row[name]
     whole = conversation(row, name)
-    return whole if {"chosen", "output", "completion"} & {key for key in row if row[key] is not None} else whole[:-1]
+    return (
+        whole
+        if {"chosen", "output", "completion"} & {key for key, value in row.items() if value is not None}
+        else whole[:-1]
+    )
 
 
 def _openrlhf_answer(row: Row, name: str) -> Any:
