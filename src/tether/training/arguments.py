@@ -140,6 +140,16 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         """Which turns of a completion of several are scored: `all`, or those of the `assistant`."""
         return "all"
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with a reference at all."""
+        return True
+
+    @property
+    def objective_name(self) -> str:
+        """What the objective is called, for messages."""
+        return type(self).__name__
+
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""
         return {}

@@ -34,6 +34,11 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     Raises:
         ConfigError: the two say different things.
     """
+    if ref_model is not None and not args.needs_reference:
+        raise ConfigError(
+            f"ref_model was given, and {args.objective_name} compares with no reference, so that it would never be "
+            "used. Leave it out, or take a loss that has a reference."
+        )
     if ref_model is not None and args.reference not in (None, "model"):
         raise ConfigError(
             f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
