@@ -44,7 +44,6 @@ from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import (
     read_objective,
-    refuse_silent_reanchoring,
     resume_folder,
     write_objective,
 )
@@ -61,6 +60,7 @@ from tether.training.reference_setup import declared_meaning, reference_spec
 from tether.training.setup import (
     at_the_start,
     check_arguments,
+    check_policy,
     config_of,
     make_audible,
     policy_spec,
@@ -96,11 +96,8 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         args = check_arguments(args, self.config, train_dataset, eval_dataset)
         make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else source_of(model)
-        if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
-            refuse_silent_reanchoring(source)
+        check_policy(model, ref_model, args, peft_config)
         meaning = declared_meaning(args, ref_model)
-        if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in (model, ref_model)):
-            raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or policy_spec(source, args).load_processing()
         new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
