@@ -65,8 +65,19 @@ def test_adapters_are_described_as_a_run_would_have_them(folder, tmp_path, capsy
 
 
 def test_a_gradient_that_does_not_arrive_is_a_problem(folder, capsys, monkeypatch):
-    """As on a base whose layers were repacked for inference by a pass in evaluation mode."""
-    monkeypatch.setattr("torch.Tensor.any", lambda tensor: torch.zeros((), dtype=torch.bool))
+    """As on a base whose layers are repacked for inference by the first pass in evaluation mode."""
+    import tether.scoring
+
+    choose = tether.scoring.choose_layout
+
+    def repack(model, *args):
+        choice = choose(model, *args)
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.default"):
+                module.register_forward_hook(lambda _, __, output: output.detach())
+        return choice
+
+    monkeypatch.setattr(tether.scoring, "choose_layout", repack)
     assert main(["doctor", "model", str(folder), "--lora", "2"]) == 1
     assert "problem: after a pass in evaluation mode a gradient reaches 0 of 28" in capsys.readouterr().out
 

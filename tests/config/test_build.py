@@ -236,7 +236,7 @@ def test_every_kind_of_adapter_arrives(section: dict[str, Any], kind: str, value
 
 def test_adapters_that_peft_refuses_or_that_would_do_nothing() -> None:
     outside = {"type": "ia3", "target_modules": ["v_proj"], "feedforward_modules": ["down_proj"]}
-    with pytest.raises(ConfigError, match="`peft` is what PEFT refuses: .*feedforward_modules"):
+    with pytest.raises(ConfigError, match=r"`peft` is what PEFT refuses: .*feedforward_modules"):
         build(run_with(peft=outside))
     with pytest.raises(ConfigError, match=r"`peft.vera_dropout` is 0.1, but every dropout is switched off"):
         build(run_with(peft={"type": "vera", "vera_dropout": 0.1}))

@@ -324,11 +324,17 @@ def test_contents_can_be_checked_without_a_file() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("{name: x, quantization: 2bit}", "`model.quantization` is '2bit' (text); allowed is 4bit (the same as nf4), 8bit"),
+        (
+            "{name: x, quantization: 2bit}",
+            "`model.quantization` is '2bit' (text); allowed is 4bit (the same as nf4), 8bit",
+        ),
         ("{name: x, quantisation: 4bit}", "`model.quantisation` is not known. Did you mean `model.quantization`?"),
         ("{name: x, attn_implementation: sdpa}", "is not known. It is called `model.attention` here."),
-        ("{name: x, device_map: auto}", "is not known. It is called `model.device` here."),
-        ("{name: x, device: 0}", "`model.device` is 0 (a whole number); allowed is cpu, cuda, cuda:1 or another device"),
+        ("{name: x, device_map: auto}", "`model.device_map` is not known. Did you mean `model.device`?"),
+        (
+            "{name: x, device: 0}",
+            "`model.device` is 0 (a whole number); allowed is cpu, cuda, cuda:1 or another device",
+        ),
         ("{name: x, add_tokens: token}", "`model.add_tokens` is 'token' (text); allowed is a list of tokens, or null"),
         ("{name: x, train: []}", "`model.train` is [] (a list); allowed is a list of regular expressions, or null"),
         ("{name: x, trust_remote_code: yes}", "`model.trust_remote_code` is 'yes' (text); allowed is true or false"),

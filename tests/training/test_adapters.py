@@ -63,7 +63,7 @@ def policy():
     return tiny_model(vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
-def trainer(folder, model=None, *, peft_config=None, tokenizer=TOKENIZER, **changes):
+def trainer(folder, model=None, *, peft_config=None, tokenizer=TOKENIZER, rows=None, **changes):
     settings = {
         "max_steps": 2,
         "learning_rate": 0.01,
@@ -79,7 +79,7 @@ def trainer(folder, model=None, *, peft_config=None, tokenizer=TOKENIZER, **chan
     return DPOTrainer(
         model=policy() if model is None else model,
         args=DPOConfig(output_dir=str(folder), **settings),
-        train_dataset=pair_rows(8),
+        train_dataset=rows or pair_rows(8),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -222,7 +222,7 @@ def stacked(folder, name, peft_config, **changes):
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "olora", "modules_to_save"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
 def test_a_new_adapter_over_a_frozen_one(kind, tmp_path):
     """INV-1, 4, 5, 7, 38: the start is base and first adapter; only the second trains; what is saved is both."""
     first, config = saved_adapter(tmp_path), KINDS[kind][0]
@@ -293,8 +293,9 @@ def test_an_adapter_by_its_folder_is_continued(tmp_path):
     [
         (VeraConfig(r=2, target_modules=["q_proj"]), "only adapters of one kind"),
         (PromptTuningConfig(num_virtual_tokens=3), "only adapters of one kind"),
+        (KINDS["pissa"][0], "writing into the base weights"),
     ],
-    ids=["vera", "prompt"],
+    ids=["vera", "prompt", "pissa"],
 )
 def test_adapters_that_do_not_stack_are_refused(config, words, tmp_path):
     saved_adapter(tmp_path)
@@ -380,6 +381,44 @@ def test_new_tokens_begin_as_the_mean_and_are_trained(tmp_path):
     require_same_scores(run, load_policy(tmp_path, dtype="float32"))
     with pytest.raises(ConfigError, match="has '<think>' already"):
         trainer(tmp_path, tokenizer=tokenizer, add_tokens=["<think>"])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_new_tokens_are_learnt_beside_an_adapter(tied, tmp_path):
+    """Their rows move and no others do; the adapter's folder loads on the base that lacks them (INV-38)."""
+    sizes = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tiny_model(tie_word_embeddings=tied, **sizes).save_pretrained(tmp_path / "base")
+    tokenizer, base = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    rows = [{**row, "prompt": row["prompt"] + "<think>"} for row in pair_rows(8)]
+    run = trainer(
+        tmp_path / "run",
+        base,
+        tokenizer=tokenizer,
+        add_tokens=["<think>"],
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        rows=rows,
+    )
+    new = len(tokenizer) - 1
+    before = run.policy(torch.tensor([[5, new]])).logits.detach()
+    embeddings = [m for m in run.policy.modules() if hasattr(m, "trainable_tokens_delta")]
+    start = [m.trainable_tokens_delta["default"].detach().clone() for m in embeddings]
+    run.train()
+    run.save_model()
+    assert any(not torch.equal(m.trainable_tokens_delta["default"], d) for m, d in zip(embeddings, start, strict=True))
+    assert not torch.equal(run.policy(torch.tensor([[5, new]])).logits, before)
+    require_same_scores(run, load_policy(tmp_path / "run", dtype="float32"))
+    with pytest.raises(ConfigError, match="nothing would train the new tokens"):
+        trainer(tmp_path, tokenizer=tiny_tokenizer(), add_tokens=["<a>"], peft_config=KINDS["vera"][0])
+    options = {"adapter": str(tmp_path / "run"), "dtype": "float32"}
+    with pytest.raises(ConfigError, match="adapter that is continued, in which nothing would train"):
+        trainer(
+            tmp_path,
+            str(tmp_path / "base"),
+            model_init_kwargs=options,
+            add_tokens=["<a>"],
+            tokenizer=tiny_tokenizer(),
+            reference="start",
+        )
 
 
 def test_a_spec_loads_what_it_says_and_refuses_what_it_cannot(tmp_path):

@@ -281,7 +281,9 @@ def _reached(loaded: Any, batch: Any, options: dict[str, Any]) -> list[Finding]:
 
     if not isinstance(loaded, PeftModel):
         return []
-    score(loaded, batch, **options).token_logps.sum().backward()
+    total = score(loaded, batch, **options).token_logps.sum()
+    if total.requires_grad:
+        total.backward()
     tensors = trainable_tensors(loaded)
     moved = sum(tensor.grad is not None and bool(tensor.grad.any()) for tensor in tensors.values())
     loaded.zero_grad()

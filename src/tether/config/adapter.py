@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 # Said elsewhere in a run file, or filled in by PEFT and by Tether.
-_OWN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+_OWN = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
 # What needs data, another package, or inputs of its own; a script can still give it.
 _APART = {
     "alora_invocation_tokens",

@@ -55,7 +55,7 @@ class Model(Section):
     )
     adapter: Annotated[Text | None, Allowed("text: the folder of an adapter; or null")] = Field(
         default=None,
-        description="An adapter on the model: it goes on training, or is frozen beneath the new one of `lora` or `peft`.",
+        description="An adapter on the model: it trains on, or is frozen beneath the new one of `lora` or `peft`.",
     )
     add_tokens: Annotated[_Names | None, Allowed("a list of tokens, or null")] = Field(
         default=None, description="New tokens for tokenizer and model; each begins as the mean of all others."

@@ -70,7 +70,8 @@ class Reference(Section):
         Literal["auto", "float32", "bfloat16", "float16"] | None, Allowed("auto, float32, bfloat16, float16 or null")
     ] = Field(default=None, description="Type of the other model's weights; null: as the policy's.")
     quantization: Annotated[
-        Literal["4bit", "nf4", "8bit", "int8", "none"] | None, Allowed("4bit (the same as nf4), 8bit, int8, none or null")
+        Literal["4bit", "nf4", "8bit", "int8", "none"] | None,
+        Allowed("4bit (the same as nf4), 8bit, int8, none or null"),
     ] = Field(default=None, description="Quantise the other model; none: not; null: as the policy's.")
     device: Annotated[Text | None, Allowed("cpu, cuda:1, auto or another device, or null")] = Field(
         default=None, description="Where the other model is; auto: spread over devices; null: where the policy is."

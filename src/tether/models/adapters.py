@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,8 @@ ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
 _WEIGHTS = "adapter_model.safetensors"
+# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
 
 
 def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -60,7 +63,7 @@ def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """
     try:
         return cast(PeftModel, get_peft_model(base, config))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"PEFT cannot put this adapter on {type(base).__name__}: {' '.join(str(error).split())}"
         ) from error
@@ -82,12 +85,19 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     """
     folder = Path(folder)
     places = [folder, *(folder / name for name in _beneath(folder))]
-    kinds = {_read(place).peft_type for place in places}
+    saved = [_read(place) for place in places]
+    kinds = {one.peft_type for one in saved}
+    if any(map(rewrites_base, [*saved, config])):
+        raise ConfigError(
+            f"Of the adapters over '{base.config._name_or_path}', one begins by writing into the base weights (PiSSA, "
+            "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
+            "with merge_and_unload() and name the result."
+        )
     if kinds != {config.peft_type} or config.is_prompt_learning:
         raise ConfigError(
-            f"The adapter '{folder}' is {', '.join(sorted(map(str, kinds)))} and the new one over it {config.peft_type}; "
-            "PEFT has only adapters of one kind on a model, and none of them may be virtual tokens. Use the same kind, "
-            "or merge the first into its base with merge_and_unload() and name the result as the model."
+            f"The adapter '{folder}' is {', '.join(sorted(map(str, kinds)))} and the new one over it "
+            f"{config.peft_type}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
+            "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
         )
     names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
     policy = _load(base, places[0], names[0], trainable=False)
@@ -98,10 +108,47 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
         _activate(policy, names)
     except ValueError as error:
         raise ConfigError(
-            f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its base "
-            "with merge_and_unload() and name the result as the model."
+            f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its "
+            "base with merge_and_unload() and name the result."
         ) from error
     return policy.eval()
+
+
+def rewrites_base(config: PeftConfig) -> bool:
+    """Whether an adapter writes into the base weights when it is made or loaded."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
+
+
+def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel) -> PeftConfig:
+    """The configuration of a new adapter with which new tokens are learnt too, their rows alone.
+
+    Args:
+        config: of the adapter.
+        ids: of the new tokens, for which the model has room already.
+        model: the base.
+
+    Returns:
+        The same where whole embeddings are trained by it, or there are no new tokens.
+
+    Raises:
+        ConfigError: nothing in this kind of adapter would train them.
+    """
+    tied = model.config.get_text_config().tie_word_embeddings
+    modules = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not tied)
+    names = [name for name, module in model.named_modules() if any(module is one for one in modules)]
+    trained = getattr(config, "modules_to_save", None) or []
+    if not ids or all(any(f".{name}".endswith(f".{one}") for one in trained) for name in names):
+        return config
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"add_tokens came with a {config.peft_type} adapter, in which nothing would train the new tokens' "
+            f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
+        )
+    if config.trainable_token_indices is None:
+        logger.info(f"adapter: the {len(ids)} new tokens train beside it, in {', '.join(names)}")
+        return replace(config, trainable_token_indices={name: list(ids) for name in names})
+    return config
 
 
 def write_active(model: nn.Module, folder: str | Path) -> None:
@@ -145,9 +192,9 @@ def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> N
     kind: Any = config.peft_type
     if kind not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
         raise ConfigError(
-            f"peft_config is {kind}, of which PEFT saves what its encoder made and not the encoder, or which needs inputs "
-            "of its own, so that a run could not be resumed. Use prompt or prefix tuning, LoRA, or another adapter on "
-            "layers."
+            f"peft_config is {kind}, of which PEFT saves what its encoder made and not the encoder, or which needs "
+            "inputs of its own, so that a run could not be resumed. Use prompt or prefix tuning, LoRA, or another "
+            "adapter on layers."
         )
     if getattr(config, "prefix_projection", False):
         raise ConfigError(
@@ -156,8 +203,8 @@ def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> N
         )
     if model.config.is_encoder_decoder:
         raise ConfigError(
-            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and {type(model).__name__} encodes "
-            "each prompt once for several completions. Use LoRA or another adapter on layers."
+            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and {type(model).__name__} "
+            "encodes each prompt once for several completions. Use LoRA or another adapter on layers."
         )
 
 
@@ -199,6 +246,7 @@ def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) ->
     theirs, ours = _read(folder).base_model_name_or_path, base.config._name_or_path
     if theirs and ours and theirs != ours:
         logger.warning(f"adapter: '{folder}' was made on {theirs!r} and is put on {ours!r}")
+    _make_room(base, folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -206,9 +254,20 @@ def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) ->
     except (RuntimeError, ValueError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"The adapter '{folder}' does not fit {type(base).__name__} '{ours}': {reason} Name the model that it was made "
-            "on."
+            f"The adapter '{folder}' does not fit {type(base).__name__} '{ours}': {reason} Name the model that it was "
+            "made on."
         ) from error
+
+
+def _make_room(base: PreTrainedModel, folder: Path) -> None:
+    """An adapter that was trained with new tokens brings embeddings of more rows than its base has."""
+    embeddings: Any = base.get_input_embeddings()
+    name = next((name for name, module in base.named_modules() if module is embeddings), "")
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        whole = [key for key in file.keys() if f".{name}." in key and key.endswith(".weight") and "lora_" not in key]  # noqa: SIM118
+        rows = max((file.get_slice(key).get_shape()[0] for key in whole), default=0)
+    if rows > embeddings.weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:

@@ -74,14 +74,14 @@ class ModelSpec:
     def _check_adapter(self, adapter: str | Path) -> None:
         if not is_adapter(adapter):
             raise ConfigError(
-                f"adapter is '{adapter}', which is no folder with adapter_config.json. Give the folder that an adapter was "
-                "saved in."
+                f"adapter is '{adapter}', which is no folder with adapter_config.json. Give the folder that an adapter "
+                "was saved in."
             )
         check_source(adapter)
         if is_adapter(self.source):
             raise ConfigError(
-                f"The model '{self.source}' is an adapter's folder and adapter names another, '{adapter}'. Name the model "
-                "that they are on, or leave adapter out to continue the first."
+                f"The model '{self.source}' is an adapter's folder and adapter names another, '{adapter}'. Name the "
+                "model that they are on, or leave adapter out to continue the first."
             )
 
     @property
@@ -143,8 +143,8 @@ class ModelSpec:
         if largest >= rows:
             raise ConfigError(
                 f"tokenizer is '{self.tokenizer}', with ids up to {largest}, and the model '{self.source}' has "
-                f"{rows} embeddings: it belongs to another model. Leave tokenizer out, or name one with the model's ids; "
-                "new tokens go in add_tokens."
+                f"{rows} embeddings: it belongs to another model. Leave tokenizer out, or name one with the model's "
+                "ids; new tokens go in add_tokens."
             )
         return tokenizer
 
@@ -157,8 +157,8 @@ def _check_device(device_map: Any) -> None:
         torch.device(device_map)
     except RuntimeError:
         raise ConfigError(
-            f"device_map is {device_map!r}; allowed are {', '.join(_SPREAD)}, a device such as cpu or cuda:1, or a mapping "
-            "of modules to devices."
+            f"device_map is {device_map!r}; allowed are {', '.join(_SPREAD)}, a device such as cpu or cuda:1, or a "
+            "mapping of modules to devices."
         ) from None
 
 

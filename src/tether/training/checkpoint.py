@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,7 +105,10 @@ class RenamedCheckpoints(Trainer):
             super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with warnings.catch_warnings():
+            # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
+            warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             write_active(cast(nn.Module, self.model), output_dir or cast(str, self.args.output_dir))
 

@@ -94,7 +94,9 @@ def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTo
     quantizations = {"quantization", "quantization_config"}
     # These belong to the policy alone; and one of the two ways to say a quantisation replaces the other.
     left = {"revision", "tokenizer", "adapter", *(quantizations if quantizations & own.keys() else ())}
-    options = {key: value for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items() if key not in left}
+    options = {
+        key: value for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items() if key not in left
+    }
     spec = ModelSpec.of(source, {**options, **own}, trust_remote_code=args.trust_remote_code)
     try:
         theirs = load_tokenizer(

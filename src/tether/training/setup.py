@@ -13,7 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from tether.errors import ConfigError
-from tether.models.adapters import continue_adapter, new_adapter, refuse_unfit_virtual_tokens, stack_adapter
+from tether.models.adapters import (
+    continue_adapter,
+    new_adapter,
+    refuse_unfit_virtual_tokens,
+    stack_adapter,
+    train_new_tokens,
+)
 from tether.models.spec import ModelSpec, select_trainable
 from tether.models.structure import disable_dropout, transformers_model
 from tether.scoring.router import has_router
@@ -22,8 +28,8 @@ from tether.training.checkpoint import refuse_silent_reanchoring
 
 logger = logging.getLogger("tether")
 _NOTHING_TRAINS = (
-    "The policy's weights are quantised and there is no adapter, so nothing could train. Add one (`peft_config`, in a run "
-    "file `lora:` or `peft:`), or leave the quantisation out."
+    "The policy's weights are quantised and there is no adapter, so nothing could train. Add one (`peft_config`, in a "
+    "run file `lora:` or `peft:`), or leave the quantisation out."
 )
 
 
@@ -60,12 +66,10 @@ def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:
 
 
 def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config: PeftConfig | None) -> None:
-    """Refuse, before anything is read, how a policy is to be loaded where it cannot be, or nothing in it could train."""
+    """Refuse, before weights are read, a policy that cannot be loaded as is said, or in which nothing could train."""
     if not isinstance(model, (str, Path)):
         if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
-            raise ConfigError(
-                "model_init_kwargs came with models in memory, which they cannot change. Leave them out."
-            )
+            raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
         return
     spec = policy_spec(model, args)
     if args.reference is None and ref_model is None:
@@ -124,12 +128,12 @@ def _require_one_place(policy: nn.Module, args: PreferenceConfig) -> None:
     places = {str(place) for place in (getattr(transformers_model(policy), "hf_device_map", None) or {}).values()}
     if len(places) > 1:
         raise ConfigError(
-            f"device_map has spread the policy over {', '.join(sorted(places))}; a policy trains on one device for each "
-            "process. Name one device, or shard it with FSDP (`torchrun`, `train.fsdp`)."
+            f"device_map has spread the policy over {', '.join(sorted(places))}; a policy trains on one device for "
+            "each process. Name one device, or shard it with FSDP (`torchrun`, `train.fsdp`)."
         )
-    here, there = args.device, torch.device(f"cuda:{place}" if (place := "".join(places)).isdigit() else place or "cpu")
-    same = here.type == there.type and None in (here.index, there.index)
-    if places and here != there and not same:
+    place, here = "".join(places), args.device
+    there = torch.device(f"cuda:{place}" if place.isdigit() else place or here)
+    if here.type != there.type or (here.index != there.index and None not in (here.index, there.index)):
         raise ConfigError(
             f"device_map has put the policy on {there}, and the run computes on {here}. Leave device_map out"
             + (", or set use_cpu." if there.type == "cpu" else ", or show the run that device alone.")
@@ -157,6 +161,20 @@ def for_task(peft_config: PeftConfig, policy: PreTrainedModel) -> PeftConfig:
         raise ConfigError(
             f"peft_config has the task_type {peft_config.task_type}, and {type(policy).__name__} does {task}; set "
             "that, or leave task_type out."
+        )
+    return peft_config
+
+
+def learning_tokens(
+    peft_config: PeftConfig | None, ids: list[int], policy: nn.Module, args: PreferenceConfig
+) -> PeftConfig | None:
+    """The configuration of the new adapter, with which new tokens are learnt too."""
+    if peft_config is not None and not isinstance(policy, PeftModel):
+        return train_new_tokens(peft_config, ids, transformers_model(policy))
+    if ids and cast(dict[str, Any], args.model_init_kwargs or {}).get("adapter"):
+        raise ConfigError(
+            "add_tokens came with an adapter that is continued, in which nothing would train the new tokens' "
+            "embeddings. Merge it into its base first, or put a new adapter over it (`peft_config`, in a run file `lora:`)."
         )
     return peft_config
 

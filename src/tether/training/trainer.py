@@ -62,6 +62,7 @@ from tether.training.setup import (
     check_arguments,
     check_policy,
     config_of,
+    learning_tokens,
     make_audible,
     policy_spec,
     router_coefficient,
@@ -105,6 +106,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
         policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
         embed_tokens(policy, new_tokens)
+        peft_config = learning_tokens(peft_config, new_tokens, policy, args)
         policy = at_the_start(self.add_adapter(policy, peft_config, args), args)
         choose_precision(args, policy)
         proof = TrainingProof(policy)
