@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def losses_of(workplace: Any, folder: str = "out") -> list[float]:
 
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(torch.arange(10)[None] + 4).logits
+        return model.eval()(torch.arange(10)[None] + 4).logits[:, -10:]  # after virtual tokens
 
 
 LAYERS = "[q_proj, v_proj, down_proj]"
@@ -140,7 +141,7 @@ def test_how_a_model_is_loaded_is_what_the_run_file_says(workplace: Any, tether:
 
 WRONG = {
     "device": ("model={name: model, device: cudda}", "device_map is 'cudda'"),
-    "elsewhere": ("model={name: model, device: meta}", "has put the policy on meta"),
+    "nowhere": ("model={name: model, device: meta}", "device_map is 'meta'"),
     "adapter": ("model={name: model, adapter: model}", "which is no folder with adapter_config.json"),
     "revision": ("model={name: model, revision: v1}", "is on disk, where there is only one"),
     "tokenizer": ("model={name: model, tokenizer: nowhere/at/all}", "'nowhere/at/all' does not exist"),
@@ -209,3 +210,12 @@ def test_inv_39_code_of_a_model_runs_only_when_that_is_said(
     code, _, err = tether("train", "run.yaml", *SHORT, "model={name: model, trust_remote_code: true}")
     assert code == 0, err
     assert marker.read_text() == "ran"
+    # What the policy's repository may do, the reference's may not.
+    other, theirs = workplace.path / "other", workplace.path / "theirs"
+    shutil.copytree(folder, other)
+    (other / "own.py").write_text(CODE.format(marker=str(theirs)))
+    trusting = ("model={name: model, trust_remote_code: true}", "output=b")
+    code, _, err = tether("train", "run.yaml", *SHORT, *trusting, "reference={model: other}")
+    assert code == 2
+    assert "'other' brings Python code of its own" in err
+    assert not theirs.exists()

@@ -70,8 +70,10 @@ def test_every_section_arrives() -> None:
         "device_map": "cuda:1",
         "tokenizer": "other",
         "adapter": "runs/sft",
+        "trust_remote_code": True,
     }
-    assert (arguments.trust_remote_code, arguments.add_tokens) == (True, ["<a>"])
+    assert arguments.trust_remote_code is False, "which would be the reference's too"
+    assert arguments.add_tokens == ["<a>"]
     assert (arguments.train_parameters, arguments.freeze_parameters) == (["norm"], ["post"])
     assert adapter is not None
     assert (adapter.r, adapter.lora_alpha, adapter.target_modules) == (4, 8, {"q_proj"})

@@ -57,6 +57,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "quantization": None,
             "device": None,
             "attention": None,
+            "trust_remote_code": None,
             "adapter": None,
             "means": None,
             "snapshot": None,

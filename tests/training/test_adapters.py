@@ -101,7 +101,7 @@ def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, 
     policy().save_pretrained(tmp_path / "base")
     config, means = KINDS[kind]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    run = trainer(tmp_path / "run", base, peft_config=config)
+    run = trainer(tmp_path / "run", base, peft_config=config, save_strategy="steps", save_steps=1)
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters() if p.requires_grad}
     run.train()
     run.save_model()
@@ -113,6 +113,10 @@ def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, 
     assert run.layout == ("padded" if kind in ("prefix", "prompt") else "tree")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     require_same_scores(run, PeftModel.from_pretrained(base, tmp_path / "run"))
+    # INV-7: one step, a checkpoint and another.
+    again = trainer(tmp_path / "run", AutoModelForCausalLM.from_pretrained(tmp_path / "base"), peft_config=config)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    require_same_scores(run, again.policy)
 
 
 def test_target_parameters_reach_the_experts(tmp_path):
@@ -315,6 +319,20 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_weights_are_read(tmp_p
     write_record(tmp_path / "sft", NoReference(), "reference: none", None)
     with pytest.raises(ConfigError, match="was trained by Tether against"):
         stacked(tmp_path, "run", KINDS["lora"][0])
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [({"model": 0, "lm_head": 1}, "has spread the policy over 0, 1"), ({"": 0}, "has put the policy on cuda:0")],
+    ids=["spread", "elsewhere"],
+)
+def test_a_policy_that_is_not_where_the_run_computes_is_refused(places, words, tmp_path):
+    model = policy()
+    model.hf_device_map = places
+    with pytest.raises(ConfigError, match=words):
+        trainer(tmp_path, model)
+    model.hf_device_map = {"": "cpu"}
+    trainer(tmp_path, model)
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path):

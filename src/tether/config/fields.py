@@ -35,6 +35,7 @@ ELSEWHERE = {
     "ref_model_mixup_alpha": "`reference.sync.alpha`",
     "dataset_cache": "`data.cache`",
     "model_init_kwargs": "`model`",
+    "trust_remote_code": "`model.trust_remote_code`",
     **{field: f"`model.{name}`" for field, name in MODEL_FIELDS.items()},
     "resume_from_checkpoint": "the option --resume",
     "local_rank": "the launcher (torchrun or accelerate)",

@@ -72,14 +72,17 @@ class Model(Section):
         """The same by the names of the trainer's configuration."""
         loading = {keyword: getattr(self, name) for name, keyword in _LOADING.items()}
         return {
-            "model_init_kwargs": {keyword: value for keyword, value in loading.items() if value is not None},
+            "model_init_kwargs": {
+                **{keyword: value for keyword, value in loading.items() if value is not None},
+                # Not the configuration's field, which would let the reference's repository run code too.
+                **({"trust_remote_code": True} if self.trust_remote_code else {}),
+            },
             **{field: getattr(self, name) for field, name in MODEL_FIELDS.items()},
         }
 
 
 # Fields of the trainer's configuration that are keys of `model`.
 MODEL_FIELDS = {
-    "trust_remote_code": "trust_remote_code",
     "add_tokens": "add_tokens",
     "train_parameters": "train",
     "freeze_parameters": "freeze",

@@ -43,8 +43,8 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     Raises:
         ConfigError: it does not fit the base, or cannot be continued.
     """
-    folder, beneath = Path(folder), _beneath(Path(folder))
-    config = _read(folder)
+    folder = Path(folder).expanduser()
+    config, beneath = _read(folder), _beneath(folder)
     if config.is_prompt_learning:
         return _continue_virtual_tokens(base, folder, config)
     policy = _load(base, folder, TRAINED, trainable=True)
@@ -83,20 +83,20 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     Raises:
         ConfigError: the first adapter does not fit the base, or PEFT cannot have the two together.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     places = [folder, *(folder / name for name in _beneath(folder))]
     saved = [_read(place) for place in places]
-    kinds = {one.peft_type for one in saved}
+    kinds = {_kind(one) for one in saved}
     if any(map(rewrites_base, [*saved, config])):
         raise ConfigError(
             f"Of the adapters over '{base.config._name_or_path}', one begins by writing into the base weights (PiSSA, "
             "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
             "with merge_and_unload() and name the result."
         )
-    if kinds != {config.peft_type} or config.is_prompt_learning:
+    if kinds != {_kind(config)} or config.is_prompt_learning:
         raise ConfigError(
-            f"The adapter '{folder}' is {', '.join(sorted(map(str, kinds)))} and the new one over it "
-            f"{config.peft_type}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
+            f"The adapter '{folder}' is {', '.join(sorted(kinds))} and the new one over it "
+            f"{_kind(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
             "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
         )
     names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
@@ -142,7 +142,7 @@ def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel)
         return config
     if not isinstance(config, LoraConfig):
         raise ConfigError(
-            f"add_tokens came with a {config.peft_type} adapter, in which nothing would train the new tokens' "
+            f"add_tokens came with a {_kind(config)} adapter, in which nothing would train the new tokens' "
             f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
         )
     if config.trainable_token_indices is None:
@@ -189,8 +189,8 @@ def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> N
     """
     if not config.is_prompt_learning:
         return
-    kind: Any = config.peft_type
-    if kind not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
+    kind = _kind(config)
+    if config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
         raise ConfigError(
             f"peft_config is {kind}, of which PEFT saves what its encoder made and not the encoder, or which needs "
             "inputs of its own, so that a run could not be resumed. Use prompt or prefix tuning, LoRA, or another "
@@ -215,6 +215,10 @@ def virtual_tokens(model: nn.Module) -> int:
         return 0
     config: Any = inner.active_peft_config
     return config.num_virtual_tokens if config.peft_type == PeftType.PROMPT_TUNING else 0
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _beneath(folder: Path) -> list[str]:

@@ -180,7 +180,10 @@ def load_tokenizer(
     Raises:
         ConfigError: there is no tokenizer, or it has neither a padding nor an end token.
     """
-    folder = _local(source, revision)
+    place = Path(source).expanduser()
+    # A folder may hold a tokenizer alone.
+    alone = revision is None and (place / "tokenizer.json").is_file() and not (place / "config.json").is_file()
+    folder = str(place) if alone else _local(source, revision)
     if is_adapter(folder) and not any(Path(folder).glob("tokenizer*")):
         base = _base_of_adapter(Path(folder))
         return load_tokenizer(
@@ -373,6 +376,11 @@ def _load_adapter(
 
 def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigError:
     reason = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"The {kind} of '{source}' brings Python code of its own, which is not run unless that is asked for. Read "
+            "it, and if you trust it, set trust_remote_code (in a run file `model.trust_remote_code: true`)."
+        )
     if Path(source).expanduser().exists():
         return ConfigError(f"The {kind} in '{source}' cannot be loaded: {reason} Allowed: {ALLOWED}.")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

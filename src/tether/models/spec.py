@@ -154,12 +154,14 @@ def _check_device(device_map: Any) -> None:
     if not isinstance(device_map, str) or device_map in _SPREAD:
         return
     try:
-        torch.device(device_map)
+        known = torch.device(device_map).type != "meta"  # weights there have no values
     except RuntimeError:
+        known = False
+    if not known:
         raise ConfigError(
             f"device_map is {device_map!r}; allowed are {', '.join(_SPREAD)}, a device such as cpu or cuda:1, or a "
             "mapping of modules to devices."
-        ) from None
+        )
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:

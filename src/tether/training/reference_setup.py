@@ -93,7 +93,13 @@ def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTo
     own = cast(dict[str, Any], args.ref_model_init_kwargs or {})
     quantizations = {"quantization", "quantization_config"}
     # These belong to the policy alone; and one of the two ways to say a quantisation replaces the other.
-    left = {"revision", "tokenizer", "adapter", *(quantizations if quantizations & own.keys() else ())}
+    left = {
+        "revision",
+        "tokenizer",
+        "adapter",
+        "trust_remote_code",
+        *(quantizations if quantizations & own.keys() else ()),
+    }
     options = {
         key: value for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items() if key not in left
     }

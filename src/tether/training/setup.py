@@ -174,7 +174,7 @@ def learning_tokens(
     if ids and cast(dict[str, Any], args.model_init_kwargs or {}).get("adapter"):
         raise ConfigError(
             "add_tokens came with an adapter that is continued, in which nothing would train the new tokens' "
-            "embeddings. Merge it into its base first, or put a new adapter over it (`peft_config`, in a run file `lora:`)."
+            "embeddings. Merge it into its base first, or put a new adapter over it (`peft_config`, or `lora:`)."
         )
     return peft_config
 
