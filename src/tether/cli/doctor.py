@@ -161,10 +161,10 @@ def _adapters(loaded: Any) -> list[str]:
     trained = [f".{name}." for name in trainable_tensors(loaded)]
     lines = []
     for name, config in loaded.peft_config.items():
-        rank = f", r {config.r}" if hasattr(config, "r") else ""
+        rank = f", r {vars(config)['r']}" if "r" in vars(config) else ""
         does = "trains" if any(f".{name}." in tensor for tensor in trained) else "frozen"
         effect = "" if name in loaded.active_adapters else ", not in effect"
-        lines.append(f"adapter {name!r}: {config.peft_type.value}{rank}, {does}{effect}")
+        lines.append(f"adapter {name!r}: {getattr(config.peft_type, 'value', config.peft_type)}{rank}, {does}{effect}")
     return lines
 
 

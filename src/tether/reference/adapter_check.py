@@ -43,7 +43,7 @@ def rewritten_base(policy: nn.Module) -> str:
     configs = inner.peft_config if isinstance(inner, PeftModel) else {}
     for name, config in configs.items():
         if rewrites_base(config):
-            return f"adapter {name!r} with init_lora_weights={config.init_lora_weights!r}"
+            return f"adapter {name!r} with init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
     return ""
 
 
