@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -22,7 +23,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, ScoringError
@@ -333,6 +334,33 @@ def test_a_policy_that_is_not_where_the_run_computes_is_refused(places, words, t
         trainer(tmp_path, model)
     model.hf_device_map = {"": "cpu"}
     trainer(tmp_path, model)
+
+
+def test_a_quantisation_beside_the_arguments_is_loaded_with(tmp_path, monkeypatch):
+    """TRL's argument; the caller's configuration stays as it was, and can be written as JSON with it."""
+    policy().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    seen = []
+    original = ModelSpec.options
+
+    def unquantised(self):
+        seen.append(original(self).pop("quantization_config"))
+        return {name: value for name, value in original(self).items() if name != "quantization_config"}
+
+    monkeypatch.setattr(ModelSpec, "options", unquantised)
+    args = DPOConfig(output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True)
+    keywords = {"args": args, "train_dataset": pair_rows(8), "peft_config": KINDS["lora"][0]}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    run = DPOTrainer(model=str(tmp_path / "base"), quantization_config=quantization, **keywords)
+    assert seen[0]["load_in_4bit"] is True
+    assert seen[0]["bnb_4bit_quant_type"] == "nf4"
+    json.loads(run.args.to_json_string())
+    assert args.model_init_kwargs is None
+    with pytest.raises(ConfigError, match="came with models in memory"):
+        DPOTrainer(model=policy(), quantization_config=quantization, processing_class=TOKENIZER, **keywords)
+    args.model_init_kwargs = {"quantization": "4bit"}
+    with pytest.raises(ConfigError, match="Leave one out"):
+        DPOTrainer(model=str(tmp_path / "base"), quantization_config=quantization, **keywords)
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +35,9 @@ _NOTHING_TRAINS = (
 
 
 def check_arguments(
-    args: PreferenceConfig | None, wanted: type[PreferenceConfig], train: Any, evaluation: Any
+    args: PreferenceConfig | None, wanted: type[PreferenceConfig], train: Any, evaluation: Any, quantization: Any
 ) -> PreferenceConfig:
+    """The arguments of a run, found to be fit for one; with the quantisation that was given beside them, as in TRL."""
     if not isinstance(args, wanted):
         came = "nothing" if args is None else f"a {type(args).__name__}"
         raise ConfigError(f"args: {came} came; pass a configuration such as {wanted.__name__}(output_dir=...).")
@@ -48,6 +50,20 @@ def check_arguments(
             f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    return args if quantization is None else _with_quantization(args, quantization)
+
+
+def _with_quantization(args: PreferenceConfig, quantization: Any) -> PreferenceConfig:
+    """A copy of the arguments; the caller's own may be used for another run."""
+    given = cast(dict[str, Any], args.model_init_kwargs or {})
+    if {"quantization", "quantization_config"} & given.keys():
+        raise ConfigError(
+            "quantization_config came as an argument of the trainer and model_init_kwargs has one too. Leave one out."
+        )
+    args = copy(args)
+    # As plain values, so that the arguments can still be written as JSON.
+    plain = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    args.model_init_kwargs = {**given, "quantization_config": plain}
     return args
 
 
@@ -69,7 +85,10 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
     """Refuse, before weights are read, a policy that cannot be loaded as is said, or in which nothing could train."""
     if not isinstance(model, (str, Path)):
         if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
-            raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
+            raise ConfigError(
+                "model_init_kwargs or a quantization_config came with models in memory, which they cannot change. "
+                "Leave them out."
+            )
         return
     spec = policy_spec(model, args)
     if args.reference is None and ref_model is None:

@@ -92,9 +92,10 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = check_arguments(args, self.config, train_dataset, eval_dataset)
+        args = check_arguments(args, self.config, train_dataset, eval_dataset, quantization_config)
         make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else source_of(model)
         check_policy(model, ref_model, args, peft_config)
