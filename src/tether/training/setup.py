@@ -135,7 +135,6 @@ def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
     """The policy with what trains chosen, and without dropout where that is asked for."""
     _require_one_place(policy, args)
-    _leave_flags_alone(policy)
     select_trainable(policy, args.train_parameters or (), args.freeze_parameters or ())
     if args.disable_dropout:
         disable_dropout(policy)
@@ -157,17 +156,6 @@ def _require_one_place(policy: nn.Module, args: PreferenceConfig) -> None:
             f"device_map has put the policy on {there}, and the run computes on {here}. Leave device_map out"
             + (", or set use_cpu." if there.type == "cpu" else ", or show the run that device alone.")
         )
-
-
-def _leave_flags_alone(policy: nn.Module) -> None:
-    """Buffers of true and false (GPT-2's causal mask of old) stay as they were loaded in each process.
-
-    DDP sends every buffer from the first process before each forward, which gloo cannot do for this type.
-    """
-    flags = [name for name, buffer in policy.named_buffers() if buffer.dtype == torch.bool]
-    known = list(getattr(policy, "_ddp_params_and_buffers_to_ignore", []))
-    if flags:
-        policy._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*known, *flags]))  # type: ignore[assignment]
 
 
 def for_task(peft_config: PeftConfig, policy: PreTrainedModel) -> PeftConfig:
