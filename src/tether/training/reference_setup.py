@@ -78,12 +78,14 @@ def reference_spec(
     elif ref_model is not None:
         source = source_of(ref_model)
         _place(ref_model, args.device)
-    found: dict[str, Any] = {}
+    # What a full store needs no longer waits beside the run's other files.
+    found: dict[str, Any] = {"spill": Path(str(args.output_dir))} if args.wants_store() else {}
     if meaning == "adapter":
         source = str(args.reference_adapter)
         found["adapter"], ref_model = _adapter(args, policy)
         if ref_model is not None:
-            meaning, found = "model", {}
+            meaning = "model"
+            del found["adapter"]
     described = policy if ref_model is None else ref_model
     revision = getattr(transformers_model(described).config, "_commit_hash", None)
     return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, reload=reload, **found)

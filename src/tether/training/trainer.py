@@ -333,7 +333,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         state = self.objective_state()
         self._record(folder)
-        write_tensors(folder, live_reference(self.resolved.reference), self.policy, write=self.is_world_process_zero())
+        write_tensors(folder, live_reference(self.resolved.reference), write=self.is_world_process_zero())
         if self.is_world_process_zero():
             write_precision(folder, self.args)
             write_objective(folder, state)
