@@ -198,6 +198,10 @@ def _score(stored: StoredReference, examples: list[Example], accelerator: Accele
 
 
 def _chunks(rows: Dataset, places: range) -> Iterator[list[Example]]:
+    if rows.format["type"] == "custom":  # it reads the images of a row that is asked for, and `to_list` leaves it out
+        for place in places:
+            yield [example_from_row(rows[place])]
+        return
     for start in range(0, len(places), _CHUNK):
         chunk: list[Any] = rows.select(places[start : start + _CHUNK]).to_list()
         yield [example_from_row(row) for row in chunk]
