@@ -139,6 +139,16 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(str(choice) for choice in allowed)}.")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with a reference at all."""
+        return True
+
+    @property
+    def objective_name(self) -> str:
+        """What the objective is called, for messages."""
+        return type(self).__name__
+
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""
         return {}

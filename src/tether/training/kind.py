@@ -70,7 +70,7 @@ class TrainerKind:
 
     def load_model(self, source: str, args: Any) -> nn.Module:
         """Load a policy that was named by a string."""
-        return policy_spec(source, args).load()
+        return policy_spec(source, args).load_base()
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """What is scored of a batch, where that is more than its completions."""

@@ -19,7 +19,7 @@ from tether.objectives.reward import reward_loss
 from tether.scoring import Layout
 from tether.scoring.reward import REWARDS, require_reward_head, reward
 from tether.training.reward_arguments import RewardConfig
-from tether.training.setup import loading
+from tether.training.setup import policy_spec
 from tether.training.without_reference import ReferenceFreeTrainer
 from tether.types import LossOutput, ScoringBatch
 
@@ -68,7 +68,7 @@ class RewardTrainer(ReferenceFreeTrainer):
     def load_model(self, source: str, args: RewardConfig) -> nn.Module:
         """Load the model; the same seed gives the same new head."""
         set_seed(args.seed)
-        return load_reward_model(source, **loading(args))
+        return load_reward_model(source, **policy_spec(source, args).options())
 
     def add_adapter(self, policy: nn.Module, peft_config: PeftConfig | None, args: RewardConfig) -> nn.Module:
         """Add the adapter, and train the head beside it."""
