@@ -12,6 +12,7 @@ from tether.errors import ReferenceError
 from tether.reference.guard import GuardResult
 from tether.reference.protocol import Reference
 from tether.reference.remote import RemoteReference
+from tether.reference.shards import whole_size
 from tether.reference.snapshot import SnapshotReference
 from tether.types import ReferenceIdentity
 
@@ -42,7 +43,7 @@ def write_tensors(folder: Path, reference: Reference, policy: nn.Module, *, writ
         write: whether this process writes.
     """
     if isinstance(reference, SnapshotReference) and not reference.moves:
-        size = sum(parameter.numel() for parameter in policy.parameters())
+        size = sum(map(whole_size, policy.parameters()))
         if reference.size() > _SHARE * size:
             return
     tensors = reference.state()

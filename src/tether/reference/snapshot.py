@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from tether.errors import ReferenceError
 from tether.reference.protocol import SAME, Scorer, frozen_pass
-from tether.reference.shards import drop_gathered, gather_shards, local_part, plain_name, shard_like
+from tether.reference.shards import (
+    gather_shards,
+    local_part,
+    plain_name,
+    release_gathered,
+    shard_like,
+    whole_size,
+)
 from tether.reference.spec import Keep, Sync
 from tether.types import ReferenceIdentity, ScoringBatch
 
@@ -71,7 +78,7 @@ class SnapshotReference:
             torch.clear_autocast_cache()
             yield
         finally:
-            drop_gathered(self._policy)
+            release_gathered(self._policy)
             for pair in exchanged:
                 _exchange(*pair)
             torch.clear_autocast_cache()
@@ -95,7 +102,7 @@ class SnapshotReference:
 
     def size(self) -> int:
         """Numbers in `state()`."""
-        return sum(parameter.numel() for parameter in self._live().values())
+        return sum(map(whole_size, self._live().values()))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take values from a checkpoint; the identity becomes theirs.
@@ -122,7 +129,7 @@ class SnapshotReference:
 
     def _live(self) -> dict[str, Tensor]:
         # Looked up each time: sharding puts other parameters in place of those that this object was made from.
-        drop_gathered(self._policy)
+        release_gathered(self._policy)
         found = {plain_name(name): parameter for name, parameter in self._policy.named_parameters()}
         missing = self._start.keys() - found.keys()
         if missing:
