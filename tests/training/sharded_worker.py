@@ -31,7 +31,7 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> D
         "budget": {"max_tokens_per_forward": 60},
     }
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=kind != "snapshot")
-    return DPOTrainer(
+    trainer = DPOTrainer(
         model=model,
         ref_model=str(folder / f"start{os.environ.get('RANK', 0)}" / "other") if kind == "model" else None,
         args=DPOConfig(
@@ -42,7 +42,6 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> D
             max_steps=4,
             learning_rate=0.1,
             lr_scheduler_type="constant",
-            optim="sgd",
             logging_steps=1,
             report_to="none",
             disable_tqdm=True,
@@ -60,6 +59,9 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> D
         processing_class=tokenizer,
         peft_config=lora if kind in ("lora", "snapshot") else None,
     )
+    # With a state, since torch cannot load one without tensors into shards.
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": trainer.args.learning_rate, "momentum": 0.5})
+    return trainer
 
 
 def start(seed: int, kind: str) -> PreTrainedModel:

@@ -41,7 +41,9 @@ def whole_weights(*models: Any) -> Iterator[None]:
             shards[0].all_gather(param_list=shards)
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = settings
+        # Making an accelerator inside sets it again, to the same with its numbers filled in.
+        if integration._hf_deepspeed_config_weak_ref is None:
+            integration._hf_deepspeed_config_weak_ref = settings
         if shards:
             # An adapter such as PiSSA writes into the weights, alike on every process.
             shards[0].partition(param_list=shards, has_been_updated=True)

@@ -48,4 +48,5 @@ def _by_deepspeed(config: dict[str, Any], model: nn.Module) -> nn.Module:
     own["zero_optimization"].pop("offload_optimizer", None)
     # Not a dependency: whoever trains with it has it.
     engine, *_ = importlib.import_module("deepspeed").initialize(model=model, config=own)
-    return engine.eval()
+    engine.eval()
+    return engine

@@ -40,7 +40,6 @@ from tether.reference import (
     resolve,
 )
 from tether.reference.record import restore, write_record, write_tensors
-from tether.reference.separate import may_move
 from tether.reference.shards import held_by
 from tether.scoring import Layout, choose_layout, pack
 from tether.training.arguments import PreferenceConfig
@@ -127,9 +126,6 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # Where the weights will be cut, transformers leaves them on the CPU; here the start is computed with first.
-        if may_move(policy):
-            policy.to(args.device)
         # The loss is a share of the whole step's mean; transformers must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
