@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from sharding import finish, is_held, settings
 from tether import DPOConfig, DPOTrainer
@@ -33,12 +34,12 @@ class Passes(TrainerCallback):
         self.seen.append(self.reference.forwards)
 
 
-def run(folder: Path, store: str, how: str) -> None:
+def run(folder: Path, store: str, how: str, model: PreTrainedModel) -> None:
     """Train and evaluate, then compare what is stored with what the live reference says of each row alone."""
     folder.mkdir(exist_ok=True)
     tokenizer, passes = tiny_tokenizer(), Passes()
     trainer = DPOTrainer(
-        model=tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        model=deepcopy(model),
         args=DPOConfig(
             output_dir=str(folder),
             per_device_train_batch_size=2,
@@ -90,6 +91,8 @@ def reference_of(trainer: DPOTrainer) -> StoredReference:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # Made once: under ZeRO-3, transformers begins a later one with other random numbers.
+    start = tiny_model(vocab_size=len(tiny_tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     for name in sys.argv[3:-1]:
-        run(Path(sys.argv[1]) / name, sys.argv[2], sys.argv[-1])
+        run(Path(sys.argv[1]) / name, sys.argv[2], sys.argv[-1], start)
     finish()

@@ -134,8 +134,10 @@ def release_gathered(model: nn.Module) -> None:
     """Give up what was gathered for a forward, so that parameters are shards and the next forward reads them."""
     wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in wrapped[:1]:
-        # A head that is called in chunks after the forward leaves its group in the middle of one; this ends it.
-        module.reset_iter_state()
+        # A head that is called in chunks after the forward leaves its group in the middle of one; this ends it. Before
+        # the first forward of all, as in a resumed run, there is nothing to end, and no root.
+        if module._get_fsdp_state()._is_root:
+            module.reset_iter_state()
     for module in wrapped:
         module.reshard()
     if gathers_itself(model):
