@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sharding import finish, is_held, settings
 from tether import DPOConfig, DPOTrainer
 from tether.models.structure import trainable_tensors
+from tether.reference import live_reference
 from tether.reference.shards import gather_shards, is_sharded, local_part, release_gathered
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -29,11 +30,14 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> D
         "moving": {"sync_ref_model": True, "ref_model_sync_steps": 2},
         # More forwards than batches, and not equally many on each process.
         "budget": {"max_tokens_per_forward": 60},
+        "moving model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+        "released": {"reference_store": str(folder / "store")},
     }
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=kind != "snapshot")
+    {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     trainer = DPOTrainer(
         model=model,
-        ref_model=str(folder / f"start{os.environ.get('RANK', 0)}" / "other") if kind == "model" else None,
+        ref_model=str(folder / f"start{os.environ.get('RANK', 0)}" / "other") if "model" in kind else None,
         args=DPOConfig(
             output_dir=str(folder),
             per_device_train_batch_size=4 if how == "whole" else 1,
@@ -86,12 +90,13 @@ def run(folder: Path, kind: str, how: str) -> None:
     model.save_pretrained(mine)
     start(1, kind).save_pretrained(mine / "other")
     trainer = make_trainer(folder, kind, how, model)
-    reference = trainer.resolved.reference
+    reference = live_reference(trainer.resolved.reference)
     found = {"before": reference.score(trainer._probe)}
     trainer.train()
     assert is_held(trainer, how), f"the policy is not held as {how} holds it"
     if kind == "model" and how in ("fsdp", "zero3"):
         assert is_sharded(reference._model), "the reference model is whole"
+    assert getattr(reference, "resident", True) == (kind != "released"), "the store is full, the snapshot is not needed"
     held = weights(trainer)
     found["after"] = reference.score(trainer._probe)
     for name, value in weights(trainer).items():

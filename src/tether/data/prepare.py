@@ -124,6 +124,12 @@ def prepare(
     truncated_lengths(1, [1], max_length, mode)  # refuses wrong options before the rows are read
     data, pictures = take_images(load_rows(rows, kind=kind, name=name), tokenizer, name=name)
     schema = read_preferences(data, kind=kind, turns=turns, name=name)
+    if encoder_decoder and schema.whole:
+        column = "messages" if "messages" in schema.columns else "text"
+        raise DataError(
+            f"{name}: the rows are one text each (`{column}`), and the model reads a prompt in its encoder and writes "
+            "a completion in its decoder. Give `prompt` and `completion`."
+        )
     template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
     template = parts_template(template) if template is not None and reads_images(tokenizer) else template
     encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)

@@ -25,7 +25,6 @@ from tether.data import (
     split_rows,
 )
 from tether.data.check import FINDINGS, check
-from tether.data.images import take_images
 from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
@@ -75,7 +74,9 @@ class RunData:
             name=name,
         )
         prepared = self.arrange(prepared, self.args)
-        self.reports[name] = {**prepared.report.to_dict(), "audit": self._audit(name, data)}
+        self.reports[name] = prepared.report.to_dict()
+        if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
+            self.reports[name]["audit"] = self._audit(name, data)
         for line in prepared.report.lines():
             logger.info(line)
         return prepared
@@ -89,8 +90,7 @@ class RunData:
 
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        text, _ = take_images(rows, self.tokenizer, name=name)
-        found = check(text, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
+        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")

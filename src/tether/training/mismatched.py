@@ -13,6 +13,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from tether.data import Prepared
+from tether.data.image_parts import identities
 from tether.errors import DataError
 
 logger = logging.getLogger("tether")
@@ -87,7 +88,7 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
     """Prepared rows of one completion, each with another row's completion as its second.
 
     The pairing is made of the data alone, once: it depends neither on the order of training nor on batches, processes
-    or accumulation.
+    or accumulation. A row keeps its own prompt, images included, and prompts that differ in their images alone are two.
 
     Args:
         prepared: rows of kind `unpaired`.
@@ -101,7 +102,8 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
     """
     dataset = prepared.dataset.with_format(None)
     prompts, own = dataset["prompt_ids"][:], [row[0] for row in dataset["completion_ids"][:]]
-    others, own_prompts = mismatched_rows([_digest(ids) for ids in prompts], [_digest(ids) for ids in own])
+    asked = [_digest([ids, seen]) for ids, seen in zip(prompts, identities(dataset), strict=True)]
+    others, own_prompts = mismatched_rows(asked, [_digest(ids) for ids in own])
     if own_prompts:
         logger.warning(
             f"{prepared.report.name}: {own_prompts} of {len(own)} rows share their prompt with every row that has "
@@ -120,7 +122,9 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
             at = table.column_names.index(name)
             table = table.set_column(at, name, pa.array(values, type=table.schema.field(name).type))
     fingerprint = _digest([prepared.report.fingerprint, max_length]).hex()
-    return replace(prepared, dataset=Dataset(table, fingerprint=fingerprint))
+    shape = prepared.dataset.format  # what reads the images of a row when it is asked for
+    paired = Dataset(table, fingerprint=fingerprint).with_format(shape["type"], **shape["format_kwargs"])
+    return replace(prepared, dataset=paired)
 
 
 def _digest(values: list[Any]) -> bytes:

@@ -12,6 +12,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
 from tether.reference import Reference, live_reference
+from tether.reference.moving import MovingModelReference
 from tether.reference.separate import ModelReference
 
 # What only a model in training needs.
@@ -29,7 +30,8 @@ def shard_reference(reference: Reference, accelerator: Accelerator) -> None:
     """
     live = live_reference(reference)
     put = _shards_of(accelerator)
-    if put is not None and isinstance(live, ModelReference):
+    # One that moves takes the policy's tensors whole.
+    if put is not None and isinstance(live, ModelReference) and not isinstance(live, MovingModelReference):
         live.place(put)
 
 
