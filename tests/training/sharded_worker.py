@@ -34,7 +34,6 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> D
         "released": {"reference_store": str(folder / "store")},
     }
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=kind != "snapshot")
-    {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     trainer = DPOTrainer(
         model=model,
         ref_model=str(folder / f"start{os.environ.get('RANK', 0)}" / "other") if "model" in kind else None,
