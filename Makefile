@@ -4,12 +4,13 @@
 #   make test       tests and doctests            make check      format, lint, types, architecture
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
 #   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
+#   make test-deepspeed  ZeRO stages 2 and 3 in two processes
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quantized test-vllm check bench parity clean setup setup-demo
+.PHONY: help demo test test-slow test-quantized test-vllm test-deepspeed check bench parity clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -37,7 +38,7 @@ test: $(DEV_STAMP)
 	@$(PYTEST) -n 2 $(ARGS)
 
 test-slow: $(DEV_STAMP)
-	@$(PYTEST) -m "slow and not gpu and not vllm" $(ARGS)
+	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed" $(ARGS)
 
 # In a folder of their own: transformers imports torchao wherever it finds it, with warnings.
 QUANTIZED := .venv/quantization
@@ -46,6 +47,19 @@ test-quantized: $(DEV_STAMP) $(QUANTIZED)/.installed
 
 $(QUANTIZED)/.installed: requirements.lock
 	@$(PIP) --no-deps --target $(QUANTIZED) --upgrade bitsandbytes torchao
+	@touch $@
+
+# In a folder of their own: accelerate and transformers import DeepSpeed wherever they find it. It compiles one operation
+# (about a minute, once), which it keeps beside itself; that needs g++.
+DEEPSPEED := .venv/deepspeed
+test-deepspeed: $(DEV_STAMP) $(DEEPSPEED)/.installed
+	@PYTHONPATH=$(DEEPSPEED)$${PYTHONPATH:+:$$PYTHONPATH} PATH=$(CURDIR)/$(DEEPSPEED)/bin:$$PATH \
+		TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/extensions \
+		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/reference/test_store_processes.py $(ARGS)
+
+$(DEEPSPEED)/.installed: requirements.lock
+	@command -v g++ >/dev/null || { echo "DeepSpeed compiles an operation with g++, which is missing. Install it."; exit 2; }
+	@$(PIP) --no-deps --target $(DEEPSPEED) --upgrade deepspeed einops hjson msgpack ninja py-cpuinfo
 	@touch $@
 
 # vLLM pins other versions of transformers than Tether is tested with, so that it has an environment of its own.

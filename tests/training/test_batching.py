@@ -8,15 +8,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 import tether.training.memory as memory
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
 from tether.scoring import pack
-from tether.training.batching import TokenBudget, even_out, fewest_groups, packed_tokens, padded_tokens
+from tether.training.batching import (
+    TokenBudget,
+    even_out,
+    fewest_groups,
+    joined,
+    packed_tokens,
+    padded_tokens,
+    without_repeated_rows,
+)
 from tether.types import Example, Tree
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -257,3 +267,33 @@ def test_processes_agree_on_the_number_of_micro_batches():
     assert sum(part.batch.num_examples for part in parts if not part.repeated) == 3
     shortest = min(range(3), key=lambda i: packed_tokens([batch.forest.trees[i]]))
     assert all(part.batch.keys == pack([batch.examples[shortest]]).keys for part in parts[3:])
+
+
+@pytest.mark.parametrize("rows", range(1, 17))
+@pytest.mark.parametrize("processes", [2, 3])
+def test_rows_that_fill_the_last_batches_of_an_epoch_are_taken_out(rows, processes):
+    """As accelerate deals them: batches in turn, the last ones filled up from the beginning; each row counts once."""
+    size, counted, order = 2, [], list(range(rows))
+    dealt = BatchSamplerShard(BatchSampler(order, size, drop_last=False), processes, 0, even_batches=True)
+    rounds = len(list(dealt))
+    for rank in range(processes):
+        batches = BatchSamplerShard(BatchSampler(order, size, drop_last=False), processes, rank, even_batches=True)
+        for number, batch in enumerate(batches):
+            state = SimpleNamespace(end_of_dataloader=number == rounds - 1, remainder=rows % (size * processes))
+            accelerator = SimpleNamespace(num_processes=processes, process_index=rank, gradient_state=state)
+            examples = [Example.of([row + 3], [[1], [2]]) for row in batch]
+            part = without_repeated_rows(pack(examples), accelerator)
+            found = [int(example.prompt_ids[0]) - 3 for example in part.batch.examples]
+            assert found == batch[: len(found)]
+            counted += [] if part.repeated else found
+    assert sorted(counted) == order
+
+
+def test_processes_with_fewer_items_take_part_until_all_are_done():
+    """Each process knows of the others only what `gather` says: here one other has four items."""
+    others = iter([1, 1, 1, 1, 0, 0, 0, 0])
+    accelerator = SimpleNamespace(
+        num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, torch.tensor([next(others)])])
+    )
+    assert list(joined("ab", accelerator, together=True)) == ["a", "b", None, None]
+    assert list(joined("ab", accelerator, together=False)) == ["a", "b"]

@@ -22,7 +22,8 @@ def test_two_processes_train_and_evaluate_as_one(size, tokens, tmp_path):
 
     With a budget of tokens, 2 x 2 x 2 processes make equally many forwards, though one needs fewer than the other.
     The model has a buffer of true and false, which DDP sends with the others.
-    12 rows make a last step that is not full, and 7 rows of evaluation do not divide by 2 processes.
+    13 rows make a last step that is not full, in whose last round one process has no row, and 7 rows of evaluation do
+    not divide by 2 processes.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, command in (

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.errors import ReferenceError
+from tether.models.partitioned import is_partitioned
 from tether.models.structure import transformers_model, unwrap
 
 THREADS = max(2, min(16, os.cpu_count() or 2))
@@ -224,7 +225,8 @@ def _plain(value: Any) -> Any:
 
 
 def _check_readable(name: str, tensor: Tensor) -> None:
-    if tensor.is_meta or hasattr(tensor, "full_tensor"):
+    away = is_partitioned(tensor) and not tensor.numel()
+    if tensor.is_meta or hasattr(tensor, "full_tensor") or away:
         where = "on the device 'meta'" if tensor.is_meta else "sharded over several processes"
         raise ReferenceError(
             f"The tensor '{name}' is {where}, so its values cannot be hashed here. Take the fingerprint of a model "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tether.errors import ReferenceError
 from tether.models.structure import trainable_tensors
 from tether.reference.protocol import Moving, Reference, Scorer, frozen_pass
+from tether.reference.shards import sums
 from tether.types import ScoringBatch
 
 
@@ -133,7 +134,10 @@ class TrainingProof:
             ReferenceError: nothing that the optimizer steps requires a gradient.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        groups = [group["params"] for group in optimizer.param_groups]
+        # DeepSpeed's optimizers step flat partitions; these are the parameters that they are made of.
+        groups += [*getattr(optimizer, "bit16_groups", ()), *getattr(optimizer, "fp16_groups", ())]
+        held = {id(parameter) for group in groups for parameter in group}
         tensors = trainable_tensors(self._policy)
         if not any(id(parameter) in held for parameter in tensors.values()):
             raise ReferenceError(
@@ -167,10 +171,7 @@ class TrainingProof:
 
     def _sums(self) -> dict[str, Tensor]:
         # Two sums per tensor, since a copy of every tensor would be a second model.
-        return {
-            name: torch.stack([value.sum(dtype=torch.float64), torch.linalg.vector_norm(value, dtype=torch.float64)])
-            for name, value in ((name, tensor.detach()) for name, tensor in trainable_tensors(self._policy).items())
-        }
+        return sums(trainable_tensors(self._policy))
 
 
 def require_trainable(policy: nn.Module) -> None:

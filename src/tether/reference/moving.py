@@ -18,7 +18,7 @@ from tether.models.fingerprint import computation
 from tether.models.structure import transformers_model, unwrap
 from tether.reference.protocol import Scorer
 from tether.reference.separate import ModelReference
-from tether.reference.shards import local_part, plain_name
+from tether.reference.shards import gather_shards, local_part, plain_name
 from tether.reference.spec import Sync
 from tether.types import ReferenceIdentity
 
@@ -215,4 +215,4 @@ def _mix(kept: Tensor, value: Tensor, alpha: float) -> None:
 
 def _whole(tensor: Tensor) -> Tensor:
     """All values; a collective operation for a tensor in shards."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else local_part(tensor)
+    return gather_shards(local_part(tensor), tensor)

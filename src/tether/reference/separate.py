@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ReferenceError
 from tether.models.fingerprint import model_fingerprint
+from tether.models.partitioned import whole_weights
 from tether.models.structure import transformers_model
 from tether.reference.protocol import SAME, Scorer, frozen_pass
 from tether.types import ReferenceIdentity, ScoringBatch
@@ -36,6 +37,7 @@ class ModelReference:
         self._model: nn.Module | None = model.requires_grad_(False)
         self._scorer, self.identity, self._reload = scorer, identity, reload
         self._device = next(model.parameters()).device
+        self._placed: Callable[[nn.Module], nn.Module] | None = None
 
     def score(self, batch: ScoringBatch) -> Tensor:
         """See `Reference.score`. Moves the batch to the reference's device and the answer back."""
@@ -57,12 +59,22 @@ class ModelReference:
         """Let the weights go; the next `score` brings them back."""
         if self._reload is not None:
             self._model = None
-        elif self._model is not None and may_move(self._model):
+        elif self._model is not None and self._placed is None and may_move(self._model):
             self._model.to("cpu")
+
+    def place(self, put: Callable[[nn.Module], nn.Module]) -> None:
+        """Hold the model as `put` gives it back, such as in shards, also when it is loaded again.
+
+        A model that may not move stays where it is, and one that was placed already does, too.
+        """
+        if self._placed is None and (self._model is None or may_move(self._model)):
+            self._placed = put
+            self._model = None if self._model is None else put(self._model)
 
     def _recalled(self) -> nn.Module:
         if self._model is None and self._reload is not None:
-            model = self._reload().requires_grad_(False)
+            with whole_weights():
+                model = self._reload().requires_grad_(False)
             found = model_fingerprint(model, without_adapters=False)
             if found != self.identity.fingerprint:
                 raise ReferenceError(
@@ -70,7 +82,7 @@ class ModelReference:
                     f"its fingerprint is {found} and was {self.identity.fingerprint}. The files changed during the "
                     "run. Restore them, or name a revision, and start again."
                 )
-            self._model = model
+            self._model = model if self._placed is None else self._placed(model)
         model = self._model
         if model is None:
             raise ReferenceError("The reference has no weights and no way to load them; this is a bug in Tether.")

@@ -1,16 +1,25 @@
-"""The part of a tensor that this process holds, where FSDP2 has cut the policy into shards."""
+"""The part of a tensor that this process holds, where FSDP2 or DeepSpeed's stage 3 has cut the policy into shards."""
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tether.errors import ReferenceError
+from tether.models.partitioned import gathers_itself, is_partitioned
+from tether.models.structure import unwrap
 
 # What wrappers of activation checkpointing and compilation put between the names of a module and its child.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+# DeepSpeed keeps count of what it has gathered in its engine, which nothing in the model leads to. The engine holds the
+# model, so that a strong reference would keep both for ever.
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def plain_name(name: str) -> str:
@@ -20,31 +29,68 @@ def plain_name(name: str) -> str:
     return name
 
 
+def held_by(model: nn.Module, engine: nn.Module) -> None:
+    """Remember which DeepSpeed engine gathers the shards of a model."""
+    _ENGINES[model] = weakref.ref(engine)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward gathers weights, so that every process must take part in each."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or gathers_itself(unwrap(model))
+
+
+def is_away(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's stage 3 keeps a parameter in shards and has not gathered it, so that it looks empty."""
+    return is_partitioned(parameter) and getattr(parameter, "ds_status").name != "AVAILABLE"  # noqa: B009
+
+
+def whole_size(parameter: Tensor) -> int:
+    """Numbers in a parameter over all processes."""
+    return getattr(parameter, "ds_numel") if is_partitioned(parameter) else parameter.numel()  # noqa: B009
+
+
 def local_part(parameter: Tensor) -> Tensor:
     """The values that this process holds; the parameter itself where it is whole.
 
     Raises:
-        ReferenceError: the values are partitioned by DeepSpeed's stage 3, which hides them.
+        ReferenceError: DeepSpeed has put the values on a disk, or keeps a second copy of them.
     """
-    if hasattr(parameter, "ds_id") and hasattr(parameter, "ds_tensor"):
-        raise ReferenceError(
-            "The policy is partitioned by DeepSpeed ZeRO stage 3, where a snapshot cannot be exchanged. Use ZeRO "
-            "stage 2, FSDP2 or an adapter computed by adapter_off, or pass `ref_model`."
-        )
+    if is_away(parameter):
+        shard: Any = getattr(parameter, "ds_tensor")  # noqa: B009
+        if shard.status.name != "AVAILABLE" or getattr(parameter, "ds_secondary_tensor", None) is not None:
+            raise ReferenceError(
+                "DeepSpeed keeps the policy's shards on a disk (`offload_param` to nvme) or twice "
+                "(`zero_hpz_partition_size`), where a snapshot cannot be exchanged. Leave that out of its "
+                "configuration, or use a reference that needs no snapshot: an adapter (adapter_off), `ref_model`, or "
+                "a filled store."
+            )
+        return shard.detach()[: _real_numbers(parameter)]
     return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-def shard_like(values: Tensor, parameter: Tensor) -> Tensor:
+def _real_numbers(parameter: Any) -> int:
+    """Numbers of this process' shard without the padding that makes DeepSpeed's shards equally long."""
+    size = parameter.ds_tensor.ds_numel
+    return max(0, min(size, parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * size))
+
+
+def shard_like(values: Tensor, parameter: Any) -> Tensor:
     """This process' part of whole `values`, cut and typed like the parameter; nothing is communicated."""
     if isinstance(parameter, DTensor):
         whole = values.to(device=parameter.device, dtype=parameter.dtype)
         cut = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         return cut.to_local().clone()
+    if is_away(parameter):
+        shard, start = local_part(parameter), dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+        cut = values.flatten()[start : start + len(shard)]
+        return cut.to(device=shard.device, dtype=shard.dtype, copy=True)
     return values.to(device=parameter.device, dtype=parameter.dtype)
 
 
-def gather_shards(values: Tensor, parameter: Tensor) -> Tensor:
+def gather_shards(values: Tensor, parameter: Any) -> Tensor:
     """Whole values from this process' part of them; a collective operation for a sharded parameter."""
+    if is_away(parameter):
+        return _gather_flat(values, parameter)
     if not isinstance(parameter, DTensor) or values.shape == parameter.shape != parameter.to_local().shape:
         return values
     local = values.to(parameter.device)
@@ -54,14 +100,49 @@ def gather_shards(values: Tensor, parameter: Tensor) -> Tensor:
     return sharded.full_tensor()
 
 
-def drop_gathered(model: nn.Module) -> None:
-    """Give up what FSDP2 has gathered for a forward, so that parameters are shards and the next forward reads them."""
+def _gather_flat(values: Tensor, parameter: Any) -> Tensor:
+    if values.shape == parameter.ds_shape != local_part(parameter).shape:
+        return values
+    mine = torch.zeros(parameter.ds_tensor.ds_numel, dtype=values.dtype, device=parameter.device)
+    mine[: len(values)] = values
+    group = parameter.ds_process_group
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum and norm of each tensor over all processes, float64 `[2]`; a collective operation for sharded ones."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value: Any = tensor.detach()
+        if is_partitioned(tensor):
+            value = getattr(tensor, "ds_tensor").detach()[: _real_numbers(tensor)]  # noqa: B009
+        total = torch.stack(
+            [value.sum(dtype=torch.float64), torch.linalg.vector_norm(value, dtype=torch.float64).square()]
+        )
+        found[name] = total.full_tensor() if isinstance(total, DTensor) else total
+    cut = [name for name, tensor in tensors.items() if is_partitioned(tensor)]
+    if cut:
+        table = torch.stack([found[name] for name in cut])
+        dist.all_reduce(table, group=getattr(tensors[cut[0]], "ds_process_group"))  # noqa: B009
+        found |= dict(zip(cut, table, strict=True))
+    return found
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Give up what was gathered for a forward, so that parameters are shards and the next forward reads them."""
     wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in wrapped[:1]:
-        # A head that is called in chunks after the forward leaves its group in the middle of one; this ends it.
-        module.reset_iter_state()
+        # A head that is called in chunks after the forward leaves its group in the middle of one; this ends it. Before
+        # the first forward of all, as in a resumed run, there is nothing to end, and no root.
+        if module._get_fsdp_state()._is_root:
+            module.reset_iter_state()
     for module in wrapped:
         module.reshard()
+    if gathers_itself(model):
+        engine: Any = _ENGINES[model]()
+        engine.empty_partition_cache()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from tether.errors import ReferenceError
 from tether.reference.protocol import SAME, Scorer, frozen_pass
-from tether.reference.shards import drop_gathered, gather_shards, local_part, plain_name, shard_like
+from tether.reference.shards import (
+    gather_shards,
+    local_part,
+    plain_name,
+    release_gathered,
+    shard_like,
+    whole_size,
+)
 from tether.reference.spec import Keep, Sync
 from tether.reference.spill import Spill
 from tether.types import ReferenceIdentity, ScoringBatch
@@ -82,7 +89,7 @@ class SnapshotReference:
             torch.clear_autocast_cache()
             yield
         finally:
-            drop_gathered(self._policy)
+            release_gathered(self._policy)
             for pair in exchanged:
                 _exchange(*pair)
             torch.clear_autocast_cache()
@@ -134,11 +141,11 @@ class SnapshotReference:
 
     def size(self) -> int:
         """Numbers in `state()`."""
-        return sum(parameter.numel() for parameter in self._live().values())
+        return sum(map(whole_size, self._live().values()))
 
     def is_small(self) -> bool:
         """Whether it is a small part of the model, as with an adapter."""
-        return self.size() <= SMALL_SHARE * sum(parameter.numel() for parameter in self._policy.parameters())
+        return self.size() <= SMALL_SHARE * sum(map(whole_size, self._policy.parameters()))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take values from a checkpoint; the identity becomes theirs.
@@ -168,7 +175,7 @@ class SnapshotReference:
 
     def _live(self) -> dict[str, Tensor]:
         # Looked up each time: sharding puts other parameters in place of those that this object was made from.
-        drop_gathered(self._policy)
+        release_gathered(self._policy)
         found = {plain_name(name): parameter for name, parameter in self._policy.named_parameters()}
         missing = self._start.keys() - found.keys()
         if missing:

@@ -3,20 +3,25 @@
 A frozen head computes its gradient during the forward, since d log p / d hidden does not depend on what comes after but
 for a factor per token: no logits are kept and none are computed twice. A trainable head computes the logits of each
 chunk once more in the backward. A head that is not a plain linear layer (an adapter on it, quantised) is called as it
-is, chunk by chunk.
+is, chunk by chunk. Where DeepSpeed's stage 3 has the head in shards, it gathers them for a call of the module and for
+its backward, so that all chunks are computed within one call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from tether.models.partitioned import gathers_itself
 
 CHUNK = 256
 OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
@@ -41,9 +46,15 @@ class Head:
             # Gathered by the forward that has just run, and kept until the backward; its hooks are FSDP's own.
             plain = nn.Linear in type(self.module).__bases__  # FSDP puts its class over the module's own
             return plain and not isinstance(self.module.weight, DTensor)
-        return (
-            type(self.module) is nn.Linear and not self.module._forward_hooks and self.module.weight.is_floating_point()
-        )
+        if type(self.module) is not nn.Linear or not self.module.weight.is_floating_point():
+            return False
+        # DeepSpeed's hooks are how it gathers; anyone else's may change what the module returns.
+        return not self.module._forward_hooks or self.is_partitioned
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether DeepSpeed's stage 3 keeps it in shards, so that every process must take part in each call."""
+        return gathers_itself(self.module)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and softcap of the raw product, in float32."""
@@ -85,18 +96,44 @@ def token_scores(
     """
     outputs = tuple(dict.fromkeys(outputs))
     if head.is_plain:
-        module: Any = head.module
-        bias = module.bias if head.shift is None else _sum(module.bias, head.shift.flatten())
-        logps, *extra = _LinearLogProbs.apply(hidden, module.weight, bias, targets, head, outputs, chunk)  # type: ignore
+
+        def fused(hidden: Tensor) -> Any:
+            module: Any = head.module
+            bias = module.bias if head.shift is None else _sum(module.bias, head.shift.flatten())
+            return _LinearLogProbs.apply(hidden, module.weight, bias, targets, head, outputs, chunk)
+
+        logps, *extra = _called_as(head.module, fused, hidden) if head.is_partitioned else fused(hidden)
         return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
-    parts = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+    parts, count = [], _number_of_chunks(head, len(targets), chunk)
+    for h, t in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
         if torch.is_grad_enabled():
             parts.append(checkpoint(_module_scores, head, h, t, outputs, use_reentrant=False))
         else:
             parts.append(_module_scores(head, h, t, outputs))
     logps, *extra = (torch.cat(column) for column in zip(*parts, strict=True))
     return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
+
+
+def _called_as(module: Any, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """Call a module, hooks included, with another forward: its weights are in place inside it, and in its backward."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _number_of_chunks(head: Head, tokens: int, chunk: int) -> int:
+    """Calls of a head that is computed in parts: the same number on every process, where each call gathers it."""
+    count = max(1, -(-tokens // chunk))
+    if not head.is_partitioned:
+        return count
+    most = torch.tensor(count, device=next(head.module.parameters()).device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _module_scores(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -194,6 +195,53 @@ def accumulate_only(accelerator: Accelerator, model: nn.Module) -> Iterator[None
             yield
     finally:
         state._set_sync_gradients(before)
+
+
+def without_repeated_rows(batch: ScoringBatch, accelerator: Accelerator) -> MicroBatch:
+    """A process' share of a step without rows of other steps, with which accelerate fills the last batches of an epoch.
+
+    Every process must get a batch in every step, so that accelerate gives rows of the epoch's beginning once more where
+    the last ones do not suffice. They would count twice.
+
+    Args:
+        batch: of the last of the data loader's rounds so far.
+        accelerator: knows whether that is the last of the epoch, and how many rows its processes have together.
+
+    Returns:
+        The batch's own rows, which come first; where it has none, one that does not count.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return MicroBatch(batch)
+    own = state.remainder - accelerator.process_index * batch.num_examples
+    if own >= batch.num_examples:
+        return MicroBatch(batch)
+    return MicroBatch(_some(batch, range(max(own, 1))), repeated=own <= 0)
+
+
+Item = TypeVar("Item")
+
+
+def joined(items: Iterable[Item], accelerator: Accelerator, *, together: bool) -> Iterator[Item | None]:
+    """The items of this process, and None for as long as another process still has some.
+
+    A forward of a policy in shards gathers them, so that all processes must make equally many.
+
+    Args:
+        items: of this process.
+        accelerator: of the processes; each has to call.
+        together: whether forwards have to be joined; otherwise the items are all there is.
+
+    Example:
+        >>> list(joined("ab", Accelerator(), together=True))
+        ['a', 'b']
+    """
+    if not together:
+        yield from items
+        return
+    left = iter(items)
+    while _largest(int((item := next(left, None)) is not None), accelerator):
+        yield item
 
 
 def _largest(count: int, accelerator: Accelerator) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +13,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import is_origin
 from tether.errors import ConfigError
+from tether.models.partitioned import whole_weights
+from tether.reference.shards import is_sharded
+from tether.training.batching import joined
 from tether.training.checkpoint import RenamedCheckpoints
 from tether.training.collate import batch_of
 from tether.training.metrics import MetricSums
@@ -37,6 +40,9 @@ class EvaluationLoop(RenamedCheckpoints):
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         raise TypeError(f"{type(self).__name__} does not say how it judges.")
 
+    def _take_part(self, model: nn.Module) -> None:
+        raise TypeError(f"{type(self).__name__} does not say how it scores.")
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -50,21 +56,28 @@ class EvaluationLoop(RenamedCheckpoints):
         model.eval()
         self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
         rows = 0
-        for inputs in dataloader:
-            for part in self._budget.split(batch_of(inputs)):
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    output = self._judge_batch(model, part.batch.to(self.args.device), "eval")
-                self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
-                if output.per_token is not None:
-                    self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
-                rows += len(output.per_example)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        together = is_sharded(model)
+        for part in joined(self._evaluated_parts(dataloader), self.accelerator, together=together):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                if part is None:
+                    self._take_part(model)
+                    continue
+                output = self._judge_batch(model, part.to(self.args.device), "eval")
+            self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
+            if output.per_token is not None:
+                self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
+            rows += len(output.per_example)
         means = self._sums["eval"].means(self.accelerator)
         if _TOKEN_LOSS in means:
             means["loss"] += means.pop(_TOKEN_LOSS)
         means = cast(Any, self).completed(means, "eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
+
+    def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[ScoringBatch]:
+        for inputs in dataloader:
+            yield from (part.batch for part in self._budget.split(batch_of(inputs)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Rows are shared among processes without repeating some to even them out: each counts once."""
@@ -83,7 +96,9 @@ class EvaluationLoop(RenamedCheckpoints):
         if eval_dataset is not None and not known:
             eval_dataset = self._prepare_unseen(eval_dataset)
         try:
-            return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
+            # Before training, a policy that was loaded in shards has no engine yet that would gather them.
+            with whole_weights(self.model):
+                return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
         except BaseException:
             self._display.close()
             raise

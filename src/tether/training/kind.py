@@ -14,6 +14,7 @@ from tether.errors import DataError
 from tether.scoring import score
 from tether.scoring.proof import LOG_PROBS, Measures
 from tether.training.arguments import PreferenceConfig
+from tether.training.batching import MicroBatch
 from tether.training.setup import policy_spec, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -80,7 +81,7 @@ class TrainerKind:
         """Add the adapter that was asked for."""
         return with_adapter(policy, peft_config, args)
 
-    def before_step(self, batches: list[ScoringBatch]) -> None:
+    def before_step(self, batches: list[MicroBatch]) -> None:
         """See all micro-batches of this process' share in an optimizer step, before the first is judged."""
 
     def trained_tokens(self, batch: ScoringBatch) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.errors import ConfigError
 from tether.models import load_tokenizer
 from tether.models.load import check_source
+from tether.models.partitioned import whole_weights
 from tether.models.spec import ModelSpec
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import ReferenceSpec, refuse_other_tokenizer
@@ -57,6 +58,7 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     return args.reference or ("start" if ref_model is None else "model")
 
 
+@whole_weights()
 def reference_spec(
     args: PreferenceConfig,
     meaning: Meaning,

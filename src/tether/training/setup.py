@@ -23,6 +23,7 @@ from tether.models.adapters import (
 )
 from tether.models.spec import ModelSpec, select_trainable
 from tether.models.structure import disable_dropout, transformers_model
+from tether.reference.separate import may_move
 from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
 from tether.training.checkpoint import refuse_silent_reanchoring
@@ -133,11 +134,14 @@ def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
 
 
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
-    """The policy with what trains chosen, and without dropout where that is asked for."""
+    """The policy on its device, with what trains chosen, and without dropout where that is asked for."""
     _require_one_place(policy, args)
     select_trainable(policy, args.train_parameters or (), args.freeze_parameters or ())
     if args.disable_dropout:
         disable_dropout(policy)
+    # Where the weights will be cut, transformers would leave them on the CPU; the start is computed with before.
+    if may_move(policy) and args.place_model_on_device is not False:
+        policy.to(args.device)
     return policy
 
 

@@ -88,7 +88,7 @@ def compare_store(trainer: TetherTrainer, path: str, *, rows: int, seed: int = 0
         raise ConfigError(
             f"The run {why}, so that no store belongs to it. Give the run file that the store was made with."
         )
-    stored = open_store(trainer.resolved.reference, path, trainer.args, trainer.accelerator)
+    stored = open_store(trainer.resolved.reference, path, trainer.args, trainer.accelerator, lambda: trainer.policy)
     found = StoreComparison(f"{identity.source} ({identity.meaning}, {identity.fingerprint})", stored.allowed)
     sets = data_sets(trainer)
     places = [(name, row) for name, one in sets.items() for row in range(len(one))]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.data import example_from_row
 from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
+from tether.reference.shards import is_sharded
 from tether.scoring import pack
 from tether.training.arguments import PreferenceConfig
 from tether.training.progress import counted
@@ -29,12 +30,18 @@ logger = logging.getLogger("tether")
 FOLDER = "reference_store"
 _VERIFIED_ROWS = 8
 _CHUNK = 256
-# Their passes gather the weights, so every process must take part in each.
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelerator) -> Resolved:
+def with_store(
+    resolved: Resolved, args: PreferenceConfig, accelerator: Accelerator, policy: Callable[[], nn.Module]
+) -> Resolved:
     """Put the store that the arguments ask for in front of a reference; without one, the reference as it is.
+
+    Args:
+        resolved: the reference.
+        args: where its store is.
+        accelerator: of the run.
+        policy: the model in training, as it is at the time; once it is in shards, all processes pass together.
 
     Raises:
         ConfigError: the store cannot be reached, or the reference has nothing to keep.
@@ -42,13 +49,15 @@ def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelera
     if not args.wants_store():
         return resolved
     path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
-    stored = open_store(resolved.reference, path, args, accelerator)
+    stored = open_store(resolved.reference, path, args, accelerator, policy)
     numerics = stored.store.namespace.numerics
     held = f"{len(stored.store)} completions of this reference in {numerics}"
     return Resolved(stored, f"{resolved.line}; kept in the store {path}, which has {held}")
 
 
-def open_store(live: Reference, path: str, args: PreferenceConfig, accelerator: Accelerator) -> StoredReference:
+def open_store(
+    live: Reference, path: str, args: PreferenceConfig, accelerator: Accelerator, policy: Callable[[], nn.Module]
+) -> StoredReference:
     """A store in front of a reference, in the run's arithmetic.
 
     Raises:
@@ -58,12 +67,14 @@ def open_store(live: Reference, path: str, args: PreferenceConfig, accelerator: 
         numerics = numerics_class(live.identity, accelerator.device.type)
 
     def agree(here: bool) -> bool:
+        # Before training the policy is whole, and processes fill the store in as many passes as each needs.
+        if accelerator.num_processes == 1 or not is_sharded(policy()):
+            return here
         flag = torch.tensor(float(here), device=accelerator.device)
         together: Tensor = accelerator.reduce(flag, reduction="sum")  # type: ignore[assignment]
         return bool(together > 0)
 
-    asks_others = {"agree": agree} if accelerator.distributed_type in _SHARDED else {}
-    options = {"dtype": args.reference_store_dtype, "device": accelerator.device, **asks_others}
+    options = {"dtype": args.reference_store_dtype, "device": accelerator.device, "agree": agree}
     return StoredReference(live, path, numerics, **options)
 
 

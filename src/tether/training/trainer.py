@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
+from tether.models.partitioned import on_whole_weights, whole_weights
 from tether.models.spec import add_tokens, embed_tokens
 from tether.models.structure import evaluation_mode, transformers_model, unwrap
 from tether.reference import (
@@ -38,9 +40,10 @@ from tether.reference import (
     resolve,
 )
 from tether.reference.record import restore, write_record, write_tensors
+from tether.reference.shards import held_by
 from tether.scoring import Layout, choose_layout, pack
 from tether.training.arguments import PreferenceConfig
-from tether.training.batching import accumulate_only
+from tether.training.batching import MicroBatch, accumulate_only, without_repeated_rows
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import (
     read_objective,
@@ -68,6 +71,7 @@ from tether.training.setup import (
     router_coefficient,
     source_of,
 )
+from tether.training.sharded_reference import shard_reference
 from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -81,6 +85,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
 
     args: PreferenceConfig
 
+    @on_whole_weights
     def __init__(
         self,
         model: str | Path | nn.Module,
@@ -173,7 +178,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         resolved = resolve(
             spec, self.policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
         )
-        resolved = with_store(resolved, self.args, self.accelerator)
+        resolved = with_store(resolved, self.args, self.accelerator, lambda: self.policy)
         logger.info(resolved.line)
         install_store(self, resolved.reference)
         return resolved
@@ -203,6 +208,10 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
 
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
+        if self.deepspeed is not None:
+            # Made by now; it gathers what a forward needs.
+            held_by(self.policy, cast(nn.Module, self.deepspeed))
+        shard_reference(self.resolved.reference, self.accelerator)
         reference = live_reference(self.resolved.reference)
         if reference.identity.meaning == "none":
             self._record(self.run_folder)
@@ -250,10 +259,11 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
         self._sums["train"], self._new_tokens = MetricSums(), 0
         self.restore_objective(read_objective(folder))
-        if folder is not None:
-            require_same_precision(folder, self.args)
-            self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
-        prepare_store(self, resumed=folder is not None)
+        with whole_weights(self.policy):
+            if folder is not None:
+                require_same_precision(folder, self.args)
+                self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
+            prepare_store(self, resumed=folder is not None)
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         finally:
@@ -264,8 +274,9 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        batches = [batch_of(inputs) for inputs in batch_samples]
-        self.before_step(batches)
+        batch_samples[-1] |= vars(without_repeated_rows(batch_of(batch_samples[-1]), self.accelerator))
+        self.before_step([MicroBatch(batch_of(inputs), bool(inputs.get("repeated"))) for inputs in batch_samples])
+        batches = [batch_of(inputs) for inputs in batch_samples if not inputs.get("repeated")]
         counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
         return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
 
@@ -273,7 +284,8 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        *first, last = self._budget.split(batch_of(inputs), self.accelerator)
+        parts = self._budget.split(batch_of(inputs), self.accelerator)
+        *first, last = [replace(part, repeated=part.repeated or bool(inputs.get("repeated"))) for part in parts]
         loss = torch.zeros((), device=self.args.device)
         for part in first:
             with accumulate_only(self.accelerator, model):
@@ -292,6 +304,12 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         if mode is not None:
             self._sums[mode].add(output.metrics)
         return output
+
+    def _take_part(self, model: nn.Module) -> None:
+        """Make the forwards of a micro-batch whose outcome nobody reads, for the others' sake."""
+        batch = self.scored(self._probe)
+        self.resolved.reference.score(batch)
+        self._scorer(model, batch)
 
     def reference_logps(self, batch: ScoringBatch) -> Tensor:
         """The reference's `token_logps [N]` of a batch."""

@@ -14,6 +14,7 @@ from tether.data import Prepared
 from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.unpaired import is_balanced, kto, suggested_weights, unpaired_loss
 from tether.reference.protocol import frozen_pass
+from tether.training.batching import MicroBatch
 from tether.training.mismatched import with_mismatched
 from tether.training.trainer import TetherTrainer
 from tether.training.unpaired_arguments import KTOConfig
@@ -78,13 +79,17 @@ class KTOTrainer(TetherTrainer):
         """Tokens of each prompt with its own completion."""
         return sum(batch.sequence_lengths[:: self._branches])
 
-    def before_step(self, batches: list[ScoringBatch]) -> None:
+    def before_step(self, batches: list[MicroBatch]) -> None:
         """Find the baseline of a step of several micro-batches."""
         self._close_step()
         self._z0, self._references = None, {}
         if self.args.loss_type != "kto":
             return
-        parts = [part for batch in batches for part in self._budget.split(batch, self.accelerator)]
+        parts = [
+            replace(part, repeated=part.repeated or batch.repeated)
+            for batch in batches
+            for part in self._budget.split(batch.batch, self.accelerator)
+        ]
         if len(parts) == 1:
             return
         model, found = cast(nn.Module, self.model_wrapped), torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -104,6 +109,9 @@ class KTOTrainer(TetherTrainer):
 
     def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
         self._mode = mode
+        if mode == "eval":
+            # Of the last step; every process makes as many passes of the reference as the others.
+            self._references = {}
         return super()._judge_batch(model, batch, mode)
 
     def judge(self, policy: Scores, reference: Scores, batch: ScoringBatch) -> LossOutput:
@@ -142,7 +150,12 @@ class KTOTrainer(TetherTrainer):
             return logratios.new_tensor(total / count if count else 0.0)
         if self.args.loss_type != "kto" or self._mode == "eval":
             return logratios.new_zeros(())
-        z0 = self._mean(_mismatched(logratios)).clamp(min=0) if self._z0 is None else self._z0
+        if self._z0 is None:
+            # A batch that does not count takes part in the sum of the others.
+            found = _mismatched(logratios)
+            z0 = self._mean(found if self._mode is not None else torch.zeros_like(found)).clamp(min=0)
+        else:
+            z0 = self._z0
         return z0.to(logratios.dtype)
 
     def _mean(self, sum_and_count: Tensor) -> Tensor:
