@@ -355,7 +355,7 @@ def detected(columns: Iterable[str], kind: Kind) -> Format | None:
     return FORMATS[name] if kind in FORMATS[name].answers else None
 
 
-def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> list[dict[str, Any]]:
+def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first: int = 0) -> list[dict[str, Any]]:
     """Turn rows into rows with TRL's columns.
 
     Args:
@@ -363,6 +363,7 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
         layout: their format.
         kind: what they are to be read as.
         name: what to call them in messages.
+        first: number of the first row, from 0.
 
     Returns:
         As many rows, in order.
@@ -382,7 +383,7 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
         try:
             done = {"prompt": layout.prompt(row), **build(row)}
         except FieldFault as fault:
-            faults.add(total, str(fault))
+            faults.add(first + total, str(fault))
             continue
         done |= {column: row[column] for column in _KEPT if row.get(column) is not None}
         if row.get("tools") and isinstance(done["prompt"], list):

@@ -70,11 +70,17 @@ class Pictures:
         references: for each row, its images: `{"bytes", "path"}` each.
         processor: of the model.
         name: what to call the rows in messages.
+        first: number of the first of these rows, from 0.
     """
 
     references: tuple[list[dict[str, Any]], ...]
     processor: ProcessorMixin
     name: str
+    first: int = 0
+
+    def of_row(self, row: int) -> list[dict[str, Any]]:
+        """The images of a row, by its number."""
+        return self.references[row - self.first]
 
     @property
     def token_id(self) -> int:
@@ -94,7 +100,7 @@ class Pictures:
             DataError: an image cannot be read, or the processor refuses it.
         """
         try:
-            images = [_decoded(reference) for reference in self.references[row]]
+            images = [_decoded(reference) for reference in self.of_row(row)]
             call: Any = self.processor
             made = call(text=[text], images=[images], add_special_tokens=False)
         except Exception as error:  # files and processors of many kinds
@@ -109,7 +115,7 @@ class Pictures:
         return [self._with_tokens(row, ids, encoder) for row, ids in zip(rows, found, strict=True)]
 
     def _with_tokens(self, row: Rendered, ids: Tokenized, encoder: Encoder) -> Tokenized:
-        if not self.references[row.source_row]:
+        if not self.of_row(row.source_row):
             return ids
         whole = encoder.opened(self.prompt_ids(row.source_row, row.prompt))
         # A prompt that was cut back to what the texts share loses as much here; no image may be in it.
@@ -124,11 +130,11 @@ class Pictures:
 
     def column(self, rows: Sequence[Rendered]) -> pa.Array:
         """The images of rows, as they lie in a table."""
-        return pa.array([self.references[row.source_row] for row in rows], type=IMAGES)
+        return pa.array([self.of_row(row.source_row) for row in rows], type=IMAGES)
 
     def told_apart(self, rows: Sequence[Rendered]) -> list[Rendered]:
         """Rows whose prompts say which images they have: rows that differ in these alone are no duplicates."""
-        return [replace(row, prompt=_digest(self.references[row.source_row]) + row.prompt) for row in rows]
+        return [replace(row, prompt=_digest(self.of_row(row.source_row)) + row.prompt) for row in rows]
 
 
 def _digest(references: Sequence[Mapping[str, Any]]) -> str:
@@ -181,13 +187,14 @@ def _decoded(reference: Mapping[str, Any]) -> Any:
     return ImageFeature().decode_example(dict(reference)).convert("RGB")  # type: ignore[arg-type]
 
 
-def take_images(rows: Dataset, processor: Any, *, name: str) -> tuple[Dataset, Pictures | None]:
+def take_images(rows: Dataset, processor: Any, *, name: str, first: int = 0) -> tuple[Dataset, Pictures | None]:
     """Rows of text alone, and the images that belong to them.
 
     Args:
         rows: as `load_rows` returns them.
         processor: of the model; rows are returned as they are for one that reads no images.
         name: what to call these rows in messages.
+        first: number of the first row, from 0.
 
     Returns:
         The rows, each image part as `MARK` in its text; and the images, None where the rows have no such column.
@@ -200,9 +207,9 @@ def take_images(rows: Dataset, processor: Any, *, name: str) -> tuple[Dataset, P
     references = _references(rows, column)
     if not reads_images(processor):
         if any(references):
-            first = next(number for number, found in enumerate(references, 1) if found)
+            row = next(number for number, found in enumerate(references, first + 1) if found)
             raise DataError(
-                f"{name}: row {first}: the column `{column}` holds values, and Tether does not read it yet with a "
+                f"{name}: row {row}: the column `{column}` holds values, and Tether does not read it yet with a "
                 "tokenizer alone: pass the model's processor as processing_class, or remove the column if the rows are "
                 "complete without it."
             )
@@ -217,7 +224,7 @@ def take_images(rows: Dataset, processor: Any, *, name: str) -> tuple[Dataset, P
             flat = {text: _flat(value) for text, value in row.items()}
             plain_row = _placed(flat, len(references[number]), token)
         except ValueError as fault:
-            faults.append(f"row {number + 1}: {fault}")
+            faults.append(f"row {first + number + 1}: {fault}")
             continue
         for text, value in plain_row.items():
             plain[text][number] = value
@@ -228,7 +235,7 @@ def take_images(rows: Dataset, processor: Any, *, name: str) -> tuple[Dataset, P
     others = [other for other in rows.column_names if other not in (*texts, column)]
     if others:
         columns |= {other: rows.select_columns(others).with_format("arrow")[:][other] for other in others}
-    pictures = Pictures(tuple(references), processor, name) if any(references) else None
+    pictures = Pictures(tuple(references), processor, name, first) if any(references) else None
     return Dataset(pa.table({name: columns[name] for name in rows.column_names if name in columns})), pictures
 
 
