@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.data import example_from_row
+from tether.data.prepared_stream import PreparedStream
 from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
 from tether.reference.store_reference import Releasable
 from tether.scoring import pack
 from tether.training.arguments import PreferenceConfig
+from tether.training.datasets import known_rows
 from tether.training.progress import counted
 from tether.types import Example
 
@@ -60,9 +62,9 @@ def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelera
 
 def install_store(trainer: TetherTrainer, stored: Reference) -> None:
     """Verify a trainer's store, if it has one, and look after it during the run."""
-    rows = cast(Dataset, trainer.train_dataset)
+    rows = cast(Any, trainer.train_dataset)
     if isinstance(stored, StoredReference):
-        verify_store(stored, rows, trainer.args.device)
+        verify_store(stored, known_rows(rows), trainer.args.device)
         trainer.add_callback(StoreCallback(stored, rows, trainer.accelerator))
 
 
@@ -72,7 +74,7 @@ def prepare_store(trainer: TetherTrainer, *, resumed: bool) -> None:
     if not isinstance(stored, StoredReference):
         return
     if resumed:
-        verify_store(stored, cast(Dataset, trainer.train_dataset), trainer.args.device)
+        verify_store(stored, known_rows(trainer.train_dataset), trainer.args.device)
     if trainer.args.precompute_ref_log_probs:
         precompute(trainer)
 
@@ -93,7 +95,8 @@ def precompute(trainer: TetherTrainer) -> Filled:
     if not isinstance(stored, StoredReference):
         raise ConfigError("There is no store to fill. Set `reference_store` (in a run file `reference.store`).")
     evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    sets: dict[str, Any] = {"train": trainer.train_dataset}
+    rows: Any = trainer.train_dataset
+    sets: dict[str, Any] = {"train": trainer.planned_examples(rows) if isinstance(rows, PreparedStream) else rows}
     sets |= {f"eval {name}".strip(): rows for name, rows in evaluation.items() if rows is not None}
     sizes = dict.fromkeys(sets, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
     sizes["train"] = args.precompute_ref_batch_size or args.per_device_train_batch_size
@@ -134,7 +137,7 @@ class Filled:
 
 def fill_store(
     stored: StoredReference,
-    sets: Mapping[str, Dataset],
+    sets: Mapping[str, Dataset | Iterator[list[Example]]],
     accelerator: Accelerator,
     batch_sizes: Mapping[str, int],
 ) -> Filled:
@@ -144,7 +147,7 @@ def fill_store(
 
     Args:
         stored: the reference with its store.
-        sets: name to prepared rows.
+        sets: name to prepared rows, or to examples, some at a time, the same on every process.
         accelerator: of the run.
         batch_sizes: examples per pass, by name of the set.
 
@@ -155,9 +158,9 @@ def fill_store(
     before, present = stored.computed, 0
     for name, rows in sets.items():
         waiting: list[Example] = []
-        mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-        with counted(f"reference log-probs of {name}", len(mine), shown=accelerator.is_main_process) as advance:
-            for examples in _chunks(rows, mine):
+        total, mine = _share(rows, accelerator.process_index, accelerator.num_processes)
+        with counted(f"reference log-probs of {name}", total, shown=accelerator.is_main_process) as advance:
+            for examples in mine:
                 for example in examples:
                     missing = int((~stored.store.holds(example.keys)).sum())
                     present += len(example.keys) - missing
@@ -182,6 +185,17 @@ def _score(stored: StoredReference, examples: list[Example], accelerator: Accele
     stored.score(pack(examples).to(accelerator.device))
 
 
+def _share(
+    rows: Dataset | Iterator[list[Example]], index: int, processes: int
+) -> tuple[int | None, Iterator[list[Example]]]:
+    """The rows that one of several processes takes, and how many they are where that is known."""
+    if isinstance(rows, Dataset):
+        mine = range(index, len(rows), processes)
+        return len(mine), _chunks(rows, mine)
+    # A chunk may have any number of rows; each process takes its part of each.
+    return None, (examples[index::processes] for examples in rows)
+
+
 def _chunks(rows: Dataset, places: range) -> Iterator[list[Example]]:
     for start in range(0, len(places), _CHUNK):
         chunk: list[Any] = rows.select(places[start : start + _CHUNK]).to_list()
@@ -200,17 +214,17 @@ class StoreCallback(TrainerCallback):
 
     Args:
         stored: the reference with its store.
-        rows: the training set.
+        rows: the training set; of a stream no one knows whether the store has it all, before its first pass ends.
         accelerator: of the run.
     """
 
-    def __init__(self, stored: StoredReference, rows: Dataset, accelerator: Accelerator) -> None:
+    def __init__(self, stored: StoredReference, rows: Dataset | PreparedStream, accelerator: Accelerator) -> None:
         self._stored, self._rows, self._accelerator = stored, rows, accelerator
         self._full = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """A store that has every training row needs no weights; the guards have run."""
-        if isinstance(self._stored.live, Releasable):
+        if isinstance(self._stored.live, Releasable) and isinstance(self._rows, Dataset):
             self._full = all(
                 self._stored.store.holds([key for example in examples for key in example.keys]).all()
                 for examples in _chunks(self._rows, range(len(self._rows)))
