@@ -165,5 +165,4 @@ def is_streamed(source: Any) -> bool:
         return True
     if isinstance(source, Mapping) and "path" in source:
         return is_streamed(source["path"])
-    plain = isinstance(source, Sequence) and not isinstance(source, (str, Dataset))
-    return plain and any(is_streamed(item) for item in source[:16])
+    return isinstance(source, (list, tuple)) and any(map(is_streamed, source))
