@@ -350,13 +350,12 @@ def test_processes_that_prepare_do_not_outlive_a_run_that_was_killed(tmp_path: P
         "sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", code, path, str(Path(__file__).parents[1])]
-    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    workers = [int(one) for one in run.stdout.readline().split()]
-    assert len(workers) == 2
-    assert all(map(alive, workers))
-    run.kill()
-    run.wait()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        workers = [int(one) for one in run.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(alive, workers))
+        run.kill()
     deadline = time.monotonic() + 20
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -103,7 +103,7 @@ def test_a_stream_gives_the_batches_of_a_set_in_memory(kind, tmp_path):
     assert streamed[0] == in_memory[0]
     assert streamed[1] == in_memory[1]
     assert len(streamed[0]) == 8
-    assert [len(step) for step in streamed[0]].count(1) == (0 if kind == "kto on pairs" else 1)
+    assert [len(step) for step in streamed[0]].count(1) == 1
     rows = [row for step in streamed[0] for batch in step for row, _ in batch]
     assert 12 not in rows
     assert rows[0] == 0
