@@ -42,7 +42,7 @@ test-slow: $(DEV_STAMP)
 # In a folder of their own: transformers imports torchao wherever it finds it, with warnings.
 QUANTIZED := .venv/quantization
 test-quantized: $(DEV_STAMP) $(QUANTIZED)/.installed
-	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py $(ARGS)
+	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py tests/cli/test_quantized_runs.py $(ARGS)
 
 $(QUANTIZED)/.installed: requirements.lock
 	@$(PIP) --no-deps --target $(QUANTIZED) --upgrade bitsandbytes torchao

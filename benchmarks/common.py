@@ -61,6 +61,12 @@ def peak_memory_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
+def resident_memory_mib() -> float:
+    """The memory that this process has resident now, in MiB; the peak where the system does not say."""
+    line = _field("/proc/self/status", "VmRSS")
+    return int(line.split()[0]) / 1024 if line else peak_memory_mib()
+
+
 def run_worker(script: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """Run `python script SPEC.json OUT.json` in a process of its own, without network, and read what it wrote.
 

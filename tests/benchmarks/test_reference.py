@@ -17,11 +17,11 @@ LOSSES = (math.log(2), 0.6)
 def run(*, seconds=1.0, losses=LOSSES, passes=2, lookup=0.001):
     return {
         "step_seconds": [seconds],
-        "all_step_seconds": [seconds] * len(losses),
         "losses": list(losses),
         "reference_passes": passes,
         "lookup_seconds": lookup,
         "peak_mib": 100.0,
+        "resident_mib": 80.0,
     }
 
 
@@ -29,7 +29,7 @@ def test_equal_work_has_no_problems_and_targets_are_ratios():
     runs = {"adapter_off": [run(seconds=3.0)], "store-cold": [run()], "store-warm": [run(seconds=2.0, passes=0)]}
     assert benchmark.check(runs) == []
     assert [line.split(" (")[0] for line in benchmark.targets(runs)] == [
-        "look-up takes 0.025% of a step",
+        "look-up takes 0.050% of a step",
         "a full store is 1.50x as fast as adapter_off",
     ]
 
@@ -64,5 +64,20 @@ def test_every_means_does_the_same_work_on_a_tiny_model(tmp_path, monkeypatch):
     options = benchmark.parse(["--steps", "2", "--repeats", "1", "--threads", "1", "--model", str(tmp_path)])
     for kind in benchmark.MEANS:
         runs = benchmark.measure_steps(kind, options)
+        assert tuple(runs) == benchmark.MEANS[kind]
         assert benchmark.check(runs) == []
         assert "store-warm" in benchmark.show_steps(kind, runs)
+        assert len(benchmark.targets(runs)) == 1 + (kind == "lora")
+
+
+def test_means_are_chosen_and_a_choice_of_none_is_refused(capsys):
+    options = benchmark.parse(["--kinds", "lora", "--means", "store-warm", "adapter_off"])
+    assert benchmark.chosen("lora", options) == ["adapter_off", "store-warm"]
+    assert benchmark.chosen("full", options) == ["store-warm"]
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--means", "adapter_off"])
+    assert "none of those for full: snapshot, model, store-warm" in capsys.readouterr().err
+
+
+def test_without_a_full_store_there_are_no_targets():
+    assert benchmark.targets({"snapshot": [run()], "model": [run()]}) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tether.cli.main import main
 from tiny import tiny_model, tiny_tokenizer
@@ -23,12 +25,61 @@ def test_a_good_model_is_described_and_passes(folder, capsys):
     count = sum(p.numel() for p in tiny_model(vocab_size=320).parameters())
     # q, k, v, o, gate, up, down of 2 layers of 32, with 2 of 4 key-value heads and 64 between.
     adapter = 2 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
-    assert f"parameters: {count:,}; trainable with LoRA of rank 2: {adapter:,}" in said
+    assert f"parameters: {count:,}; would train: {adapter:,}" in said
+    assert "adapter 'default': LORA, r 2, trains" in said
+    # Half of them, the first factors, get one when the second ones are no longer zero.
+    assert "ok: after a pass in evaluation mode a gradient reaches 14 of 28 trainable tensors" in said
     assert "model: LlamaForCausalLM (decoder), 2 layers of 32, vocabulary 320, float32" in said
     assert "ok: head apart from the embeddings" in said
     assert "ok: chat template: ids of a prompt are a prefix" in said
     assert "scoring: tree layout" in said
     assert "problem" not in said
+
+
+def test_without_an_adapter_all_would_train(folder, capsys):
+    assert main(["doctor", "model", str(folder), "--lora", "0"]) == 0
+    count = sum(p.numel() for p in tiny_model(vocab_size=320).parameters())
+    said = capsys.readouterr().out
+    assert f"parameters: {count:,}; would train: {count:,}" in said
+    assert "adapter: none" in said
+
+
+def test_adapters_are_described_as_a_run_would_have_them(folder, tmp_path, capsys):
+    """Continued by the model's name or by --adapter; frozen beneath a new one; and no third reading."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    adapter = str(tmp_path / "adapter")
+    get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
+    trains = 2 * 3 * (32 + 32)
+    for arguments in ([adapter], [str(folder), "--adapter", adapter]):
+        assert main(["doctor", "model", *arguments]) == 0
+        said = capsys.readouterr().out
+        assert "adapter 'default': LORA, r 3, trains" in said
+        assert f"would train: {trains:,}" in said
+    assert main(["doctor", "model", str(folder), "--adapter", adapter, "--lora", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "adapter 'frozen': LORA, r 3, frozen" in said
+    assert "adapter 'default': LORA, r 2, trains" in said
+    assert f"would train: {2 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3):,}" in said
+    assert main(["doctor", "model", adapter, "--lora", "2"]) == 2
+    assert "name its base and give the folder as --adapter" in capsys.readouterr().err
+
+
+def test_a_gradient_that_does_not_arrive_is_a_problem(folder, capsys, monkeypatch):
+    """As on a base whose layers are repacked for inference by the first pass in evaluation mode."""
+    import tether.scoring
+
+    choose = tether.scoring.choose_layout
+
+    def repack(model, *args):
+        choice = choose(model, *args)
+        for name, module in model.named_modules():
+            if name.endswith("lora_B.default"):
+                module.register_forward_hook(lambda _, __, output: output.detach())
+        return choice
+
+    monkeypatch.setattr(tether.scoring, "choose_layout", repack)
+    assert main(["doctor", "model", str(folder), "--lora", "2"]) == 1
+    assert "problem: after a pass in evaluation mode a gradient reaches 0 of 28" in capsys.readouterr().out
 
 
 def test_an_encoder_decoder_passes_in_its_layout(tmp_path, capsys):

@@ -29,8 +29,29 @@ def test_defaults_are_those_of_the_python_configuration() -> None:
 def test_every_section_arrives() -> None:
     arguments, adapter, keywords = build(
         run_with(
-            model={"name": "tiny", "dtype": "float32", "attention": "eager", "revision": "main"},
-            lora={"r": 4, "alpha": 8, "target": ["q_proj"], "bias": "lora_only", "rslora": True, "init": "olora"},
+            model={
+                "name": "tiny",
+                "dtype": "float32",
+                "attention": "eager",
+                "revision": "main",
+                "quantization": "nf4",
+                "device": "cuda:1",
+                "tokenizer": "other",
+                "adapter": "runs/sft",
+                "trust_remote_code": True,
+                "add_tokens": ["<a>"],
+                "train": ["norm"],
+                "freeze": ["post"],
+            },
+            lora={
+                "r": 4,
+                "alpha": 8,
+                "target": ["q_proj"],
+                "bias": "lora_only",
+                "rslora": True,
+                "init": "olora",
+                "target_parameters": ["mlp.experts.down_proj"],
+            },
             data={"train": ["a.jsonl", "b.jsonl"], "eval": {"x": "c.jsonl"}},
             reference={"meaning": "start", "means": "snapshot"},
             objective={"beta": 0.3, "label_smoothing": 0.1},
@@ -41,10 +62,23 @@ def test_every_section_arrives() -> None:
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (12, 1)
     assert (arguments.beta, arguments.label_smoothing, arguments.max_length) == (0.3, 0.1, 99)
     assert (arguments.reference, arguments.reference_means) == ("start", "snapshot")
-    assert arguments.model_init_kwargs == {"dtype": "float32", "attn_implementation": "eager", "revision": "main"}
+    assert arguments.model_init_kwargs == {
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "revision": "main",
+        "quantization": "nf4",
+        "device_map": "cuda:1",
+        "tokenizer": "other",
+        "adapter": "runs/sft",
+        "trust_remote_code": True,
+    }
+    assert arguments.trust_remote_code is False, "which would be the reference's too"
+    assert arguments.add_tokens == ["<a>"]
+    assert (arguments.train_parameters, arguments.freeze_parameters) == (["norm"], ["post"])
     assert adapter is not None
     assert (adapter.r, adapter.lora_alpha, adapter.target_modules) == (4, 8, {"q_proj"})
     assert (adapter.bias, adapter.use_rslora, adapter.init_lora_weights) == ("lora_only", True, "olora")
+    assert adapter.target_parameters == ["mlp.experts.down_proj"]
     assert keywords == {
         "model": "tiny",
         "ref_model": None,
@@ -181,6 +215,33 @@ def test_adapter_dropout_needs_dropout() -> None:
     _, adapter, _ = build(run_with(lora={"dropout": 0.1}, train={"disable_dropout": False}))
     assert adapter is not None
     assert adapter.lora_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "values"),
+    [
+        ({"type": "vera", "r": 4, "target_modules": ["q_proj"]}, "VERA", {"r": 4, "target_modules": {"q_proj"}}),
+        ({"type": "ia3", "target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, "IA3", {}),
+        ({"type": "prompt", "num_virtual_tokens": 5}, "PROMPT_TUNING", {"num_virtual_tokens": 5}),
+        ({"type": "prefix", "num_virtual_tokens": 5}, "PREFIX_TUNING", {"num_virtual_tokens": 5}),
+        ({"type": "lora", "rank_pattern": {"q_proj": 2}}, "LORA", {"rank_pattern": {"q_proj": 2}}),
+        ({"type": "layer_norm"}, "LN_TUNING", {}),
+    ],
+)
+def test_every_kind_of_adapter_arrives(section: dict[str, Any], kind: str, values: dict[str, Any]) -> None:
+    _, adapter, _ = build(run_with(peft=section))
+    assert adapter is not None
+    assert adapter.peft_type.value == kind
+    assert {name: getattr(adapter, name) for name in values} == values
+    assert build(run_with(peft=section, objective={"loss": "reward"}))[1].task_type == "SEQ_CLS"  # type: ignore[union-attr]
+
+
+def test_adapters_that_peft_refuses_or_that_would_do_nothing() -> None:
+    outside = {"type": "ia3", "target_modules": ["v_proj"], "feedforward_modules": ["down_proj"]}
+    with pytest.raises(ConfigError, match=r"`peft` is what PEFT refuses: .*feedforward_modules"):
+        build(run_with(peft=outside))
+    with pytest.raises(ConfigError, match=r"`peft.vera_dropout` is 0.1, but every dropout is switched off"):
+        build(run_with(peft={"type": "vera", "vera_dropout": 0.1}))
 
 
 def test_a_store_alone_declares_no_meaning(tmp_path):

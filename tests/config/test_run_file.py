@@ -11,6 +11,7 @@ import pytest
 
 from tether.config import RunConfig, check_run, json_schema, load_run_file
 from tether.config.document import parse, write_document
+from tether.config.model_section import ADAPTERS
 from tether.errors import ConfigError
 
 SMALLEST = "model: tiny\ndata: {train: pairs.jsonl}\n"
@@ -31,8 +32,22 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def test_the_smallest_run_file_has_every_default(load: Load) -> None:
     assert load(SMALLEST).to_dict() == {
-        "model": {"name": "tiny", "dtype": "auto", "revision": None, "attention": None, "trust_remote_code": False},
+        "model": {
+            "name": "tiny",
+            "dtype": "auto",
+            "revision": None,
+            "quantization": None,
+            "device": None,
+            "attention": None,
+            "trust_remote_code": False,
+            "tokenizer": None,
+            "adapter": None,
+            "add_tokens": None,
+            "train": None,
+            "freeze": None,
+        },
         "lora": None,
+        "peft": None,
         "data": {"train": "pairs.jsonl", "eval": None, "check": None, "cache": "auto"},
         "reference": {
             "meaning": "start",
@@ -42,6 +57,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "quantization": None,
             "device": None,
             "attention": None,
+            "trust_remote_code": None,
             "adapter": None,
             "means": None,
             "snapshot": None,
@@ -170,6 +186,24 @@ def test_what_is_written_is_what_is_meant(load: Load, text: str, path: str, valu
         ),
         ("lora: {r: 0, bias: 1, dora: 2, rslora: 3, dropout: 4}", "There are 2 further problems."),
         ("lora: {r: 0, bias: 1, dora: 2, rslora: 3}", "There is one more."),
+        ("lora: {target_parameters: []}", "`lora.target_parameters` is [] (a list); allowed is a list of parameter"),
+        ("lora: {use_dora: true}", "`lora.use_dora` is not known. It is called `lora.dora` here."),
+        ("load_in_4bit: true", "`load_in_4bit` is not known. It is called `model.quantization: 4bit` here."),
+        ("peft: {}", "`peft.type` is missing. Name the kind of adapter: lora, vera, ia3"),
+        ("peft: {type: verra}", "`peft.type` is 'verra' (text); allowed is lora, vera, ia3"),
+        (
+            "peft: {type: vera, target_modulse: [q_proj]}",
+            "run.yaml, line 3: `peft.target_modulse` is not known. Did you mean `peft.target_modules`?",
+        ),
+        ("peft: {type: vera, lora_alpha: 3}", "`peft.lora_alpha` is not known."),
+        ("peft: {type: vera, r: '2'}", "`peft.r` is '2' (text); allowed is a whole number. Take the quotes away."),
+        ("peft: {type: lora, init_lora_weights: eva}", "allowed is gaussian, orthogonal, olora, pissa"),
+        ("peft: {type: prompt, tokenizer_kwargs: {trust_remote_code: true}}", "`peft.tokenizer_kwargs` is not known."),
+        ("lora: {}\npeft: {type: ia3}", "`lora` and `peft` are two new adapters; leave one of them out"),
+        ("train: {add_tokens: [x]}", "`train.add_tokens` is said by `model.add_tokens` in a run file."),
+        ("train: {train_parameters: [x]}", "`train.train_parameters` is said by `model.train` in a run file."),
+        ("train: {freeze_parameters: [x]}", "`train.freeze_parameters` is said by `model.freeze` in a run file."),
+        ("reference: {model: x, quantization: 3bit}", "allowed is 4bit (the same as nf4), 8bit, int8, none or null"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: str) -> None:
@@ -286,6 +320,43 @@ def test_contents_can_be_checked_without_a_file() -> None:
     assert check_run({"model": "tiny", "data": {"train": "x"}}).model.name == "tiny"
     with pytest.raises(ConfigError, match="run: `model` is missing"):
         check_run({"data": {"train": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "{name: x, quantization: 2bit}",
+            "`model.quantization` is '2bit' (text); allowed is 4bit (the same as nf4), 8bit",
+        ),
+        ("{name: x, quantisation: 4bit}", "`model.quantisation` is not known. Did you mean `model.quantization`?"),
+        ("{name: x, attn_implementation: sdpa}", "is not known. It is called `model.attention` here."),
+        ("{name: x, device_map: auto}", "`model.device_map` is not known. Did you mean `model.device`?"),
+        (
+            "{name: x, device: 0}",
+            "`model.device` is 0 (a whole number); allowed is cpu, cuda, cuda:1 or another device",
+        ),
+        ("{name: x, add_tokens: token}", "`model.add_tokens` is 'token' (text); allowed is a list of tokens, or null"),
+        ("{name: x, train: []}", "`model.train` is [] (a list); allowed is a list of regular expressions, or null"),
+        ("{name: x, trust_remote_code: yes}", "`model.trust_remote_code` is 'yes' (text); allowed is true or false"),
+        ("{quantization: 4bit}", "`model.name` is missing."),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_at_its_key(load: Load, model: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(f"model: {model}\ndata: {{train: x}}\n")
+    assert message in str(caught.value)
+
+
+def test_the_json_schema_has_each_kind_of_adapter() -> None:
+    """By PEFT's own names, without what a run file cannot say."""
+    kinds = {branch["properties"]["type"]["const"]: branch for branch in json_schema()["$defs"]["Peft"]["oneOf"]}
+    assert set(kinds) == set(ADAPTERS)
+    assert kinds["vera"]["properties"]["r"] == {"type": "integer"}
+    assert kinds["vera"]["additionalProperties"] is False
+    assert "prompt_tuning_init" in kinds["prompt"]["properties"]
+    for kind in kinds.values():
+        assert not {"base_model_name_or_path", "inference_mode", "task_type", "loftq_config"} & set(kind["properties"])
 
 
 def test_the_json_schema_knows_every_key() -> None:

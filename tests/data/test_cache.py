@@ -16,12 +16,13 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
+from transformers import PreTrainedTokenizerFast
 
 from data.samples import CHATML, assistant, byte_level, chat, chat_tokenizer, pair, user
 from tether.data import cache as cache_module
 from tether.data import overlap, prepare, prepare_cached
-from tether.data.cache import cache_key, rows_digest, tokenizer_state
-from tether.errors import DataError
+from tether.data.cache import cache_key, remove_oldest, rows_digest, tokenizer_state
+from tether.errors import ConfigError, DataError
 
 ROWS = [pair(f"{n} + {n} =", f" {2 * n}", f" {n}{n}") for n in range(1, 40)]
 WORKER = Path(__file__).parent / "cache_worker.py"
@@ -289,3 +290,48 @@ def test_a_lock_that_is_held_is_waited_for(tmp_path, monkeypatch, counted, caplo
     same(run(tmp_path), replace(expected))
     assert counted == [len(ROWS)]
     assert "waiting for the process" in caplog.text
+
+
+# -- what is removed ---------------------------------------------------------------------------------------------------
+
+
+def entry(folder: Path, name: str, days: float, size: int = 1 << 20) -> Path:
+    """A file of a megabyte that was last used some days ago."""
+    path = folder / f"{name}.arrow"
+    path.write_bytes(b"\0" * size)
+    os.utime(path, (time.time() - days * 86400,) * 2)
+    return path
+
+
+def test_the_entries_that_were_not_used_for_longest_are_removed(tmp_path: Path) -> None:
+    new, week, month, year = (entry(tmp_path, str(days), days) for days in (1, 8, 30, 365))
+    assert remove_oldest(tmp_path, limit=4 / 1024) == []
+    assert remove_oldest(tmp_path, limit=2 / 1024) == [year, month]
+    assert new.is_file()
+    assert week.is_file()
+    assert remove_oldest(tmp_path, limit=0.0) == [week], "what was used within a week stays"
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_reading_an_entry_is_using_it_and_an_open_one_can_still_be_read(
+    tmp_path: Path, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on with rows whose entry another run removes."""
+    monkeypatch.setenv("TETHER_CACHE_GIB", "0")
+    rows = [chat(question=f"Is it {number}?") for number in range(3)]
+    prepare_cached(rows, chatml, folder=tmp_path, max_length=None)
+    [path] = tmp_path.glob("*.arrow")
+    os.utime(path, (1.0, 1.0))
+    found = prepare_cached(rows, chatml, folder=tmp_path, max_length=None)
+    assert path.stat().st_mtime > time.time() - 600
+    os.utime(path, (1.0, 1.0))
+    prepare_cached(rows[:1], chatml, folder=tmp_path, max_length=None)
+    assert not path.exists()
+    assert len(list(tmp_path.glob("*.arrow"))) == 1, "the new entry stays"
+    assert [dict(row) for row in found.dataset] == [dict(row) for row in prepare(rows, chatml, max_length=None).dataset]
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TETHER_CACHE_GIB", "much")
+    with pytest.raises(ConfigError, match="TETHER_CACHE_GIB is 'much'; it must be a number of GiB"):
+        remove_oldest(tmp_path)

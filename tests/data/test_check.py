@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, chat, pair, user
 from tether.data import load_rows
-from tether.data.check import FINDINGS, check, script
-from tether.data.lengths import measured
+from tether.data.check import FINDINGS, check
+from tether.data.lengths import Limited, measured
 from tether.data.near import NearDuplicates, jaccard, near_duplicates
 from tether.data.schema import preferences, read_preferences
+from tether.data.speech import language, script
 from tether.errors import ConfigError
 
 
@@ -40,6 +41,14 @@ def test_clean_rows_show_nothing_but_lengths() -> None:
         (pair("Question 0, about 0?", " reply 0 no", " answer 0 yes"), "contradictions"),
         (pair("[INST] Hi [/INST]"), "markers"),
         (pair("What is the sky like?", " 天空是蓝色的。", " It is green."), "other_script"),
+        (
+            pair(
+                "What is the colour of the sea, and what is it for?",
+                " Das ist nicht die See, die ich mit dem meine.",
+                " no",
+            ),
+            "other_language",
+        ),
         (pair("Do it.", " I'm sorry, but I can't.", " Done."), "refusals"),
         (pair("Do it.", " Done.", " As an AI language model, I cannot."), "refusals_rejected"),
         (pair("Do it.", None, " Done."), "broken"),
@@ -99,7 +108,7 @@ def test_length_bias_is_the_accuracy_of_preferring_the_longer() -> None:
 def test_lengths_and_limits(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([pair(), pair("word " * 600), pair(chosen=" blue" * 600)])
     records = preferences(rows, schema := read_preferences(rows))
-    lengths = measured(records, schema, byte_tokenizer, max_length=20)
+    lengths = measured(records, schema, byte_tokenizer, Limited(20))
     assert lengths.limits[512].dropped == pytest.approx(1 / 3)
     assert lengths.limits[512].cut == pytest.approx(1 / 3)
     assert lengths.truncated == pytest.approx(2 / 3)
@@ -148,6 +157,23 @@ def test_the_result_is_plain_json(byte_tokenizer: PreTrainedTokenizerFast) -> No
 )
 def test_scripts(text: str, name: str) -> None:
     assert script(text) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Le chat est dans la maison, et il est avec les enfants pour une heure.", "french"),
+        ("El gato está en la casa con los niños y no se va por una hora más.", "spanish"),
+        ("Il gatto è nella casa con i bambini, e non va via per un'ora; sono della zia.", "italian"),
+        ("O gato não está em casa, mas na rua com os meninos, e é para você que ele vem.", "portuguese"),
+        ("De kat is niet in het huis, maar op het dak met een van de vogels die er ook zijn.", "dutch"),
+        ("Paris, London", ""),
+        ("def f(x): return x + 1", ""),
+        ("el the der le", ""),
+    ],
+)
+def test_languages(text: str, name: str) -> None:
+    assert language(text) == name
 
 
 # -- near duplicates ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tether.config import build, check_run
-from tether.data import load_rows, preferences, read_preferences
+from tether.data import load_rows, preferences, prepare, read_preferences
 from tether.data.check import FINDINGS
 from tether.data.formats import FORMATS
 from tether.data.truncate import TRUNCATION_MODES
@@ -32,6 +32,23 @@ def test_an_example_of_the_page(name: str, kind: Any, row: str, becomes: str) ->
         assert {"prompt": record.prompt, "completions": list(record.completions)} == expected
     else:
         assert {column: data[0][column] for column in expected} == expected
+
+
+def test_the_rows_with_images_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a row for a processor, with as many images as it names and nothing left out."""
+    from tiny_vision import picture, tiny_processor
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.png", "b.png")):
+        picture(seed).save(name)
+    [block] = re.findall(r"^```json images\n(.*?)\n```$", PAGE, re.MULTILINE | re.DOTALL)
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        prepared = prepare([row], tiny_processor("llava"), max_length=None)
+        pixels = prepared.dataset[0]["image_inputs"].tensors["pixel_values"]
+        assert len(pixels) == len(row.get("images", ["one"]))
+        assert prepared.report.unused_columns == ()
 
 
 def test_every_format_is_on_the_page() -> None:

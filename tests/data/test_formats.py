@@ -334,12 +334,30 @@ def test_a_fault_names_row_field_and_format(name: str, row: dict, fault: str) ->
         ({"prompt_format": "{prompt}"}, "prompt_format is given with the format `None`, which does not read it"),
         ({"format": "user_defined", "prompt_format": "{prompt"}, "prompt_format is '{prompt', which cannot be read"),
         ({"format": "user_defined", "prompt_format": "{prompt.__class__}"}, "a place must be the name of a field"),
-        ({"format": "hh"}, "the format `hh` cannot be read as `unpaired`; they can be read as `pair`, `prompt_only`"),
     ],
 )
 def test_wrong_words_about_a_source_are_refused(origin: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_rows({"path": [pair(label=True, completion="a")], **origin}, kind="unpaired")
+
+
+def test_a_kind_that_a_format_has_no_answers_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match="`hh` cannot be read as `ranked`; they can be read as `pair`, `prompt_only`"):
+        load_rows({"path": [pair()], "format": "hh"}, kind="ranked")
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "hh", "chatml.intel", "messages_rejected", "zephyr.nectar"])
+def test_pairs_of_any_format_are_labelled_completions_too(name: str) -> None:
+    """As those with TRL's columns are; a row that has a label is still read by it."""
+    row = next(row for own, kind, row, _ in EXAMPLES if own == name and kind == "pair")
+    origin = {"path": [row], "format": name}
+    assert load_rows(origin, kind="unpaired").to_list() == load_rows(origin).to_list()
+    assert read_preferences(load_rows(origin, kind="unpaired"), kind="unpaired").kind == "pair"
+
+
+def test_a_row_without_a_label_is_not_taken_for_a_pair() -> None:
+    with pytest.raises(DataError, match=r"row 1: `label` is missing; it must be true or false"):
+        load_rows({"path": [{"question": "Why?", "completion": "So."}], "format": "chatml.intel"}, kind="unpaired")
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------

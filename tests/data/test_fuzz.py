@@ -15,7 +15,8 @@ import yaml
 from data.samples import assistant, pair, user
 from data.test_formats import EXAMPLES
 from tether.config import load_run_file
-from tether.data import load_rows, preferences, read_preferences
+from tether.data import load_rows, preferences, prepare, read_preferences, split_rows
+from tether.data.check import check
 from tether.errors import ConfigError, DataError, TetherError
 
 ROWS, RUN_FILES, BATCH = 10_000, 500, 4
@@ -34,6 +35,33 @@ CANONICAL: list[tuple[str | None, str, dict[str, Any], dict[str, Any]]] = [
     (None, "completion", {"messages": [user("Hi"), assistant("A")], "chat_template_kwargs": {"a": 1}}, {}),
     (None, "completion", {"text": "Hi"}, {}),
     (None, "prompt_only", {"prompt": [user("Hi")]}, {}),
+]
+# Rows with images are read by a processor, by the audit and by splits.
+WITH_IMAGES: list[tuple[str | None, str, dict[str, Any]]] = [
+    (
+        None,
+        "pair",
+        {
+            "images": ["a.png", "b.png"],
+            "prompt": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}, {"type": "image"}]}
+            ],
+            "chosen": [assistant("A")],
+            "rejected": [assistant("B")],
+        },
+    ),
+    (None, "unpaired", {"image": "a.png", "prompt": [user("Hi")], "completion": [assistant("A")], "label": True}),
+    (None, "completion", {"images": ["a.png"], "prompt": "<image> Hi", "completion": "A"}),
+    (
+        "sharegpt",
+        "pair",
+        {
+            "conversations": [{"from": "human", "value": "<image>Hi"}],
+            "chosen": {"from": "gpt", "value": "A"},
+            "rejected": {"from": "gpt", "value": "B"},
+            "images": ["a.png"],
+        },
+    ),
 ]
 JUNK: list[Any] = [
     *(None, "", " ", "text", 0, -1, 3.5, math.nan, math.inf, 2**70, True, False, b"bytes", "\ud800", "\x00"),
@@ -104,6 +132,62 @@ def test_ten_thousand_rows_in_every_format_end_in_records_or_in_a_message_with_r
     assert refused > 500
 
 
+def test_the_audit_of_broken_rows_says_row_and_field() -> None:
+    """In place of a refusal, one finding: the other rows are looked at all the same. Rows that no table can hold, and
+    columns that are missing, are refused."""
+    generator = random.Random(5)
+    layouts = [*CANONICAL, *((name, kind, row, {}) for name, kind, row in WITH_IMAGES)]
+    looked = broken_rows = 0
+    for number in range(600):
+        name, kind, good, _ = layouts[number % len(layouts)]
+        rows = [good if generator.random() < 0.5 else broken(good, generator) for _ in range(BATCH)]
+        source: Any = rows if name is None else {"path": rows, "format": name}
+        try:
+            result = check(load_rows(source, kind=kind, name="train"), kind=kind, name="train")  # type: ignore[arg-type]
+        except DataError as error:
+            message = str(error)
+            assert re.search(r"row \d+|column|no rows", message), (message, rows)
+            continue
+        except Exception as error:
+            pytest.fail(f"{name} {kind}: {type(error).__name__}: {error}; rows {rows!r}")
+        looked += 1
+        broken_rows += result.findings["broken"].count
+        assert bool(result.faults) == bool(result.findings["broken"].count)
+        assert all(re.match(r"row \d+: .*[`']", fault) for fault in result.faults), result.faults
+    assert looked > 100
+    assert broken_rows > 100
+
+
+def test_broken_rows_with_images_end_in_ids_or_in_a_message_with_the_row(tmp_path: Any, monkeypatch: Any) -> None:
+    from tiny_vision import picture, tiny_processor
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.png", "b.png")):
+        picture(seed).save(name)
+    processor, generator, done, refused = tiny_processor("llava"), random.Random(3), 0, 0
+    for number in range(400):
+        name, kind, good = WITH_IMAGES[number % len(WITH_IMAGES)]
+        rows = [good if generator.random() < 0.6 else broken(good, generator) for _ in range(BATCH)]
+        source: Any = rows if name is None else {"path": rows, "format": name}
+        for action in (prepare, split_rows):
+            try:
+                data = load_rows(source, kind=kind, name="train")  # type: ignore[arg-type]
+                if action is prepare:
+                    prepare(data, processor, max_length=None, kind=kind)  # type: ignore[arg-type]
+                else:
+                    split_rows(data, {"split": 2, "by": "row"}, kind=kind)  # type: ignore[arg-type]
+                done += 1
+            except DataError as error:
+                refused += 1
+                message = str(error)
+                said = re.search(r"row \d+|column|none of the|no rows|leaves one side empty", message)
+                assert said, (message, rows)
+            except Exception as error:
+                pytest.fail(f"{name} {kind} {action.__name__}: {type(error).__name__}: {error}; rows {rows!r}")
+    assert done > 50
+    assert refused > 50
+
+
 RUN = {
     "model": {"name": "m", "dtype": "float32"},
     "lora": {"r": 4, "target": ["q_proj"], "dropout": 0.0},
@@ -117,17 +201,31 @@ RUN = {
     "train": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 64, "logging_steps": 1},
     "output": "out",
 }
+# Other trainers, and other forms of the sections.
+RUNS: list[dict[str, Any]] = [
+    RUN,
+    {
+        **RUN,
+        "data": {"train": "a.jsonl", "eval": {"split": 0.1, "by": "prompt"}, "cache": "auto"},
+        "objective": {"loss": "kto", "beta": 0.1, "desirable_weight": 2.0},
+        "reference": {"meaning": "model", "model": "other"},
+        "train": {**RUN["train"], "truncation_mode": "keep_end", "turns": "last"},
+    },
+    {**{key: RUN[key] for key in ("model", "data", "train", "output")}, "objective": {"loss": "sft"}},
+    {**{key: RUN[key] for key in ("model", "data", "train", "output")}, "objective": {"loss": "orpo", "beta": 0.2}},
+]
 RUN_JUNK: list[Any] = [None, "", "x", 0, -1, 1.5, True, [], {}, [None], {"x": 1}, [[1]], {"path": 3}, "1e-3", math.inf]
 
 
 def test_five_hundred_broken_run_files_name_the_key(tmp_path: Any) -> None:
     generator = random.Random(11)
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(RUN), encoding="utf-8")
-    load_run_file(path)
+    for good in RUNS:
+        path.write_text(yaml.safe_dump(good), encoding="utf-8")
+        load_run_file(path)
     refused = 0
-    for _ in range(RUN_FILES):
-        values: dict[str, Any] = copy.deepcopy(RUN)
+    for number in range(RUN_FILES):
+        values: dict[str, Any] = copy.deepcopy(RUNS[number % len(RUNS)])
         place = generator.choice([one for one in places(values) if all(isinstance(key, (str, int)) for key in one)])
         target: Any = values
         for key in place[:-1]:

@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from data.samples import CHATML, TEXTS, assistant, byte_level, metaspace, pair, user
 from tether.data import prepare
+from tether.errors import DataError
 
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -193,11 +194,55 @@ def test_text_in_every_style(tokenizer: PreTrainedTokenizerBase) -> None:
             assert (row["prompt_ids"] + completion).count(tokenizer.bos_token_id) <= 1
 
 
-def test_inv_31_with_and_without_a_prompt_column(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = CHATML
+@pytest.mark.parametrize("name", ENDS)
+def test_inv_31_with_and_without_a_prompt_column(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = ENDS[name][0]
     whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in CHATS]
     explicit, implicit = run(CHATS, tokenizer), run(whole, tokenizer)
     assert [dict(row) for row in explicit] == [dict(row) for row in implicit]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_inv_31_text_with_the_templates_own_markers_is_reported(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    template, end = ENDS[name]
+    tokenizer.chat_template = template
+    marker = end or str(tokenizer.eos_token)
+    row = pair([user(f"What does {marker} mean?")], [assistant("An end.")], [assistant("A sea.")])
+    report = prepare([*CHATS, row], tokenizer, max_length=None).report
+    assert report.marker_rows == 1
+    assert report.markers == {marker: 1}
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end", "middle"])
+@pytest.mark.parametrize("name", ENDS)
+def test_inv_32_truncation_keeps_beginnings_and_makes_no_end(
+    name: str, mode: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """At every limit below the whole length: a completion is a beginning of the whole one, with its end only where
+    nothing was cut, the same beside another sibling; at least one token is left, or the row is dropped and counted."""
+    tokenizer.chat_template = ENDS[name][0]
+    [whole] = run(CHATS[:1], tokenizer)
+    prompt, completions = whole["prompt_ids"], whole["completion_ids"]
+    longest = len(prompt) + max(map(len, completions))
+    beside = {**CHATS[0], "rejected": [assistant("2 + 2 = 4, and it is the sea that is green")]}
+    for limit in range(2, longest, 3):
+        try:
+            prepared = prepare([CHATS[0]], tokenizer, max_length=limit, truncation_mode=mode)
+        except DataError as error:
+            message = str(error)
+            assert (mode == "keep_start" and limit <= len(prompt)) or "equal to rejected within max_length" in message
+            continue
+        [row] = prepared.dataset
+        for own, full in zip(row["completion_ids"], completions, strict=True):
+            assert own == full[: len(own)]
+            assert 1 <= len(own) <= limit
+            assert own[-1] != full[-1] or len(own) == len(full) or full[-1] in full[:-1]
+        if mode == "keep_start":
+            assert row["prompt_ids"] == prompt
+        assert len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) <= limit
+        if mode == "keep_start":
+            [other] = prepare([beside], tokenizer, max_length=limit, truncation_mode=mode).dataset
+            assert other["completion_ids"][0] == row["completion_ids"][0]
 
 
 def test_thinking_can_be_switched_per_row() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from tether.reference.spec import MEANS
 from tether.training.reference_arguments import ReferenceArguments
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
-TEXT = (Path(__file__).parents[2] / "docs" / "reference.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+STORE = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
 RUN_FILES = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.S | re.M)
 SCRIPTS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.S | re.M)
 
@@ -59,5 +63,68 @@ def test_the_document_has_every_means_and_every_option_it_names():
         assert f"| `{means}` |" in TEXT, means
     for name in re.findall(r"`((?:reference|ref_model|sync_ref)_\w+)", TEXT):
         assert name in ReferenceArguments.__dataclass_fields__, name
-    assert len(RUN_FILES) >= 7
+    assert len(RUN_FILES) >= 9
     assert len(SCRIPTS) == 3
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "src" / "tether"
+# Raised where no user can cause it, or told as the reason inside another message.
+NOT_LISTED = {
+    "The reference has no weights and no way to load them": "a bug in Tether",
+    "Values in": "an argument of the store's Python interface",
+    "pyarrow": "a version that was never seen",
+    "its keys do not match": "the reason in `is not used: …`",
+    "it is no readable part": "the reason in `is not used: …`",
+    "another program rewrote it": "the reason in `is not used: …`",
+}
+
+
+def words(node: ast.expr) -> str:
+    """The text of a message in the source, with … for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(words(part) for part in node.values)
+    return words(node.left) + words(node.right) if isinstance(node, ast.BinOp) else "…"
+
+
+def texts(*kinds: str, folders: tuple[str, ...]) -> Iterator[str]:
+    """What errors of these classes say, in these folders; of `warning`, what is logged."""
+    for path in (path for folder in folders for path in sorted((PACKAGE / folder).glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in kinds:
+                yield words(node.args[0])
+
+
+def listed(document: str) -> list[str]:
+    """The backticked words in the first column of a document's tables of messages."""
+    table = document[document.index("\n| message |") :]
+    rows = [line for line in table[: table.index("\n\n")].splitlines() if line.startswith("| `")]
+    return [phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+def says(message: str, phrase: str) -> bool:
+    return re.search(".*".join(map(re.escape, phrase.split("…"))), message, flags=re.S) is not None
+
+
+def test_every_diagnosis_in_the_code_has_its_cause_in_the_document():
+    """Errors of the reference and its store: none without a row."""
+    phrases = listed(TEXT) + listed(STORE)
+    for message in texts("ReferenceError", "StoreError", folders=("reference", "training")):
+        if not message.startswith(tuple(NOT_LISTED)):
+            assert any(says(message, phrase) for phrase in phrases), message
+
+
+def test_every_message_in_the_document_is_in_the_code():
+    """A row whose message was reworded or removed is noticed; and so is one that another row swallows."""
+    kinds = ("ReferenceError", "StoreError", "ConfigError", "TetherError", "warning")
+    messages = list(texts(*kinds, folders=("reference", "training", "cli")))
+    phrases = listed(TEXT) + listed(STORE)
+    assert len(phrases) > 45
+    for phrase in phrases:
+        assert any(says(message, phrase) for message in messages), phrase
+    assert not any(says(message, "no such words") for message in messages)
+    for start in NOT_LISTED:
+        assert any(message.startswith(start) for message in messages), start

@@ -39,13 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def quantized(folder, kind, **changes):
     """A tiny model, saved and read back quantised."""
     tiny_model(hidden_size=64, intermediate_size=128, **changes).save_pretrained(folder)
-    if kind == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        config = TorchAoConfig(Int8WeightOnlyConfig())
-    else:
-        config = quantization_config(kind)
+    config = quantization_config(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
@@ -161,8 +155,9 @@ def test_a_quantised_reference_beside_a_full_policy(tmp_path):
 
 def test_a_quantisation_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match="allowed are 4bit and 8bit"):
+    with pytest.raises(ConfigError, match="allowed are 4bit, nf4, 8bit, int8 and none"):
         quantization_config("2bit")
     monkeypatch.setattr("tether.models.quantized.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"tether\[quantization\]"):
-        quantization_config("4bit")
+    for name, package in (("4bit", "bitsandbytes"), ("int8", "torchao")):
+        with pytest.raises(ConfigError, match=rf"needs {package}.*tether\[quantization\]"):
+            quantization_config(name)

@@ -151,7 +151,7 @@ def test_a_served_model_that_changes_between_two_runs_is_refused(server, tmp_pat
     policy = tiny_model(seed=1)
     first = served(server, policy)
     write_record(tmp_path, first, "line", None)
-    write_tensors(tmp_path, first, policy)
+    write_tensors(tmp_path, first)
     assert read_record(tmp_path) == (first.identity, None)
     assert restore(tmp_path, served(server, policy), policy) is None
     server.model = tiny_model(seed=2).eval()

@@ -334,3 +334,25 @@ def test_parts_are_written_when_they_are_large_or_late(tmp_path):
     late = Store(tmp_path / "late", SPACE, flush_bytes=10**9, flush_seconds=0.0)
     late.put(keys[:1], values[:1])
     assert Store(tmp_path / "late", SPACE).holds(keys[:1]).all()
+
+
+def test_a_folder_that_takes_no_files_is_known_with_the_first_completion(tmp_path, monkeypatch):
+    """Not when half a minute of work is to be written; what is there is read all the same."""
+    keys, values = contents(3)
+    with Store(tmp_path / "store", SPACE) as store:
+        store.put(keys[:2], values[:2])
+    assert [path.suffix for path in (tmp_path / "store").rglob("*.*")] == [".parquet"], "the trial leaves nothing"
+
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    store = Store(tmp_path / "store", SPACE)
+    assert np.array_equal(store.get(keys[:1])[0], values[0])
+    store.put(keys[:2], values[:2])  # nothing new, so that nothing is to be written
+    with pytest.raises(StoreError, match=r"could not be written: .*Read-only file system"):
+        store.put(keys, values)
+    assert store.get(keys[2:]) == [None]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="could not be written"):
+        Store(tmp_path / "file" / "below", SPACE).put(keys, values)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
-from tether import DPOConfig, DPOTrainer, Store
+from store_runs import ROWS, TOKENIZER, lora, policy, step_logs, trainer
+from tether import DPOConfig, Store
 from tether.data import example_from_row
 from tether.errors import ConfigError, ReferenceError, StoreError
 from tether.reference import Namespace, StoredReference, live_reference
@@ -20,47 +21,10 @@ from tether.reference.separate import ModelReference
 from tether.reference.store_tools import describe_store
 from tether.scoring import pack
 from tether.types import ReferenceIdentity
-from tiny import pair_rows, ragged_examples, tiny_model, tiny_tokenizer
+from tiny import pair_rows, ragged_examples
 
-ROWS = pair_rows(14)
 EVALUATION = {"near": Dataset.from_list(pair_rows(20)[14:17]), "far": Dataset.from_list(pair_rows(25)[20:])}
-TOKENIZER = tiny_tokenizer()
 ALLOWED = 1e-5  # nats per token between two packings in float32
-
-
-def policy(seed=0):
-    return tiny_model(seed=seed, vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
-
-def lora(**changes):
-    return LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
-
-
-def trainer(folder, model=None, *, rows=ROWS, **arguments):
-    settings = {name: arguments.pop(name) for name in list(arguments) if name in DPOConfig.__dataclass_fields__}
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 0.01,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-    }
-    return DPOTrainer(
-        model=policy() if model is None else model,
-        args=DPOConfig(output_dir=str(folder), **{**defaults, **settings}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=TOKENIZER,
-        **arguments,
-    )
-
-
-def step_logs(run, name="loss"):
-    return [log[name] for log in run.state.log_history if "loss" in log]
 
 
 def stored_and_live(run, rows):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from tether import DPOConfig, DPOTrainer
+from tether.reference import live_reference
 from tether.reference.shards import drop_gathered
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -43,11 +44,15 @@ def run(folder: Path, kind: str, sharded: bool) -> None:
     tokenizer = tiny_tokenizer()
     wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     settings = {"fsdp": True, "fsdp_config": wrap} if sharded else {}
-    if kind == "moving":
+    if kind == "released":
+        settings["reference_store"] = str(folder / "store")
+    if kind in ("moving", "moving model"):
         settings |= {"sync_ref_model": True, "ref_model_sync_steps": 2, "save_strategy": "steps", "save_steps": 2}
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=kind != "snapshot")
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     trainer = DPOTrainer(
-        model=tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        model=tiny_model(**tokens),
+        ref_model=tiny_model(seed=5, **tokens) if kind == "moving model" else None,
         args=DPOConfig(
             output_dir=str(folder),
             per_device_train_batch_size=1 if sharded else 4,
@@ -69,9 +74,10 @@ def run(folder: Path, kind: str, sharded: bool) -> None:
         processing_class=tokenizer,
         peft_config=lora if kind in ("lora", "snapshot") else None,
     )
-    reference = trainer.resolved.reference
+    reference = live_reference(trainer.resolved.reference)
     found = {"before": reference.score(trainer._probe)}
     trainer.train()
+    assert getattr(reference, "resident", True) == (kind != "released"), "the store is full, the snapshot is not needed"
     drop_gathered(trainer.policy)  # the last forward's head
     if sharded:
         assert all(isinstance(parameter, DTensor) for parameter in trainer.policy.parameters()), "nothing is sharded"

@@ -21,6 +21,7 @@ def test_two_processes_train_and_evaluate_as_one(size, tokens, tmp_path):
     """8 x 1 equals 2 x 2 x 2 processes: losses, metrics, evaluation, reference log-probs and weights.
 
     With a budget of tokens, 2 x 2 x 2 processes make equally many forwards, though one needs fewer than the other.
+    The model has a buffer of true and false, which DDP sends with the others.
     12 rows make a last step that is not full, and 7 rows of evaluation do not divide by 2 processes.
     """
     one, two = tmp_path / "one", tmp_path / "two"

@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-import tether.training.trainer as trainer_module
 from completions_server import serving
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, ReferenceError, TetherError
 from tether.reference import SAME, TrainingProof
 from tether.training.callbacks import GuardCallback
+from tether.training.kind import TrainerKind
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = Dataset.from_list(pair_rows(12))
@@ -248,13 +248,13 @@ def test_a_run_may_be_resumed_under_another_means(tmp_path):
 def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatch):
     """INV-9: one scoring call per step; and a reference that is declared all the same is an error."""
     calls = []
-    original = trainer_module.score
+    original = TrainerKind.scoring
 
     def counting(*args, **kwargs):
         calls.append(args)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "score", counting)
+    monkeypatch.setattr(TrainerKind, "scoring", staticmethod(counting))
     run = trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, max_steps=2)
     assert run.resolved.line == "reference: none; no reference is loaded or run"
     calls.clear()
@@ -262,8 +262,10 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
     assert len(calls) == 2
     declared = [{"ref_model": "no/such/model"}, {"reference": "start"}, {"reference_means": "snapshot"}]
     for one in [*declared, {"sync_ref_model": True}]:
-        with pytest.raises(ConfigError, match=r"say different things|compares with one|can be mixed"):
+        with pytest.raises(ConfigError, match=r"compares with no reference|compares with one|can move"):
             trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, **one)
+    with pytest.raises(ConfigError, match="ref_model was given, and loss simpo compares with no reference"):
+        trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, ref_model="no/such/model")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
         ({"reference": "adapter"}, "no reference_adapter was given"),
         ({"reference": "base", "reference_adapter": "sft"}, "say different things"),
         ({"ref_model_mixup_alpha": 0.3}, "came without sync_ref_model"),
-        ({"sync_ref_model": True, "reference": "base"}, "the one means that can be mixed"),
+        ({"sync_ref_model": True, "reference": "base"}, "What can move is a snapshot"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0, "reference": "start"}, "it must be at least 1"),
         ({"reference_snapshot": "disk"}, "None, device, host"),
         ({"reference_snapshot": "host", "reference": "start", "reference_means": "adapter_off"}, "keeps no snapshot"),
@@ -283,7 +285,7 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
         ({"reference_remote": {"url": "host:80"}}, "begin with http"),
         ({"reference_means": "remote"}, "belong together"),
         ({"ref_model": "some/model", "reference_remote": {"url": "http://x"}}, "no second model is needed"),
-        ({"ref_model": "some/model", "sync_ref_model": True}, "the one means that can be mixed"),
+        ({"reference_remote": {"url": "http://x"}, "sync_ref_model": True}, "What can move is a snapshot"),
     ],
 )
 def test_reference_options_that_cannot_be_honoured(arguments, words, tmp_path, monkeypatch):

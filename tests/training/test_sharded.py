@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).parent / "sharded_worker.py"
-MEANS = {"full": "snapshot", "lora": "adapter_off", "snapshot": "snapshot", "moving": "snapshot"}
+MEANS = {
+    "full": "snapshot",
+    "lora": "adapter_off",
+    "snapshot": "snapshot",
+    "released": "snapshot",
+    "moving": "snapshot",
+    "moving model": "model",
+}
 
 
 @pytest.mark.multiprocess
@@ -21,8 +28,9 @@ MEANS = {"full": "snapshot", "lora": "adapter_off", "snapshot": "snapshot", "mov
 def test_fsdp2_trains_against_the_reference_of_one_process(kind, tmp_path):
     """Log-probs of a probe before and after steps, losses and weights; the workers assert that parameters are shards.
 
-    `full` and `lora` are those of INV-36; `snapshot` is an adapter that starts at random, `moving` is TR-DPO, whose
-    checkpoint holds the gathered reference.
+    `full` and `lora` are those of INV-36; `snapshot` is an adapter that starts at random, `released` a snapshot that
+    was on disk, each process' shards for themselves, `moving` is TR-DPO, whose checkpoint holds the gathered
+    reference, and `moving model` the same with a whole second model that shards are gathered for.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -43,8 +51,8 @@ def test_fsdp2_trains_against_the_reference_of_one_process(kind, tmp_path):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=name)
         moved = (found["after"] - found["before"]).abs().max()
-        assert moved > 1e-3 if kind == "moving" else moved <= 1e-5
-    if kind == "moving":
+        assert moved > 1e-3 if kind.startswith("moving") else moved <= 1e-5
+    if kind.startswith("moving"):
         mine, theirs = (load_file(folder / "checkpoint-4" / "reference.safetensors") for folder in (one, two))
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():

@@ -479,6 +479,10 @@ def test_new_rows_are_evaluated_after_training(tmp_path):
     both = run.evaluate()
     assert {"eval_a_loss", "eval_b_loss"} <= both.keys()
     assert run.evaluate(Dataset.from_list(ROWS[:3]))["eval_loss"] == pytest.approx(both["eval_a_loss"], abs=1e-6)
+    # A mapping that names a source is one set, and not sets by the names of its keys.
+    Dataset.from_list(ROWS[:3]).to_json(tmp_path / "rows.jsonl")
+    named = run.evaluate({"path": str(tmp_path / "rows.jsonl")})
+    assert named["eval_loss"] == pytest.approx(both["eval_a_loss"], abs=1e-6)
 
 
 def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):

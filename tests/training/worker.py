@@ -24,8 +24,11 @@ def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
     `tokens` is the budget of a forward; also written is how many forwards each batch needed and how many it took.
     """
     tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    # As of GPT-2's causal mask of old, for which TRL has `ignore_bias_buffers`: DDP sends buffers before each forward.
+    model.model.register_buffer("flags", torch.ones(3, dtype=torch.bool), persistent=False)
     trainer = DPOTrainer(
-        model=tiny_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        model=model,
         args=DPOConfig(
             output_dir=str(folder),
             # One part of the loss is averaged over pairs, the other over tokens.

@@ -12,7 +12,9 @@ from tether.cli.run import Debug
 from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from tether.data import Report
     from tether.data.check import Check
+    from tether.data.show import Token
     from tether.types import Kind
 
 app = typer.Typer(help="Look at preference data before it is trained on.", no_args_is_help=True)
@@ -97,8 +99,12 @@ def show(
     kind: KindName = None,
     max_length: MaxLength = None,
     row: Annotated[int, typer.Option("--row", help="Which row, counted from 1.", min=1)] = 1,
-    turns: Annotated[str, typer.Option(help="What is scored: all, assistant or last.")] = "all",
-    truncation: Annotated[str, typer.Option(help="keep_start, keep_end, middle or drop.")] = "keep_start",
+    turns: Annotated[
+        str | None, typer.Option(help="What is scored: all, assistant or last; left out: the run file's, or all.")
+    ] = None,
+    truncation: Annotated[
+        str | None, typer.Option(help="keep_start, keep_end, middle or drop; left out: the run file's, or keep_start.")
+    ] = None,
     page: Page = None,
     debug: Debug = False,
 ) -> None:
@@ -121,30 +127,13 @@ def show(
     """
     from tether.cli.data_tables import print_tokens
     from tether.cli.output import terminal_output
-    from tether.data import prepare
-    from tether.data.show import tokens_of
 
     asked = _Asked(files, tokenizer, layout, kind, max_length, None)
     with terminal_output(debug):
-        made = asked.tokenizer()
-        if made is None:
-            raise ConfigError("There is no tokenizer to show tokens with. Name one: --tokenizer MODEL, or a run file.")
-        rows, own_kind = asked.rows(asked.train)
-        if row > len(rows):
-            raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
-        prepared = prepare(
-            rows.select([row - 1]),
-            made,
-            max_length=asked.max_length,
-            kind=own_kind,
-            turns=cast(Any, turns),
-            truncation_mode=truncation,
-            name=f"row {row}",
-        )
-    shown = [tokens_of(dict(one), made) for one in prepared.dataset]
+        shown, report = asked.shown(row, turns, truncation)
     for parts in shown:
         print_tokens(parts, row)
-    for line in prepared.report.lines()[1:]:
+    for line in report.lines()[1:]:
         typer.echo(line)
     if page is not None:
         from tether.cli.data_page import tokens_page
@@ -170,6 +159,7 @@ class _Asked:
         self.evaluation: Any = evaluation
         self._tokenizer, self.max_length, self.remote_code = tokenizer, max_length, False
         self.revision: str | None = None
+        self.truncation, self.turns = "keep_start", "all"
         if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
             self._read_run_file(files[0])
 
@@ -181,17 +171,35 @@ class _Asked:
         self.evaluation = self.evaluation or run.data.eval_rows
         self.limits = run.data.check or {}
         self.max_length = self.max_length or run.train.max_length
+        self.truncation = run.train.further.get("truncation_mode", self.truncation)
+        self.turns = run.train.further.get("turns", self.turns)
         if self._tokenizer is None:
             self._tokenizer, self.revision = run.model.name, run.model.revision
             self.remote_code = run.model.trust_remote_code
 
     def tokenizer(self) -> Any:
-        """The tokenizer that was named; None without one."""
-        from tether.models import load_tokenizer
+        """The tokenizer that was named, or the processor where its model sees images; None without one."""
+        from tether.models import load_processing, load_tokenizer
 
         if self._tokenizer is None:
             return None
-        return load_tokenizer(self._tokenizer, revision=self.revision, trust_remote_code=self.remote_code)
+        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.remote_code}
+        try:
+            return load_processing(self._tokenizer, **options)
+        except ConfigError:  # a folder of a tokenizer alone has no configuration of a model
+            return load_tokenizer(self._tokenizer, **options)
+
+    def encoder_decoder(self) -> bool:
+        """Whether the model beside the tokenizer reads prompts in an encoder; a tokenizer may stand alone."""
+        from tether.models import load_config
+
+        if self._tokenizer is None:
+            return False
+        try:
+            config = load_config(self._tokenizer, revision=self.revision, trust_remote_code=self.remote_code)
+        except ConfigError:
+            return False
+        return bool(config.is_encoder_decoder)
 
     def rows(self, source: Any, kind: Kind | None = None, name: str = "data") -> tuple[Any, Kind]:
         """Rows, and what they are."""
@@ -210,6 +218,27 @@ class _Asked:
         rows = load_rows(source, name=name)
         return rows, kind_of(rows.column_names) or "pair"
 
+    def shown(self, row: int, turns: str | None, truncation: str | None) -> tuple[list[list[list[Token]]], Report]:
+        """The tokens of a row, counted from 1, and what was done to it."""
+        from tether.data.show import shown_row
+
+        made = self.tokenizer()
+        if made is None:
+            raise ConfigError("There is no tokenizer to show tokens with. Name one: --tokenizer MODEL, or a run file.")
+        rows, own_kind = self.rows(self.train, name="train")
+        if row > len(rows):
+            raise DataError(f"--row is {row}; there are {len(rows):,} rows.")
+        return shown_row(
+            rows,
+            row,
+            made,
+            max_length=self.max_length,
+            kind=own_kind,
+            turns=cast(Any, turns or self.turns),
+            truncation_mode=cast(Any, truncation or self.truncation),
+            encoder_decoder=self.encoder_decoder(),
+        )
+
     def checks(self, sample: int | None) -> list[Check]:
         """The audit of the training rows, and of each evaluation set."""
         from tether.data import is_origin, is_split, split_rows
@@ -217,7 +246,13 @@ class _Asked:
 
         tokenizer = self.tokenizer()
         train, kind = self.rows(self.train, name="train")
-        options: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "max_length": self.max_length}
+        options: dict[str, Any] = {
+            "kind": kind,
+            "tokenizer": tokenizer,
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation,
+            "encoder_decoder": self.encoder_decoder(),
+        }
         held = self.evaluation
         if held is None:
             return [check(train, sample=sample, name="train", **options)]

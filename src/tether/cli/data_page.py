@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tether.cli.data_tables import notes
@@ -21,6 +22,7 @@ _TOKENS = """
 .tokens span { border-radius: 3px; padding: 0.1rem 0.05rem; border-bottom: 2px solid transparent; }
 .tokens .p { border-color: #6aa6d8; } .tokens .s { background: #9fd8a455; border-color: #3f9c4b; }
 .tokens .u { opacity: 0.6; border-color: #b9b9b9; } .tokens .x { font-weight: 700; color: #a03ac0; }
+.tokens .role { color: #8a7a1f; font-weight: 600; }
 .boundary { color: #d0582f; font-weight: 700; }
 """
 
@@ -55,12 +57,19 @@ def tokens_page(rows: Sequence[list[list[Token]]], number: int) -> str:
             scored = sum(token.scored for token in tokens)
             title = "Prompt" if not place else f"Completion {place}: {scored} of {len(tokens)} tokens scored"
             end = tag("span", "▌", class_="boundary", title="end of the prompt") if not place else None
-            parts += [tag("h2", title), tag("p", (_token(token) for token in tokens), end, class_="tokens")]
+            pieces = (piece for before, token in pairwise([None, *tokens]) for piece in _with_role(before, token))
+            parts += [tag("h2", title), tag("p", pieces, end, class_="tokens")]
     legend = tag(
         "p",
         (
             tag("span", words, class_=kind)
-            for kind, words in (("p", "prompt"), ("s", "scored"), ("u", "not scored"), ("x", "special"))
+            for kind, words in (
+                ("p", "prompt"),
+                ("s", "scored"),
+                ("u", "not scored"),
+                ("x", "special"),
+                ("role", "role:"),
+            )
         ),
         class_="tokens",
     )
@@ -104,11 +113,37 @@ def _section(found: Check) -> Html:
         tag("p", looked, class_="note"),
         tag("table", heading, body),
         tag("ul", (tag("li", line) for line in (*found.faults, *notes(found)))),
+        _limits(found) if found.lengths is not None else None,
         tag("div", charts, class_="charts"),
     )
+
+
+def _limits(found: Check) -> Html:
+    """What several limits would cut, as a table."""
+    limits = found.lengths.limits if found.lengths is not None else {}
+    rows = (
+        tag(
+            "tr",
+            tag("th", f"{limit:,}"),
+            tag("td", f"{one.cut:.1%}", class_="value"),
+            tag("td", f"{one.dropped:.1%}", class_="value"),
+        )
+        for limit, one in limits.items()
+    )
+    heading = tag("thead", tag("tr", (tag("th", word) for word in ("max_length", "Cut", "Dropped"))))
+    return tag("table", heading, tag("tbody", rows))
+
+
+def _with_role(before: Token | None, token: Token | None) -> list[Html]:
+    """A token, after the name of who says it where that is another than before."""
+    if token is None:
+        return []
+    changed = token.role and (before is None or before.role != token.role)
+    return [*([tag("span", f"\n{token.role}: ", class_="role")] if changed else []), _token(token)]
 
 
 def _token(token: Token) -> Html:
     kind = "p" if token.part == "prompt" else "s" if token.scored else "u"
     shown = token.text.replace("\n", "⏎\n")
-    return tag("span", shown, class_=f"{kind} x" if token.special else kind, title=f"id {token.id}")
+    title = f"id {token.id}" + (f", {token.role}" if token.role else "")
+    return tag("span", shown, class_=f"{kind} x" if token.special else kind, title=title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -88,6 +89,8 @@ def print_tokens(parts: list[list[Token]], row: int) -> None:
         ("not scored", _STYLES["unscored"]),
         "  ",
         ("special", _STYLES["special"]),
+        "  ",
+        ("role:", "yellow"),
         f"  {_BOUNDARY} end of the prompt",
     )
     console.print(legend)
@@ -95,9 +98,16 @@ def print_tokens(parts: list[list[Token]], row: int) -> None:
         name = "prompt" if not place else f"completion {place}"
         scored = sum(token.scored for token in tokens)
         console.print(Text(f"— {name}: {len(tokens)} tokens" + (f", {scored} scored" if place else ""), style="bold"))
-        console.print(
-            Text.assemble(*(_styled(token) for token in tokens), _BOUNDARY if not place else ""), soft_wrap=True
-        )
+        pieces = [piece for before, token in pairwise([None, *tokens]) for piece in _with_role(before, token)]
+        console.print(Text.assemble(*pieces, _BOUNDARY if not place else ""), soft_wrap=True)
+
+
+def _with_role(before: Token | None, token: Token | None) -> list[tuple[str, str]]:
+    """A token, after the name of who says it where that is another than before."""
+    if token is None:
+        return []
+    changed = token.role and (before is None or before.role != token.role)
+    return [*([(f"\n{visible(token.role)}: ", "yellow")] if changed else []), _styled(token)]
 
 
 def _styled(token: Token) -> tuple[str, str]:

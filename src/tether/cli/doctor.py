@@ -12,8 +12,11 @@ from tether.cli.run import Debug
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tether.models.spec import ModelSpec
+
 app = typer.Typer(help="Look at what a run is made of, before it runs.", no_args_is_help=True)
 _CHAT = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It is."}]
+_RANK = 16
 _PAIR = ("The film was", " good, as far as I remember it.", " bad.")
 
 
@@ -34,7 +37,16 @@ def _doctor() -> None:
 def model(
     name: Annotated[str, typer.Argument(help="Hub name, folder, adapter's folder or .gguf file.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "auto",
-    lora: Annotated[int, typer.Option(help="Rank of an adapter on all linear layers; 0 for full fine-tuning.")] = 16,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="4bit, 8bit or int8.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter on the model.")] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of a new adapter on all linear layers; 0 for none. Left out: 16 for a model without an adapter.",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code of the model's repository.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -43,7 +55,10 @@ def model(
     Args:
         name: what to load.
         dtype: of the weights.
-        lora: rank of the adapter for which parameters and memory are counted.
+        revision: branch, tag or commit.
+        quantization: what the weights are quantised to.
+        adapter: folder of an adapter on the model; with `lora`, it is frozen beneath the new one.
+        lora: rank of a new adapter; it is really put on, so that what would train is counted.
         trust_remote_code: run code that comes with it.
         debug: let the libraries speak.
 
@@ -55,10 +70,17 @@ def model(
     from tether.models.spec import ModelSpec
 
     with terminal_output(debug):
-        spec = ModelSpec(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        spec = ModelSpec(
+            name,
+            revision=revision,
+            dtype=dtype,
+            quantization=None if quantization == "none" else quantization,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+        )
         processing: Any = spec.load_processing()
-        loaded = spec.load()
-    for line in describe(loaded, lora):
+        loaded = _with_adapters(spec, lora)
+    for line in describe(loaded):
         typer.echo(line)
     findings = examine(loaded, getattr(processing, "tokenizer", processing))
     for finding in findings:
@@ -67,34 +89,89 @@ def model(
         raise typer.Exit(1)
 
 
-def describe(loaded: Any, lora: int) -> list[str]:
-    """Architecture, sizes and memory, a line each.
+def _with_adapters(spec: ModelSpec, lora: int | None) -> Any:
+    """The model as a run would train it: its adapter continued, a new one on it, or a new one over a frozen one."""
+    from peft import LoraConfig, PeftModel
+
+    from tether.errors import ConfigError
+    from tether.models.adapters import new_adapter, stack_adapter
+
+    rank = lora if lora is not None else 0 if spec.brings_adapter else _RANK
+    if not rank:
+        return spec.load()
+    base: Any = spec.load_base()
+    if isinstance(base, PeftModel):
+        raise ConfigError(
+            f"--lora {rank} came, and '{spec.source}' has an adapter already. Leave --lora out to look at how that is "
+            "continued; for a new one over it, name its base and give the folder as --adapter."
+        )
+    task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    return new_adapter(base, config) if spec.adapter is None else stack_adapter(base, spec.adapter, config)
+
+
+def describe(loaded: Any) -> list[str]:
+    """Architecture, quantisation, adapters, sizes and memory, a line each.
 
     Args:
-        loaded: the model.
-        lora: rank of an adapter on all linear layers; 0 for none.
+        loaded: the model, with the adapters that it would train with.
     """
-    from torch import nn
-
-    from tether.models.structure import dtype_of, transformers_model
+    from tether.models.fingerprint import base_tensors
+    from tether.models.structure import dtype_of, trainable_tensors, transformers_model
 
     base = transformers_model(loaded)
-    count = sum(parameter.numel() for parameter in base.parameters())
-    head = base.get_output_embeddings()
-    layers = [m for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
-    trains = sum(lora * (m.in_features + m.out_features) for m in layers) if lora else count
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    names = {id(parameter) for parameter in base.parameters()}
+    under = [tensor for tensor in base_tensors(loaded).values() if id(tensor) in names]
+    count = base.num_parameters() - sum(p.numel() for p in base.parameters()) + sum(p.numel() for p in under)
+    trains = sum(tensor.numel() for tensor in trainable_tensors(loaded).values())
     # Gradient and two moments of Adam in float32 for what trains.
     states = trains * (4 + 8)
     config: Any = base.config.get_text_config()
     kind = "encoder-decoder" if base.config.is_encoder_decoder else "decoder"
     kind = "vision-language" if getattr(base.config, "vision_config", None) is not None else kind
+    weights = sum(map(_bytes, under)) / 2**20
     return [
         f"model: {type(base).__name__} ({kind}), {getattr(config, 'num_hidden_layers', '?')} layers of "
         f"{config.hidden_size}, vocabulary {config.vocab_size}, {str(dtype_of(base)).removeprefix('torch.')}",
-        f"parameters: {count:,}; trainable {'with LoRA of rank ' + str(lora) if lora else 'in full'}: {trains:,}",
-        f"memory: weights {weights / 2**20:,.0f} MiB, gradients and Adam {states / 2**20:,.0f} MiB, and activations",
+        *_quantization(base, under),
+        *_adapters(loaded),
+        f"parameters: {count:,}; would train: {trains:,}",
+        f"memory: weights {weights:,.0f} MiB, gradients and Adam {states / 2**20:,.0f} MiB, and activations",
     ]
+
+
+def _quantization(base: PreTrainedModel, tensors: list[Any]) -> list[str]:
+    from tether.models.quantized import is_quantized
+
+    config: Any = getattr(base.config, "quantization_config", None)
+    if config is None:
+        return []
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    count = sum(map(is_quantized, tensors))
+    return [f"quantization: {getattr(method, 'value', method)}, {count} of {len(tensors)} tensors; these never train"]
+
+
+def _adapters(loaded: Any) -> list[str]:
+    from peft import PeftModel
+
+    from tether.models.structure import trainable_tensors
+
+    if not isinstance(loaded, PeftModel):
+        return ["adapter: none"]
+    trained = [f".{name}." for name in trainable_tensors(loaded)]
+    lines = []
+    for name, config in loaded.peft_config.items():
+        rank = f", r {vars(config)['r']}" if "r" in vars(config) else ""
+        does = "trains" if any(f".{name}." in tensor for tensor in trained) else "frozen"
+        effect = "" if name in loaded.active_adapters else ", not in effect"
+        lines.append(f"adapter {name!r}: {getattr(config.peft_type, 'value', config.peft_type)}{rank}, {does}{effect}")
+    return lines
+
+
+def _bytes(tensor: Any) -> int:
+    """What a tensor takes; torchao's are made of several."""
+    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return sum(_bytes(getattr(tensor, name)) for name in parts) or tensor.numel() * tensor.element_size()
 
 
 def examine(loaded: Any, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -112,7 +189,17 @@ def examine(loaded: Any, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     found = [*_vocabulary(transformers_model(loaded), tokenizer), *_ends(tokenizer), *_template(tokenizer)]
     if any(finding.level == "problem" for finding in found):
         return found  # ids that the model does not have cannot be scored
-    return [*found, *_scores(loaded, tokenizer)]
+    return [*found, *_trains(loaded), *_scores(loaded, tokenizer)]
+
+
+def _trains(loaded: Any) -> list[Finding]:
+    from tether.models.structure import trainable_tensors
+
+    if getattr(loaded, "is_quantized", False) and not hasattr(loaded, "peft_config"):
+        return [Finding("problem", "the weights are quantised and there is no adapter, so nothing could train")]
+    if not trainable_tensors(loaded):
+        return [Finding("problem", "nothing would train: no parameter requires a gradient")]
+    return []
 
 
 def _vocabulary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -175,10 +262,30 @@ def _scores(loaded: Any, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
             logps = score_alone(loaded, pack(examples).to(next(loaded.parameters()).device))
         if not bool(torch.isfinite(logps).all()):
             return [Finding("problem", "log-probabilities of plain text are not finite; try --dtype float32")]
-        line = choose_layout(loaded, examples).line
+        choice = choose_layout(loaded, examples)
+        reached = _reached(loaded, pack(examples[:1]).to(next(loaded.parameters()).device), choice.options)
     except TetherError as error:
         return [Finding("problem", str(error))]
     uniform = -torch.log(torch.tensor(float(base.config.get_text_config().vocab_size))).item()
     figure = f"{logps.mean().item():.2f} nats a token of plain English (chance: {uniform:.2f})"
     level = "ok" if logps.mean().item() > uniform else "note"
-    return [Finding(level, f"log-probabilities are finite: {figure}"), Finding("ok", line)]
+    return [Finding(level, f"log-probabilities are finite: {figure}"), Finding("ok", choice.line), *reached]
+
+
+def _reached(loaded: Any, batch: Any, options: dict[str, Any]) -> list[Finding]:
+    """Whether a gradient reaches an adapter after a pass in evaluation mode, which is what a reference pass is."""
+    from peft import PeftModel
+
+    from tether.models.structure import trainable_tensors
+    from tether.scoring import score
+
+    if not isinstance(loaded, PeftModel):
+        return []
+    total = score(loaded, batch, **options).token_logps.sum()
+    if total.requires_grad:
+        total.backward()
+    tensors = trainable_tensors(loaded)
+    moved = sum(tensor.grad is not None and bool(tensor.grad.any()) for tensor in tensors.values())
+    loaded.zero_grad()
+    text = f"after a pass in evaluation mode a gradient reaches {moved} of {len(tensors)} trainable tensors"
+    return [Finding("ok" if moved else "problem", text)]

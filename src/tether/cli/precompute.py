@@ -33,8 +33,7 @@ def precompute(
         TetherError: bad input, or a store that does not hold what the reference says.
     """
     from tether.cli.output import terminal_output
-    from tether.config import build, load_run_file
-    from tether.training import DPOTrainer
+    from tether.config import build, load_run_file, trainer_class
     from tether.training.stored import FOLDER, flush_store
 
     run = load_run_file(run_file, overrides or ())
@@ -45,7 +44,7 @@ def precompute(
         )
     with terminal_output(debug):
         arguments, adapter, keywords = build(run)
-        trainer = DPOTrainer(args=arguments, peft_config=adapter, **keywords)
+        trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
         stored = trainer.resolved.reference
         try:
             filled = trainer.precompute_reference()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +20,8 @@ StorePath = Annotated[
     str, typer.Argument(help="Folder or fsspec address of the store.", metavar="PATH", show_default=False)
 ]
 _SMALL_PARTS = 20
+# Wrong completions that are listed one by one.
+_SHOWN = 10
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -29,12 +33,27 @@ def info(path: StorePath, debug: Debug = False) -> None:
     _print_report(describe_store(path))
 
 
-@app.command("verify", help="Read every value and check it against its checksum.")
-def verify(path: StorePath, debug: Debug = False) -> None:
+@app.command(
+    "verify", help="Check every value against its checksum and, with a run file, sampled rows against its reference."
+)
+def verify(
+    path: StorePath,
+    run_file: Annotated[
+        Path | None,
+        typer.Argument(help="Run file whose reference computes sampled rows again.", metavar="[RUN.YAML]"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to set in it, as in data.train=more.jsonl.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the run's data to compute again.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,
+    debug: Debug = False,
+) -> None:
     """Check a whole store.
 
     Raises:
-        StoreError: a part is damaged.
+        StoreError: a part is damaged, or stored values are not what the reference says.
     """
     from tether.reference.store_tools import describe_store
 
@@ -46,6 +65,43 @@ def verify(path: StorePath, debug: Debug = False) -> None:
             "next run, or now by `tether precompute`."
         )
     typer.echo(f"{report.completions} completions, every value matches its checksum")
+    if run_file is not None:
+        _compare(path, run_file, overrides or [], rows, seed, debug)
+
+
+def _compare(path: str, run_file: Path, overrides: list[str], rows: int, seed: int, debug: bool) -> None:
+    """Compute sampled rows of a run file again and compare.
+
+    Raises:
+        StoreError: stored values are not what the reference says, or none of these rows is stored.
+    """
+    from tether.cli.output import terminal_output
+    from tether.config import build, load_run_file, trainer_class
+    from tether.training.store_comparison import compare_store
+
+    # The run itself is not started: what it would write goes to a folder that is removed.
+    with TemporaryDirectory(prefix="tether-verify-") as folder, terminal_output(debug):
+        run = load_run_file(run_file, [*overrides, f"output={json.dumps(folder)}"])
+        arguments, adapter, keywords = build(run)
+        arguments.reference_store, arguments.precompute_ref_log_probs = None, False
+        trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
+        found = compare_store(trainer, path, rows=rows, seed=seed)
+    for name, sampled in found.sampled.items():
+        typer.echo(f"{name}: {found.rows[name]} of {sampled} sampled rows are stored")
+    typer.echo(
+        f"{found.completions} completions, {found.tokens} tokens computed again by {found.reference}: at most "
+        f"{found.max_difference:.1e} nats apart, {found.mean_difference:.1e} on average (allowed {found.tolerance:.0e})"
+    )
+    for one in found.wrong[:_SHOWN]:
+        typer.echo(f"  wrong: {one.data} row {one.row}, completion {one.completion}: {one.difference:.3g} nats apart")
+    if not found.passed:
+        raise StoreError(
+            f"The store '{path}' does not hold what the reference says: {len(found.wrong)} of {found.completions} "
+            f"compared completions have a token more than {found.tolerance:.0e} nats away, and tokens are "
+            f"{found.mean_difference:.1e} nats away on average (allowed {found.tolerance / 10:.0e}). It was filled by "
+            "a program that computes otherwise, or its parts were edited. Use another folder, or delete this one and "
+            "fill it again."
+        )
 
 
 @app.command("compact", help="Merge small parts into large ones, keep each completion once, remove unfinished files.")

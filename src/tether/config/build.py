@@ -7,13 +7,14 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from tether.config.adapter import adapter_config
 from tether.config.fields import ELSEWHERE, known_fields
 from tether.config.sections import RunConfig
 from tether.config.trainers import Loss, config_class, default_of, objective_arguments, own_fields, trainer_class
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
     from tether.training import PreferenceConfig
 
@@ -28,7 +29,7 @@ _PLACES = {
 }
 
 
-def build(run: RunConfig) -> tuple[PreferenceConfig, LoraConfig | None, dict[str, Any]]:
+def build(run: RunConfig) -> tuple[PreferenceConfig, PeftConfig | None, dict[str, Any]]:
     """Make the trainer's arguments of a run; loads neither data nor a model.
 
     Args:
@@ -50,7 +51,8 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, LoraConfig | None, dict[str
     arguments = _configuration(options, run.objective.loss)
     if "ref_model" not in inspect.signature(trainer_class(run.objective.loss)).parameters:
         del keywords["ref_model"]
-    return arguments, _adapter(run), keywords
+    task = "SEQ_CLS" if run.objective.loss == "reward" else None
+    return arguments, adapter_config(run.lora, run.peft, task=task), keywords
 
 
 def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
@@ -102,11 +104,6 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
 def _options(run: RunConfig) -> dict[str, Any]:
     # torchrun and accelerate set WORLD_SIZE; without them there is one process.
     micro, steps = split_batch(run, int(os.environ.get("WORLD_SIZE", "1")))
-    loading = {
-        "dtype": run.model.dtype,
-        "revision": run.model.revision,
-        "attn_implementation": run.model.attention,
-    }
     options = {
         **run.train.further,
         "output_dir": run.output,
@@ -121,8 +118,7 @@ def _options(run: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": steps,
         **objective_arguments(run.objective),
         **_reference(run),
-        "trust_remote_code": run.model.trust_remote_code,
-        "model_init_kwargs": {name: value for name, value in loading.items() if value is not None},
+        **run.model.arguments,
     }
     _refuse_idle_options(run)
     return options
@@ -152,9 +148,14 @@ def _refuse_idle_options(run: RunConfig) -> None:
     """An option that cannot take effect is an error."""
     further = run.train.further
     disabled = further.get("disable_dropout", default_of(run.objective.loss, "disable_dropout"))
-    if run.lora is not None and run.lora.dropout and disabled:
+    dropouts = {"lora.dropout": run.lora.dropout} if run.lora is not None else {}
+    if run.peft is not None:
+        dropouts = {f"peft.{name}": value for name, value in run.peft.further.items() if "dropout" in name}
+    for name, rate in dropouts.items() if disabled else ():
+        if not rate:
+            continue
         raise ConfigError(
-            f"`lora.dropout` is {run.lora.dropout}, but every dropout is switched off, so that policy and "
+            f"`{name}` is {rate}, but every dropout is switched off, so that policy and "
             "reference differ by training alone. Leave it out, or set `train.disable_dropout: false`."
         )
     if "buffer_size" in run.data.model_fields_set and not run.data.streaming:
@@ -168,26 +169,6 @@ def _refuse_idle_options(run: RunConfig) -> None:
                 raise ConfigError(
                     f"`train.{name}` is {further[name]}, but there is nothing to evaluate. Name rows in `data.eval`."
                 )
-
-
-def _adapter(run: RunConfig) -> LoraConfig | None:
-    if run.lora is None:
-        return None
-    from peft import LoraConfig
-
-    lora = run.lora
-    return LoraConfig(
-        task_type="SEQ_CLS" if run.objective.loss == "reward" else None,
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=lora.target,
-        lora_dropout=lora.dropout,
-        bias=lora.bias,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        init_lora_weights=lora.init,  # type: ignore[arg-type]
-        modules_to_save=lora.modules_to_save,
-    )
 
 
 def _configuration(options: dict[str, Any], loss: Loss) -> PreferenceConfig:

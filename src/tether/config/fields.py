@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from tether.config.model_section import MODEL_FIELDS
 from tether.config.sections import OBJECTIVE_FIELDS, Objective, Train
 from tether.config.trainers import Loss, config_class, own_fields
 
@@ -37,6 +38,7 @@ ELSEWHERE = {
     "dataset_buffer_size": "`data.buffer_size`",
     "model_init_kwargs": "`model`",
     "trust_remote_code": "`model.trust_remote_code`",
+    **{field: f"`model.{name}`" for field, name in MODEL_FIELDS.items()},
     "resume_from_checkpoint": "the option --resume",
     "local_rank": "the launcher (torchrun or accelerate)",
     "do_train": "the command: `tether train` trains",
@@ -79,8 +81,12 @@ def problem_with(name: str, value: Any, loss: Loss = "sigmoid") -> str | None:
     Returns:
         Words that complete "allowed is".
     """
-    hint = field_types(config_class(loss))[name]
-    choices = [choice for kind in _branches(hint) for choice in _choices(kind)]
+    return unfit(field_types(config_class(loss))[name], value)
+
+
+def unfit(hint: Any, value: Any) -> str | None:
+    """What a type allows in place of `value`, in words; None if the value may stand."""
+    choices = [choice for kind in branches(hint) for choice in _choices(kind)]
     # A field typed `IntervalStrategy | str` takes any text for Python's sake; only the enumeration's values work.
     if choices and isinstance(value, str) and value not in choices:
         longer = [choice for choice in choices if value and choice.startswith(value)]
@@ -99,11 +105,11 @@ def problem_with(name: str, value: Any, loss: Loss = "sigmoid") -> str | None:
 def describe_type(hint: Any) -> str:
     """A type in words: `int | None` is "a whole number or null"."""
     words: list[str] = []
-    for kind in _branches(hint):
+    for kind in branches(hint):
         choices = _choices(kind)
         if choices:
             words.append(_listed(choices))
-        elif kind is not str or not any(_choices(other) for other in _branches(hint)):
+        elif kind is not str or not any(_choices(other) for other in branches(hint)):
             words.append(_WORDS.get(typing.get_origin(kind) or kind, "an object that only a script can give"))
     return " or ".join(dict.fromkeys(words))
 
@@ -112,10 +118,11 @@ def _listed(choices: list[str]) -> str:
     return ", ".join(choices[:_FEW]) + (", …" if len(choices) > _FEW else "")
 
 
-def _branches(hint: Any) -> Iterator[Any]:
+def branches(hint: Any) -> Iterator[Any]:
+    """The parts of a union, at any depth; of another type, the type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         for part in typing.get_args(hint):
-            yield from _branches(part)
+            yield from branches(part)
     else:
         yield hint
 

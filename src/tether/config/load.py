@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tether.config.adapter import adapter_fields
 from tether.config.document import KeyPath, parse, read_document
-from tether.config.fields import ELSEWHERE, known_fields, problem_with
+from tether.config.fields import ELSEWHERE, known_fields, problem_with, unfit
 from tether.config.problems import describe, dotted, show, unknown_key, wrong_value
 from tether.config.section import SHORT_FORMS
 from tether.config.sections import Objective, RunConfig, Train
@@ -85,7 +86,21 @@ def check_run(values: dict[str, Any], place: Callable[[KeyPath], str] = lambda k
         if allowed:
             raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
     _check_objective(run, fields, place)
+    _check_adapter(run, fields, place)
     return run
+
+
+def _check_adapter(run: RunConfig, fields: list[str], place: Callable[[KeyPath], str]) -> None:
+    if run.peft is None:
+        return
+    known = adapter_fields(run.peft.type)
+    for name, value in run.peft.further.items():
+        key = ("peft", name)
+        if name not in known:
+            raise ConfigError(f"{place(key)}: {unknown_key(key, ['type', *known], fields)}")
+        allowed = unfit(known[name], value)
+        if allowed:
+            raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
 
 
 def _check_objective(run: RunConfig, fields: list[str], place: Callable[[KeyPath], str]) -> None:

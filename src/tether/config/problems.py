@@ -14,6 +14,27 @@ from tether.config.section import Allowed
 from tether.config.sections import RunConfig, Train
 
 _SHOWN = 3
+# What transformers, TRL and other tools call keys of a run file.
+_OTHER_NAMES = {
+    "attn_implementation": "model.attention",
+    "device_map": "model.device",
+    "torch_dtype": "model.dtype",
+    "load_in_4bit": "model.quantization: 4bit",
+    "load_in_8bit": "model.quantization: 8bit",
+    "quantization_config": "model.quantization",
+    "tokenizer_name": "model.tokenizer",
+    "base_model": "model",
+    "lora_model_dir": "model.adapter",
+    "adapter_name_or_path": "model.adapter",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target",
+    "target_modules": "lora.target",
+    "peft_config": "lora",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rslora",
+    "init_lora_weights": "lora.init",
+}
 _KINDS = (
     (bool, "a switch"),
     (int, "a whole number"),
@@ -66,6 +87,8 @@ def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
         hint = f"It belongs in `{elsewhere[key]}`."
     elif far := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
         hint = f"Did you mean `{elsewhere[far[0]]}`?"
+    elif key in _OTHER_NAMES:
+        hint = f"It is called `{_OTHER_NAMES[key]}` here."
     elif parent == ("train",):
         hint = f"Allowed are {', '.join(Train.model_fields)}, and the fields of tether.DPOConfig."
     else:

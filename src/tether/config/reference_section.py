@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tether.config.section import Allowed, Count, Section, Text
+from tether.config.section import Allowed, Count, Flag, Section, Text
 from tether.types import Meaning, Means
 
 # How another model is loaded: key of `reference` to keyword of `ref_model_init_kwargs`.
@@ -16,6 +16,7 @@ LOADING = {
     "quantization": "quantization",
     "device": "device_map",
     "attention": "attn_implementation",
+    "trust_remote_code": "trust_remote_code",
 }
 
 
@@ -69,14 +70,18 @@ class Reference(Section):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None, Allowed("auto, float32, bfloat16, float16 or null")
     ] = Field(default=None, description="Type of the other model's weights; null: as the policy's.")
-    quantization: Annotated[Literal["4bit", "8bit"] | None, Allowed("4bit, 8bit or null")] = Field(
-        default=None, description="Quantise the other model with bitsandbytes; null: not."
-    )
+    quantization: Annotated[
+        Literal["4bit", "nf4", "8bit", "int8", "none"] | None,
+        Allowed("4bit (the same as nf4), 8bit, int8, none or null"),
+    ] = Field(default=None, description="Quantise the other model; none: not; null: as the policy's.")
     device: Annotated[Text | None, Allowed("cpu, cuda:1, auto or another device, or null")] = Field(
         default=None, description="Where the other model is; auto: spread over devices; null: where the policy is."
     )
     attention: Annotated[Text | None, Allowed("text, such as sdpa or eager, or null")] = Field(
         default=None, description="Attention implementation of the other model; null: as the policy's."
+    )
+    trust_remote_code: Annotated[Flag | None, Allowed("true, false or null")] = Field(
+        default=None, description="Run Python code that comes with the other model's repository; null: not."
     )
     adapter: Annotated[Text | None, Allowed("text: an adapter's folder, or the name of a loaded one; or null")] = Field(
         default=None, description="The other adapter, for the meaning `adapter`."

@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from tether.config.adapter import adapter_fields
 from tether.config.fields import known_fields
+from tether.config.model_section import ADAPTERS
 from tether.config.sections import RunConfig
 
 
@@ -17,7 +19,19 @@ def json_schema() -> dict[str, Any]:
     for name, hint in known_fields().items():
         train["properties"][name] = _schema_of(hint)
     train["additionalProperties"] = False
+    schema["$defs"]["Peft"] = {"oneOf": [_adapter(kind) for kind in ADAPTERS]}
     return schema
+
+
+def _adapter(kind: str) -> dict[str, Any]:
+    """A mapping of one kind of adapter and the fields of PEFT's configuration of it."""
+    properties = {name: _schema_of(hint) for name, hint in adapter_fields(kind).items()}
+    return {
+        "type": "object",
+        "properties": {"type": {"const": kind}, **properties},
+        "required": ["type"],
+        "additionalProperties": False,
+    }
 
 
 def _schema_of(hint: Any) -> dict[str, Any]:

@@ -6,66 +6,15 @@ script that say the same train the same.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from tether.config.data_section import Data
 from tether.config.document import write_document
+from tether.config.model_section import Lora, Model, Peft
 from tether.config.reference_section import Reference
 from tether.config.section import Allowed, Count, Flag, Section, Text, named
-
-# Initialisations that need nothing besides their name; EVA, CorDA and LoftQ need data or a configuration of their own.
-_INITIALISATIONS = r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"
-
-
-class Model(Section):
-    """`model:` the policy. `model: name` is short for `model: {name: name}`."""
-
-    name: Text = Field(description="Hub name, folder of a model or of an adapter, or .gguf file.")
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Allowed("auto, float32, bfloat16 or float16")
-    ] = Field(
-        default="auto", description="Type of the weights; auto: float32 without an accelerator, else the checkpoint's."
-    )
-    revision: Annotated[Text | None, Allowed("text (in quotes if it looks like a number), or null")] = Field(
-        default=None, description="Branch, tag or commit of a hub name."
-    )
-    attention: Annotated[Text | None, Allowed("text, such as sdpa or eager, or null")] = Field(
-        default=None, description="Attention implementation of transformers; null: its default."
-    )
-    trust_remote_code: Flag = Field(
-        default=False, description="Run Python code that comes with the model's repository."
-    )
-
-
-class Lora(Section):
-    """`lora:` a new adapter on the model. Left out: full fine-tuning, or the model's own adapter is continued."""
-
-    r: Count = Field(default=16, description="Rank.")
-    alpha: Annotated[float, Field(gt=0), Allowed("a number above 0")] = Field(
-        default=32, description="Scale; the update is multiplied by alpha / r."
-    )
-    target: Annotated[
-        Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)],
-        Allowed("all-linear, or a list of module names such as [q_proj, v_proj]"),
-    ] = Field(default="all-linear", description="Modules that get an adapter.")
-    dropout: Annotated[float, Field(ge=0, lt=1), Allowed("a number from 0 to below 1")] = Field(
-        default=0.0, description="Dropout before the adapter; takes effect with `train.disable_dropout: false` only."
-    )
-    bias: Annotated[Literal["none", "all", "lora_only"], Allowed("none, all or lora_only")] = Field(
-        default="none", description="Biases that are trained too."
-    )
-    rslora: Flag = Field(default=False, description="Scale by alpha / sqrt(r).")
-    dora: Flag = Field(default=False, description="Train magnitude and direction apart (DoRA).")
-    init: Annotated[
-        bool | Annotated[str, Field(pattern=_INITIALISATIONS)],
-        Allowed("true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N"),
-    ] = Field(default=True, description="How the adapter begins; true: at zero.")
-    modules_to_save: Annotated[list[Text] | None, Allowed("a list of module names, or null")] = Field(
-        default=None, description="Modules that are trained in full beside the adapter."
-    )
-
 
 Number = Annotated[float, Allowed("a number")]
 
@@ -177,7 +126,8 @@ class RunConfig(Section):
 
     Args:
         model: the policy.
-        lora: a new adapter; None trains the model as it is.
+        lora: a new LoRA adapter; None trains the model as it is.
+        peft: a new adapter of another kind, in place of `lora`.
         data: the rows.
         reference: what the policy is held to.
         objective: the loss.
@@ -189,6 +139,7 @@ class RunConfig(Section):
         Model, named("model", Model), Allowed("a name, or a mapping such as {name: …, dtype: float32}")
     ] = Field(description="Name the policy: a hub name, a folder, or a .gguf file.")
     lora: Lora | None = Field(default=None, description="A new adapter; null: none.")
+    peft: Peft | None = Field(default=None, description="A new adapter of another kind, in place of lora; null: none.")
     data: Data = Field(description="Name the rows, as in `data: {train: pairs.jsonl}`.")
     reference: Annotated[
         Reference, named("reference", Reference), Allowed("start, base, none, {model: name} or {adapter: name}")
@@ -196,6 +147,12 @@ class RunConfig(Section):
     objective: Objective = Objective()
     train: Train = Train()
     output: Text = Field(default="runs/run", description="The run folder; left out: runs/ and the run file's name.")
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> RunConfig:
+        if self.lora is not None and self.peft is not None:
+            raise ValueError("`lora` and `peft` are two new adapters; leave one of them out")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain values."""

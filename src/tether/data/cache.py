@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -30,12 +31,13 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import Report
-from tether.data.columns import BATCH_ROWS
+from tether.data.columns import BATCH_ROWS, IMAGE_COLUMNS
 from tether.data.images import reads_images
 from tether.data.prepare import Prepared, prepare
-from tether.data.sources import IMAGE_COLUMNS, Source, load_rows
+from tether.data.sources import Source, load_rows
 from tether.data.table import fingerprint_of
 from tether.data.template import text_tokenizer
+from tether.errors import ConfigError
 from tether.types import Kind
 
 logger = logging.getLogger("tether")
@@ -43,6 +45,10 @@ _DIGESTS = ("row_digest", "prompt_digest")
 _NOTE = b"tether"
 # Their releases may change what a tokenizer or a template writes.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
+# Environment variable with the size that entries may have together, in GiB, and what it is where it is not set.
+LIMIT, DEFAULT_LIMIT = "TETHER_CACHE_GIB", 50.0
+# An entry that was used since is kept whatever its size: a run on another machine of a shared folder may have it open.
+_KEPT_SECONDS = 7 * 24 * 3600
 _NOT_HELD = (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -99,9 +105,61 @@ def prepare_cached(
             found = fresh()
             try:
                 _write(found, path)
+                remove_oldest(folder)
             except OSError as error:
                 logger.warning(f"{name}: prepared rows are not cached in {folder} ({error})")
     return found
+
+
+def remove_oldest(folder: Path, *, limit: float | None = None, now: float | None = None) -> list[Path]:
+    """Remove the entries that were not used for longest, until the others fit the limit.
+
+    A reader that has an entry open keeps it: on one machine the system keeps a removed file for whoever has it open,
+    and what was used within a week is never removed. A reader that comes too late finds no entry, and prepares.
+
+    Args:
+        folder: of the entries.
+        limit: GiB of all entries together; None: `TETHER_CACHE_GIB`, or 50.
+        now: seconds of the clock; None: as it is.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        ConfigError: the environment variable is no number.
+    """
+    limit = _limit() if limit is None else limit
+    entries = []
+    for path in folder.glob("*.arrow"):
+        with suppress(OSError):  # another process removed it
+            state = path.stat()
+            entries.append((state.st_mtime, state.st_size, path))
+    size, removed = sum(entry[1] for entry in entries), []
+    oldest = (time.time() if now is None else now) - _KEPT_SECONDS
+    for used, own, path in sorted(entries):
+        if size <= limit * 2**30 or used > oldest:
+            break
+        with suppress(OSError):  # gone already, or open where an open file cannot be removed
+            path.unlink()
+            removed.append(path)
+        size -= own
+    if removed:
+        logger.info(
+            f"cache: removed {len(removed)} prepared sets that were not used for a week or more, as {folder} "
+            f"holds more than {limit:g} GiB ({LIMIT})"
+        )
+    return removed
+
+
+def _limit() -> float:
+    said = os.environ.get(LIMIT, "")
+    try:
+        limit = float(said or DEFAULT_LIMIT)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise ConfigError(f"{LIMIT} is {said!r}; it must be a number of GiB, such as 50.")
+    return limit
 
 
 def cache_key(
@@ -231,6 +289,8 @@ def _read(path: Path, name: str) -> Prepared | None:
     except _NOT_HELD as error:
         logger.warning(f"{name}: prepared again, as the entry {path} of the cache is damaged ({error})")
         return None
+    with suppress(OSError):  # when it was last used; a folder of others cannot be written to
+        os.utime(path)
     logger.info(f"{name}: {len(prepared.dataset):,} prepared rows from the cache")
     return prepared
 

@@ -5,21 +5,25 @@ Called by `tether data check`, and by a run on a sample of its rows. It needs no
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit import MarkerFinder, digest
-from tether.data.lengths import Lengths, measured
+from tether.data.image_parts import as_text, has_parts, identity, image_column, missing_file
+from tether.data.images import reads_images, require_processor
+from tether.data.lengths import Lengths, Limited, Reading, measured
 from tether.data.near import NearDuplicates
 from tether.data.schema import Schema, python_rows, record, row_faults, schema_of
+from tether.data.speech import is_odd, is_refusal, language, script
+from tether.data.template import text_tokenizer
+from tether.data.truncate import TruncationMode
 from tether.data.values import is_blank, texts_of
 from tether.errors import ConfigError
 from tether.types import Kind, Messages, Preference
@@ -38,34 +42,15 @@ FINDINGS = {
     "markers": "carry template markers",
     "odd_roles": "have turns in an odd order",
     "other_script": "are answered in another script",
+    "other_language": "are answered in another language",
     "refusals": "prefer a refusal",
     "refusals_rejected": "reject a refusal",
     "openings": "share the most frequent opening",
     "longer_chosen": "prefer the longer answer",
     "truncated": "would be cut",
+    "image_cut": "would lose a part of an image, so they are dropped",
 }
 SHOWN_ROWS = 5
-_APOSTROPHE = "['\u2019]"
-_REFUSAL = re.compile(
-    rf"\s*(?:I(?:{_APOSTROPHE}m| am) (?:very |so |really )?sorry|(?:I )?apologi[sz]e|Sorry,|Unfortunately, I|"
-    rf"I (?:cannot|can{_APOSTROPHE}t|can not|am unable|am not able|won{_APOSTROPHE}t|will not|must decline|"
-    r"do not feel comfortable)|As an? (?:AI|artificial|language model))",
-    re.IGNORECASE,
-)
-_SCRIPTS = {
-    "latin": re.compile(r"[A-Za-zÀ-ɏ]"),
-    "cyrillic": re.compile(r"[Ѐ-ӿ]"),
-    "greek": re.compile(r"[Ͱ-Ͽ]"),
-    "arabic": re.compile(r"[؀-ۿ]"),
-    "hebrew": re.compile(r"[֐-׿]"),
-    "devanagari": re.compile(r"[ऀ-ॿ]"),
-    "thai": re.compile(r"[฀-๿]"),
-    "chinese": re.compile(r"[一-鿿]"),
-    "japanese": re.compile(r"[぀-ヿ]"),
-    "korean": re.compile(r"[가-힯]"),
-}
-_READ_CHARACTERS = 400
-_KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 @dataclass(frozen=True)
@@ -168,8 +153,10 @@ def check(
     rows: Dataset,
     *,
     kind: Kind = "pair",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     max_length: int | None = None,
+    truncation_mode: TruncationMode | str = "keep_start",
+    encoder_decoder: bool = False,
     evaluation: Sequence[Dataset] = (),
     sample: int | None = None,
     name: str = "data",
@@ -179,8 +166,11 @@ def check(
     Args:
         rows: as `load_rows` returns them.
         kind: what they are to be read as.
-        tokenizer: for lengths in tokens, and for its own special tokens among the markers; None leaves lengths out.
+        tokenizer: for lengths in tokens, and for its own special tokens among the markers; None leaves lengths out. A
+            processor reads the images of the rows that are measured, and no others are.
         max_length: the run's limit in tokens, for `truncated`.
+        truncation_mode: the run's, for the same.
+        encoder_decoder: the model reads prompts in an encoder.
         evaluation: sets of rows that must not be among these.
         sample: look at no more than about this many rows, drawn evenly; None looks at all.
         name: what to call the rows.
@@ -189,28 +179,62 @@ def check(
         What was found.
 
     Raises:
-        DataError: columns are missing, so that no row can be read.
+        DataError: columns are missing, so that no row can be read; or there are images and a tokenizer that reads none.
     """
     total = len(rows)
     step = max(total // sample, 1) if sample else 1
     places = range(0, total, step)
-    looked = rows if step == 1 else rows.select(places)
-    schema = schema_of(looked, kind, name)
-    finder = MarkerFinder(tokenizer)
-    held = _Held.of(evaluation, kind, name) if evaluation else None
+    given = rows if step == 1 else rows.select(places)
+    looked = _Looked.of(given, tokenizer, name)
+    schema = schema_of(looked.rows, kind, name)
+    finder = MarkerFinder(None if tokenizer is None else text_tokenizer(tokenizer))
+    held = _Held.of(evaluation, kind, tokenizer, name) if evaluation else None
     seen, kept = _Seen(), []
-    for place, row in zip(places, python_rows(looked, schema.columns), strict=True):
+    for place, row, images, fault in zip(places, python_rows(looked.rows, schema.columns), *looked.beside, strict=True):
         number = place + 1
-        faults = row_faults(row, schema)
+        faults = [fault] if fault else row_faults(row, schema)
         seen.note("broken", number, bool(faults))
         if faults:
             seen.faults += [f"row {number}: {fault}" for fault in faults]
             continue
         found = record(row, schema, place)
-        _look(found, number, seen, finder, held)
+        _look(found, images, number, seen, finder, held)
         kept.append(found)
-    lengths = measured(kept, schema, tokenizer, max_length, name=name) if tokenizer is not None and kept else None
-    return _result(seen, schema, kind, len(looked), total, lengths, name)
+    lengths = None
+    if tokenizer is not None and kept:
+        reading = Reading(given, step) if any(looked.images) else None
+        limit = Limited(max_length, cast(TruncationMode, truncation_mode))
+        lengths = measured(kept, schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name)
+        seen.faults += lengths.unreadable
+    return _result(seen, schema, kind, len(given), total, lengths, name)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """Rows of text, and for each row what tells its images from others and what is wrong with them."""
+
+    rows: Dataset
+    images: list[str]
+    faults: list[str]
+
+    @property
+    def beside(self) -> tuple[list[str], list[str]]:
+        return self.images, self.faults
+
+    @classmethod
+    def of(cls, rows: Dataset, tokenizer: Any, name: str) -> _Looked:
+        if tokenizer is not None:
+            require_processor(rows, tokenizer, name=name)
+        nothing = [""] * len(rows)
+        # A tokenizer of text reads no parts, so a run of it would refuse them.
+        parts = has_parts(rows) and (tokenizer is None or reads_images(tokenizer))
+        if not parts and image_column(rows) is None:
+            return cls(rows, nothing, nothing)
+        text, faults = as_text(rows, getattr(tokenizer, "image_token", None)), nothing.copy()
+        for place, references in enumerate(text.references):
+            lost = missing_file(references)
+            faults[place] = text.faults.get(place + 1, f"its image `{lost}` is not there" if lost is not None else "")
+        return cls(text.rows, list(map(identity, text.references)), faults)
 
 
 @dataclass(frozen=True)
@@ -222,31 +246,32 @@ class _Held:
     near: NearDuplicates
 
     @classmethod
-    def of(cls, sets: Sequence[Dataset], kind: Kind, name: str) -> _Held:
+    def of(cls, sets: Sequence[Dataset], kind: Kind, tokenizer: Any, name: str) -> _Held:
         near, whole, prompts = NearDuplicates(), set(), set()
         for rows in sets:
-            schema = schema_of(rows, kind, name)
-            for place, row in enumerate(python_rows(rows, schema.columns)):
-                if not row_faults(row, schema):
-                    found = record(row, schema, place)
-                    near.add(_text(found))
-                    whole.add(_digest(found))
-                    prompts.add(digest(*_parts(found.prompt)))
+            looked = _Looked.of(rows, tokenizer, name)
+            schema = schema_of(looked.rows, kind, name)
+            for row, images, fault in zip(python_rows(looked.rows, schema.columns), *looked.beside, strict=True):
+                if not fault and not row_faults(row, schema):
+                    found = record(row, schema, 0)
+                    near.add(_text(found), images)
+                    whole.add(_digest(found, images))
+                    prompts.add(_asked(found, images))
         return cls(frozenset(whole), frozenset(prompts), near)
 
 
-def _look(row: Preference, number: int, seen: _Seen, finder: MarkerFinder, held: _Held | None) -> None:
-    own, prompt = _digest(row), digest(*_parts(row.prompt))
+def _look(row: Preference, images: str, number: int, seen: _Seen, finder: MarkerFinder, held: _Held | None) -> None:
+    own, prompt = _digest(row, images), _asked(row, images)
     repeated = own in seen.digests
     seen.digests.add(own)
     text = _text(row)
     seen.note("duplicates", number, repeated)
-    seen.note("near_duplicates", number, seen.near.add(text) is not None and not repeated)
+    seen.note("near_duplicates", number, seen.near.add(text, images) is not None and not repeated)
     if held is not None:
         inside = own in held.rows
         seen.note("in_evaluation", number, inside)
         seen.note("prompts_in_evaluation", number, prompt in held.prompts)
-        seen.note("near_evaluation", number, not inside and held.near.find(text) is not None)
+        seen.note("near_evaluation", number, not inside and held.near.find(text, images) is not None)
     if row.completions:
         alike = any(one in row.completions[:k] for k, one in enumerate(row.completions))
         seen.note("empty", number, any(map(is_blank, row.completions)))
@@ -260,9 +285,7 @@ def _look(row: Preference, number: int, seen: _Seen, finder: MarkerFinder, held:
     seen.markers.update(found)
     seen.note("markers", number, bool(found))
     if isinstance(row.prompt, list):
-        seen.note(
-            "odd_roles", number, any(_is_odd([*row.prompt, *cast(Messages, c)]) for c in row.completions or ([],))
-        )
+        seen.note("odd_roles", number, any(is_odd([*row.prompt, *cast(Messages, c)]) for c in row.completions or ([],)))
     seen.characters.setdefault("prompt", []).append(sum(map(len, texts_of(row.prompt))))
 
 
@@ -276,43 +299,19 @@ def _look_at_answers(row: Preference, number: int, seen: _Seen) -> None:
         seen.characters.setdefault(part, []).append(size)
     if len(names) > 1:
         seen.note("longer_chosen", number, sizes[0] > sizes[-1])
-        seen.note("refusals_rejected", number, _REFUSAL.match(answers[-1]) is not None)
-    seen.note("refusals", number, desirable and _REFUSAL.match(first) is not None)
-    asked, answered = script(" ".join(texts_of(row.prompt))), script(first)
+        seen.note("refusals_rejected", number, is_refusal(answers[-1]))
+    seen.note("refusals", number, desirable and is_refusal(first))
+    question = " ".join(texts_of(row.prompt))
+    asked, answered = script(question), script(first)
     seen.note("other_script", number, bool(asked and answered and asked != answered))
+    if asked == answered == "latin":
+        spoken = language(first)
+        seen.note("other_language", number, bool(spoken) and language(question) not in ("", spoken))
     if answered:
         seen.scripts[answered] += 1
     opening = " ".join(first.split(None, 4)[:4])
     if opening:
         seen.openings.setdefault(opening, []).append(number)
-
-
-def script(text: str) -> str:
-    """The script that most letters of a text's beginning are in; empty for a text without letters.
-
-    Example:
-        >>> script("2 + 2 = 4"), script("Привет, world of ours"), script("これは本です")
-        ('', 'latin', 'japanese')
-    """
-    start = text[:_READ_CHARACTERS]
-    if start.isascii():
-        return "latin" if any(map(str.isalpha, start)) else ""
-    counts = {name: len(pattern.findall(start)) for name, pattern in _SCRIPTS.items()}
-    if counts["japanese"]:  # Japanese is written with Chinese characters, too
-        counts["japanese"] += counts.pop("chinese")
-    name, count = max(counts.items(), key=lambda item: item[1])
-    return name if count else ""
-
-
-def _is_odd(messages: Messages) -> bool:
-    """A system message after the first place, a role that is not known, or a user who speaks twice in a row."""
-    roles = [message["role"] for message in messages]
-    return (
-        any(role not in _KNOWN_ROLES for role in roles)
-        or any(role == "system" for role in roles[1:])
-        or any(before == after == "user" for before, after in pairwise(roles))
-        or (bool(roles) and roles[0] in ("assistant", "tool"))
-    )
 
 
 def _contradicts(row: Preference, prompt: bytes, seen: _Seen) -> bool:
@@ -332,9 +331,15 @@ def _parts(value: str | Messages) -> list[str]:
     return [value] if isinstance(value, str) else [part for m in value for part in (m["role"], m["content"])]
 
 
-def _digest(row: Preference) -> bytes:
+def _asked(row: Preference, images: str) -> bytes:
+    """Digest of a prompt, of which its images are a part."""
+    return digest(images, *_parts(row.prompt))
+
+
+def _digest(row: Preference, images: str) -> bytes:
     label = [str(row.values["label"])] if "label" in row.values else []
-    return digest(*_parts(row.prompt), *(part for completion in row.completions for part in _parts(completion)), *label)
+    answers = (part for completion in row.completions for part in _parts(completion))
+    return digest(images, *_parts(row.prompt), *answers, *label)
 
 
 def _text(row: Preference) -> str:
@@ -351,6 +356,8 @@ def _result(
     findings = {key: Finding(len(found), len(found) / rows, tuple(found[:SHOWN_ROWS])) for key, found in numbers}
     if lengths is not None and lengths.truncated is not None:
         findings["truncated"] = Finding(round(lengths.truncated * rows), lengths.truncated)
+    if lengths is not None and lengths.image_cut is not None:
+        findings["image_cut"] = Finding(round(lengths.image_cut * rows), lengths.image_cut)
     sizes = {part: np.array(values) for part, values in seen.characters.items()}
     bias = {f"characters_{part}": float(values.mean()) for part, values in sizes.items()}
     if "rejected" in sizes and (unequal := int((sizes["chosen"] != sizes["rejected"]).sum())):

@@ -25,8 +25,9 @@ TEXTS = ("prompt", "chosen", "rejected", "completion", "completions", "messages"
 # What reaches the chat template of its row.
 EXTRAS = ("tools", "chat_template_kwargs")
 BATCH_ROWS = 1000
-# Columns that would change what a model sees, and that this version does not read.
-_UNSUPPORTED = ("images", "image")
+# Columns that change what a model sees. Images are taken out before (see `image_parts`); what is left is refused.
+IMAGE_COLUMNS = ("images", "image")
+_UNSUPPORTED = (*IMAGE_COLUMNS, "videos", "video", "audios", "audio")
 _NEEDS = {
     "pair": "A preference row has `chosen` and `rejected`, and `prompt` unless both begin with it",
     "ranked": "A ranked row has `prompt` and `completions`, a list with the best first (or with `scores`)",

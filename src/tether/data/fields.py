@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tether.data.columns import EXTRAS, IMAGE_COLUMNS, TEXTS, VALUES
 from tether.data.values import clean, decoded, described
 from tether.types import Messages
 
@@ -17,11 +18,57 @@ _ROLES = {
     "system": "system",
     "developer": "system",
 }
+_IMAGE = "<image>"
 _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
 class FieldFault(Exception):
     """A field of a row is not what its format needs."""
+
+
+class Reading(dict[str, Any]):
+    """A row that remembers which of its fields were asked for."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dictionary."""
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def unread(self, done: Row) -> dict[str, Any]:
+        """The fields that hold something and were not asked for; one whose name means something to what comes later
+        gets a longer one."""
+        left = {name: value for name, value in self.items() if name not in self.asked and value is not None}
+        taken = {*done, *TEXTS, *VALUES, *EXTRAS, "scores"}
+        return {f"{name} (of the source)" if name in taken else name: value for name, value in left.items()}
+
+
+def with_image_parts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where rows have images, `<image>` in a prompt's messages as the image part that it stands for (LLaMA-Factory)."""
+    if not any(row.get(column) for row in rows for column in IMAGE_COLUMNS):
+        return rows
+    return [
+        {**row, "prompt": [{**message, "content": _parts(message.get("content"))} for message in row["prompt"]]}
+        if isinstance(row["prompt"], list)
+        else row
+        for row in rows
+    ]
+
+
+def _parts(content: Any) -> Any:
+    if not isinstance(content, str):
+        return content
+    parts: list[dict[str, str]] = []
+    for place, piece in enumerate(content.split(_IMAGE)):
+        parts += [{"type": "image"}] * (place > 0) + [{"type": "text", "text": piece}] * bool(piece)
+    return parts
 
 
 def text(row: Row, name: str) -> str:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tether.data.columns import IMAGE_COLUMNS
 from tether.data.fields import (
     FieldFault,
+    Reading,
     answer,
     conversation,
     first_of,
@@ -23,6 +25,7 @@ from tether.data.fields import (
     optional,
     text,
     transcript,
+    with_image_parts,
 )
 from tether.data.values import Faults, described
 from tether.errors import ConfigError, DataError
@@ -31,7 +34,8 @@ from tether.types import Kind, Messages
 Row = Mapping[str, Any]
 _PROMPT_NAMES = ("prompt", "input", "question", "instruction")
 # Columns of a row that mean the same in every format.
-_KEPT = ("weight", "margin", "chat_template_kwargs")
+_LABELS = frozenset({"label", "kto_tag"})
+_KEPT = ("weight", "margin", "chat_template_kwargs", "tools", *IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,8 @@ def _openrlhf_prompt(row: Row) -> Messages | str:
     if isinstance(row[name], str):
         return row[name]
     whole = conversation(row, name)
-    return whole if {"chosen", "output", "completion"} & {key for key in row if row[key] is not None} else whole[:-1]
+    given = {key for key, value in row.items() if value is not None}
+    return whole if given & {"chosen", "output", "completion"} else whole[:-1]
 
 
 def _openrlhf_answer(row: Row, name: str) -> Any:
@@ -366,14 +371,14 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first
         first: number of the first row, from 0.
 
     Returns:
-        As many rows, in order.
+        As many rows, in order. Columns that the format does not read stay beside TRL's, so that they can be listed.
 
     Raises:
         ConfigError: the format has no such kind.
         DataError: fields are not what the format needs; the message names rows and fields.
     """
-    build = layout.answers.get(kind)
-    if build is None:
+    build, as_pair = layout.answers.get(kind), layout.answers.get("pair") if kind == "unpaired" else None
+    if build is None and as_pair is None:
         raise ConfigError(
             f"{name}: rows of the format `{layout.name}` cannot be read as `{kind}`; they can be read as "
             f"{', '.join(f'`{one}`' for one in layout.answers)}."
@@ -381,14 +386,15 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first
     faults, converted, total = Faults(), [], 0
     for total, row in enumerate(rows, 1):
         try:
-            done = {"prompt": layout.prompt(row), **build(row)}
+            reading = Reading(row)
+            # Pairs are read as labelled completions, too, two each.
+            paired = as_pair if build is None or (row.get("rejected") is not None and _LABELS.isdisjoint(row)) else None
+            done = {"prompt": layout.prompt(reading), **(paired or build)(reading)}  # type: ignore[misc]
         except FieldFault as fault:
             faults.add(first + total, str(fault))
             continue
-        done |= {column: row[column] for column in _KEPT if row.get(column) is not None}
-        if row.get("tools") and isinstance(done["prompt"], list):
-            done["tools"] = row["tools"]
-        converted.append(done)
+        done |= {column: reading[column] for column in _KEPT if reading.get(column) not in (None, "", [])}
+        converted.append(done | reading.unread(done))
     if faults.total:
         raise DataError(faults.message(f"{name} (format {layout.name})", total))
-    return converted
+    return with_image_parts(converted)

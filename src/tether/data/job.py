@@ -108,6 +108,12 @@ class Job:
         """Check rows and say what is to be done to them; see `prepare` for the errors."""
         data, pictures = take_images(rows, tokenizer, name=name)
         schema = read_preferences(data, kind=options.kind, turns=options.turns, name=name)
+        if options.encoder_decoder and schema.whole:
+            column = "messages" if "messages" in schema.columns else "text"
+            raise DataError(
+                f"{name}: the rows are one text each (`{column}`), and the model reads a prompt in its encoder and "
+                "writes a completion in its decoder. Give `prompt` and `completion`."
+            )
         template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
         template = parts_template(template) if template is not None and reads_images(tokenizer) else template
         encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)

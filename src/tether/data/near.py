@@ -8,6 +8,7 @@ compared set by set, so that what is reported is exact and only what is missed i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from zlib import crc32
 
 import numpy as np
@@ -36,9 +37,10 @@ class NearDuplicates:
         self._sets: list[np.ndarray] = []
         self._buckets: list[dict[bytes, list[int]]] = [{} for _ in range(BINS // BAND)]
 
-    def add(self, text: str) -> int | None:
-        """Remember a text; the number of the first one that it is almost like, counted from 0, or None."""
-        shingles, keys = self._keys(text)
+    def add(self, text: str, apart: str = "") -> int | None:
+        """Remember a text; the number of the first one that it is almost like, counted from 0, or None. Texts with
+        another `apart`, such as what tells their images, are never alike."""
+        shingles, keys = self._keys(text, apart)
         found = self._closest(shingles, keys)
         number = len(self._sets)
         self._sets.append(shingles)
@@ -48,16 +50,16 @@ class NearDuplicates:
                 members.append(number)
         return found
 
-    def find(self, text: str) -> int | None:
+    def find(self, text: str, apart: str = "") -> int | None:
         """The number of the first text that this one is almost like, or None; it is not remembered."""
-        return self._closest(*self._keys(text))
+        return self._closest(*self._keys(text, apart))
 
     def _closest(self, shingles: np.ndarray, keys: list[bytes]) -> int | None:
         candidates = {number for bucket, key in zip(self._buckets, keys, strict=True) for number in bucket.get(key, ())}
         return next((number for number in sorted(candidates) if jaccard(shingles, self._sets[number]) >= SIMILAR), None)
 
-    def _keys(self, text: str) -> tuple[np.ndarray, list[bytes]]:
-        shingles = self.shingles(text)
+    def _keys(self, text: str, apart: str = "") -> tuple[np.ndarray, list[bytes]]:
+        shingles = self.shingles(text, apart)
         bins = (shingles & np.uint64(BINS - 1)).astype(np.intp)
         signature = np.full(BINS, _EMPTY)
         np.minimum.at(signature, bins, shingles >> np.uint64(6))
@@ -68,12 +70,13 @@ class NearDuplicates:
             signature[empty] = signature[next_filled]
         return shingles, [signature[start : start + BAND].tobytes() for start in range(0, BINS, BAND)]
 
-    def shingles(self, text: str) -> np.ndarray:
-        """Hashes of the distinct runs of three words, sorted: uint64 `[S]`, at least one."""
+    def shingles(self, text: str, apart: str = "") -> np.ndarray:
+        """Hashes of the distinct runs of three words, sorted: uint64 `[S]`, at least one; others for each `apart`."""
         words = list(map(self._words.__getitem__, text.lower().split())) or [0]
         row = np.array([*words, *[0] * (3 - len(words))], dtype=np.uint64)
         with np.errstate(over="ignore"):
             runs = row[:-2] * _SEEDS[0] + row[1:-1] * _SEEDS[1] + row[2:] * _SEEDS[2]
+            runs += np.uint64(int.from_bytes(blake2b(apart.encode(), digest_size=8).digest()) if apart else 0)
             runs ^= runs >> np.uint64(33)
             runs *= _MIX
             runs ^= runs >> np.uint64(29)

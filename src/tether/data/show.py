@@ -1,12 +1,24 @@
-"""One row as the model will see it: every token with its part and mask. Called by the command line."""
+"""One row as the model will see it: every token with its role, its part and its mask. Called by the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from tether.data.audit import Report
+from tether.data.images import parts_template, reads_images, take_images
+from tether.data.prepare import Prepared, prepare
+from tether.data.roles import Roles, roles_of
+from tether.data.schema import preferences, read_preferences, unpaired
+from tether.data.template import chat_template, text_tokenizer
+from tether.data.tokenize import Encoder
+from tether.data.truncate import TruncationMode, kept_prompt
+from tether.types import Kind
 
 Part = Literal["prompt", "completion"]
 
@@ -21,6 +33,7 @@ class Token:
         part: prompt or completion.
         scored: it counts in the loss.
         special: it is one of the tokenizer's special tokens.
+        role: who says it: `system`, `user`, `assistant`, `tool`; empty for text, which no one in particular says.
     """
 
     id: int
@@ -28,29 +41,115 @@ class Token:
     part: Part
     scored: bool
     special: bool
+    role: str = ""
 
 
-def tokens_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[Token]]:
+def shown_row(
+    rows: Dataset,
+    number: int,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    kind: Kind = "pair",
+    truncation_mode: TruncationMode = "keep_start",
+    max_length: int | None = None,
+    **options: Any,
+) -> tuple[list[list[list[Token]]], Report]:
+    """One row as the model is given it.
+
+    Args:
+        rows: as `load_rows` returns them.
+        number: of the row, from 1.
+        processing: the model's tokenizer or processor.
+        kind: see `prepare`, as for the others.
+        truncation_mode: see `prepare`.
+        max_length: see `prepare`.
+        options: the others of `prepare`.
+
+    Returns:
+        For each row that it becomes (a pair that is read as labelled completions becomes two), the tokens of the prompt
+        and those of each completion; and the report.
+
+    Raises:
+        DataError: it cannot be read, or would be dropped.
+    """
+    options = {**options, "kind": kind, "truncation_mode": truncation_mode, "name": f"row {number}"}
+    one = rows.select([number - 1])
+    prepared = prepare(one, processing, max_length=max_length, **options)
+    # Roles are told from the whole conversation, and cut as the tokens are.
+    whole = prepared if max_length is None else prepare(one, processing, max_length=None, **options)
+    roles = _roles(one, whole, processing, kind, options)
+    shown = []
+    for row in prepared.dataset.with_format(None).to_list():
+        own = roles.get(_first_completion(row, roles))
+        cut = (
+            own
+            and [
+                kept_prompt(own[0], len(row["prompt_ids"]), truncation_mode) or [],  # type: ignore[type-var]
+                *(mine[: len(ids)] for mine, ids in zip(own[1:], row["completion_ids"], strict=True)),
+            ]
+        )
+        shown.append(tokens_of(row, text_tokenizer(processing), cut))
+    return shown, prepared.report
+
+
+def _roles(
+    one: Dataset, whole: Prepared, processing: Any, kind: Kind, options: Mapping[str, Any]
+) -> dict[tuple[int, ...], list[Roles]]:
+    """The roles of each prepared row, by the tokens of its completions; none for text."""
+    text, _ = take_images(one, processing, name=str(options["name"]))
+    turns = options.get("turns", "all")
+    schema = read_preferences(text, kind=kind, turns=turns, name=str(options["name"]))
+    if schema.form == "standard":
+        return {}
+    template = chat_template(processing)
+    template = parts_template(template) if reads_images(processing) else template
+    encoder = Encoder(text_tokenizer(processing), template=template)
+    records = preferences(text, schema, turns=turns)
+    if kind == "unpaired" and schema.kind == "pair":
+        records = [row for record in records for row in unpaired(record)]
+    found = {}
+    for record, row in zip(records, whole.dataset.with_format(None).to_list(), strict=False):
+        prompt, completions = row["prompt_ids"], row["completion_ids"]
+        image = getattr(processing, "image_token_id", None)
+        found[tuple(chain(*completions))] = roles_of(record, prompt, completions, encoder, template, image)
+    return found
+
+
+def _first_completion(row: Mapping[str, Any], roles: Mapping[tuple[int, ...], Any]) -> tuple[int, ...]:
+    """The key in `roles` of a row whose completions may have been cut."""
+    if len(roles) < 2:
+        return next(iter(roles), ())
+    own = row["completion_ids"][0]
+    return next((key for key in roles if list(key[: len(own)]) == own), ())
+
+
+def tokens_of(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, roles: Sequence[Roles] | None = None
+) -> list[list[Token]]:
     """The tokens of a prepared row: those of the prompt, then those of each completion.
 
     Args:
         row: of `Prepared.dataset`.
         tokenizer: that made it.
+        roles: of the prompt's tokens and of each completion's; None for text.
     """
     completions = row["completion_ids"]
     masks = row.get("scored") or [[True] * len(ids) for ids in completions]
-    prompt = _tokens(row["prompt_ids"], [False] * len(row["prompt_ids"]), "prompt", tokenizer)
-    answers = [_tokens(ids, mask, "completion", tokenizer) for ids, mask in zip(completions, masks, strict=True)]
-    return [prompt, *answers]
+    said = roles or [[""] * len(ids) for ids in (row["prompt_ids"], *completions)]
+    prompt = _tokens(row["prompt_ids"], [False] * len(row["prompt_ids"]), said[0], "prompt", tokenizer)
+    parts = zip(completions, masks, said[1:], strict=True)
+    return [prompt, *(_tokens(ids, mask, own, "completion", tokenizer) for ids, mask, own in parts)]
 
 
-def _tokens(ids: list[int], mask: list[bool], part: Part, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
+def _tokens(
+    ids: list[int], mask: list[bool], roles: Roles, part: Part, tokenizer: PreTrainedTokenizerBase
+) -> list[Token]:
     special = set(tokenizer.all_special_ids) | {
         number for number, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     return [
-        Token(token, _text(token, tokenizer), part, scored, token in special)
-        for token, scored in zip(ids, mask, strict=True)
+        Token(token, _text(token, tokenizer), part, scored, token in special, role)
+        for token, scored, role in zip(ids, mask, roles, strict=True)
     ]
 
 

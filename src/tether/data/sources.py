@@ -19,15 +19,15 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tether.data.columns import BATCH_ROWS, EXTRAS, TEXTS
+from tether.data.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, TEXTS
 from tether.data.files import READERS, Part, expand, kind_of_file, listed, read_file
 from tether.data.formats import FORMAT_NAMES, FORMATS, PATTERNED, PLAIN, Format, Wording, convert, detected, patterned
+from tether.data.image_parts import references_of
 from tether.data.schema import explain_mixed_types
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
 Source = Dataset | DatasetDict | IterableDataset | IterableDatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
-IMAGE_COLUMNS = ("images", "image")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
 
@@ -171,9 +171,12 @@ def plain_rows(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]
     if isinstance(rows, list):
         yield from rows
         return
-    plain = rows.with_format(None)
+    images = [column for column in IMAGE_COLUMNS if column in rows.column_names]
+    plain = rows.remove_columns(images).with_format(None)
     for start in range(0, len(plain), BATCH_ROWS):
-        batch = plain[start : start + BATCH_ROWS]
+        batch = cast(dict[str, list[Any]], plain[start : start + BATCH_ROWS])
+        for column in images:  # as files, not as pixels
+            batch[column] = list(references_of(rows, column, start, start + BATCH_ROWS))
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 

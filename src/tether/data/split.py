@@ -9,6 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from tether.data.audit import digest
+from tether.data.image_parts import as_text, fault_message, has_parts, identities
 from tether.data.schema import preferences, python_rows, read_preferences
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
@@ -30,8 +31,8 @@ def split_rows(
     Args:
         rows: as `load_rows` returns them.
         asked: `split`, a share between 0 and 1 or a number of rows; `by`, `prompt` (left out, too) or `row`. By prompt,
-            no prompt is on both sides. What is set aside depends on the text alone: rows that are added or shuffled do
-            not move others to another side, with a share.
+            no prompt is on both sides; prompts with other images are others. What is set aside depends on text and
+            images alone: rows that are added or shuffled do not move others to another side, with a share.
         kind: what the rows are to be read as.
         name: what to call them in messages.
 
@@ -82,11 +83,20 @@ def _checked(asked: Mapping[str, Any], rows: int) -> tuple[float | int, By]:
 
 
 def _keys(rows: Dataset, by: By, kind: Kind, name: str) -> list[bytes]:
-    """A digest of each row's text, or of its prompt."""
+    """A digest of each row's text and images, or of its prompt with these."""
+    seen = identities(rows)
+    if any(seen) or has_parts(rows):
+        text = as_text(rows)
+        if text.faults:
+            raise DataError(fault_message(text.faults, name))
+        rows = text.rows
     schema = read_preferences(rows, kind=kind, name=name)
     if by == "row" or schema.whole:
-        return [digest(_spelled(list(row.values()))) for row in python_rows(rows, schema.columns)]
-    return [digest(_spelled(record.prompt)) for record in preferences(rows, schema)]
+        texts = [_spelled(list(row.values())) for row in python_rows(rows, schema.columns)]
+    else:
+        texts = [_spelled(record.prompt) for record in preferences(rows, schema)]
+    # Rows without images keep the key that they had before there were any.
+    return [digest(text, *filter(None, [images])) for text, images in zip(texts, seen, strict=True)]
 
 
 def _spelled(value: Any) -> str:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tether.errors import ConfigError
+from tether.models.adapters import continue_adapter
 from tether.models.gguf import check_gguf, convert_gguf
 
 logger = logging.getLogger("tether")
@@ -103,7 +104,7 @@ def load_policy(
     chosen = _dtype(dtype)
     folder = _local(source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if _is_adapter(folder):
+    if is_adapter(folder):
         return _load_adapter(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, attn=attn_implementation, **model_kwargs
         )
@@ -142,7 +143,7 @@ def load_config(source: str | Path, *, revision: str | None = None, trust_remote
     path = Path(source).expanduser()
     # A reward model has a configuration too, though no policy's head.
     folder = str(path) if (path / "config.json").is_file() and revision is None else _local(source, revision)
-    if _is_adapter(folder):
+    if is_adapter(folder):
         base = _base_of_adapter(Path(folder))
         name = cast(str, base.base_model_name_or_path)
         return load_config(name, revision=base.revision, trust_remote_code=trust_remote_code)
@@ -179,8 +180,11 @@ def load_tokenizer(
     Raises:
         ConfigError: there is no tokenizer, or it has neither a padding nor an end token.
     """
-    folder = _local(source, revision)
-    if _is_adapter(folder) and not any(Path(folder).glob("tokenizer*")):
+    place = Path(source).expanduser()
+    # A folder may hold a tokenizer alone.
+    alone = revision is None and (place / "tokenizer.json").is_file() and not (place / "config.json").is_file()
+    folder = str(place) if alone else _local(source, revision)
+    if is_adapter(folder) and not any(Path(folder).glob("tokenizer*")):
         base = _base_of_adapter(Path(folder))
         return load_tokenizer(
             cast(str, base.base_model_name_or_path),
@@ -218,7 +222,7 @@ def load_processing(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if getattr(load_config(source, **options), "vision_config", None) is not None:
         folder = _local(source, revision)
-        name = cast(str, _base_of_adapter(Path(folder)).base_model_name_or_path) if _is_adapter(folder) else folder
+        name = cast(str, _base_of_adapter(Path(folder)).base_model_name_or_path) if is_adapter(folder) else folder
         try:
             processor: Any = AutoProcessor.from_pretrained(name, **options)
         except _LOADING_ERRORS as error:
@@ -340,8 +344,9 @@ def _check_complete(source: str | Path, missing: set[str] | list[str]) -> None:
         )
 
 
-def _is_adapter(folder: str) -> bool:
-    return (Path(folder) / "adapter_config.json").is_file()
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder is that of a PEFT adapter."""
+    return (Path(folder).expanduser() / "adapter_config.json").is_file()
 
 
 def _base_of_adapter(folder: Path) -> PeftConfig:
@@ -366,11 +371,16 @@ def _load_adapter(
         attn_implementation=attn,
         **model_kwargs,
     )
-    return PeftModel.from_pretrained(cast(PreTrainedModel, base), folder, is_trainable=True).eval()
+    return continue_adapter(cast(PreTrainedModel, base), folder)
 
 
 def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigError:
     reason = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"The {kind} of '{source}' brings Python code of its own, which is not run unless that is asked for. Read "
+            "it, and if you trust it, set trust_remote_code (in a run file `model.trust_remote_code: true`)."
+        )
     if Path(source).expanduser().exists():
         return ConfigError(f"The {kind} in '{source}' cannot be loaded: {reason} Allowed: {ALLOWED}.")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

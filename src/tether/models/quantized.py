@@ -11,26 +11,45 @@ import torch
 
 from tether.errors import ConfigError
 
-Quantization = Literal["4bit", "8bit"]
+Quantization = Literal["4bit", "nf4", "8bit", "int8", "none"]
+# Short name to the package that it needs.
+_PACKAGES = {"4bit": "bitsandbytes", "nf4": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 
 
 def quantization_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
-    """Configuration of bitsandbytes for transformers' `quantization_config`.
+    """Configuration for transformers' `quantization_config`, by a short name.
 
     Args:
-        name: `4bit` (NF4 with double quantisation) or `8bit` (LLM.int8).
+        name: `4bit` or `nf4` (bitsandbytes' NF4 with double quantisation), `8bit` (bitsandbytes' LLM.int8), `int8`
+            (torchao, weights only, in one scale for each output), or `none`.
         dtype: dtype that 4-bit weights are computed in; `auto`: bfloat16 on an accelerator, else float32.
 
+    Returns:
+        The configuration; None for `none`.
+
     Raises:
-        ConfigError: another name, or bitsandbytes is not installed.
+        ConfigError: another name, or the package that it needs is not installed.
     """
-    if name not in ("4bit", "8bit"):
-        raise ConfigError(f"quantization is {name!r}; allowed are 4bit and 8bit, or leave it out.")
-    if find_spec("bitsandbytes") is None:
+    if name == "none":
+        return None
+    if name not in _PACKAGES:
+        raise ConfigError(f"quantization is {name!r}; allowed are {', '.join(_PACKAGES)} and none, or leave it out.")
+    if find_spec(_PACKAGES[name]) is None:
         raise ConfigError(
-            f"quantization is {name}, which needs bitsandbytes, and it is not installed. Install it with "
+            f"quantization is {name}, which needs {_PACKAGES[name]}, and it is not installed. Install it with "
             "`pip install 'tether[quantization]'`, or leave the option out."
         )
+    return _torchao() if name == "int8" else _bitsandbytes(name, dtype)
+
+
+def _torchao() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _bitsandbytes(name: str, dtype: str | torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if name == "8bit":
@@ -44,6 +63,12 @@ def quantization_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, chosen),
     )
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether a weight is held in fewer bits than it stands for, so that no gradient can change it."""
+    # torchao's tensors call themselves floating; they are made of an integer tensor and scales.
+    return not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__")
 
 
 def keep_quantized_layout() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from tether.errors import ConfigError
-from tether.models.load import _LOADING_ERRORS, _dtype, _is_adapter, _loading_error, _local
+from tether.models.load import _LOADING_ERRORS, _dtype, _loading_error, _local, is_adapter
 
 HEAD = "score"
 
@@ -38,7 +38,7 @@ def load_reward_model(
         ConfigError: the source is missing, incomplete or an adapter, or the architecture has no such form.
     """
     folder = str(source) if _is_classifier(source) else _local(source, revision)
-    if _is_adapter(folder):
+    if is_adapter(folder):
         raise ConfigError(
             f"The model '{source}' is an adapter, and a reward model starts from whole weights. Merge it into its base "
             "with merge_and_unload() and give that folder, or pass the model in memory."

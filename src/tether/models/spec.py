@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -16,12 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.errors import ConfigError
-from tether.models.load import load_config, load_policy, load_processing
-from tether.models.quantized import quantization_config
+from tether.models.adapters import continue_adapter
+from tether.models.load import check_source, is_adapter, load_config, load_policy, load_processing, load_tokenizer
+from tether.models.quantized import is_quantized, quantization_config
 from tether.models.structure import adapter_tensors, transformers_model, unwrap
 
 logger = logging.getLogger("tether")
 _NAMES = {"attn_implementation": "attention"}
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,17 @@ class ModelSpec:
         source: hub name, folder, folder of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub name.
         dtype: of the weights, see `load_policy`.
-        quantization: `4bit` (NF4) or `8bit`, by bitsandbytes; an adapter then trains on frozen weights.
-        device_map: where the weights go; transformers' default if None.
+        quantization: see `quantization_config`; an adapter then trains on frozen weights.
+        device_map: where the weights go, in transformers' words: a device, `auto`, or a mapping; its default if None.
         attention: attention implementation of transformers; its default if None.
         trust_remote_code: run Python code that the model's repository brings.
+        tokenizer: hub name or folder of another tokenizer than the model's own.
+        adapter: folder of an adapter on the model: it goes on training, or is frozen beneath a new one.
         further: other keywords of `from_pretrained`.
 
     Raises:
-        ConfigError: a quantisation that is unknown, or of which the library is missing.
+        ConfigError: a quantisation that is unknown, or of which the library is missing; an adapter that is not there; a
+            device that does not exist.
 
     Example:
         >>> ModelSpec.of("tiny", {"dtype": "float32", "attn_implementation": "eager"}).attention
@@ -53,6 +58,8 @@ class ModelSpec:
     device_map: Any = None
     attention: str | None = None
     trust_remote_code: bool = False
+    tokenizer: str | Path | None = None
+    adapter: str | Path | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,6 +67,32 @@ class ModelSpec:
             if "quantization_config" in self.further:
                 raise ConfigError("quantization and quantization_config came together; leave one of them out.")
             quantization_config(self.quantization, self.dtype)
+        _check_device(self.device_map)
+        if self.adapter is not None:
+            self._check_adapter(self.adapter)
+
+    def _check_adapter(self, adapter: str | Path) -> None:
+        if not is_adapter(adapter):
+            raise ConfigError(
+                f"adapter is '{adapter}', which is no folder with adapter_config.json. Give the folder that an adapter "
+                "was saved in."
+            )
+        check_source(adapter)
+        if is_adapter(self.source):
+            raise ConfigError(
+                f"The model '{self.source}' is an adapter's folder and adapter names another, '{adapter}'. Name the "
+                "model that they are on, or leave adapter out to continue the first."
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are quantised when they are loaded, so that they cannot train themselves."""
+        return self.quantization not in (None, "none") or self.further.get("quantization_config") is not None
+
+    @property
+    def brings_adapter(self) -> bool:
+        """Whether the model comes with an adapter."""
+        return self.adapter is not None or is_adapter(self.source)
 
     @classmethod
     def of(cls, source: str | Path, options: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelSpec:
@@ -69,28 +102,66 @@ class ModelSpec:
         return cls(source, **{"trust_remote_code": trust_remote_code, **own}, further=named)
 
     def load(self) -> PreTrainedModel | PeftModel:
-        """The model; see `load_policy` for the errors."""
+        """The model with its adapter, which goes on training; see `load_policy` for the errors."""
+        model = self.load_base()
+        return model if self.adapter is None else continue_adapter(cast(PreTrainedModel, model), self.adapter)
+
+    def load_base(self) -> PreTrainedModel | PeftModel:
+        """The model without `adapter`; see `load_policy` for the errors."""
+        return load_policy(self.source, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of `load_policy`."""
         options = dict(self.further)
-        if self.quantization is not None:
-            options["quantization_config"] = quantization_config(self.quantization, self.dtype)
+        if self.quantization not in (None, "none"):
+            options["quantization_config"] = quantization_config(str(self.quantization), self.dtype)
         if self.device_map is not None:
             options["device_map"] = self.device_map
-        return load_policy(
-            self.source,
-            dtype=self.dtype,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attention,
+        return {
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "attn_implementation": self.attention,
             **options,
-        )
+        }
 
     def load_config(self) -> Any:
         """Its configuration alone; no weights are read."""
         return load_config(self.source, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load_processing(self) -> PreTrainedTokenizerBase | ProcessorMixin:
-        """Its tokenizer, or its processor where it sees images."""
-        return load_processing(self.source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        """Its tokenizer, or its processor where it sees images; or the other tokenizer that was named.
+
+        Raises:
+            ConfigError: there is none, or the other one has ids that the model has no embeddings for.
+        """
+        if self.tokenizer is None:
+            return load_processing(self.source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.tokenizer, trust_remote_code=self.trust_remote_code)
+        rows = self.load_config().get_text_config().vocab_size
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= rows:
+            raise ConfigError(
+                f"tokenizer is '{self.tokenizer}', with ids up to {largest}, and the model '{self.source}' has "
+                f"{rows} embeddings: it belongs to another model. Leave tokenizer out, or name one with the model's "
+                "ids; new tokens go in add_tokens."
+            )
+        return tokenizer
+
+
+def _check_device(device_map: Any) -> None:
+    """Say that a device does not exist before anything is read."""
+    if not isinstance(device_map, str) or device_map in _SPREAD:
+        return
+    try:
+        known = torch.device(device_map).type != "meta"  # weights there have no values
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ConfigError(
+            f"device_map is {device_map!r}; allowed are {', '.join(_SPREAD)}, a device such as cpu or cuda:1, or a "
+            "mapping of modules to devices."
+        )
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:
@@ -162,7 +233,13 @@ def select_trainable(model: nn.Module, train: Iterable[str], freeze: Iterable[st
     adapter = {id(tensor) for tensor in adapter_tensors(model).values()}
     for _, parameter in parameters:
         if train and id(parameter) not in adapter:
-            parameter.requires_grad_(any(id(parameter) in found[pattern] for pattern in train))
+            chosen = [pattern for pattern in train if id(parameter) in found[pattern]]
+            if chosen and is_quantized(parameter):
+                raise ConfigError(
+                    f"{chosen[0]!r} finds {names[id(parameter)][0]!r}, a quantised weight, which cannot train. Choose "
+                    "parameters that are not quantised, such as norms."
+                )
+            parameter.requires_grad_(bool(chosen))
         if any(id(parameter) in found[pattern] for pattern in freeze):
             parameter.requires_grad_(False)
 

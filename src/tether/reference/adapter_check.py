@@ -11,10 +11,8 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from tether.models.adapters import rewrites_base
 from tether.models.structure import adapter_tensors, trainable_tensors, unwrap
-
-# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
 
 
 def learnt_for_some_tokens(policy: nn.Module) -> str:
@@ -44,9 +42,8 @@ def rewritten_base(policy: nn.Module) -> str:
     inner = unwrap(policy)
     configs = inner.peft_config if isinstance(inner, PeftModel) else {}
     for name, config in configs.items():
-        init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
-            return f"adapter {name!r} with init_lora_weights={init!r}"
+        if rewrites_base(config):
+            return f"adapter {name!r} with init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
     return ""
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tether.errors import ReferenceError
 from tether.models.structure import trainable_tensors
-from tether.reference.protocol import Reference, Scorer, frozen_pass
-from tether.reference.snapshot import SnapshotReference
+from tether.reference.protocol import Moving, Reference, Scorer, frozen_pass
 from tether.types import ScoringBatch
 
 
@@ -90,9 +89,9 @@ class FrozenProbe:
 
     def follow(self, step: int, *, rescore: bool = True) -> None:
         """Move the reference if its `sync` is due after this step, and take its new values for those to keep to."""
-        sync, reference = getattr(self._reference, "sync", None), self._reference
-        if sync is not None and sync.due(step):
-            cast(SnapshotReference, reference).move(sync.alpha)
+        reference = self._reference
+        if isinstance(reference, Moving) and reference.sync is not None and reference.sync.due(step):
+            reference.move(reference.sync.alpha)
             if rescore:
                 self._values = reference.score(self._batch)
 

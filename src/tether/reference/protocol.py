@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from tether.models.structure import evaluation_mode
+from tether.reference.spec import Sync
 from tether.types import ReferenceIdentity, Scores, ScoringBatch
 
 # The one scoring function with the run's layout bound to it, as `functools.partial(score, layout=...)`.
@@ -35,6 +36,27 @@ class Reference(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must hold because nothing else can rebuild them; empty for most means."""
+        ...
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """A reference whose own copy of the weights can be drawn towards the policy (TR-DPO)."""
+
+    sync: Sync | None
+    moves: int
+
+    def move(self, alpha: float) -> None:
+        """Make the reference `alpha * policy + (1 - alpha) * reference`."""
+        ...
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """A reference that takes back what `state` gave to a checkpoint."""
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors, or refuse."""
         ...
 
 

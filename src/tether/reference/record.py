@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import ReferenceError
 from tether.reference.guard import GuardResult
-from tether.reference.protocol import Reference
-from tether.reference.remote import RemoteReference
+from tether.reference.protocol import Moving, Reference, Restorable
 from tether.reference.snapshot import SnapshotReference
 from tether.types import ReferenceIdentity
 
 RECORD = "reference.json"
 TENSORS = "reference.safetensors"
-# A snapshot up to this share of the model travels in each checkpoint; a larger one is the start model itself, which
-# the run is started from again and which its fingerprint proves.
-_SHARE = 0.25
 
 
 def write_record(folder: Path, reference: Reference, line: str, guard: GuardResult | None) -> None:
     """Write `reference.json` into a run folder or a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"identity": reference.identity.to_dict(), "line": line, "guard": guard.to_dict() if guard else None}
+    record: dict[str, Any] = {"identity": reference.identity.to_dict(), "line": line}
+    record["guard"] = guard.to_dict() if guard else None
+    if isinstance(reference, Moving) and reference.sync is not None:
+        record["moves"] = reference.moves
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(folder: Path, reference: Reference, policy: nn.Module, *, write: bool = True) -> None:
+def write_tensors(folder: Path, reference: Reference, *, write: bool = True) -> None:
     """Write the tensors that a resumed run needs to rebuild the reference.
 
     A snapshot that is most of the model is left out, unless it has moved: it is the start model itself then. Every
@@ -38,13 +38,10 @@ def write_tensors(folder: Path, reference: Reference, policy: nn.Module, *, writ
     Args:
         folder: the checkpoint.
         reference: whose tensors.
-        policy: the model in training.
         write: whether this process writes.
     """
-    if isinstance(reference, SnapshotReference) and not reference.moves:
-        size = sum(parameter.numel() for parameter in policy.parameters())
-        if reference.size() > _SHARE * size:
-            return
+    if isinstance(reference, SnapshotReference) and not reference.moves and not reference.is_small():
+        return
     tensors = reference.state()
     if tensors and write:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
@@ -89,8 +86,11 @@ def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResul
         )
     recorded, guard = found
     tensors: dict[str, Tensor] = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
-    if tensors and isinstance(reference, (SnapshotReference, RemoteReference)):
+    if tensors and isinstance(reference, Restorable):
         reference.load_state(tensors)
+    if isinstance(reference, Moving) and reference.sync is not None:
+        # Known even where no tensor was due yet, so that the next checkpoint holds what this one holds.
+        reference.moves = _recorded_moves(folder, bool(tensors))
     mine = reference.identity
     if (mine.meaning, mine.fingerprint, mine.sync) != (recorded.meaning, recorded.fingerprint, recorded.sync):
         raise ReferenceError(
@@ -98,3 +98,14 @@ def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResul
             f"{mine}. Start from the same model and the same reference settings, or begin a new run."
         )
     return guard
+
+
+def _recorded_moves(folder: Path, loaded: bool) -> int:
+    """How often the reference of a checkpoint had moved; a moved one without its tensors is lost."""
+    moves = int(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("moves", int(loaded)))
+    if moves and not loaded:
+        raise ReferenceError(
+            f"The reference of the checkpoint {folder} had moved {moves} times, but {TENSORS}, which held it, is not "
+            "there. Restore the file, or resume from another checkpoint."
+        )
+    return moves

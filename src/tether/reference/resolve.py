@@ -24,6 +24,7 @@ from tether.reference.adapter_check import (
     trainable_of_adapter,
 )
 from tether.reference.guard import GuardResult, compare_with_start
+from tether.reference.moving import MovingModelReference
 from tether.reference.none import NoReference
 from tether.reference.protocol import SAME, Reference, Scorer
 from tether.reference.remote import RemoteReference
@@ -95,9 +96,13 @@ def _resolve_model(run: _Run) -> Resolved:
         raise ConfigError("reference: model came without a model; pass `ref_model`, or name one in the run file.")
     refuse_wrong_model(run.policy, model)
     identity = _identity(spec, "model", model, without_adapters=False)
+    where = f"{spec.source} ({identity.dtype}, {next(model.parameters()).device})"
+    if spec.sync is not None:
+        identity = replace(identity, sync=str(spec.sync))
+        moving = MovingModelReference(run.policy, model, run.scorer_for(model), identity, spec.sync)
+        return Resolved(moving, f"reference: model, by model: {where}; it moves {spec.sync}")
     reference = ModelReference(model, run.scorer_for(model), identity, spec.reload)
-    where = next(model.parameters()).device
-    return Resolved(reference, f"reference: model, by model: {spec.source} ({identity.dtype}, {where}), frozen")
+    return Resolved(reference, f"reference: model, by model: {where}, frozen")
 
 
 def _resolve_start(run: _Run) -> Resolved:
@@ -171,6 +176,12 @@ def _resolve_adapter(run: _Run) -> Resolved:
             f"reference: adapter {name!r}, by adapter_on, was asked for, but {some(moving)} that it computes with "
             "would train. Leave `reference_means` unset, or set it to snapshot."
         )
+    if spec.sync is not None and moving.keys() != trainable_tensors(policy).keys():
+        raise ConfigError(
+            f"sync was asked for with the adapter {name!r} as the reference, but adapter {active_adapters(policy)} "
+            "trains. The factors of two adapters stand for nothing when they are mixed. Train that adapter itself, as "
+            "in `model: its folder` with `reference: start`, or turn sync off."
+        )
     means: Means = spec.means or ("snapshot" if moving else "adapter_on")
     again = partial(_adapter_fingerprint, inner, name)
     identity = _identity(spec, means, policy, known=again())
@@ -183,7 +194,8 @@ def _resolve_adapter(run: _Run) -> Resolved:
         line = f"reference: adapter {name!r}, by adapter_on: frozen beside adapter {active_adapters(policy)}"
         return Resolved(AdapterOnReference(policy, run.scorer, identity, name), line)
     why = f"because {some(moving)} would train" if moving else "as forced"
-    reference, what = _snapshot(run, identity, moving, why, around=partial(adapter_on, policy, name), fingerprint=again)
+    around = partial(adapter_on, policy, name)
+    reference, what = _snapshot(run, identity, moving, why, around=around, fingerprint=again, sync=spec.sync)
     return Resolved(reference, f"reference: adapter {name!r}, by snapshot: {what}")
 
 
@@ -253,7 +265,8 @@ def _snapshot(run: _Run, identity: ReferenceIdentity, tensors: dict[str, Tensor]
     keep, where = _place(run, bytes_kept)
     sync = options.get("sync")
     identity = replace(identity, means="snapshot", sync=str(sync) if sync else None)
-    reference = SnapshotReference(run.policy, run.scorer, identity, tensors, keep=keep, **options)
+    options = {"keep": keep, "spill": run.spec.spill, **options}
+    reference = SnapshotReference(run.policy, run.scorer, identity, tensors, **options)
     moves = f"; it moves {sync}" if sync else ""
     what = f"{len(tensors)} trainable tensors kept ({bytes_kept / 2**20:.1f} MiB{where}), {why}{moves}"
     return reference, what

@@ -48,6 +48,11 @@ class ModelReference:
         """Whether the weights are in memory, on their device."""
         return self._model is not None and next(self._model.parameters()).device == self._device
 
+    @property
+    def may_release(self) -> bool:
+        """Whether the weights can be loaded again, or wait in the host's memory."""
+        return self._reload is not None or (self._model is not None and may_move(self._model))
+
     def release(self) -> None:
         """Let the weights go; the next `score` brings them back."""
         if self._reload is not None:

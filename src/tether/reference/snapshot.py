@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,12 @@ from tether.errors import ReferenceError
 from tether.reference.protocol import SAME, Scorer, frozen_pass
 from tether.reference.shards import drop_gathered, gather_shards, local_part, plain_name, shard_like
 from tether.reference.spec import Keep, Sync
+from tether.reference.spill import Spill
 from tether.types import ReferenceIdentity, ScoringBatch
+
+logger = logging.getLogger("tether")
+# A snapshot up to this share of the model is small: it travels in each checkpoint and stays in memory.
+SMALL_SHARE = 0.25
 
 
 class SnapshotReference:
@@ -31,6 +38,7 @@ class SnapshotReference:
         keep: `device` keeps the values where the policy's are, `host` in the host's memory (pinned for a GPU).
         fingerprint: gives the identity's fingerprint while the values are swapped in; for values from a checkpoint.
         sync: how the reference moves, or None.
+        spill: folder that takes the values of a large snapshot while nothing needs them; None keeps them in memory.
     """
 
     tolerance = SAME
@@ -46,10 +54,12 @@ class SnapshotReference:
         keep: Keep = "device",
         fingerprint: Callable[[], str] | None = None,
         sync: Sync | None = None,
+        spill: Path | None = None,
     ) -> None:
         self._policy, self._scorer, self.identity = policy, scorer, identity
         self._around, self._keep, self._fingerprint, self.sync = around, keep, fingerprint, sync
         self.moves = 0
+        self._spill = Spill(spill) if spill is not None else None
         self._start = {plain_name(name): self._kept(tensor.detach().clone()) for name, tensor in tensors.items()}
 
     def score(self, batch: ScoringBatch) -> Tensor:
@@ -60,6 +70,7 @@ class SnapshotReference:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the policy holds the reference's values."""
+        self._recall()
         exchanged: list[tuple[Tensor, Tensor]] = []
         live = self._live()
         try:
@@ -76,6 +87,33 @@ class SnapshotReference:
                 _exchange(*pair)
             torch.clear_autocast_cache()
 
+    @property
+    def resident(self) -> bool:
+        """Whether the values are in memory."""
+        return not any(kept.is_meta for kept in self._start.values())
+
+    @property
+    def may_release(self) -> bool:
+        """Whether it is worth while and possible to let the values go: a large snapshot that does not move."""
+        return self._spill is not None and self.sync is None and not self.is_small()
+
+    def release(self) -> None:
+        """Put the values on disk; the next pass brings them back. They stay where the disk refuses."""
+        if self._spill is None or not self.may_release or not self.resident:
+            return
+        try:
+            self._start = self._spill.write(self._start)
+        except OSError as error:
+            logger.warning(
+                f"reference: the snapshot stays in memory although the store is full, as it cannot be put on disk and "
+                f"is the only copy of the start: {error}"
+            )
+            self._spill = None
+
+    def _recall(self) -> None:
+        if self._spill is not None and not self.resident:
+            self._start = {name: self._kept(value) for name, value in self._spill.read().items()}
+
     def move(self, alpha: float) -> None:
         """Make the reference `alpha * policy + (1 - alpha) * reference`, tensor by tensor.
 
@@ -90,12 +128,17 @@ class SnapshotReference:
 
     def state(self) -> dict[str, Tensor]:
         """The reference's values, whole; a collective operation where the policy is sharded."""
+        self._recall()
         live = self._live()
         return {name: gather_shards(kept, live[name]) for name, kept in self._start.items()}
 
     def size(self) -> int:
         """Numbers in `state()`."""
         return sum(parameter.numel() for parameter in self._live().values())
+
+    def is_small(self) -> bool:
+        """Whether it is a small part of the model, as with an adapter."""
+        return self.size() <= SMALL_SHARE * sum(parameter.numel() for parameter in self._policy.parameters())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take values from a checkpoint; the identity becomes theirs.
@@ -112,6 +155,9 @@ class SnapshotReference:
                 f"such as {odd[0]!r} ({theirs.get(odd[0])} in the checkpoint, {ours.get(odd[0])} here). "
                 "Resume with the same model, adapter and trainable tensors."
             )
+        self._recall()
+        if self._spill is not None:
+            self._spill.forget()
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self._start[name].copy_(tensor)

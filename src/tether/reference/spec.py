@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -19,6 +20,8 @@ MEANS: dict[Meaning, tuple[Means, ...]] = {
     "none": ("none",),
 }
 Keep = Literal["device", "host"]
+# The means whose weights are a copy that may be moved.
+_MOVING: dict[Meaning, Means] = {"start": "snapshot", "adapter": "snapshot", "model": "model"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class ReferenceSpec:
         keep: where a snapshot is kept; None lets free memory decide.
         remote: the server, for the means `remote`.
         sync: how the reference moves; None for not at all.
+        spill: folder that takes a large snapshot while a full store needs it not; None keeps it in memory.
         reload: loads the other model again after a full store let it go; None for one that was given in memory.
     """
 
@@ -118,6 +122,7 @@ class ReferenceSpec:
     keep: Keep | None = None
     remote: RemoteOptions | None = None
     sync: Sync | None = None
+    spill: Path | None = None
     reload: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -143,9 +148,11 @@ class ReferenceSpec:
     def _check_sync(self) -> None:
         if self.sync is None:
             return
-        if self.meaning != "start" or self.means not in (None, "snapshot"):
+        by = _MOVING.get(self.meaning)
+        if by is None or self.means not in (None, by):
             raise ConfigError(
-                f"sync was asked for with the meaning {self.meaning} and the means {self.means or 'unset'}. A moving "
-                "reference begins at the policy's start and is kept as a snapshot, the one means that can be mixed: "
-                "set reference to start and leave reference_means unset, or turn sync off."
+                f"sync was asked for with the meaning {self.meaning} and the means {self.means or 'unset'}. What can "
+                "move is a snapshot of the policy's start or of the adapter that it trains, or a second model in this "
+                "process: set reference to start, or name a model of the policy's architecture, and leave "
+                "reference_means unset; or turn sync off."
             )

@@ -71,7 +71,7 @@ class Store:
         self._names: list[str] = []
         self._known: dict[str, int] = {}  # part to its size, also of those that are damaged
         self.damaged: dict[str, str] = {}  # part to what is wrong with it
-        self._refreshed = 0.0
+        self._refreshed, self._writable = 0.0, False
         self.refresh()
 
     def __len__(self) -> int:
@@ -236,6 +236,10 @@ class Store:
                     f"{numbers.shape}, the values are {numbers.ravel()[:4]}. Is the reference right, and is float16 "
                     "wide enough?"
                 )
+            if not self._writable:
+                # Now, and not when the first part is due: what was computed until then would be lost.
+                self.folder.require_writable(self._below)
+                self._writable = True
             if not self._pending:
                 self._pending_since = time.monotonic()
             data = numbers.tobytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -161,10 +162,32 @@ class PartFolder:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.fs.rm_file(unfinished)  # on a full disk it would stay in the way
-            raise StoreError(
-                f"The store '{self.path}' could not be written: {error}. Free space or change its rights, or name "
-                "another folder; what it holds is intact."
-            ) from error
+            raise self._refusal(error) from error
+
+    def require_writable(self, below: str) -> None:
+        """Find out early whether a local folder takes files; nothing is left in it.
+
+        Args:
+            below: the folder of a namespace.
+
+        Raises:
+            StoreError: the system refused.
+        """
+        if not self.local:
+            return
+        folder = Path(self._full(below))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder, prefix=WRITING):
+                pass
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"The store '{self.path}' could not be written: {error}. Free space or change its rights, or name "
+            "another folder; what it holds is intact."
+        )
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files; one that is gone already is no error."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tether.types import Example, ReferenceIdentity, ScoringBatch
 # A value kept in float16 is off by a 2048th part, and few tokens are less likely than e^-30.
 _HALF_ROUNDING = 2e-2
 # Of the largest difference that is allowed for one token, what all may differ by on average.
-_MEAN_SHARE = 0.1
+MEAN_SHARE = 0.1
 
 
 @runtime_checkable
@@ -30,6 +30,7 @@ class Releasable(Protocol):
     """A live reference whose weights can be let go, and come back when something is scored."""
 
     resident: bool
+    may_release: bool
 
     def release(self) -> None:
         """Let the weights go."""
@@ -49,7 +50,7 @@ class StoreCheck:
     @property
     def passed(self) -> bool:
         """Whether what is stored is what the reference says; NaN does not pass."""
-        return self.max_difference <= self.tolerance and self.mean_difference <= self.tolerance * _MEAN_SHARE
+        return self.max_difference <= self.tolerance and self.mean_difference <= self.tolerance * MEAN_SHARE
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -64,6 +65,7 @@ class StoredReference:
         path: the store's folder or fsspec address.
         numerics: the class of arithmetic of `live`, see `numerics_class`.
         dtype: what values are kept in, `float32` or `float16`.
+        device: where `live` is given batches to score.
         agree: true on every process when it is on one; for a `live` whose pass all processes must join.
 
     Raises:
@@ -77,6 +79,7 @@ class StoredReference:
         numerics: str,
         *,
         dtype: str = "float32",
+        device: torch.device | str = "cpu",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         if not live.identity.fingerprint or live.identity.fingerprint.startswith("served:"):
@@ -86,7 +89,7 @@ class StoredReference:
                 "the model so that it is hashed here: `start` or `base` by a server, or a model in a folder."
             )
         self.live, self._path, self._numerics, self._dtype, self._agree = live, path, numerics, dtype, agree
-        self.tolerance = live.tolerance
+        self.tolerance, self.device = live.tolerance, device
         self.forwards = 0  # passes of the live reference
         self.computed = 0  # completions that were missing
         self.store = self._opened()
@@ -136,12 +139,37 @@ class StoredReference:
             self.store.flush()
             self.store = self._opened()
 
-    def verify(self, examples: Sequence[Example], device: torch.device | str) -> StoreCheck | None:
+    @property
+    def allowed(self) -> float:
+        """Nats by which a token's stored and live log-probability may differ."""
+        return max(allowed_difference(self._numerics, self._dtype), self.tolerance)
+
+    def differences(self, examples: Sequence[Example]) -> list[list[np.ndarray | None]]:
+        """How far what is stored is from what the live reference says, in nats for each token.
+
+        Args:
+            examples: those of which nothing is stored are not computed.
+
+        Returns:
+            For each example, for each of its completions: `[C_k]`, or None where it is not stored.
+        """
+        self.follow_identity()
+        kept = [example for example in examples if self.store.holds(example.keys).any()]
+        found: dict[bytes, np.ndarray] = {}
+        if kept:
+            batch = pack(kept).to(self.device)
+            lengths = torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()
+            live = np.split(self.live.score(batch).float().cpu().numpy(), np.cumsum(lengths)[:-1])
+            for key, stored, value in zip(batch.keys, self._stored(batch.keys, lengths), live, strict=True):
+                if stored is not None:
+                    found[key] = np.abs(stored - value)
+        return [[found.get(key) for key in example.keys] for example in examples]
+
+    def verify(self, examples: Sequence[Example]) -> StoreCheck | None:
         """Compare what is stored of some examples with what the live reference says.
 
         Args:
             examples: those of which nothing is stored are left out.
-            device: of the live reference.
 
         Returns:
             The comparison; None where nothing was stored.
@@ -149,28 +177,16 @@ class StoredReference:
         Raises:
             StoreError: they differ by more than rounding explains.
         """
-        self.follow_identity()
-        kept = [example for example in examples if self.store.holds(example.keys).any()]
-        if not kept:
+        parts = [part for parts in self.differences(examples) for part in parts if part is not None]
+        if not parts:
             return None
-        batch = pack(kept).to(device)
-        lengths = torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()
-        live = np.split(self.live.score(batch).float().cpu().numpy(), np.cumsum(lengths)[:-1])
-        pairs = [
-            (stored, value)
-            for stored, value in zip(self._stored(batch.keys, lengths), live, strict=True)
-            if stored is not None
-        ]
-        if not pairs:
-            return None
-        apart = np.abs(np.concatenate([stored - value for stored, value in pairs]))
-        limit = max(allowed_difference(self._numerics, self._dtype), self.tolerance)
-        check = StoreCheck(len(pairs), len(apart), float(apart.max()), float(apart.mean()), limit)
+        apart, limit = np.concatenate(parts), self.allowed
+        check = StoreCheck(len(parts), len(apart), float(apart.max()), float(apart.mean()), limit)
         if not check.passed:
             raise StoreError(
                 f"The store '{self._path}' does not hold what the reference says: on {check.completions} completions a "
                 f"token's log-probability differs by up to {check.max_difference:.3g} nats and by "
-                f"{check.mean_difference:.3g} on average (allowed {limit:.0e} and {limit * _MEAN_SHARE:.0e} in "
+                f"{check.mean_difference:.3g} on average (allowed {limit:.0e} and {limit * MEAN_SHARE:.0e} in "
                 f"{self._numerics}). It was filled by a program that computes otherwise, or its parts were edited. "
                 "Use another folder, or delete this one and fill it again."
             )
@@ -184,8 +200,13 @@ class StoredReference:
         """Write what is pending, find what others wrote, and on request let the reference's weights go."""
         self.store.flush()
         self.store.refresh()
-        if release and isinstance(self.live, Releasable):
-            self.live.release()
+        if release and self.may_release:
+            cast(Releasable, self.live).release()
+
+    @property
+    def may_release(self) -> bool:
+        """Whether the reference has weights of its own that can go and come back."""
+        return isinstance(self.live, Releasable) and self.live.may_release
 
 
 def _incomplete(values: Sequence[np.ndarray | None]) -> bool:

@@ -128,7 +128,8 @@ def _values(examples: Sequence[Example]) -> dict[str, Tensor]:
 def with_prompts(batch: ScoringBatch) -> ScoringBatch:
     """The same batch with its prompts scored too, for losses that take in the whole text.
 
-    The prompts follow the K completions as B further ones; all but the first token of each is scored.
+    The prompts follow the K completions as B further ones; all but the first token of each is scored, and tokens that
+    stand for a part of an image are not, as no one writes them.
 
     Args:
         batch: with K completions for B prompts.
@@ -142,26 +143,38 @@ def with_prompts(batch: ScoringBatch) -> ScoringBatch:
         ([7, 2, 8, 5, 6], [0, 0, 1, 2, 2])
     """
     row = batch.input_ids[0]
-    trunks = [(start, max(start, end - 1)) for start, end in _trunks(batch)]
-    sources = torch.cat([torch.arange(start, end, device=row.device) for start, end in trunks])
-    lengths = torch.tensor([end - start for start, end in trunks], device=row.device)
-    numbers = torch.arange(len(trunks), device=row.device) + batch.num_completions
-    prompts = (b"prompt" + example.prompt_ids.numpy().tobytes() for example in batch.examples)
+    prompts = [_prompt_sources(batch, tree) for tree in trees_of_examples(batch)]
+    sources = torch.cat(prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=row.device)
+    numbers = torch.arange(len(prompts), device=row.device) + batch.num_completions
     return replace(
         batch,
         sources=torch.cat([batch.sources, sources]),
         targets=torch.cat([batch.targets, row[sources + 1]]),
         completion_index=torch.cat([batch.completion_index, torch.repeat_interleave(numbers, lengths)]),
-        keys=batch.keys + tuple(blake2b(prompt, digest_size=16).digest() for prompt in prompts),
+        keys=batch.keys + tuple(map(_prompt_key, batch.examples)),
     )
 
 
-def _trunks(batch: ScoringBatch) -> list[tuple[int, int]]:
-    """Where the prompt of each of the B examples lies in the row."""
+def _prompt_sources(batch: ScoringBatch, number: int) -> Tensor:
+    """Where the hidden states lie that predict a prompt's text."""
+    tree = batch.forest.trees[number]
+    sources = torch.arange(tree.start, max(tree.start, tree.start + tree.trunk - 1), device=batch.input_ids.device)
+    images = batch.images[number] if batch.images else None
+    return sources if images is None else sources[images.token_types[1:] == 0]
+
+
+def _prompt_key(example: Example) -> bytes:
+    seen = b"" if example.images is None else example.images.digest
+    return blake2b(b"prompt" + example.prompt_ids.numpy().tobytes() + seen, digest_size=16).digest()
+
+
+def trees_of_examples(batch: ScoringBatch) -> list[int]:
+    """Number of the tree that holds the prompt of each of the B examples."""
     firsts = [0]
     for size in batch.sizes[:-1]:
         firsts.append(firsts[-1] + size)
-    return [batch.forest.trees[batch.branches[first][0]].spans()[0] for first in firsts]
+    return [batch.branches[first][0] for first in firsts]
 
 
 def sequences(batch: ScoringBatch) -> list[Tensor]:
@@ -172,8 +185,8 @@ def sequences(batch: ScoringBatch) -> list[Tensor]:
     row, spans = batch.input_ids[0], [tree.spans() for tree in batch.forest.trees]
     parts = [(spans[tree][0], spans[tree][branch + 1]) for tree, branch in batch.branches]
     joined = [torch.cat([row[start:end], row[first:last]]) for (start, end), (first, last) in parts]
-    alone = _trunks(batch) if batch.num_completions > len(batch.branches) else ()
-    return joined + [row[start:end] for start, end in alone]
+    alone = trees_of_examples(batch) if batch.num_completions > len(batch.branches) else ()
+    return joined + [row[slice(*spans[tree][0])] for tree in alone]
 
 
 def sequence_sources(batch: ScoringBatch) -> list[Tensor]:

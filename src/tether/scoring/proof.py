@@ -47,6 +47,7 @@ def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
     for row, where, images in zip(sequences(batch), sequence_sources(batch), beside, strict=False):
         mask = torch.ones_like(row)[None]
         logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **images).logits[0]
+        logits = logits[-len(row) :]  # virtual tokens of prompt tuning come first
         parts.append(logits[where].float().log_softmax(-1).gather(-1, row[where + 1, None])[:, 0])
     return torch.cat(parts)
 

@@ -15,6 +15,7 @@ from tether.scoring.attention import Backend, backends_for, require_all_attended
 from tether.scoring.batch import sequences
 from tether.scoring.proof import Measures
 from tether.scoring.score import _LAYOUTS, Layout, _refuse_length_dependence
+from tether.scoring.vision import has_images, images_alone
 from tether.types import ScoringBatch
 
 
@@ -45,7 +46,7 @@ def reward(
     if layout not in _LAYOUTS:
         raise ConfigError(f"reward(): layout {layout!r}; layouts are {', '.join(_LAYOUTS)}.")
     inner = transformers_model(model)
-    head = _head_of(inner)
+    head = require_reward_head(inner)
     _refuse_length_dependence(inner, batch)
     ends = _last_tokens(batch, inner.config.get_text_config().pad_token_id)
     index = torch.arange(batch.num_completions, device=ends.device)
@@ -66,9 +67,11 @@ def reward(
 
 def reward_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
     """The plainest way: each sequence in a forward of its own, and the model's own output. Float32 `[K]`."""
+    rows = sequences(batch)
+    beside = images_alone(batch) if has_images(batch) else [{} for _ in rows]
     outputs = [
-        model(input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False).logits[0, 0]
-        for row in sequences(batch)
+        model(input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False, **images).logits[0, 0]
+        for row, images in zip(rows, beside, strict=True)
     ]
     return torch.stack(outputs).float()
 
@@ -76,7 +79,12 @@ def reward_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
 REWARDS = Measures(reward, reward_alone, "of a reward", "completions")
 
 
-def _head_of(model: PreTrainedModel) -> nn.Module:
+def require_reward_head(model: PreTrainedModel) -> nn.Module:
+    """The head of a reward model.
+
+    Raises:
+        ScoringError: the model has no head of this kind.
+    """
     head: Any = getattr(model, "score", None)
     outputs = model.config.num_labels
     if not isinstance(head, nn.Module) or outputs != 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
+from tether.models.adapters import virtual_tokens
 from tether.models.structure import transformers_model
 from tether.scoring.attention import (
     Backend,
@@ -64,7 +65,7 @@ def score(
         ConfigError: an unknown layout, output or backend, or a backend that cannot work here.
     """
     inner = transformers_model(model)
-    _check_request(inner, outputs, layout)
+    _check_request(inner, outputs, layout, virtual_tokens(model))
     head, routed = head_of(inner), "aux_loss" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
@@ -78,7 +79,7 @@ def score(
         require_all_attended(inner, attended)
     if len(captured) != 1:
         raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times, not once.")
-    hidden = captured[0].flatten(0, 1).index_select(0, sources)
+    hidden = _of_real_tokens(captured[0], inputs, layout).flatten(0, 1).index_select(0, sources)
     per_token = tuple(name for name in OUTPUTS if name in outputs)
     found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)
     weights = inputs.get("attention_mask", sequence_counts(batch)[None]) if routed else None
@@ -91,7 +92,7 @@ def score(
     )
 
 
-def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str) -> None:
+def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str, virtual: int) -> None:
     allowed = (*OUTPUTS, "aux_loss", "hidden")
     if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
         raise ConfigError(
@@ -99,6 +100,8 @@ def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str
         )
     if "aux_loss" in outputs and not has_router(model):
         raise ConfigError(f"score(): {type(model).__name__} has no experts, so there is no aux_loss.")
+    if virtual and layout != "padded":
+        raise ScoringError(f"{virtual} virtual tokens of prompt tuning come before each row; a packed row has no place")
 
 
 def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:
@@ -130,6 +133,12 @@ def head_of(model: PreTrainedModel) -> Head:
     # BART adds a bias of its own to the logits; its head is a linear layer without one.
     bias = getattr(model, "final_logits_bias", None)
     return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None), bias)
+
+
+def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tensor:
+    """Virtual tokens of prompt tuning come first in each row, unless the adapter is off."""
+    added = hidden.shape[1] - inputs["input_ids"].shape[1] if layout == "padded" else 0
+    return hidden[:, added:]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tether.errors import ScoringError
+from tether.scoring.batch import sequences, trees_of_examples
 from tether.types import ImageInputs, ScoringBatch
 
 
@@ -41,7 +42,7 @@ def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str,
     if not has_images(batch):
         return inputs
     types = torch.zeros_like(inputs["input_ids"])
-    repeated = _for_each_completion(batch)
+    repeated = _for_each_sequence(batch)
     for row, images in enumerate(repeated):
         if images is not None:
             types[row, : len(images.token_types)] = images.token_types
@@ -52,9 +53,11 @@ def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str,
 
 
 def images_alone(batch: ScoringBatch) -> list[dict[str, Tensor]]:
-    """For each of the K completions, what its forward is given besides ids when it is scored alone."""
+    """For each of the K completions (and the B prompts of a batch `with_prompts`), what its forward is given besides
+    ids when it is scored alone."""
     given = []
-    for images, length in zip(_for_each_completion(batch), batch.sequence_lengths, strict=True):
+    lengths = [len(row) for row in sequences(batch)]
+    for images, length in zip(_for_each_sequence(batch), lengths, strict=True):
         types = batch.input_ids.new_zeros(1, length)
         if images is not None:
             types[0, : len(images.token_types)] = images.token_types
@@ -62,8 +65,11 @@ def images_alone(batch: ScoringBatch) -> list[dict[str, Tensor]]:
     return given
 
 
-def _for_each_completion(batch: ScoringBatch) -> list[ImageInputs | None]:
-    return [batch.images[tree] if batch.images else None for tree, _ in batch.branches]
+def _for_each_sequence(batch: ScoringBatch) -> list[ImageInputs | None]:
+    """The images of each row of `sequences(batch)`."""
+    trees = [tree for tree, _ in batch.branches]
+    trees += trees_of_examples(batch) if batch.num_completions > len(batch.branches) else []
+    return [batch.images[tree] if batch.images else None for tree in trees]
 
 
 def _joined(images: Sequence[ImageInputs | None], types: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from tether.data.schema import Turns
+from tether.data.schema import TURNS, Turns
 from tether.data.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.scoring import Layout
@@ -48,6 +48,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         truncation_mode: what is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`.
         prompt_boundary: what to do when a prompt's tokens are no prefix of prompt and completion tokenised together:
             `split`, `drop` or `error`.
+        turns: what is scored of a completion of several turns, in conversations: `all` of it, what others say included,
+            as TRL does; the turns of the `assistant`; or the `last` one of these.
         dataset_num_proc: processes that prepare the data.
         dataset_cache: folder where prepared rows are kept for the other processes of a run and for later runs; `auto`:
             `prepared` in `$TETHER_CACHE` or in `~/.cache/tether`; None: nowhere, and each process prepares for itself.
@@ -88,6 +90,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
     prompt_boundary: str = "split"
+    turns: Turns = "all"
     dataset_num_proc: int | None = None
     dataset_cache: str | None = "auto"
     dataset_streaming: bool = False
@@ -110,6 +113,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._refuse("truncation_mode", TRUNCATION_MODES)
         self._refuse("prompt_boundary", ("split", "drop", "error"))
+        self._refuse("turns", TURNS)
         self._refuse("scoring_layout", (None, "tree", "padded", "encoder_decoder"))
         self._refuse("attention_backend", ("auto", "blocked", "sdpa", "flex", "flash"))
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
@@ -166,9 +170,14 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(str(choice) for choice in allowed)}.")
 
     @property
-    def turns(self) -> Turns:
-        """Which turns of a completion of several are scored: `all`, or those of the `assistant`."""
-        return "all"
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with a reference at all."""
+        return True
+
+    @property
+    def objective_name(self) -> str:
+        """What the objective is called, for messages."""
+        return type(self).__name__
 
     def objective_options(self) -> dict[str, float]:
         """Options for the objective, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError
+from tether.models.adapters import load_active, write_active
 from tether.models.structure import unwrap
 from tether.reference.record import read_record
 
@@ -88,17 +90,27 @@ def load_renamed(model: nn.Module | None, folder: str | Path) -> bool:
 
 
 class RenamedCheckpoints(Trainer):
-    """A trainer that resumes from checkpoints whose tensors have other names than the model's, see `load_renamed`."""
+    """A trainer that resumes where transformers' would lose weights, see `load_renamed` and `load_active`."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not load_renamed(model or cast(nn.Module, self.model), resume_from_checkpoint):
+        inner, folder = model or cast(nn.Module, self.model), resume_from_checkpoint
+        if sharded or not (load_active(inner, folder) or load_renamed(inner, folder)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded or not load_renamed(cast(nn.Module, self.model), str(self.state.best_model_checkpoint)):
+        inner, folder = cast(nn.Module, self.model), str(self.state.best_model_checkpoint)
+        if sharded or not (load_active(inner, folder) or load_renamed(inner, folder)):
             super()._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with warnings.catch_warnings():
+            # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
+            warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_active(cast(nn.Module, self.model), output_dir or cast(str, self.args.output_dir))
 
 
 def _names(file: Path) -> list[str]:

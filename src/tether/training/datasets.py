@@ -26,7 +26,6 @@ from tether.data import (
     split_rows,
 )
 from tether.data.check import FINDINGS, check
-from tether.data.images import take_images
 from tether.data.job import Options
 from tether.data.prepared_stream import Arrange, PreparedStream
 from tether.data.stream import RowStream, is_streamed
@@ -86,7 +85,9 @@ class RunData:
             name=name,
         )
         prepared = self.arrange(prepared, self.args)
-        self.reports[name] = {**prepared.report.to_dict(), "audit": self._audit(name, data)}
+        self.reports[name] = prepared.report.to_dict()
+        if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
+            self.reports[name]["audit"] = self._audit(name, data)
         for line in prepared.report.lines():
             logger.info(line)
         return prepared
@@ -105,7 +106,9 @@ class RunData:
         )
         source = RowStream(cast(Any, rows), args.kind, name)
         stream = PreparedStream(source, self.tokenizer, options, arrange=lambda: self.arrange_chunks(args))
-        self.reports[name] = {**stream.report.to_dict(), "audit": self._audit(name, stream.sample)}
+        self.reports[name] = stream.report.to_dict()
+        if args.process_index == 0:  # see `prepare`
+            self.reports[name]["audit"] = self._audit(name, stream.sample)
         logger.info(f"{name}: streamed; of the first {stream.report.rows:,} rows:")
         for line in stream.report.lines():
             logger.info(line)
@@ -120,8 +123,7 @@ class RunData:
 
     def _audit(self, name: str, rows: Dataset) -> dict[str, Any]:
         """What a look at a sample of the rows found; `tether data check` looks at all of them."""
-        text, _ = take_images(rows, self.tokenizer, name=name)
-        found = check(text, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
+        found = check(rows, kind=self.args.kind, sample=_AUDITED_ROWS, name=name)
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")

@@ -113,6 +113,16 @@ class DPOConfig(PreferenceConfig):
         """What the rows are read as: pairs, or ranked lists."""
         return self.combination().kind
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses compares with a reference."""
+        return self.combination().needs_reference
+
+    @property
+    def objective_name(self) -> str:
+        """The losses, for messages."""
+        return f"loss {', '.join(self.loss_type)}"
+
     def combination(self) -> Combination:
         """The objective: losses, weights, options that take effect or were changed, and transforms."""
         defaults = {field.name: field.default for field in dataclasses.fields(DPOConfig)}

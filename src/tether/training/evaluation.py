@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from tether.data import is_origin
 from tether.errors import ConfigError
 from tether.training.checkpoint import RenamedCheckpoints
 from tether.training.collate import batch_of
@@ -88,7 +89,7 @@ class EvaluationLoop(RenamedCheckpoints):
             raise
 
     def _prepare_unseen(self, rows: Any, name: str = "eval") -> Any:
-        if isinstance(rows, Mapping):
+        if isinstance(rows, Mapping) and not is_origin(rows):
             return {key: self._prepare_unseen(part, f"{name}_{key}") for key, part in rows.items()}
         if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
             return rows

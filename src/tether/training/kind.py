@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -55,6 +56,15 @@ class TrainerKind:
         """What the objective is and what its options mean, in one line; each kind of trainer says it."""
         raise TypeError(f"{type(self).__name__} does not say its convention; derive it from a trainer that does.")
 
+    def check_model(self, model: str | Path | nn.Module, config: Any, args: Any) -> None:
+        """Refuse a model that the objective cannot train, by its configuration, before rows are read or weights load.
+
+        Args:
+            model: as the trainer was given it.
+            config: its configuration.
+            args: the trainer's.
+        """
+
     def arrange(self, prepared: Prepared, args: Any) -> Prepared:
         """Change prepared rows before they are packed; `args` is the trainer's configuration."""
         return prepared
@@ -65,7 +75,7 @@ class TrainerKind:
 
     def load_model(self, source: str, args: Any) -> nn.Module:
         """Load a policy that was named by a string."""
-        return policy_spec(source, args).load()
+        return policy_spec(source, args).load_base()
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """What is scored of a batch, where that is more than its completions."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tether.data import Prepared
 from tether.data.columns import BATCH_ROWS
+from tether.data.image_parts import identities
 from tether.errors import DataError
 
 logger = logging.getLogger("tether")
@@ -90,7 +91,8 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
 
     The pairing is made of the data alone, once: it depends neither on the order of training nor on batches, processes
     or accumulation. It is made among the rows that came of `BATCH_ROWS` rows of the source at a time, so that rows that
-    are streamed get the same.
+    are streamed get the same. A row keeps its own prompt, images included, and prompts that differ in their images
+    alone are two.
 
     Args:
         prepared: rows of kind `unpaired`.
@@ -108,7 +110,9 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
     pairing = Mismatching(max_length, prepared.report.name)
     parts = [pairing(table.slice(start, stop - start)) for start, stop in pairwise(bounds)]
     fingerprint = _digest([prepared.report.fingerprint, max_length]).hex()
-    return replace(prepared, dataset=Dataset(pa.concat_tables(parts).combine_chunks(), fingerprint=fingerprint))
+    shape = prepared.dataset.format  # what reads the images of a row when it is asked for
+    paired = Dataset(pa.concat_tables(parts).combine_chunks(), fingerprint=fingerprint)
+    return replace(prepared, dataset=paired.with_format(shape["type"], **shape["format_kwargs"]))
 
 
 class Mismatching:
@@ -133,7 +137,8 @@ class Mismatching:
             DataError: see `mismatched_rows`.
         """
         ids = table["prompt_ids"].to_pylist()
-        prompts, own = [_digest(one) for one in ids], [row[0] for row in table["completion_ids"].to_pylist()]
+        prompts = [_digest([one, seen]) for one, seen in zip(ids, identities(Dataset(table)), strict=True)]
+        own = [row[0] for row in table["completion_ids"].to_pylist()]
         others = self._others(prompts, own)
         room = [None if self._max_length is None else self._max_length - len(one) for one in ids]
         second = [completion[:length] for completion, length in zip(others, room, strict=True)]

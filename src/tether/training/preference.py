@@ -32,6 +32,7 @@ class DPOTrainer(TetherTrainer):
             model's source.
         callbacks: further transformers callbacks.
         optimizers: an optimizer and a scheduler in place of those that `args` describe.
+        quantization_config: of transformers, for a model that is named; the same as in `model_init_kwargs`.
         peft_config: a PEFT configuration; adds a new adapter to the model.
 
     Raises:

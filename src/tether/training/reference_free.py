@@ -13,7 +13,7 @@ class ORPOTrainer(ReferenceFreeTrainer):
     """Odds-ratio preference optimization: the likelihood of the chosen text and the odds of chosen over rejected.
 
     The likelihood is averaged over all tokens of a step, prompts included, as in the authors' code and in TRL; the
-    odds ratio is averaged over pairs.
+    odds ratio is averaged over pairs. Tokens of images, and prompts that an encoder reads, have no likelihood.
 
     Args:
         model: the policy; see `DPOTrainer` for all arguments. There is no reference.
@@ -27,8 +27,8 @@ class ORPOTrainer(ReferenceFreeTrainer):
     columns = ("weight",)
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
-        """The prompts too."""
-        return with_prompts(batch)
+        """The prompts too, where the model writes them."""
+        return batch if self.data.encoder_decoder else with_prompts(batch)
 
     def loss_tokens(self, batch: ScoringBatch) -> int:
         """Tokens of prompts, without the first of each, and of chosen completions."""
@@ -43,9 +43,10 @@ class ORPOTrainer(ReferenceFreeTrainer):
 
     def convention(self) -> str:
         """What beta and the two averages are, in one line."""
+        texts = "chosen completions" if self.data.encoder_decoder else "prompts and chosen completions"
         return (
-            f"objective: orpo (beta {self.args.beta:g}): likelihood averaged over the tokens of prompts and chosen "
-            "completions of a step; beta times the odds ratio of mean log-probs per token, averaged over pairs"
+            f"objective: orpo (beta {self.args.beta:g}): likelihood averaged over the tokens of {texts} of a step; "
+            "beta times the odds ratio of mean log-probs per token, averaged over pairs"
         )
 
 

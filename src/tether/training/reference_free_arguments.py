@@ -33,6 +33,7 @@ class ReferenceFreeConfig(PreferenceConfig):
         self.reference = "none"
         super().__post_init__()
 
+    @property
     def needs_reference(self) -> bool:
         """No."""
         return False

@@ -14,14 +14,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tether.errors import ConfigError
-from tether.models import load_policy, load_tokenizer
+from tether.models import load_tokenizer
 from tether.models.load import check_source
-from tether.models.quantized import quantization_config
+from tether.models.spec import ModelSpec
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import ReferenceSpec, refuse_other_tokenizer
 from tether.reference.separate import may_move
 from tether.training.arguments import PreferenceConfig
-from tether.training.setup import loading, source_of
+from tether.training.setup import source_of
 from tether.types import Meaning
 
 logger = logging.getLogger("tether")
@@ -34,6 +34,11 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     Raises:
         ConfigError: the two say different things.
     """
+    if ref_model is not None and not args.needs_reference:
+        raise ConfigError(
+            f"ref_model was given, and {args.objective_name} compares with no reference, so that it would never be "
+            "used. Leave it out, or take a loss that has a reference."
+        )
     if ref_model is not None and args.reference not in (None, "model"):
         raise ConfigError(
             f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
@@ -73,32 +78,43 @@ def reference_spec(
     elif ref_model is not None:
         source = source_of(ref_model)
         _place(ref_model, args.device)
-    found: dict[str, Any] = {}
+    # What a full store needs no longer waits beside the run's other files.
+    found: dict[str, Any] = {"spill": Path(str(args.output_dir))} if args.wants_store() else {}
     if meaning == "adapter":
         source = str(args.reference_adapter)
         found["adapter"], ref_model = _adapter(args, policy)
         if ref_model is not None:
-            meaning, found = "model", {}
+            meaning = "model"
+            del found["adapter"]
     described = policy if ref_model is None else ref_model
     revision = getattr(transformers_model(described).config, "_commit_hash", None)
     return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, reload=reload, **found)
 
 
 def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    # A revision belongs to the policy's repository.
-    options = {name: value for name, value in loading(args).items() if name != "revision"}
-    options |= cast(dict[str, Any], args.ref_model_init_kwargs or {})
-    quantization = options.pop("quantization", None)
-    if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, options.get("dtype", "auto"))
-    chosen = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    own = cast(dict[str, Any], args.ref_model_init_kwargs or {})
+    quantizations = {"quantization", "quantization_config"}
+    # These belong to the policy alone; and one of the two ways to say a quantisation replaces the other.
+    left = {
+        "revision",
+        "tokenizer",
+        "adapter",
+        "trust_remote_code",
+        *(quantizations if quantizations & own.keys() else ()),
+    }
+    options = {
+        key: value for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items() if key not in left
+    }
+    spec = ModelSpec.of(source, {**options, **own}, trust_remote_code=args.trust_remote_code)
     try:
-        theirs = load_tokenizer(source, **chosen)
+        theirs = load_tokenizer(
+            spec.tokenizer or source, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
     except ConfigError:
         logger.info(f"reference: {source} comes without a tokenizer, so it was not compared with the policy's")
     else:
         refuse_other_tokenizer(tokenizer, theirs)
-    model = load_policy(source, **options)
+    model = spec.load()
     _place(model, args.device)
     return model
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, TaskType
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, set_seed
 
 from tether.data import text_tokenizer
+from tether.errors import ConfigError
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
 from tether.objectives.reward import reward_loss
 from tether.scoring import Layout
-from tether.scoring.reward import REWARDS, reward
+from tether.scoring.reward import REWARDS, require_reward_head, reward
 from tether.training.reward_arguments import RewardConfig
-from tether.training.setup import loading
+from tether.training.setup import policy_spec
 from tether.training.without_reference import ReferenceFreeTrainer
 from tether.types import LossOutput, ScoringBatch
 
@@ -46,10 +48,27 @@ class RewardTrainer(ReferenceFreeTrainer):
     scoring = staticmethod(reward)
     measures = REWARDS
 
+    def check_model(self, model: str | Path | nn.Module, config: Any, args: RewardConfig) -> None:
+        """A reward is read at the end of prompt and completion as one text, by a head that the architecture has."""
+        kind = type(config).__name__
+        if config.is_encoder_decoder:
+            raise ConfigError(
+                f"{kind} is of a model with an encoder and a decoder; a reward is read at the last token of prompt and "
+                "completion as one text, which only a decoder model reads. Train the reward model from one of these."
+            )
+        if isinstance(model, nn.Module):
+            require_reward_head(transformers_model(model))
+        elif type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not hasattr(config, "auto_map"):
+            raise ConfigError(
+                f"{model}: transformers has no sequence classifier for {kind}, so a reward model of it could not be "
+                "loaded again. Take an architecture that has one (for images Gemma 3, say), or pass a model in memory "
+                "that has a head `score` with one output."
+            )
+
     def load_model(self, source: str, args: RewardConfig) -> nn.Module:
         """Load the model; the same seed gives the same new head."""
         set_seed(args.seed)
-        return load_reward_model(source, **loading(args))
+        return load_reward_model(source, **policy_spec(source, args).options())
 
     def add_adapter(self, policy: nn.Module, peft_config: PeftConfig | None, args: RewardConfig) -> nn.Module:
         """Add the adapter, and train the head beside it."""

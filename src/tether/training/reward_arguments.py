@@ -43,4 +43,8 @@ class RewardConfig(ReferenceFreeConfig):
                 f"truncation_mode={self.truncation_mode!r} came, but longer pairs are dropped here, not cut, since the "
                 "end of a text decides its reward. Leave truncation_mode out."
             )
+        if self.turns != "all":
+            raise ConfigError(
+                f"turns={self.turns!r} came, but a reward is of the whole text, read at its end. Leave turns out."
+            )
         super().__post_init__()

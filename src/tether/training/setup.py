@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+import torch
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from tether.errors import ConfigError
+from tether.models.adapters import (
+    continue_adapter,
+    new_adapter,
+    refuse_unfit_virtual_tokens,
+    stack_adapter,
+    train_new_tokens,
+)
 from tether.models.spec import ModelSpec, select_trainable
 from tether.models.structure import disable_dropout, transformers_model
 from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
+from tether.training.checkpoint import refuse_silent_reanchoring
 
 logger = logging.getLogger("tether")
+_NOTHING_TRAINS = (
+    "The policy's weights are quantised and there is no adapter, so nothing could train. Add one (`peft_config`, in a "
+    "run file `lora:` or `peft:`), or leave the quantisation out."
+)
 
 
 def check_arguments(
-    args: PreferenceConfig | None, wanted: type[PreferenceConfig], train: Any, evaluation: Any
+    args: PreferenceConfig | None, wanted: type[PreferenceConfig], train: Any, evaluation: Any, quantization: Any
 ) -> PreferenceConfig:
+    """The arguments of a run, found to be fit for one; with the quantisation that was given beside them, as in TRL."""
     if not isinstance(args, wanted):
         came = "nothing" if args is None else f"a {type(args).__name__}"
         raise ConfigError(f"args: {came} came; pass a configuration such as {wanted.__name__}(output_dir=...).")
@@ -35,6 +50,20 @@ def check_arguments(
             f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    return args if quantization is None else _with_quantization(args, quantization)
+
+
+def _with_quantization(args: PreferenceConfig, quantization: Any) -> PreferenceConfig:
+    """A copy of the arguments; the caller's own may be used for another run."""
+    given = cast(dict[str, Any], args.model_init_kwargs or {})
+    if {"quantization", "quantization_config"} & given.keys():
+        raise ConfigError(
+            "quantization_config came as an argument of the trainer and model_init_kwargs has one too. Leave one out."
+        )
+    args = copy(args)
+    # As plain values, so that the arguments can still be written as JSON.
+    plain = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    args.model_init_kwargs = {**given, "quantization_config": plain}
     return args
 
 
@@ -46,18 +75,32 @@ def make_audible(args: PreferenceConfig) -> None:
         logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
 
 
-def loading(args: PreferenceConfig, *, tokenizer: bool = False) -> dict[str, Any]:
-    """Keywords for loading what is named by a string."""
-    options = dict(cast(dict[str, Any], args.model_init_kwargs or {}))
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    known = ("revision", "trust_remote_code")
-    return {name: options[name] for name in known if name in options} if tokenizer else options
-
-
 def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:
     """How a policy that is named is loaded."""
     options = cast(dict[str, Any], args.model_init_kwargs or {})
     return ModelSpec.of(source, options, trust_remote_code=args.trust_remote_code)
+
+
+def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config: PeftConfig | None) -> None:
+    """Refuse, before weights are read, a policy that cannot be loaded as is said, or in which nothing could train."""
+    if not isinstance(model, (str, Path)):
+        if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
+            raise ConfigError(
+                "model_init_kwargs or a quantization_config came with models in memory, which they cannot change. "
+                "Leave them out."
+            )
+        return
+    spec = policy_spec(model, args)
+    if args.reference is None and ref_model is None:
+        for folder in (model, spec.adapter):
+            if folder is not None:
+                refuse_silent_reanchoring(str(folder))
+    if peft_config is None and not spec.brings_adapter and (spec.is_quantized or _is_saved_quantized(spec)):
+        raise ConfigError(_NOTHING_TRAINS)
+
+
+def _is_saved_quantized(spec: ModelSpec) -> bool:
+    return getattr(spec.load_config(), "quantization_config", None) is not None
 
 
 def config_of(model: str | Path | nn.Module, args: PreferenceConfig) -> Any:
@@ -91,10 +134,28 @@ def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
 
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
     """The policy with what trains chosen, and without dropout where that is asked for."""
+    _require_one_place(policy, args)
     select_trainable(policy, args.train_parameters or (), args.freeze_parameters or ())
     if args.disable_dropout:
         disable_dropout(policy)
     return policy
+
+
+def _require_one_place(policy: nn.Module, args: PreferenceConfig) -> None:
+    """A policy is scored where its batches are; a `device_map` may say otherwise."""
+    places = {str(place) for place in (getattr(transformers_model(policy), "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        raise ConfigError(
+            f"device_map has spread the policy over {', '.join(sorted(places))}; a policy trains on one device for "
+            "each process. Name one device, or shard it with FSDP (`torchrun`, `train.fsdp`)."
+        )
+    place, here = "".join(places), args.device
+    there = torch.device(f"cuda:{place}" if place.isdigit() else place or here)
+    if here.type != there.type or (here.index != there.index and None not in (here.index, there.index)):
+        raise ConfigError(
+            f"device_map has put the policy on {there}, and the run computes on {here}. Leave device_map out"
+            + (", or set use_cpu." if there.type == "cpu" else ", or show the run that device alone.")
+        )
 
 
 def for_task(peft_config: PeftConfig, policy: PreTrainedModel) -> PeftConfig:
@@ -111,26 +172,49 @@ def for_task(peft_config: PeftConfig, policy: PreTrainedModel) -> PeftConfig:
     return peft_config
 
 
+def learning_tokens(
+    peft_config: PeftConfig | None, ids: list[int], policy: nn.Module, args: PreferenceConfig
+) -> PeftConfig | None:
+    """The configuration of the new adapter, with which new tokens are learnt too."""
+    if peft_config is not None and not isinstance(policy, PeftModel):
+        return train_new_tokens(peft_config, ids, transformers_model(policy))
+    if ids and cast(dict[str, Any], args.model_init_kwargs or {}).get("adapter"):
+        raise ConfigError(
+            "add_tokens came with an adapter that is continued, in which nothing would train the new tokens' "
+            "embeddings. Merge it into its base first, or put a new adapter over it (`peft_config`, or `lora:`)."
+        )
+    return peft_config
+
+
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: PreferenceConfig) -> nn.Module:
+    """The policy with the adapter that was asked for: a new one, one that is continued, or a new one over a frozen one.
+
+    Args:
+        policy: as it was loaded, without what `adapter` in `model_init_kwargs` names.
+        peft_config: of a new adapter, or None.
+        args: the run's.
+
+    Raises:
+        ConfigError: the two cannot be put together, or nothing would train.
+    """
+    folder = cast(dict[str, Any], args.model_init_kwargs or {}).get("adapter")
     if peft_config is None:
+        if folder is not None:
+            policy = continue_adapter(cast(PreTrainedModel, policy), folder)
+        if isinstance(policy, PeftModel):
+            _refuse_virtual_tokens(policy.active_peft_config, transformers_model(policy), args)
+        elif getattr(policy, "is_quantized", False):
+            raise ConfigError(_NOTHING_TRAINS)
         return policy
     if isinstance(policy, PeftModel):
         raise ConfigError(
             "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
-            "adapter, or merge it first with model.merge_and_unload()."
+            "adapter; or merge it first with model.merge_and_unload(); or, to freeze it beneath the new one, name its "
+            "base as the model and its folder as `adapter` in model_init_kwargs (in a run file `model.adapter`)."
         )
     if not isinstance(policy, PreTrainedModel):
         raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
-    if peft_config.is_prompt_learning and peft_config.peft_type != PeftType.PREFIX_TUNING:
-        raise ConfigError(
-            f"peft_config is {peft_config.peft_type}, which lengthens the input by virtual tokens; a packed row "
-            "has no place for them. Use LoRA or another adapter on layers, or prefix tuning."
-        )
-    if peft_config.is_prompt_learning and args.gradient_checkpointing:
-        raise ConfigError(
-            "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "
-            "layers without one. Set gradient_checkpointing=False, or use LoRA or another adapter on layers."
-        )
+    _refuse_virtual_tokens(peft_config, policy, args)
     peft_config = for_task(peft_config, policy)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
         logger.warning(
@@ -138,4 +222,17 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
         )
     # An adapter begins at random; two runs of one configuration begin alike.
     set_seed(args.seed)
-    return get_peft_model(policy, peft_config)
+    if folder is None:
+        return new_adapter(policy, peft_config)
+    stacked = stack_adapter(policy, folder, peft_config)
+    logger.info(f"adapter: a new one over {folder}, which is frozen; both are in effect")
+    return stacked
+
+
+def _refuse_virtual_tokens(config: PeftConfig, policy: PreTrainedModel, args: PreferenceConfig) -> None:
+    refuse_unfit_virtual_tokens(config, policy)
+    if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
+        raise ConfigError(
+            "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "
+            "layers without one. Set gradient_checkpointing=False, or use LoRA or another adapter on layers."
+        )

@@ -18,7 +18,6 @@ from tether.data import example_from_row
 from tether.data.prepared_stream import PreparedStream
 from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
-from tether.reference.store_reference import Releasable
 from tether.scoring import pack
 from tether.training.arguments import PreferenceConfig
 from tether.training.datasets import known_rows
@@ -45,7 +44,18 @@ def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelera
     if not args.wants_store():
         return resolved
     path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
-    live = resolved.reference
+    stored = open_store(resolved.reference, path, args, accelerator)
+    numerics = stored.store.namespace.numerics
+    held = f"{len(stored.store)} completions of this reference in {numerics}"
+    return Resolved(stored, f"{resolved.line}; kept in the store {path}, which has {held}")
+
+
+def open_store(live: Reference, path: str, args: PreferenceConfig, accelerator: Accelerator) -> StoredReference:
+    """A store in front of a reference, in the run's arithmetic.
+
+    Raises:
+        ConfigError: the store cannot be reached, or the reference has nothing to keep.
+    """
     with accelerator.autocast():
         numerics = numerics_class(live.identity, accelerator.device.type)
 
@@ -55,16 +65,15 @@ def with_store(resolved: Resolved, args: PreferenceConfig, accelerator: Accelera
         return bool(together > 0)
 
     asks_others = {"agree": agree} if accelerator.distributed_type in _SHARDED else {}
-    stored = StoredReference(live, path, numerics, dtype=args.reference_store_dtype, **asks_others)
-    held = f"{len(stored.store)} completions of this reference in {numerics}"
-    return Resolved(stored, f"{resolved.line}; kept in the store {path}, which has {held}")
+    options = {"dtype": args.reference_store_dtype, "device": accelerator.device, **asks_others}
+    return StoredReference(live, path, numerics, **options)
 
 
 def install_store(trainer: TetherTrainer, stored: Reference) -> None:
     """Verify a trainer's store, if it has one, and look after it during the run."""
     rows = cast(Any, trainer.train_dataset)
     if isinstance(stored, StoredReference):
-        verify_store(stored, known_rows(rows), trainer.args.device)
+        verify_store(stored, known_rows(rows))
         trainer.add_callback(StoreCallback(stored, rows, trainer.accelerator))
 
 
@@ -74,7 +83,7 @@ def prepare_store(trainer: TetherTrainer, *, resumed: bool) -> None:
     if not isinstance(stored, StoredReference):
         return
     if resumed:
-        verify_store(stored, known_rows(trainer.train_dataset), trainer.args.device)
+        verify_store(stored, known_rows(trainer.train_dataset))
     if trainer.args.precompute_ref_log_probs:
         precompute(trainer)
 
@@ -94,15 +103,22 @@ def precompute(trainer: TetherTrainer) -> Filled:
     stored, args = trainer.resolved.reference, trainer.args
     if not isinstance(stored, StoredReference):
         raise ConfigError("There is no store to fill. Set `reference_store` (in a run file `reference.store`).")
-    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    rows: Any = trainer.train_dataset
-    sets: dict[str, Any] = {"train": trainer.planned_examples(rows) if isinstance(rows, PreparedStream) else rows}
-    sets |= {f"eval {name}".strip(): rows for name, rows in evaluation.items() if rows is not None}
+    sets: dict[str, Any] = {**data_sets(trainer)}
+    if isinstance(sets["train"], PreparedStream):
+        sets["train"] = trainer.planned_examples(sets["train"])
     sizes = dict.fromkeys(sets, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
     sizes["train"] = args.precompute_ref_batch_size or args.per_device_train_batch_size
     filled = fill_store(stored, sets, trainer.accelerator, sizes)
     logger.info(f"store: {filled.present} completions were there, {filled.computed} were computed")
     return filled
+
+
+def data_sets(trainer: TetherTrainer) -> dict[str, Dataset]:
+    """A run's prepared rows: `train`, and `eval` or `eval NAME` for each evaluation set."""
+    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    sets: dict[str, Any] = {"train": trainer.train_dataset}
+    sets |= {f"eval {name}".strip(): rows for name, rows in evaluation.items() if rows is not None}
+    return sets
 
 
 def flush_store(reference: Reference) -> None:
@@ -111,14 +127,14 @@ def flush_store(reference: Reference) -> None:
         reference.store.flush()
 
 
-def verify_store(stored: StoredReference, rows: Dataset, device: torch.device) -> StoreCheck | None:
+def verify_store(stored: StoredReference, rows: Dataset) -> StoreCheck | None:
     """Compare stored values of a few rows, evenly spread, with the live reference, and say so.
 
     Raises:
         StoreError: they differ.
     """
     places = sorted({len(rows) * i // _VERIFIED_ROWS for i in range(_VERIFIED_ROWS)})
-    check = stored.verify([example_from_row(rows[i]) for i in places], device)
+    check = stored.verify([example_from_row(rows[i]) for i in places])
     if check is not None:
         logger.info(
             f"store: {check.completions} stored completions of the training set were computed again, at most "
@@ -197,6 +213,10 @@ def _share(
 
 
 def _chunks(rows: Dataset, places: range) -> Iterator[list[Example]]:
+    if rows.format["type"] == "custom":  # it reads the images of a row that is asked for, and `to_list` leaves it out
+        for place in places:
+            yield [example_from_row(rows[place])]
+        return
     for start in range(0, len(places), _CHUNK):
         chunk: list[Any] = rows.select(places[start : start + _CHUNK]).to_list()
         yield [example_from_row(row) for row in chunk]
@@ -224,7 +244,7 @@ class StoreCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """A store that has every training row needs no weights; the guards have run."""
-        if isinstance(self._stored.live, Releasable) and isinstance(self._rows, Dataset):
+        if self._stored.may_release and isinstance(self._rows, Dataset):
             self._full = all(
                 self._stored.store.holds([key for example in examples for key in example.keys]).all()
                 for examples in _chunks(self._rows, range(len(self._rows)))

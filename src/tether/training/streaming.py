@@ -61,7 +61,7 @@ class StreamReport(TrainerCallback):
 
     def __init__(self, data: RunData, stream: PreparedStream, folder: Path, *, main: bool) -> None:
         self._data, self._stream, self._folder, self._main = data, stream, folder, main
-        self._audit = data.reports["train"]["audit"]
+        self._audit = data.reports["train"].get("audit")
         self.began(0, 0)
 
     def began(self, epoch: int, row: int) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tether.errors import ConfigError
 from tether.objectives.supervised import supervised_loss
 from tether.scoring.batch import with_prompts
 from tether.training.supervised_arguments import SFTConfig
@@ -26,6 +32,16 @@ class SFTTrainer(ReferenceFreeTrainer):
     args: SFTConfig  # type: ignore[override]
     config = SFTConfig
 
+    def check_model(self, model: str | Path | nn.Module, config: Any, args: SFTConfig) -> None:
+        """A prompt that an encoder reads is not written by anyone, so it cannot be scored."""
+        for name, value, free in (("completion_only_loss", False, None), ("assistant_only_loss", True, False)):
+            if config.is_encoder_decoder and getattr(args, name) is value:
+                raise ConfigError(
+                    f"{name} is {value}, and {type(config).__name__} is of a model that reads prompts in an encoder "
+                    f"and writes completions in a decoder: completions alone, and all of them, are scored. Set {name} "
+                    f"to {free}."
+                )
+
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """The prompts too, where the whole text counts."""
         return with_prompts(batch) if self.args.completion_only_loss is False else batch
@@ -40,5 +56,5 @@ class SFTTrainer(ReferenceFreeTrainer):
 
     def convention(self) -> str:
         """What is averaged, in one line."""
-        what = "the assistant's" if self.args.assistant_only_loss else "scored"
+        what = {"all": "scored", "assistant": "the assistant's", "last": "the last turns'"}[self.args.turns]
         return f"objective: sft, {self.args.loss_type}: averaged over all {what} tokens of a step"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tether.data.schema import Turns
 from tether.errors import ConfigError
 from tether.objectives.supervised import SUPERVISED
 from tether.training.reference_free_arguments import ReferenceFreeConfig
@@ -22,7 +21,7 @@ class SFTConfig(ReferenceFreeConfig):
         loss_type: `nll`, the negative log-likelihood, or `dft`, dynamic fine-tuning.
         completion_only_loss: False scores the prompts of rows with a prompt and a completion too; rows of one text, or
             one conversation, are scored whole in any case.
-        assistant_only_loss: score the assistant's turns of conversations only.
+        assistant_only_loss: score the assistant's turns of conversations only; the same as `turns="assistant"`.
         disable_dropout: off, as dropout is a part of supervised fine-tuning.
 
     Raises:
@@ -45,9 +44,15 @@ class SFTConfig(ReferenceFreeConfig):
                 "completion_only_loss=False scores prompts and assistant_only_loss=True only what the assistant wrote. "
                 "Leave one of them out."
             )
+        if self.assistant_only_loss and self.turns == "last":
+            raise ConfigError(
+                "assistant_only_loss=True scores all the assistant's turns and turns='last' one of them. Leave one out."
+            )
+        if self.turns != "all" and self.completion_only_loss is False:
+            raise ConfigError(
+                f"completion_only_loss=False scores prompts and turns={self.turns!r} only what the assistant wrote. "
+                "Leave one of them out."
+            )
+        if self.assistant_only_loss:
+            self.turns = "assistant"
         super().__post_init__()
-
-    @property
-    def turns(self) -> Turns:
-        """The assistant's, where they alone are asked for."""
-        return "assistant" if self.assistant_only_loss else "all"

@@ -43,7 +43,6 @@ from tether.training.batching import accumulate_only
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import (
     read_objective,
-    refuse_silent_reanchoring,
     resume_folder,
     write_objective,
 )
@@ -59,7 +58,9 @@ from tether.training.reference_setup import declared_meaning, reference_spec
 from tether.training.setup import (
     at_the_start,
     check_arguments,
+    check_policy,
     config_of,
+    learning_tokens,
     make_audible,
     policy_spec,
     router_coefficient,
@@ -90,24 +91,23 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = check_arguments(args, self.config, train_dataset, eval_dataset)
+        args = check_arguments(args, self.config, train_dataset, eval_dataset, quantization_config)
         make_audible(args)
         source = str(model) if isinstance(model, (str, Path)) else source_of(model)
-        if args.reference is None and ref_model is None and isinstance(model, (str, Path)):
-            refuse_silent_reanchoring(source)
+        check_policy(model, ref_model, args, peft_config)
         meaning = declared_meaning(args, ref_model)
-        if args.model_init_kwargs and not any(isinstance(one, (str, Path)) for one in (model, ref_model)):
-            raise ConfigError("model_init_kwargs came with models in memory, which they cannot change. Leave them out.")
+        self.check_model(model, config := config_of(model, args), args)
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or policy_spec(source, args).load_processing()
         new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-        seq2seq = config_of(model, args).is_encoder_decoder
-        self.data = RunData(tokenizer, args, self.arrange, seq2seq, self.arrange_chunks)
+        self.data = RunData(tokenizer, args, self.arrange, config.is_encoder_decoder, self.arrange_chunks)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
         policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
         embed_tokens(policy, new_tokens)
+        peft_config = learning_tokens(peft_config, new_tokens, policy, args)
         policy = at_the_start(self.add_adapter(policy, peft_config, args), args)
         choose_precision(args, policy)
         proof = TrainingProof(policy)
@@ -334,7 +334,7 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         state = self.objective_state()
         self._record(folder)
-        write_tensors(folder, live_reference(self.resolved.reference), self.policy, write=self.is_world_process_zero())
+        write_tensors(folder, live_reference(self.resolved.reference), write=self.is_world_process_zero())
         if self.is_world_process_zero():
             write_precision(folder, self.args)
             write_objective(folder, state)

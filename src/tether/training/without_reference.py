@@ -29,6 +29,7 @@ class ReferenceFreeTrainer(TetherTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
         super().__init__(
@@ -40,5 +41,6 @@ class ReferenceFreeTrainer(TetherTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
         )

@@ -1,0 +1,290 @@
+"""Adapters that are read from a folder: continued, or frozen beneath a new one.
+
+PEFT writes the adapter called `default` into a folder and every other one into a folder of its name in it, and none of
+that says which of them were active. `write_active` adds it, where there were several.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from tether.errors import ConfigError
+from tether.models.structure import unwrap
+
+logger = logging.getLogger("tether")
+ACTIVE = "active_adapters.json"
+TRAINED = "default"
+_FROZEN = "frozen"
+_WEIGHTS = "adapter_model.safetensors"
+# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
+
+
+def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """A base with the adapter of a folder, which goes on training.
+
+    Args:
+        base: the model that it was made on.
+        folder: where it was saved; with further adapters that were active, they are so again, and frozen.
+
+    Returns:
+        The model with the adapter, called `default`, in evaluation mode.
+
+    Raises:
+        ConfigError: it does not fit the base, or cannot be continued.
+    """
+    folder = Path(folder).expanduser()
+    config, beneath = _read(folder), _beneath(folder)
+    if config.is_prompt_learning:
+        return _continue_virtual_tokens(base, folder, config)
+    policy = _load(base, folder, TRAINED, trainable=True)
+    for name in beneath:
+        policy.load_adapter(str(folder / name), name, torch_device="cpu")
+    if beneath:
+        _activate(policy, beneath)
+    return policy.eval()
+
+
+def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """A base with a new adapter, see `peft.get_peft_model`.
+
+    Raises:
+        ConfigError: PEFT cannot put it there, for instance as no module has a name that it asks for.
+    """
+    try:
+        return cast(PeftModel, get_peft_model(base, config))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"PEFT cannot put this adapter on {type(base).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig) -> PeftModel:
+    """A base with the adapter of a folder, frozen, and a new one over it that trains; both are in effect.
+
+    Args:
+        base: the model that the first adapter was made on.
+        folder: the first adapter's, which may itself stand on others.
+        config: of the new one.
+
+    Returns:
+        The model; the new adapter is called `default`, those beneath `frozen`, `frozen_2` and so on.
+
+    Raises:
+        ConfigError: the first adapter does not fit the base, or PEFT cannot have the two together.
+    """
+    folder = Path(folder).expanduser()
+    places = [folder, *(folder / name for name in _beneath(folder))]
+    saved = [_read(place) for place in places]
+    kinds = {_kind(one) for one in saved}
+    if any(map(rewrites_base, [*saved, config])):
+        raise ConfigError(
+            f"Of the adapters over '{base.config._name_or_path}', one begins by writing into the base weights (PiSSA, "
+            "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
+            "with merge_and_unload() and name the result."
+        )
+    if kinds != {_kind(config)} or config.is_prompt_learning:
+        raise ConfigError(
+            f"The adapter '{folder}' is {', '.join(sorted(kinds))} and the new one over it "
+            f"{_kind(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
+            "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
+        )
+    names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
+    policy = _load(base, places[0], names[0], trainable=False)
+    try:
+        for place, name in zip(places[1:], names[1:], strict=True):
+            policy.load_adapter(str(place), name, torch_device="cpu")
+        policy.add_adapter(TRAINED, config)
+        _activate(policy, names)
+    except ValueError as error:
+        raise ConfigError(
+            f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its "
+            "base with merge_and_unload() and name the result."
+        ) from error
+    return policy.eval()
+
+
+def rewrites_base(config: PeftConfig) -> bool:
+    """Whether an adapter writes into the base weights when it is made or loaded."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
+
+
+def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel) -> PeftConfig:
+    """The configuration of a new adapter with which new tokens are learnt too, their rows alone.
+
+    Args:
+        config: of the adapter.
+        ids: of the new tokens, for which the model has room already.
+        model: the base.
+
+    Returns:
+        The same where whole embeddings are trained by it, or there are no new tokens.
+
+    Raises:
+        ConfigError: nothing in this kind of adapter would train them.
+    """
+    tied = model.config.get_text_config().tie_word_embeddings
+    modules = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not tied)
+    names = [name for name, module in model.named_modules() if any(module is one for one in modules)]
+    trained = getattr(config, "modules_to_save", None) or []
+    if not ids or all(any(f".{name}".endswith(f".{one}") for one in trained) for name in names):
+        return config
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"add_tokens came with a {_kind(config)} adapter, in which nothing would train the new tokens' "
+            f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
+        )
+    if config.trainable_token_indices is None:
+        logger.info(f"adapter: the {len(ids)} new tokens train beside it, in {', '.join(names)}")
+        return replace(config, trainable_token_indices={name: list(ids) for name in names})
+    return config
+
+
+def write_active(model: nn.Module, folder: str | Path) -> None:
+    """Say in a folder that PEFT has written which adapters were active, where there were several."""
+    inner = unwrap(model)
+    if isinstance(inner, PeftModel) and len(inner.active_adapters) > 1:
+        said = {"active": inner.active_adapters, "trained": TRAINED}
+        (Path(folder) / ACTIVE).write_text(json.dumps(said) + "\n", encoding="utf-8")
+
+
+def load_active(model: nn.Module | None, folder: str | Path) -> bool:
+    """Load the adapters of a checkpoint into a model on which several are active.
+
+    transformers' `Trainer` would load them and leave the first alone active.
+
+    Returns:
+        Whether there were several, so that they were loaded here.
+    """
+    inner = unwrap(model) if model is not None else None
+    if not isinstance(inner, PeftModel) or len(inner.active_adapters) < 2:
+        return False
+    required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    for name in inner.active_adapters:
+        place = Path(folder) if name == TRAINED else Path(folder) / name
+        if not (place / _WEIGHTS).is_file():
+            raise ConfigError(f"The checkpoint {folder} lacks the adapter {name!r}, which is active on this model.")
+        inner.load_adapter(str(place), name, is_trainable=True, torch_device=str(next(inner.parameters()).device))
+    for parameter, value in required:
+        parameter.requires_grad_(value)
+    return True
+
+
+def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Refuse the kinds of virtual tokens that cannot be scored, saved or resumed rightly.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    if not config.is_prompt_learning:
+        return
+    kind = _kind(config)
+    if config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
+        raise ConfigError(
+            f"peft_config is {kind}, of which PEFT saves what its encoder made and not the encoder, or which needs "
+            "inputs of its own, so that a run could not be resumed. Use prompt or prefix tuning, LoRA, or another "
+            "adapter on layers."
+        )
+    if getattr(config, "prefix_projection", False):
+        raise ConfigError(
+            "peft_config has prefix_projection, whose network PEFT does not save, so that a run could not be resumed. "
+            "Leave it out."
+        )
+    if model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and {type(model).__name__} "
+            "encodes each prompt once for several completions. Use LoRA or another adapter on layers."
+        )
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many virtual tokens the active adapter puts before each row's embeddings; 0 for none."""
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        return 0
+    config: Any = inner.active_peft_config
+    return config.num_virtual_tokens if config.peft_type == PeftType.PROMPT_TUNING else 0
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _beneath(folder: Path) -> list[str]:
+    """Names of the adapters that were active beside the trained one of a folder."""
+    note = folder / ACTIVE
+    if not note.is_file():
+        return []
+    try:
+        names = [name for name in json.loads(note.read_text(encoding="utf-8"))["active"] if name != TRAINED]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"'{note}' does not say which adapters were active ({error}); copy it again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name / _WEIGHTS).is_file():
+            raise ConfigError(
+                f"The adapter '{folder}' was trained over another one, {name!r}, which is not there: it would compute "
+                f"something else. Copy the whole folder again, with '{name}' in it."
+            )
+    return names
+
+
+def _read(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"The adapter '{folder}' cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
+    theirs, ours = _read(folder).base_model_name_or_path, base.config._name_or_path
+    if theirs and ours and theirs != ours:
+        logger.warning(f"adapter: '{folder}' was made on {theirs!r} and is put on {ours!r}")
+    _make_room(base, folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trainable)
+    except (RuntimeError, ValueError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"The adapter '{folder}' does not fit {type(base).__name__} '{ours}': {reason} Name the model that it was "
+            "made on."
+        ) from error
+
+
+def _make_room(base: PreTrainedModel, folder: Path) -> None:
+    """An adapter that was trained with new tokens brings embeddings of more rows than its base has."""
+    embeddings: Any = base.get_input_embeddings()
+    name = next((name for name, module in base.named_modules() if module is embeddings), "")
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        whole = [key for key in file.keys() if f".{name}." in key and key.endswith(".weight") and "lora_" not in key]  # noqa: SIM118
+        rows = max((file.get_slice(key).get_shape()[0] for key in whole), default=0)
+    if rows > embeddings.weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
+    """PEFT loads virtual tokens for inference only; so they are made anew and given the saved values."""
+    refuse_unfit_virtual_tokens(config, base)
+    policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
+    policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
+    return policy.eval()
+
+
+def _activate(policy: PeftModel, beneath: list[str]) -> None:
+    """Everything in effect, and of it only `default` training."""
+    tuner: Any = policy.base_model
+    policy.active_adapter = TRAINED
+    tuner.set_adapter([TRAINED, *beneath])
+    tuner.set_requires_grad(beneath, False)
