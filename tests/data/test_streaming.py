@@ -215,7 +215,7 @@ def test_the_first_rows_may_all_be_unusable() -> None:
         ({"chosen": None}, r"row 36: `chosen` is missing"),
         ({"prompt": [{"role": "user", "content": "a"}]}, r"row 36: `prompt` is"),
         ({"weight": 2.0}, r"the column `weight` has its first value in row 36, and rows before it are trained on"),
-        ({"images": ["a.png"]}, r"row 36: the column `images` holds values"),
+        ({"images": ["a.png"]}, r"row 36: the column `images` holds"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
