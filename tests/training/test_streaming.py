@@ -42,6 +42,8 @@ KINDS = {
     "orpo": ("ORPO", ROWS, {}),
     "reward": ("Reward", [{**row, "margin": 0.1} for row in ROWS], {}),
 }
+# Kinds whose rows take the same way as another's are held to it by `make test-slow`.
+EACH = [pytest.param(kind, marks=pytest.mark.slow) if kind in ("kto on pairs", "orpo") else kind for kind in KINDS]
 # Steps of 4 x 2 rows, of which 44 make five and a half: the second pass begins with the seventh.
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -94,7 +96,7 @@ def trained(trainer, **resume):
     return batches, [log["loss"] for log in logs], logs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_a_stream_gives_the_batches_of_a_set_in_memory(kind, tmp_path):
     """INV-34: with an unusable row among them, the last step of a pass not full, and a second pass."""
     in_memory = trained(trainer_of(tmp_path / "memory", kind, stream=False))
