@@ -198,7 +198,7 @@ def test_no_reference_is_run_where_none_is_needed(name, tmp_path):
 
 def test_a_reference_that_nothing_compares_with_is_refused(tmp_path):
     sizes = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    with pytest.raises(ConfigError, match="reference is 'none'"):
+    with pytest.raises(ConfigError, match="compares with no reference"):
         DPOTrainer(
             model=tiny_model(num_hidden_layers=1, **sizes),
             ref_model=tiny_model(seed=1, num_hidden_layers=1, **sizes),

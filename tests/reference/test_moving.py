@@ -151,6 +151,11 @@ def test_tensors_that_differ_are_named():
         moving(tiny_model(), odd)
 
 
+def test_entries_of_a_configuration_that_nothing_reads_do_not_matter():
+    other = tiny_model(seed=2, max_position_embeddings=512, **{"transformers.js_config": {"dtype": "q4"}})
+    assert moving(tiny_model(), other).identity.sync == "every 1 steps 0.6 of the policy"
+
+
 def test_an_adapter_moves_when_it_is_the_one_in_training():
     """Then it is a snapshot that moves; factors of two different adapters stand for nothing when they are mixed."""
     policy = continued_adapter()

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tether import DPOConfig, DPOTrainer
@@ -558,7 +558,7 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
         ({"model_init_kwargs": "{broken"}, "no JSON"),
         ({"reference_means": "bogus"}, "adapter_off, adapter_on, snapshot, model"),
         ({"max_length": "1024"}, "whole number"),
-        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "virtual tokens"),
+        ({"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "could not be resumed"),
     ],
 )
 def test_more_wrong_arguments(arguments, words, tmp_path):

@@ -127,9 +127,6 @@ _ANSWERS: dict[Kind, Callable[[Row], dict[str, Any]]] = {
 }
 
 
-# -- formats of other tools --------------------------------------------------------------------------------------------
-
-
 def _alpaca_prompt(row: Row) -> Messages:
     asked = [part for part in (text(row, "instruction"), optional(row, "input")) if part]
     history = row.get("history") or []

@@ -134,11 +134,14 @@ def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel)
     Raises:
         ConfigError: nothing in this kind of adapter would train them.
     """
-    tied = model.config.get_text_config().tie_word_embeddings
-    modules = [model.get_input_embeddings()] + [model.get_output_embeddings()] * (not tied)
+    if not ids:
+        return config
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embeddings.weight
+    modules = [embeddings] + [head] * (not tied)
     names = [name for name, module in model.named_modules() if any(module is one for one in modules)]
     trained = getattr(config, "modules_to_save", None) or []
-    if not ids or all(any(f".{name}".endswith(f".{one}") for one in trained) for name in names):
+    if all(any(f".{name}".endswith(f".{one}") for one in trained) for name in names):
         return config
     if not isinstance(config, LoraConfig):
         raise ConfigError(

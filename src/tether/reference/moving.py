@@ -23,6 +23,8 @@ from tether.reference.spec import Sync
 from tether.types import ReferenceIdentity
 
 _ADDED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+# How long a row may be; where that is more than a limit, the shape of a tensor says so.
+_LIMITS = {"max_position_embeddings", "n_positions"}
 
 
 class MovingModelReference(ModelReference):
@@ -183,8 +185,10 @@ def _other_function(policy: nn.Module, model: nn.Module) -> str:
     ours, theirs = computation(transformers_model(policy)), computation(transformers_model(model))
     if ours["class"] != theirs["class"]:
         return f"it is a {theirs['class']} and the policy a {ours['class']}"
+    # Entries that the architecture does not know, such as another program's notes, change nothing.
+    known = type(transformers_model(policy).config)().to_dict().keys() - _LIMITS
     mine, its = ours["config"], theirs["config"]
-    odd = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
+    odd = sorted(key for key in (mine.keys() | its.keys()) & known if mine.get(key) != its.get(key))
     return f"{odd[0]} is {its.get(odd[0])} there and {mine.get(odd[0])} in the policy" if odd else ""
 
 

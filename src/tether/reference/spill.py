@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Spill:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: IO[bytes] | None = None
+        self._file: Any = None  # of tempfile: it has readinto, which IO[bytes] has not
         self._close: Any = lambda: None
         self._layout: dict[str, Tensor] = {}
         self._fingerprint = ""
@@ -79,7 +79,7 @@ class Spill:
                 self._file.seek(0)
                 complete = all(
                     self._file.readinto(_bytes_of(one)) == one.nbytes for one in found.values() if one.numel()
-                )  # type: ignore[attr-defined]
+                )
                 problem = "" if complete and fingerprint(found) == self._fingerprint else "its bytes are others now"
             except OSError as error:
                 problem = str(error)
