@@ -48,7 +48,14 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
         },
         "lora": None,
         "peft": None,
-        "data": {"train": "pairs.jsonl", "eval": None, "check": None, "cache": "auto"},
+        "data": {
+            "train": "pairs.jsonl",
+            "eval": None,
+            "check": None,
+            "cache": "auto",
+            "streaming": False,
+            "buffer_size": 1000,
+        },
         "reference": {
             "meaning": "start",
             "model": None,
@@ -222,7 +229,8 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
         ("data: {train: x}", "run.yaml: `model` is missing. Name the policy"),
         (
             "model: x\ndata:",
-            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache.",
+            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache, "
+            "streaming, buffer_size.",
         ),
         ("model: x\ndata: {}", "run.yaml, line 2: `data.train` is missing."),
         ("model: x\ndata: {train: []}", "`data.train` is [] (a list); allowed is a path, a glob or a hub name"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tether.config import check_run
+from tether.config import build, check_run
 from tether.data import load_rows, preferences, prepare, read_preferences
 from tether.data.check import FINDINGS
 from tether.data.formats import FORMATS
@@ -59,8 +59,11 @@ def test_every_format_is_on_the_page() -> None:
         assert f"`{mode}`" in PAGE
 
 
-def test_the_run_file_of_the_page_is_right() -> None:
-    [block] = re.findall(r"^```yaml\n(.*?)```$", PAGE, re.MULTILINE | re.DOTALL)
-    run = check_run({"model": "m", **yaml.safe_load(block)})
-    assert run.data.check is not None
-    assert set(run.data.check) <= set(FINDINGS)
+def test_the_run_files_of_the_page_are_right() -> None:
+    blocks = [yaml.safe_load(one) for one in re.findall(r"^```yaml\n(.*?)```$", PAGE, re.MULTILINE | re.DOTALL)]
+    checked, streamed = (check_run({"model": "m", "train": {"use_cpu": True}, **block}) for block in blocks)
+    assert checked.data.check is not None
+    assert set(checked.data.check) <= set(FINDINGS)
+    arguments, _, keywords = build(streamed)
+    assert (arguments.dataset_streaming, arguments.dataset_buffer_size, arguments.max_steps) == (True, 10000, 5000)
+    assert keywords["train_dataset"] == {"path": "shards/*.parquet"}

@@ -142,9 +142,15 @@ def test_a_missing_path_says_where_it_was_looked_for_and_what_is_near(tmp_path: 
         load_rows(tmp_path / "empty")
 
 
+def test_a_streamed_data_set_is_read_whole_where_a_whole_one_is_asked_for() -> None:
+    rows = load_rows(IterableDataset.from_generator(lambda: iter(ROWS)))
+    assert rows.to_list() == ROWS
+    assert load_rows({"path": Dataset.from_list(ROWS).to_iterable_dataset()}).to_list() == ROWS
+
+
 def test_other_wrong_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="streamed data set"):
-        load_rows(IterableDataset.from_generator(lambda: iter(ROWS)))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="a set came; rows must be"):
+        load_rows({1, 2})  # type: ignore[arg-type]
     with pytest.raises(DataError, match="there are no rows"):
         load_rows([])
     with pytest.raises(DataError, match="item 2 of the list is of type int"):

@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 
+import streams
+from tether.data import prepare
 from tether.errors import DataError
 from tether.objectives.unpaired import UNPAIRED, is_balanced, suggested_weights, unpaired_loss
-from tether.training.mismatched import mismatched_rows
+from tether.training.mismatched import mismatched_rows, with_mismatched
 from tether.types import Scores
+from tiny import tiny_tokenizer
 
 ANCHORED = ("kto", "bco")
 LOGRATIOS = [1.5, -2.0, 0.0, 0.7, -30.0, 4.0]
@@ -173,3 +176,25 @@ def test_a_far_partner_is_found():
 def test_one_completion_everywhere_is_refused():
     with pytest.raises(DataError, match="All 3 rows have the same completion"):
         mismatched_rows(as_bytes([1, 2, 3]), as_bytes([1, 1, 1]))
+
+
+def test_other_completions_come_of_the_same_thousand_rows_or_else_of_those_before(monkeypatch):
+    """INV-34, 41: what a row is paired with depends on rows near it alone, so that a stream has it, too."""
+    streams.small_chunks(monkeypatch)
+    rows = [{"prompt": f"film {i}", "completion": f" {i} stars", "label": i % 2 == 0} for i in range(31)]
+    rows[20:30] = [{**row, "completion": " the same"} for row in rows[20:30]]
+    prepared = prepare(rows, tiny_tokenizer(), max_length=64, kind="unpaired")
+    own = [ids for (ids,) in prepared.dataset["completion_ids"]]
+    found = with_mismatched(prepared, 64).dataset["completion_ids"][:]
+    assert [first for first, _ in found] == own
+    places = [own.index(second) for _, second in found]
+    assert places[:20] == [9, *range(9), 19, *range(10, 19)]
+    # The third block has one completion, and the last block one row: their others are of the block before.
+    assert all(10 <= place < 20 for place in places[20:30])
+    assert places[30] == 20
+    assert (
+        with_mismatched(prepare(rows[:25], tiny_tokenizer(), max_length=64, kind="unpaired"), 64).dataset[
+            "completion_ids"
+        ][:20]
+        == found[:20]
+    )

@@ -24,6 +24,7 @@ MICRO_BATCH = 4
 _PLACES = {
     "loss": "objective.loss",
     "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
     **{name: place.strip("`") for name, place in ELSEWHERE.items() if place.startswith("`") and place.endswith("`")},
 }
 
@@ -107,6 +108,8 @@ def _options(run: RunConfig) -> dict[str, Any]:
         **run.train.further,
         "output_dir": run.output,
         "dataset_cache": run.data.cache or None,
+        "dataset_streaming": run.data.streaming,
+        "dataset_buffer_size": run.data.buffer_size,
         "num_train_epochs": run.train.epochs,
         "learning_rate": run.train.learning_rate,
         "max_length": run.train.max_length,
@@ -154,6 +157,11 @@ def _refuse_idle_options(run: RunConfig) -> None:
         raise ConfigError(
             f"`{name}` is {rate}, but every dropout is switched off, so that policy and "
             "reference differ by training alone. Leave it out, or set `train.disable_dropout: false`."
+        )
+    if "buffer_size" in run.data.model_fields_set and not run.data.streaming:
+        raise ConfigError(
+            f"`data.buffer_size` is {run.data.buffer_size}, but the rows are not streamed, so that all of them are "
+            "shuffled. Leave it out, or set `data.streaming: true`."
         )
     if run.data.eval is None:
         for name in ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end"):

@@ -96,6 +96,13 @@ class Data(Section):
         "~/.cache/tether; null or false: nowhere.",
     )
 
+    streaming: Annotated[bool, Allowed("true or false")] = Field(
+        default=False, description="Prepare the training rows while training goes on; needs train.max_steps."
+    )
+    buffer_size: Annotated[int, Field(ge=1), Allowed("a whole number from 1")] = Field(
+        default=1000, description="Rows of a stream among which each next one is drawn."
+    )
+
     @property
     def train_rows(self) -> Any:
         """What the trainer takes as training rows."""

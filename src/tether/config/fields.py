@@ -34,6 +34,8 @@ ELSEWHERE = {
     "ref_model_sync_steps": "`reference.sync.steps`",
     "ref_model_mixup_alpha": "`reference.sync.alpha`",
     "dataset_cache": "`data.cache`",
+    "dataset_streaming": "`data.streaming`",
+    "dataset_buffer_size": "`data.buffer_size`",
     "model_init_kwargs": "`model`",
     "trust_remote_code": "`model.trust_remote_code`",
     **{field: f"`model.{name}`" for field, name in MODEL_FIELDS.items()},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -226,8 +228,20 @@ def quantiles(lengths: Sequence[int]) -> dict[str, int]:
         >>> quantiles([3, 1, 2])
         {'min': 1, 'p50': 2, 'p90': 3, 'p99': 3, 'max': 3}
     """
-    ordered = sorted(lengths)
-    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in _QUANTILES.items()}
+    return quantiles_of_counts(Counter(lengths))
+
+
+def quantiles_of_counts(counts: Mapping[int, int]) -> dict[str, int]:
+    """The same of lengths that are counted: length to how often it occurs.
+
+    Example:
+        >>> quantiles_of_counts({3: 1, 1: 2})
+        {'min': 1, 'p50': 1, 'p90': 3, 'p99': 3, 'max': 3}
+    """
+    ordered = sorted(counts)
+    up_to = list(accumulate(counts[length] for length in ordered))
+    last = up_to[-1] - 1
+    return {name: ordered[bisect_right(up_to, round(share * last))] for name, share in _QUANTILES.items()}
 
 
 def digest(*texts: str) -> bytes:

@@ -52,13 +52,14 @@ def _second(kind: Kind, columns: Sequence[str]) -> bool:
     return kind == "completion" and any(set(layout) <= set(columns) for layout in LAYOUTS[kind])
 
 
-def columns_to_read(rows: Dataset, kind: Kind, name: str) -> tuple[str, ...]:
+def columns_to_read(rows: Dataset, kind: Kind, name: str, first: int = 0) -> tuple[str, ...]:
     """The columns to read, in their order.
 
     Args:
         rows: the rows.
         kind: what they are to be read as.
         name: what to call them in messages.
+        first: number of the first row, from 0.
 
     Raises:
         DataError: columns are missing, or there are some that must not be left out and cannot be read.
@@ -68,7 +69,7 @@ def columns_to_read(rows: Dataset, kind: Kind, name: str) -> tuple[str, ...]:
     if layout is None:
         raise DataError(_missing_columns(found, kind, name))
     for column in _UNSUPPORTED:
-        if column in found and (row := _first_filled(rows, column)) is not None:
+        if column in found and (row := first_filled(rows, column, first)) is not None:
             raise DataError(
                 f"{name}: row {row}: the column `{column}` holds values, and Tether does not read it yet, so the model "
                 "would see something else than was meant. Remove the column if the rows are complete without it."
@@ -81,7 +82,7 @@ def columns_to_read(rows: Dataset, kind: Kind, name: str) -> tuple[str, ...]:
 
 def _worth_reading(rows: Dataset, column: str) -> bool:
     """An optional column of nothing but nulls says nothing; a prompt is read whatever it holds."""
-    return column == "prompt" or _first_filled(rows, column) is not None
+    return column == "prompt" or first_filled(rows, column) is not None
 
 
 def _missing_columns(found: list[str], kind: Kind, name: str) -> str:
@@ -105,11 +106,11 @@ def _named(columns: Sequence[str]) -> str:
     return f"the column {listed} is" if len(columns) == 1 else f"the columns {listed} are"
 
 
-def _first_filled(rows: Dataset, column: str) -> int | None:
+def first_filled(rows: Dataset, column: str, first: int = 0) -> int | None:
     """Number, from 1, of the first row with a value; read as Arrow, so that no image is decoded."""
     plain = rows.select_columns([column]).with_format("arrow")
     for start in range(0, len(plain), BATCH_ROWS):
-        for number, value in enumerate(plain[start : start + BATCH_ROWS][column].to_pylist(), start + 1):
+        for number, value in enumerate(plain[start : start + BATCH_ROWS][column].to_pylist(), first + start + 1):
             if value not in (None, "", "[]", "{}", [], {}) and not (
                 isinstance(value, dict) and not any(value.values())
             ):

@@ -8,17 +8,20 @@ import glob
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tether.data.columns import BATCH_ROWS
 from tether.errors import DataError
 
 # Rows as they were written, or as a table.
 Part = list[dict[str, Any]] | pa.Table
+Reader = TypeVar("Reader", bound=Callable[[Path, str], Any])
 _FIELD_BYTES = min(sys.maxsize, 2**31 - 1)  # csv's own limit of 128 KiB per field is shorter than a long conversation
 
 
@@ -47,8 +50,7 @@ def expand(source: str, name: str) -> list[Path]:
     raise DataError(f"{name}: there is no file `{path.name}` in {folder.absolute()}.{hint}")
 
 
-def _read_jsonl(path: Path, name: str) -> Part:
-    rows = []
+def _jsonl_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
     with _opened(path) as lines:
         for number, line in enumerate(_decoded(lines, path, name), 1):
             if not line.strip():
@@ -65,8 +67,23 @@ def _read_jsonl(path: Path, name: str) -> Part:
                     f"{name}: line {number} of `{path}` holds a value of type {type(row).__name__}; each line must "
                     "hold one object."
                 )
-            rows.append(row)
-    return rows
+            yield row
+
+
+def _read_jsonl(path: Path, name: str) -> Part:
+    return list(_jsonl_rows(path, name))
+
+
+def _json_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Of JSON lines under the wrong ending; a list cannot be read in parts."""
+    with _opened(path) as lines:
+        first = next((line for line in _decoded(lines, path, name) if line.strip()), "")
+    if first.lstrip().startswith("["):
+        raise DataError(
+            f"{name}: `{path}` is one JSON list, which cannot be streamed: it must be read whole to be understood. "
+            "Write one object a line (.jsonl), or read it without streaming."
+        )
+    yield from _jsonl_rows(path, name)
 
 
 def _read_json(path: Path, name: str) -> Part:
@@ -87,52 +104,75 @@ def _read_json(path: Path, name: str) -> Part:
 
 
 def _read_csv(path: Path, name: str) -> Part:
+    return list(_csv_rows(path, name))
+
+
+def _csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
     before = csv.field_size_limit(_FIELD_BYTES)
+    reader: Any = None
     try:
         with _opened(path) as file:
-            rows = _csv_rows(csv.reader(_decoded(file, path, name), strict=True), path, name)
-    finally:
-        csv.field_size_limit(before)
-    return rows
-
-
-def _csv_rows(reader: Any, path: Path, name: str) -> list[dict[str, str]]:
-    rows = []
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{name}: the header of `{path}` names a column twice ({', '.join(header)}). Rename one.")
-        for cells in reader:
-            if cells and len(cells) != len(header):
+            reader = csv.reader(_decoded(file, path, name), strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
                 raise DataError(
-                    f"{name}: the row ending in line {reader.line_num} of `{path}` has {len(cells)} fields, the header "
-                    f"has {len(header)}. Put text that holds commas or line breaks in double quotes."
+                    f"{name}: the header of `{path}` names a column twice ({', '.join(header)}). Rename one."
                 )
-            if cells:
-                rows.append(dict(zip(header, cells, strict=True)))
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise DataError(
+                        f"{name}: the row ending in line {reader.line_num} of `{path}` has {len(cells)} fields, the "
+                        f"header has {len(header)}. Put text that holds commas or line breaks in double quotes."
+                    )
+                if cells:
+                    yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{name}: line {reader.line_num} of `{path}` is not CSV ({error}). Correct it.") from error
-    return rows
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_parquet(path: Path, name: str) -> Part:
-    try:
+    with _arrow_errors(path, name, "Parquet"):
         return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name}: `{path}` cannot be read as Parquet ({reason}). Write it again.") from error
+
+
+def _parquet_tables(path: Path, name: str) -> Iterator[pa.Table]:
+    with _arrow_errors(path, name, "Parquet"), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH_ROWS):
+            yield pa.Table.from_batches([batch])
 
 
 def _read_arrow(path: Path, name: str) -> Part:
+    with _arrow_errors(path, name, "Arrow"), _arrow_reader(path) as reader:
+        return reader.read_all()
+
+
+def _arrow_tables(path: Path, name: str) -> Iterator[pa.Table]:
+    with _arrow_errors(path, name, "Arrow"), _arrow_reader(path) as reader:
+        count = getattr(reader, "num_record_batches", None)
+        batches = iter(reader) if count is None else map(reader.get_batch, range(count))
+        for batch in batches:
+            yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _arrow_reader(path: Path) -> Iterator[Any]:
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(source)
+        yield reader
+
+
+@contextmanager
+def _arrow_errors(path: Path, name: str, what: str) -> Iterator[None]:
     try:
-        with pa.memory_map(str(path)) as source:
-            try:
-                return pa.ipc.open_stream(source).read_all()
-            except pa.ArrowInvalid:
-                return pa.ipc.open_file(source).read_all()
+        yield
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{name}: `{path}` cannot be read as Arrow ({reason}). Write it again.") from error
+        raise DataError(f"{name}: `{path}` cannot be read as {what} ({reason}). Write it again.") from error
 
 
 READERS: dict[str, Callable[[Path, str], Part]] = {
@@ -142,6 +182,15 @@ READERS: dict[str, Callable[[Path, str], Part]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+}
+# The same files a part at a time: a row, or a table of some rows.
+_STREAMS: dict[str, Callable[[Path, str], Iterator[dict[str, Any] | pa.Table]]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_tables,
+    ".arrow": _arrow_tables,
 }
 # Compressions that Arrow knows by a file's ending; the ending before it says what is inside.
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
@@ -162,17 +211,40 @@ def read_file(path: Path, name: str) -> Part:
     Raises:
         DataError: its kind is not known, it cannot be read, or it has no rows.
     """
-    reader = READERS.get(kind_of_file(path))
+    rows = _of_kind(READERS, path, name)(path, name)
+    if not len(rows):
+        raise DataError(_no_rows(path, name))
+    return rows
+
+
+def stream_file(path: Path, name: str) -> Iterator[dict[str, Any] | pa.Table]:
+    """The rows of one file, one after another where it is text, else tables of some rows; never all at once.
+
+    Raises:
+        DataError: see `read_file`; or it is a JSON list, which can only be read whole.
+    """
+    empty = True
+    for part in _of_kind(_STREAMS, path, name)(path, name):
+        empty = False
+        yield part
+    if empty:
+        raise DataError(_no_rows(path, name))
+
+
+def _of_kind(readers: Mapping[str, Reader], path: Path, name: str) -> Reader:
+    """What reads a file of this kind, which must hold something."""
+    reader = readers.get(kind_of_file(path))
     if reader is None:
         raise DataError(
             f"{name}: `{path}` ends in `{path.suffix}`; it must end in {listed(READERS)}. Convert or rename it."
         )
     if not path.stat().st_size:
         raise DataError(f"{name}: `{path}` is empty; it must hold at least one row.")
-    rows = reader(path, name)
-    if not len(rows):
-        raise DataError(f"{name}: `{path}` has no rows; it must hold at least one row.")
-    return rows
+    return reader
+
+
+def _no_rows(path: Path, name: str) -> str:
+    return f"{name}: `{path}` has no rows; it must hold at least one row."
 
 
 def _opened(path: Path) -> Any:

@@ -162,11 +162,8 @@ def _openrlhf_prompt(row: Row) -> Messages | str:
     if isinstance(row[name], str):
         return row[name]
     whole = conversation(row, name)
-    return (
-        whole
-        if {"chosen", "output", "completion"} & {key for key, value in row.items() if value is not None}
-        else whole[:-1]
-    )
+    given = {key for key, value in row.items() if value is not None}
+    return whole if given & {"chosen", "output", "completion"} else whole[:-1]
 
 
 def _openrlhf_answer(row: Row, name: str) -> Any:
@@ -360,7 +357,7 @@ def detected(columns: Iterable[str], kind: Kind) -> Format | None:
     return FORMATS[name] if kind in FORMATS[name].answers else None
 
 
-def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> list[dict[str, Any]]:
+def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first: int = 0) -> list[dict[str, Any]]:
     """Turn rows into rows with TRL's columns.
 
     Args:
@@ -368,6 +365,7 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
         layout: their format.
         kind: what they are to be read as.
         name: what to call them in messages.
+        first: number of the first row, from 0.
 
     Returns:
         As many rows, in order. Columns that the format does not read stay beside TRL's, so that they can be listed.
@@ -390,7 +388,7 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str) -> li
             paired = as_pair if build is None or (row.get("rejected") is not None and _LABELS.isdisjoint(row)) else None
             done = {"prompt": layout.prompt(reading), **(paired or build)(reading)}  # type: ignore[misc]
         except FieldFault as fault:
-            faults.add(total, str(fault))
+            faults.add(first + total, str(fault))
             continue
         done |= {column: reading[column] for column in _KEPT if reading.get(column) not in (None, "", [])}
         converted.append(done | reading.unread(done))

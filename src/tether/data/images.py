@@ -172,7 +172,7 @@ def _decoded(reference: Mapping[str, Any]) -> Any:
     return ImageFeature().decode_example(dict(reference)).convert("RGB")  # type: ignore[arg-type]
 
 
-def require_processor(rows: Dataset, processor: Any, *, name: str) -> None:
+def require_processor(rows: Dataset, processor: Any, *, name: str, first: int = 0) -> None:
     """Refuse rows with images for a tokenizer that reads none.
 
     Raises:
@@ -180,21 +180,23 @@ def require_processor(rows: Dataset, processor: Any, *, name: str) -> None:
     """
     column = None if reads_images(processor) else image_column(rows)
     if column is not None:
+        row = first + (first_with_images(rows, column) or 0)
         raise DataError(
-            f"{name}: row {first_with_images(rows, column)}: the column `{column}` holds images, and a tokenizer alone "
+            f"{name}: row {row}: the column `{column}` holds images, and a tokenizer alone "
             f"({type(processor).__name__}) does not read them. Give the model's processor (as processing_class in "
             "Python; a model's folder holds it as processor_config.json or preprocessor_config.json), or remove the "
             "column if the rows are complete without it."
         )
 
 
-def take_images(rows: Dataset, processor: Any, *, name: str) -> tuple[Dataset, Pictures | None]:
+def take_images(rows: Dataset, processor: Any, *, name: str, first: int = 0) -> tuple[Dataset, Pictures | None]:
     """Rows of text alone, and the images that belong to them.
 
     Args:
         rows: as `load_rows` returns them.
         processor: of the model; rows are returned as they are for one that reads no images.
         name: what to call these rows in messages.
+        first: number of the first row, from 0.
 
     Returns:
         The rows, each image part as `MARK` in its text; and the images, None where the rows have none.
@@ -203,11 +205,11 @@ def take_images(rows: Dataset, processor: Any, *, name: str) -> tuple[Dataset, P
         DataError: parts that are neither text nor image, images in completions, or another number of images than of
             image parts. The message names the rows.
     """
-    require_processor(rows, processor, name=name)
+    require_processor(rows, processor, name=name, first=first)
     if not reads_images(processor):
         return rows, None
     text = as_text(rows, getattr(processor, "image_token", None))
     if text.faults:
-        raise DataError(fault_message(text.faults, name))
-    pictures = Pictures(dict(enumerate(text.references)), processor, name) if any(text.references) else None
+        raise DataError(fault_message({first + row: fault for row, fault in text.faults.items()}, name))
+    pictures = Pictures(dict(enumerate(text.references, first)), processor, name) if any(text.references) else None
     return text.rows, pictures

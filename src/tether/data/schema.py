@@ -81,7 +81,15 @@ class Schema:
         return self.kind == "completion" and "completion" not in self.columns
 
 
-def read_preferences(rows: Dataset, *, kind: Kind = "pair", turns: Turns = "all", name: str = "data") -> Schema:
+def read_preferences(
+    rows: Dataset,
+    *,
+    kind: Kind = "pair",
+    turns: Turns = "all",
+    name: str = "data",
+    schema: Schema | None = None,
+    first: int = 0,
+) -> Schema:
     """Check every row once and say which form the rows have.
 
     Args:
@@ -89,6 +97,8 @@ def read_preferences(rows: Dataset, *, kind: Kind = "pair", turns: Turns = "all"
         kind: what the rows are to be read as.
         turns: which turns of a completion are to be scored; `messages` must then have such turns.
         name: what to call these rows in messages.
+        schema: the form that they must have; None: that of the first row.
+        first: number of the first row, from 0.
 
     Returns:
         The form and what is not used. `preferences(rows, schema)` then gives the rows as records.
@@ -100,11 +110,11 @@ def read_preferences(rows: Dataset, *, kind: Kind = "pair", turns: Turns = "all"
     """
     if turns not in TURNS:
         raise ConfigError(f"turns is {turns!r}; it must be {', '.join(f'`{one}`' for one in TURNS)}.")
-    schema = schema_of(rows, kind, name)
+    schema = schema or schema_of(rows, kind, name)
     if turns != "all" and schema.form == "standard":
         raise ConfigError(f"{name}: turns is `{turns}`, but the rows are text, which has no turns. Set turns to `all`.")
     faults, fields = Faults(), set()
-    for number, row in enumerate(python_rows(rows, schema.columns), 1):
+    for number, row in enumerate(python_rows(rows, schema.columns), first + 1):
         for fault in row_faults(row, schema, turns):
             faults.add(number, fault)
         if schema.form == "conversational" and not faults.total:
@@ -127,7 +137,7 @@ def schema_of(rows: Dataset, kind: Kind, name: str = "data") -> Schema:
 
 
 def preferences(
-    rows: Dataset, schema: Schema, start: int = 0, stop: int | None = None, *, turns: Turns = "all"
+    rows: Dataset, schema: Schema, start: int = 0, stop: int | None = None, *, turns: Turns = "all", first: int = 0
 ) -> list[Preference]:
     """The rows `start` to `stop` (from 0, `stop` excluded) of a checked data set as records, in order.
 
@@ -137,11 +147,12 @@ def preferences(
         start: first row.
         stop: row after the last; None for all.
         turns: which turns are to be scored; unless all, what comes before the first of an answer is the prompt.
+        first: number of the first row of `rows`, from 0.
 
     Returns:
         One record per row, with `source_row` counted from 0.
     """
-    rows_of = enumerate(python_rows(rows, schema.columns, start, stop), start)
+    rows_of = enumerate(python_rows(rows, schema.columns, start, stop), first + start)
     return [record(row, schema, number, turns) for number, row in rows_of]
 
 
@@ -217,7 +228,9 @@ def split_prompt(chosen: Sequential, rejected: Sequential) -> tuple[Sequential, 
     return chosen[:low], chosen[low:], rejected[low:]
 
 
-def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, column: str, error: Exception) -> str:
+def explain_mixed_types(
+    rows: Sequence[Mapping[str, Any]], name: str, column: str, error: Exception, first: int = 0
+) -> str:
     """The message for rows of which a column does not fit one table type.
 
     Args:
@@ -225,6 +238,7 @@ def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, column: st
         name: what to call these rows.
         column: the one that does not fit.
         error: what Arrow said, for values that are each allowed but do not fit together.
+        first: number of the first row, from 0.
 
     Returns:
         A message that names rows and fields.
@@ -234,16 +248,16 @@ def explain_mixed_types(rows: Sequence[Mapping[str, Any]], name: str, column: st
     samples = [value for row in rows for key in singles if isinstance(value := row.get(key), (str, list))]
     form: Form | None = form_of(samples[0]) if samples else None
     faults = Faults()
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows, first + 1):
         for own in columns:
             check = list_faults if own == "completions" else text_faults
             for fault in check(own, row.get(own), form):
                 faults.add(number, fault)
     if not faults.total:
-        first = next(row[column] for row in rows if row.get(column) is not None)
-        for number, row in enumerate(rows, 1):
+        example = next(row[column] for row in rows if row.get(column) is not None)
+        for number, row in enumerate(rows, first + 1):
             try:
-                pa.array([first, row.get(column)])
+                pa.array([example, row.get(column)])
             except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
                 said = (str(reason).splitlines() or [type(reason).__name__])[0]
                 faults.add(number, f"`{column}` cannot be stored beside the others ({said})")

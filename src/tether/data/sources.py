@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tether.data.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, TEXTS
 from tether.data.files import READERS, Part, expand, kind_of_file, listed, read_file
@@ -27,7 +27,7 @@ from tether.data.schema import explain_mixed_types
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
-Source = Dataset | DatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
+Source = Dataset | DatasetDict | IterableDataset | IterableDatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
 
@@ -112,9 +112,10 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
     """Read rows from wherever they are; nothing is checked but that they can be read and have their format's fields.
 
     Args:
-        source: a `datasets.Dataset` or `DatasetDict`; a list of dictionaries, one per row; a path, glob or folder, or a
-            list of them, of files ending in .jsonl, .json, .csv (all three also .gz, .bz2, .zst), .parquet or .arrow;
-            the name of a hub data set, `owner/name`; or a mapping as `Origin` describes, or a list of these.
+        source: a `datasets.Dataset` or `DatasetDict`, or a streamed one, which is read whole; a list of dictionaries,
+            one per row; a path, glob or folder, or a list of them, of files ending in .jsonl, .json, .csv (all three
+            also .gz, .bz2, .zst), .parquet or .arrow; the name of a hub data set, `owner/name`; or a mapping as
+            `Origin` describes, or a list of these.
         kind: what the rows are to be read as; a format has other columns for each.
         split: which part of a `DatasetDict` or of a hub data set; files have no parts.
         name: what to call these rows in messages.
@@ -130,7 +131,7 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
         >>> load_rows([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}]).column_names
         ['prompt', 'chosen', 'rejected']
     """
-    origins = _origins(source, split, name)
+    origins = origins_of(source, split, name)
     parts = [_load(origin, kind, f"{name} ({origin.path})" if len(origins) > 1 else name) for origin in origins]
     rows = parts[0] if len(parts) == 1 else _joined(parts, [str(origin.path) for origin in origins], name)
     if len(rows) == 0:
@@ -144,7 +145,7 @@ def is_origin(value: Any) -> bool:
     return isinstance(value, Mapping) and "path" in value
 
 
-def _origins(source: Source, split: str, name: str) -> list[Origin]:
+def origins_of(source: Source, split: str, name: str) -> list[Origin]:
     if is_origin(source):
         return [Origin.of(cast(Mapping[str, Any], source), name)]
     if isinstance(source, Sequence) and not isinstance(source, str) and any(map(is_origin, source)):
@@ -156,17 +157,17 @@ def _origins(source: Source, split: str, name: str) -> list[Origin]:
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
     layout = origin.layout(name)
     rows = _read(origin.path, origin.split, name)
-    rows = _renamed(rows, origin.fields, name)
+    rows = renamed(rows, origin.fields, name)
     if layout is None and origin.format is None:
         columns = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(key for row in rows for key in row)
         layout = detected(columns, kind)
     if layout is not None:
-        rows = convert(_plain(rows), layout, kind, name=name)
-    table = rows if isinstance(rows, Dataset) else Dataset(_table(rows, name))
-    return table if origin.weight == 1 else table.select(_occurrences(len(table), origin.weight))
+        rows = convert(plain_rows(rows), layout, kind, name=name)
+    table = rows if isinstance(rows, Dataset) else Dataset(table_of(rows, name))
+    return table if origin.weight == 1 else table.select(occurrences(len(table), origin.weight))
 
 
-def _plain(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def plain_rows(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     if isinstance(rows, list):
         yield from rows
         return
@@ -180,7 +181,7 @@ def _plain(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield dict(zip(batch, values, strict=True))
 
 
-def _renamed(
+def renamed(
     rows: Dataset | list[dict[str, Any]], names: Mapping[str, str], name: str
 ) -> Dataset | list[dict[str, Any]]:
     """Rows whose columns have the names that the format reads."""
@@ -204,31 +205,48 @@ def _renamed(
     return rows.remove_columns(hidden).rename_columns({old: wanted for old, wanted in new.items() if old != wanted})
 
 
-def _occurrences(count: int, weight: float) -> list[int]:
-    """The place of every row, as often as its weight says; which ones occur once more depends on their place alone."""
+def occurrences(count: int, weight: float, first: int = 0) -> list[int]:
+    """The place of every row, as often as its weight says; which ones occur once more depends on their place alone.
+
+    Args:
+        count: rows.
+        weight: of their source.
+        first: place of the first of them in it.
+    """
     whole, part = divmod(weight, 1)
     more = round(part * _FRACTION_BITS)
     # Knuth's multiplicative hash spreads places evenly, so that 0.5 takes every second row, more or less.
-    return [place for place in range(count) for _ in range(int(whole) + (place * 2654435761 % _FRACTION_BITS < more))]
+    return [
+        place
+        for place in range(count)
+        for _ in range(int(whole) + ((first + place) * 2654435761 % _FRACTION_BITS < more))
+    ]
 
 
 def _read(source: Any, split: str, name: str) -> Dataset | list[dict[str, Any]]:
     if isinstance(source, Dataset):
         return source
-    if isinstance(source, DatasetDict):
-        return _part(source, split, name)
+    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+        return _read(part_of(source, split, name), split, name)
+    if isinstance(source, IterableDataset):
+        return list(streamed_rows(source))
     if isinstance(source, (str, Path)):
         return _from_text(str(source), split, name)
     if isinstance(source, Sequence):
         return _from_list(source, split, name)
-    kind = "a streamed data set" if isinstance(source, IterableDataset) else f"a {type(source).__name__}"
     raise DataError(
-        f"{name}: {kind} came; rows must be a datasets.Dataset, a list of dictionaries, a path or a hub name. "
-        "Load a streamed data set without streaming=True."
+        f"{name}: a {type(source).__name__} came; rows must be a datasets.Dataset or IterableDataset, a list of "
+        "dictionaries, a path or a hub name."
     )
 
 
-def _part(parts: DatasetDict, split: str, name: str) -> Dataset:
+def streamed_rows(source: IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a streamed data set, one after another; images stay the files that they are."""
+    plain = source.with_format(None)
+    return iter(plain.decode(False) if plain.features else plain)
+
+
+def part_of(parts: Mapping[Any, Any], split: str, name: str) -> Any:
     if split not in parts:
         raise DataError(f"{name}: there is no split `{split}`; there are {listed(map(str, parts))}. Name one of them.")
     return parts[split]
@@ -244,21 +262,32 @@ def _from_list(source: Sequence[Any], split: str, name: str) -> Dataset | list[d
                 f"{name}: item {number} of the list is of type {type(item).__name__}; a list must hold dictionaries, "
                 "one per row, or paths, one per file."
             )
-    _refuse_split(split, name)
+    refuse_split(split, name)
     return _from_files([path for item in source for path in expand(str(item), name)], name)
 
 
 def _from_text(source: str, split: str, name: str) -> Dataset | list[dict[str, Any]]:
-    path = Path(source).expanduser()
-    if _HUB_NAME.fullmatch(source) and not path.exists() and kind_of_file(path) not in READERS:
-        return _from_hub(source, split, name)
-    if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
-        return _from_saved(path, split, name)
-    _refuse_split(split, name)
+    if is_hub_name(source):
+        return from_hub(source, split, name)
+    if is_saved(source):
+        return from_saved(source, split, name)
+    refuse_split(split, name)
     return _from_files(expand(source, name), name)
 
 
-def _refuse_split(split: str, name: str) -> None:
+def is_hub_name(source: str) -> bool:
+    """Whether a text names a hub data set: `owner/name`, and no file or folder here."""
+    path = Path(source).expanduser()
+    return bool(_HUB_NAME.fullmatch(source)) and not path.exists() and kind_of_file(path) not in READERS
+
+
+def is_saved(source: str) -> bool:
+    """Whether a text names a folder that `Dataset.save_to_disk` wrote."""
+    path = Path(source).expanduser()
+    return path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json"))
+
+
+def refuse_split(split: str, name: str) -> None:
     if split != "train":
         raise DataError(
             f"{name}: split=`{split}` was given with a path, and files have no splits. Give the files of that split, "
@@ -266,19 +295,22 @@ def _refuse_split(split: str, name: str) -> None:
         )
 
 
-def _from_saved(path: Path, split: str, name: str) -> Dataset:
-    """A folder that `Dataset.save_to_disk` wrote."""
+def from_saved(source: str, split: str, name: str) -> Dataset:
+    """A folder that `Dataset.save_to_disk` wrote; its rows stay on disk."""
+    path = Path(source).expanduser()
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # the reader raises errors of many libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: the folder `{path}` cannot be read as a saved data set ({reason}).") from error
-    return _part(saved, split, name) if isinstance(saved, DatasetDict) else saved
+    return part_of(saved, split, name) if isinstance(saved, DatasetDict) else saved
 
 
-def _from_hub(source: str, split: str, name: str) -> Dataset:
+def from_hub(source: str, split: str, name: str, *, streaming: bool = False) -> Any:
+    """A hub data set; with `streaming` an `IterableDataset`."""
+    further: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        return cast(Dataset, datasets.load_dataset(source, split=split))
+        return datasets.load_dataset(source, split=split, **further)
     except Exception as error:  # the hub client raises errors of many libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -294,20 +326,20 @@ def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
         return rows if isinstance(rows, list) else Dataset(rows)
     if all(isinstance(rows, list) for _, rows in parts):
         # Each file is made a table on its own first, so that what is wrong with it is said with its name.
-        tables = [_table(cast(list[dict[str, Any]], rows), f"{name} ({path})") for path, rows in parts]
-        _concatenated(tables, [str(path) for path, _ in parts], name)
+        tables = [table_of(cast(list[dict[str, Any]], rows), f"{name} ({path})") for path, rows in parts]
+        concatenated(tables, [str(path) for path, _ in parts], name)
         return [row for _, rows in parts for row in cast(list[dict[str, Any]], rows)]
-    tables = [_table(rows, f"{name} ({path})") if isinstance(rows, list) else rows for path, rows in parts]
-    return Dataset(_concatenated(tables, [str(path) for path, _ in parts], name))
+    tables = [table_of(rows, f"{name} ({path})") if isinstance(rows, list) else rows for path, rows in parts]
+    return Dataset(concatenated(tables, [str(path) for path, _ in parts], name))
 
 
 def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:
     # Rows that were drawn or shuffled are an index over a table; here they become the table.
     tables = [part.with_format("arrow")[:] for part in parts]
-    return Dataset(_concatenated(cast(list[pa.Table], tables), names, name))
+    return Dataset(concatenated(cast(list[pa.Table], tables), names, name))
 
 
-def _concatenated(tables: list[pa.Table], names: list[str], name: str) -> pa.Table:
+def concatenated(tables: list[pa.Table], names: list[str], name: str) -> pa.Table:
     try:
         return pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
     except pa.ArrowException as error:
@@ -317,8 +349,11 @@ def _concatenated(tables: list[pa.Table], names: list[str], name: str) -> pa.Tab
         ) from error
 
 
-def _table(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Table:
-    """Rows as an Arrow table, a column at a time, so that values of two types in one column can be named."""
+def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa.Table:
+    """Rows, the first of which has the number `first`, as an Arrow table.
+
+    It is made a column at a time, so that values of two types in one column can be named.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     arrays: dict[str, Any] = {}
     for column in columns:
@@ -327,7 +362,7 @@ def _table(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Table:
             arrays[str(column)] = pa.array(values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:
-                raise DataError(explain_mixed_types(rows, name, column, error)) from error
+                raise DataError(explain_mixed_types(rows, name, column, error, first)) from error
             # Not read by training, but still listed among the unused columns.
             arrays[str(column)] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)

@@ -53,6 +53,10 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         dataset_num_proc: processes that prepare the data.
         dataset_cache: folder where prepared rows are kept for the other processes of a run and for later runs; `auto`:
             `prepared` in `$TETHER_CACHE` or in `~/.cache/tether`; None: nowhere, and each process prepares for itself.
+        dataset_streaming: prepare the training rows while training goes on, and never hold them all; so it is done for
+            a `datasets.IterableDataset` in any case. Needs `max_steps`.
+        dataset_buffer_size: rows of a stream among which each next one is drawn, as `datasets` shuffles streams; with
+            `train_sampling_strategy="sequential"` none is drawn and rows come in their order.
         disable_dropout: set every dropout probability of the policy to 0.
         model_init_kwargs: keywords for loading models that are named by a string.
         trust_remote_code: run code that comes with a model repository.
@@ -89,6 +93,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     turns: Turns = "all"
     dataset_num_proc: int | None = None
     dataset_cache: str | None = "auto"
+    dataset_streaming: bool = False
+    dataset_buffer_size: int = 1000
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
@@ -114,6 +120,11 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         self._refuse("train_sampling_strategy", ("random", "sequential"))
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
             raise ConfigError(f"max_length is {self.max_length!r}; it must be None or a whole number from 2 tokens.")
+        size = self.dataset_buffer_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError(f"dataset_buffer_size is {size!r}; it must be a whole number from 1 row.")
+        if self.dataset_streaming:
+            self.require_streamable()
         limit = self.max_tokens_per_forward
         if isinstance(limit, str) and limit.isdigit():  # from a command line
             limit = self.max_tokens_per_forward = int(limit)
@@ -129,6 +140,25 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"{name}={getattr(self, name)!r} came; it must stay {kept!r}: {reason}.")
         super().__post_init__()
+
+    def require_streamable(self) -> None:
+        """Refuse what training rows that are streamed cannot do.
+
+        Raises:
+            ConfigError: an option that needs all rows, or would do nothing.
+        """
+        if self.max_steps < 1:
+            raise ConfigError(
+                f"max_steps is {self.max_steps}, and the training rows are streamed, so that no one knows how many "
+                "there are. Set how many steps the run has (the stream begins anew when it ends), or read the rows "
+                "whole."
+            )
+        if self.dataloader_num_workers:
+            raise ConfigError(
+                f"dataloader_num_workers is {self.dataloader_num_workers}, and the training rows are streamed: they "
+                "are prepared ahead in the background already. Set dataset_num_proc to prepare them in several "
+                "processes."
+            )
 
     def _computes_on_cpu(self) -> bool:
         """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""

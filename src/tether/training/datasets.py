@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data import (
+    Overlap,
     Prepared,
     Report,
     chat_template,
@@ -25,6 +26,10 @@ from tether.data import (
     split_rows,
 )
 from tether.data.check import FINDINGS, check
+from tether.data.job import Options
+from tether.data.prepared_stream import Arrange, PreparedStream
+from tether.data.stream import RowStream, is_streamed
+from tether.errors import ConfigError
 from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
 from tether.types import Example
@@ -36,7 +41,7 @@ _AUDITED_ROWS = 2000
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
 _TELLING = 0.05
 _FRONT = 32
-Rows = Dataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
+Rows = Dataset | IterableDataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
 
 
 @dataclass
@@ -48,18 +53,24 @@ class RunData:
         args: lengths, truncation, boundary policy.
         arrange: what is done to prepared rows before they are packed.
         encoder_decoder: whether the policy reads prompts in an encoder.
+        arrange_chunks: the same as `arrange` for a stream: called once a pass, gives what changes its chunks.
         reports: name of a set to its report, for `data.json`.
+        evaluated: name of an evaluation set to digests of its rows and of its prompts, where training is streamed.
     """
 
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
     arrange: Callable[[Prepared, Any], Prepared] = field(default=lambda prepared, _: prepared)
     encoder_decoder: bool = False
+    arrange_chunks: Callable[[Any], Arrange] = field(default=lambda _: lambda table: table)
     reports: dict[str, Any] = field(default_factory=dict)
+    evaluated: dict[str, tuple[set[bytes], set[bytes]]] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set, or take it from the cache, and say what was done to it; see `tether.data.prepare`."""
         data = load_rows(rows, kind=self.args.kind, name=name)
+        if is_streamed(rows):
+            logger.info(f"{name}: a streamed set, read whole: {len(data):,} rows")
         prepared = prepare_cached(
             data,
             self.tokenizer,
@@ -81,6 +92,28 @@ class RunData:
             logger.info(line)
         return prepared
 
+    def prepare_stream(self, name: str, rows: Rows) -> PreparedStream:
+        """Begin a set that is prepared while it is trained on, and say what was done to its first rows."""
+        args = self.args
+        options = Options(
+            args.max_length,
+            args.kind,
+            args.turns,
+            cast(Any, args.truncation_mode),
+            cast(Any, args.prompt_boundary),
+            args.dataset_num_proc,
+            self.encoder_decoder,
+        )
+        source = RowStream(cast(Any, rows), args.kind, name)
+        stream = PreparedStream(source, self.tokenizer, options, arrange=lambda: self.arrange_chunks(args))
+        self.reports[name] = stream.report.to_dict()
+        if args.process_index == 0:  # see `prepare`
+            self.reports[name]["audit"] = self._audit(name, stream.sample)
+        logger.info(f"{name}: streamed; of the first {stream.report.rows:,} rows:")
+        for line in stream.report.lines():
+            logger.info(line)
+        return stream
+
     def _keep_template(self, report: Report) -> None:
         """The chat template goes into the run folder: the tokenizer that it came with may change."""
         if report.template_hash is not None and self.args.process_index == 0:
@@ -97,34 +130,61 @@ class RunData:
         shares = {finding: one.share for finding, one in found.findings.items()}
         return {"sampled_rows": found.rows, **shares, **found.length_bias}
 
-    def prepare_all(self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None) -> tuple[Dataset, Any]:
+    def prepare_all(
+        self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None
+    ) -> tuple[Dataset | PreparedStream, Any]:
         """Prepare the training set and the evaluation sets, and count training rows inside each of the latter.
 
         Returns:
             The training set, and the evaluation set, a dictionary of them, or None.
         """
-        if is_split(evaluation):
+        streamed = self.args.dataset_streaming or is_streamed(train)
+        if streamed:
+            self.args.require_streamable()
+            _refuse_split(evaluation)
+        elif is_split(evaluation):
             asked, kind = cast(Mapping[str, Any], evaluation), self.args.kind
             train, evaluation = split_rows(load_rows(train, kind=kind, name="train"), asked, kind=kind)
-        training = self.prepare("train", train)
+        training = self.prepare_stream("train", train) if streamed else self.prepare("train", train)
+        rows = training if isinstance(training, PreparedStream) else training.dataset
         self._keep_template(training.report)
         if evaluation is None:
-            return training.dataset, None
+            return rows, None
         named = isinstance(evaluation, Mapping) and not is_origin(evaluation)
         sets = cast(Mapping[str, Rows], evaluation if named else {"": evaluation})
         parts = {f"eval_{name}" if named else "eval": rows for name, rows in sets.items()}
         prepared = {name: self.prepare(name, rows) for name, rows in parts.items()}
         for name, part in prepared.items():
+            if isinstance(training, PreparedStream):
+                self.evaluated[name] = set(part.row_digests), set(part.prompt_digests)
+                continue
             shared = overlap(training, part)
-            self.reports[name]["overlap"] = shared.to_dict()
-            if shared.rows or shared.prompts:
-                logger.warning(
-                    f"{name}: {shared.rows} of {shared.train_rows} training rows are in this evaluation set word for "
-                    f"word, and {shared.prompts} share a prompt with it; its figures are too good by as much."
-                )
+            self.say_overlap(name, shared.rows, shared.prompts, shared.train_rows)
         if named:
-            return training.dataset, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
-        return training.dataset, prepared["eval"].dataset
+            return rows, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
+        return rows, prepared["eval"].dataset
+
+    def say_overlap(self, name: str, rows: int, prompts: int, train_rows: int) -> None:
+        """Keep and say how many training rows, and rows with its prompts, are in an evaluation set."""
+        self.reports[name]["overlap"] = Overlap(rows, prompts, train_rows).to_dict()
+        if rows or prompts:
+            logger.warning(
+                f"{name}: {rows} of {train_rows} training rows are in this evaluation set word for "
+                f"word, and {prompts} share a prompt with it; its figures are too good by as much."
+            )
+
+
+def known_rows(rows: Any) -> Dataset:
+    """Prepared rows that are there before training: all of a set in memory, the first ones of a stream."""
+    return rows.first if isinstance(rows, PreparedStream) else rows
+
+
+def _refuse_split(evaluation: Any) -> None:
+    if is_split(evaluation):
+        raise ConfigError(
+            "eval asks for a part of the training rows, which are streamed: which rows to set aside is known when all "
+            "are. Give held-out rows of their own, or read the training rows whole."
+        )
 
 
 def cache_folder(setting: str | None) -> Path | None:
@@ -134,14 +194,15 @@ def cache_folder(setting: str | None) -> Path | None:
     return cache_root() / "prepared" if setting == "auto" else Path(setting).expanduser()
 
 
-def probe_examples(rows: Dataset, count: int, *, longest: bool = False) -> list[Example]:
+def probe_examples(rows: Dataset | PreparedStream, count: int, *, longest: bool = False) -> list[Example]:
     """A few real rows for a check: the shortest near the front, so that it is cheap; with a long one on request.
 
     Args:
-        rows: a prepared set.
+        rows: a prepared set; of a stream, its first rows are taken.
         count: how many, at least 2 with `longest`.
         longest: begin with the longest row of all, for what depends on length, such as sliding windows.
     """
+    rows = known_rows(rows)
     front = [example_from_row(rows[i]) for i in range(min(_FRONT, len(rows)))]
     front.sort(key=lambda example: len(example.prompt_ids) + sum(len(ids) for ids in example.completion_ids))
     return [example_from_row(rows[longest_row(rows)]), *front[: count - 1]] if longest else front[:count]

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import nn
 
 from tether.data import Prepared
+from tether.data.prepared_stream import Arrange
 from tether.errors import DataError
 from tether.scoring import score
 from tether.scoring.proof import LOG_PROBS, Measures
@@ -68,6 +69,10 @@ class TrainerKind:
     def arrange(self, prepared: Prepared, args: Any) -> Prepared:
         """Change prepared rows before they are packed; `args` is the trainer's configuration."""
         return prepared
+
+    def arrange_chunks(self, args: Any) -> Arrange:
+        """The same for a stream: what changes the rows of one pass over it, a chunk after the other."""
+        return lambda table: table
 
     def load_model(self, source: str, args: Any) -> nn.Module:
         """Load a policy that was named by a string."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from tether.data import Prepared
+from tether.data.columns import BATCH_ROWS
 from tether.data.image_parts import identities
 from tether.errors import DataError
 
@@ -88,7 +90,9 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
     """Prepared rows of one completion, each with another row's completion as its second.
 
     The pairing is made of the data alone, once: it depends neither on the order of training nor on batches, processes
-    or accumulation. A row keeps its own prompt, images included, and prompts that differ in their images alone are two.
+    or accumulation. It is made among the rows that came of `BATCH_ROWS` rows of the source at a time, so that rows that
+    are streamed get the same. A row keeps its own prompt, images included, and prompts that differ in their images
+    alone are two.
 
     Args:
         prepared: rows of kind `unpaired`.
@@ -100,31 +104,75 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
     Raises:
         DataError: see `mismatched_rows`.
     """
-    dataset = prepared.dataset.with_format(None)
-    prompts, own = dataset["prompt_ids"][:], [row[0] for row in dataset["completion_ids"][:]]
-    asked = [_digest([ids, seen]) for ids, seen in zip(prompts, identities(dataset), strict=True)]
-    others, own_prompts = mismatched_rows(asked, [_digest(ids) for ids in own])
-    if own_prompts:
-        logger.warning(
-            f"{prepared.report.name}: {own_prompts} of {len(own)} rows share their prompt with every row that has "
-            "another completion, so that their share of the KL estimate uses an answer to the same prompt."
-        )
-    room = [None if max_length is None else max_length - len(ids) for ids in prompts]
-    table: pa.Table = dataset.data.table
-    columns: dict[str, list[Any]] = {"completion_ids": [], "scored": []}
-    scored = [row[0] for row in dataset["scored"][:]] if "scored" in dataset.column_names else None
-    for i, j in enumerate(others.tolist()):
-        columns["completion_ids"].append([own[i], own[j][: room[i]]])
-        if scored is not None:
-            columns["scored"].append([scored[i], [True] * len(own[j][: room[i]])])
-    for name, values in columns.items():
-        if values:
-            at = table.column_names.index(name)
-            table = table.set_column(at, name, pa.array(values, type=table.schema.field(name).type))
+    table: pa.Table = prepared.dataset.with_format(None).data.table
+    blocks = np.asarray(table["source_row"].to_numpy()) // BATCH_ROWS
+    bounds = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(table)]
+    pairing = Mismatching(max_length, prepared.report.name)
+    parts = [pairing(table.slice(start, stop - start)) for start, stop in pairwise(bounds)]
     fingerprint = _digest([prepared.report.fingerprint, max_length]).hex()
     shape = prepared.dataset.format  # what reads the images of a row when it is asked for
-    paired = Dataset(table, fingerprint=fingerprint).with_format(shape["type"], **shape["format_kwargs"])
-    return replace(prepared, dataset=paired)
+    paired = Dataset(pa.concat_tables(parts).combine_chunks(), fingerprint=fingerprint)
+    return replace(prepared, dataset=paired.with_format(shape["type"], **shape["format_kwargs"]))
+
+
+class Mismatching:
+    """Gives each row of a block of prepared rows another row's completion as its second, one block after the other.
+
+    The other row is of the same block; where that has no unrelated one, also of the block before it.
+
+    Args:
+        max_length: see `with_mismatched`.
+        name: what to call the rows in messages.
+    """
+
+    def __init__(self, max_length: int | None, name: str) -> None:
+        self._max_length, self._name = max_length, name
+        self._before: tuple[list[bytes], list[list[int]]] = [], []
+        self._said = False
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The block, each row with two completions.
+
+        Raises:
+            DataError: see `mismatched_rows`.
+        """
+        ids = table["prompt_ids"].to_pylist()
+        prompts = [_digest([one, seen]) for one, seen in zip(ids, identities(Dataset(table)), strict=True)]
+        own = [row[0] for row in table["completion_ids"].to_pylist()]
+        others = self._others(prompts, own)
+        room = [None if self._max_length is None else self._max_length - len(one) for one in ids]
+        second = [completion[:length] for completion, length in zip(others, room, strict=True)]
+        columns: dict[str, list[Any]] = {"completion_ids": [list(both) for both in zip(own, second, strict=True)]}
+        if "scored" in table.column_names:
+            masks = [row[0] for row in table["scored"].to_pylist()]
+            columns["scored"] = [[mask, [True] * len(ids)] for mask, ids in zip(masks, second, strict=True)]
+        for name, values in columns.items():
+            at = table.column_names.index(name)
+            table = table.set_column(at, name, pa.array(values, type=table.schema.field(name).type))
+        self._before = prompts, own
+        return table
+
+    def _others(self, prompts: list[bytes], own: list[list[int]]) -> list[list[int]]:
+        """Another completion for each row."""
+        earlier_prompts, earlier = self._before
+        try:
+            places, alike = mismatched_rows(prompts, [_digest(ids) for ids in own])
+        except DataError:
+            if not earlier:
+                raise
+            places, alike = np.zeros(0, dtype=np.int64), len(own)
+        every = own
+        if alike and earlier:
+            every, asked = [*earlier, *own], [*earlier_prompts, *prompts]
+            places = mismatched_rows(asked, [_digest(ids) for ids in every])[0][len(earlier) :]
+            alike = sum(asked[j] == prompt for j, prompt in zip(places.tolist(), prompts, strict=True))
+        if alike and not self._said:
+            self._said = True
+            logger.warning(
+                f"{self._name}: {alike} of {len(own)} rows share their prompt with every row near them that has "
+                "another completion, so that their share of the KL estimate uses an answer to the same prompt."
+            )
+        return [every[j] for j in places.tolist()]
 
 
 def _digest(values: list[Any]) -> bytes:

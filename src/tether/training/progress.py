@@ -53,12 +53,12 @@ def install_progress(trainer: Trainer) -> ProgressDisplay:
 
 
 @contextlib.contextmanager
-def counted(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def counted(what: str, total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show how far a loop outside training is: a live line on a terminal, else a line every ten seconds.
 
     Args:
         what: is counted.
-        total: how much there is.
+        total: how much there is; None where no one knows.
         shown: whether this process shows anything.
 
     Yields:
@@ -76,7 +76,8 @@ def counted(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], N
             progress.update(task, completed=done)
             if shown and not live and time.monotonic() - said > _PLAIN_SECONDS:
                 said = time.monotonic()
-                console().print(f"{what}: {done} of {total} rows", markup=False, highlight=False, soft_wrap=True)
+                of = "" if total is None else f" of {total}"
+                console().print(f"{what}: {done}{of} rows", markup=False, highlight=False, soft_wrap=True)
 
         yield advance
 

@@ -15,6 +15,7 @@ from tether.errors import ConfigError, StoreError
 from tether.reference import StoredReference
 from tether.reference.store_reference import MEAN_SHARE
 from tether.reference.store_tools import describe_store, numerics_words
+from tether.training.datasets import known_rows
 from tether.training.stored import data_sets, open_store
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def compare_store(trainer: TetherTrainer, path: str, *, rows: int, seed: int = 0
         )
     stored = open_store(trainer.resolved.reference, path, trainer.args, trainer.accelerator, lambda: trainer.policy)
     found = StoreComparison(f"{identity.source} ({identity.meaning}, {identity.fingerprint})", stored.allowed)
-    sets = data_sets(trainer)
+    sets = {name: known_rows(one) for name, one in data_sets(trainer).items()}
     places = [(name, row) for name, one in sets.items() for row in range(len(one))]
     drawn = sorted(random.Random(seed).sample(range(len(places)), min(rows, len(places))))
     total = 0.0

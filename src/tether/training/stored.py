@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.data import example_from_row
+from tether.data.prepared_stream import PreparedStream
 from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
 from tether.reference.shards import is_sharded
 from tether.scoring import pack
 from tether.training.arguments import PreferenceConfig
+from tether.training.datasets import known_rows
 from tether.training.progress import counted
 from tether.types import Example
 
@@ -80,9 +82,9 @@ def open_store(
 
 def install_store(trainer: TetherTrainer, stored: Reference) -> None:
     """Verify a trainer's store, if it has one, and look after it during the run."""
-    rows = cast(Dataset, trainer.train_dataset)
+    rows = cast(Any, trainer.train_dataset)
     if isinstance(stored, StoredReference):
-        verify_store(stored, rows)
+        verify_store(stored, known_rows(rows))
         trainer.add_callback(StoreCallback(stored, rows, trainer.accelerator))
 
 
@@ -92,7 +94,7 @@ def prepare_store(trainer: TetherTrainer, *, resumed: bool) -> None:
     if not isinstance(stored, StoredReference):
         return
     if resumed:
-        verify_store(stored, cast(Dataset, trainer.train_dataset))
+        verify_store(stored, known_rows(trainer.train_dataset))
     if trainer.args.precompute_ref_log_probs:
         precompute(trainer)
 
@@ -112,7 +114,9 @@ def precompute(trainer: TetherTrainer) -> Filled:
     stored, args = trainer.resolved.reference, trainer.args
     if not isinstance(stored, StoredReference):
         raise ConfigError("There is no store to fill. Set `reference_store` (in a run file `reference.store`).")
-    sets = data_sets(trainer)
+    sets: dict[str, Any] = {**data_sets(trainer)}
+    if isinstance(sets["train"], PreparedStream):
+        sets["train"] = trainer.planned_examples(sets["train"])
     sizes = dict.fromkeys(sets, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
     sizes["train"] = args.precompute_ref_batch_size or args.per_device_train_batch_size
     filled = fill_store(stored, sets, trainer.accelerator, sizes)
@@ -160,7 +164,7 @@ class Filled:
 
 def fill_store(
     stored: StoredReference,
-    sets: Mapping[str, Dataset],
+    sets: Mapping[str, Dataset | Iterator[list[Example]]],
     accelerator: Accelerator,
     batch_sizes: Mapping[str, int],
 ) -> Filled:
@@ -170,7 +174,7 @@ def fill_store(
 
     Args:
         stored: the reference with its store.
-        sets: name to prepared rows.
+        sets: name to prepared rows, or to examples, some at a time, the same on every process.
         accelerator: of the run.
         batch_sizes: examples per pass, by name of the set.
 
@@ -181,9 +185,9 @@ def fill_store(
     before, present = stored.computed, 0
     for name, rows in sets.items():
         waiting: list[Example] = []
-        mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-        with counted(f"reference log-probs of {name}", len(mine), shown=accelerator.is_main_process) as advance:
-            for examples in _chunks(rows, mine):
+        total, mine = _share(rows, accelerator.process_index, accelerator.num_processes)
+        with counted(f"reference log-probs of {name}", total, shown=accelerator.is_main_process) as advance:
+            for examples in mine:
                 for example in examples:
                     missing = int((~stored.store.holds(example.keys)).sum())
                     present += len(example.keys) - missing
@@ -208,6 +212,17 @@ def _score(stored: StoredReference, examples: list[Example], accelerator: Accele
     stored.score(pack(examples).to(accelerator.device))
 
 
+def _share(
+    rows: Dataset | Iterator[list[Example]], index: int, processes: int
+) -> tuple[int | None, Iterator[list[Example]]]:
+    """The rows that one of several processes takes, and how many they are where that is known."""
+    if isinstance(rows, Dataset):
+        mine = range(index, len(rows), processes)
+        return len(mine), _chunks(rows, mine)
+    # A chunk may have any number of rows; each process takes its part of each.
+    return None, (examples[index::processes] for examples in rows)
+
+
 def _chunks(rows: Dataset, places: range) -> Iterator[list[Example]]:
     if rows.format["type"] == "custom":  # it reads the images of a row that is asked for, and `to_list` leaves it out
         for place in places:
@@ -230,17 +245,17 @@ class StoreCallback(TrainerCallback):
 
     Args:
         stored: the reference with its store.
-        rows: the training set.
+        rows: the training set; of a stream no one knows whether the store has it all, before its first pass ends.
         accelerator: of the run.
     """
 
-    def __init__(self, stored: StoredReference, rows: Dataset, accelerator: Accelerator) -> None:
+    def __init__(self, stored: StoredReference, rows: Dataset | PreparedStream, accelerator: Accelerator) -> None:
         self._stored, self._rows, self._accelerator = stored, rows, accelerator
         self._full = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """A store that has every training row needs no weights; the guards have run."""
-        if self._stored.may_release:
+        if self._stored.may_release and isinstance(self._rows, Dataset):
             self._full = all(
                 self._stored.store.holds([key for example in examples for key in example.keys]).all()
                 for examples in _chunks(self._rows, range(len(self._rows)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -52,7 +51,6 @@ from tether.training.checkpoint import (
 )
 from tether.training.collate import batch_of, collate
 from tether.training.datasets import Rows, RunData, probe_examples
-from tether.training.evaluation import EvaluationLoop
 from tether.training.kind import TrainerKind
 from tether.training.memory import choose_budget
 from tether.training.metrics import MetricSums
@@ -73,13 +71,14 @@ from tether.training.setup import (
 )
 from tether.training.sharded_reference import shard_reference
 from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
+from tether.training.streaming import StreamedTraining, write_reports
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROBE_ROWS = 8
 
 
-class TetherTrainer(TrainerKind, EvaluationLoop):
+class TetherTrainer(TrainerKind, StreamedTraining):
     """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
     arguments."""
 
@@ -109,7 +108,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         # Data before weights: what is wrong with the rows is known in seconds.
         tokenizer = processing_class or policy_spec(source, args).load_processing()
         new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-        self.data = RunData(tokenizer, args, self.arrange, config.is_encoder_decoder)
+        self.data = RunData(tokenizer, args, self.arrange, config.is_encoder_decoder, self.arrange_chunks)
         train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
         policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
         embed_tokens(policy, new_tokens)
@@ -121,14 +120,13 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
             model=policy,
             args=args,
             data_collator=data_collator or collate,
-            train_dataset=train,
+            train_dataset=cast(Any, train),
             eval_dataset=evaluation,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The loss is a share of the whole step's mean; transformers must not divide it again.
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # the loss is a share of the whole step's mean, not to be divided again
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._new_tokens = 0
         self.restore_objective({})
@@ -145,7 +143,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         self.resolved = self._resolved(spec)
         logger.info(self.convention())
         self._display = install_progress(self)
-        self._write_data_report()
+        self._report_data()
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -231,10 +229,10 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
         if self.is_world_process_zero():
             write_record(folder, self.resolved.reference, self.resolved.line, self.guard)
 
-    def _write_data_report(self) -> None:
+    def _report_data(self) -> None:
+        self.follow_stream(self.run_folder)
         if self.is_world_process_zero():
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            (self.run_folder / "data.json").write_text(json.dumps(self.data.reports, indent=2) + "\n", encoding="utf-8")
+            write_reports(self.run_folder, self.data.reports)
 
     @property
     def policy(self) -> nn.Module:
@@ -268,6 +266,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         finally:
             self._display.close()
+            self.close_stream()
             flush_store(self.resolved.reference)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -282,6 +281,8 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
+        if "absent" in inputs:
+            return torch.zeros((), device=self.args.device)
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         parts = self._budget.split(batch_of(inputs), self.accelerator)
@@ -358,5 +359,7 @@ class TetherTrainer(TrainerKind, EvaluationLoop):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
+        if "absent" in inputs:
+            return 0
         batch = batch_of(inputs)
         return 6 * batch.input_ids.numel() * transformers_model(self.policy).num_parameters(exclude_embeddings=True)

@@ -6,16 +6,18 @@ import logging
 from dataclasses import replace
 from typing import Any, cast
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared
+from tether.data.prepared_stream import Arrange
 from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.unpaired import is_balanced, kto, suggested_weights, unpaired_loss
 from tether.reference.protocol import frozen_pass
 from tether.training.batching import MicroBatch
-from tether.training.mismatched import with_mismatched
+from tether.training.mismatched import Mismatching, with_mismatched
 from tether.training.trainer import TetherTrainer
 from tether.training.unpaired_arguments import KTOConfig
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -46,6 +48,7 @@ class KTOTrainer(TetherTrainer):
     args: KTOConfig  # type: ignore[override]
     config = KTOConfig
     columns = ("label", "weight")
+    _balance_said = False
 
     def restore_objective(self, state: dict[str, float]) -> None:
         """Start, or go on with, BCO's running mean."""
@@ -70,6 +73,19 @@ class KTOTrainer(TetherTrainer):
             desirable = int(sum(prepared.dataset["label"]))
             _say_balance(desirable, len(prepared.dataset) - desirable, args)
         return with_mismatched(prepared, args.max_length) if args.loss_type == "kto" else prepared
+
+    def arrange_chunks(self, args: KTOConfig) -> Arrange:
+        """The same of a stream, whose classes are counted in its first chunk."""
+        pairing = Mismatching(args.max_length, "train") if args.loss_type == "kto" else None
+
+        def change(table: pa.Table) -> pa.Table:
+            if not self._balance_said:
+                self._balance_said = True
+                desirable = int(sum(table["label"].to_pylist()))
+                _say_balance(desirable, len(table) - desirable, args)
+            return table if pairing is None else pairing(table)
+
+        return change
 
     @property
     def _branches(self) -> int:

@@ -1,0 +1,168 @@
+"""Rows that are read in parts, from the start as often as they are asked for, and are never all in memory. Called by
+`prepared_stream`.
+
+What the parts are together is what `load_rows` returns: the same rows in the same order, with the same columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from tether.data.columns import BATCH_ROWS
+from tether.data.files import expand, stream_file
+from tether.data.formats import convert, detected
+from tether.data.sources import (
+    Origin,
+    Source,
+    concatenated,
+    from_hub,
+    from_saved,
+    is_hub_name,
+    is_saved,
+    occurrences,
+    origins_of,
+    part_of,
+    plain_rows,
+    refuse_split,
+    renamed,
+    streamed_rows,
+    table_of,
+)
+from tether.errors import DataError
+from tether.types import Kind
+
+Part = Any  # a dictionary, for one row, or a `pa.Table`
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Rows in chunks of `BATCH_ROWS`.
+
+    Args:
+        source: see `load_rows`; a JSON list cannot be read in parts.
+        kind: what the rows are to be read as.
+        name: what to call them in messages.
+
+    Example:
+        >>> stream = RowStream([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}] * 1500)
+        >>> [len(chunk) for chunk in stream.chunks()]
+        [1000, 500]
+    """
+
+    source: Source
+    kind: Kind = "pair"
+    name: str = "train"
+
+    def chunks(self, epoch: int = 0) -> Iterator[Dataset]:
+        """All rows from the first on; each chunk but the last has `BATCH_ROWS`.
+
+        Args:
+            epoch: of a streamed data set that was shuffled: says in which order its rows come.
+
+        Raises:
+            ConfigError: see `load_rows`.
+            DataError: see `load_rows`; where a row cannot be read, those before it have come.
+        """
+        origins = origins_of(self.source, "train", self.name)
+        names = [str(origin.path) for origin in origins]
+        several = len(origins) > 1
+        waiting: list[pa.Table] = []
+        for origin, said in zip(origins, names, strict=True):
+            for table in self._tables(origin, f"{self.name} ({said})" if several else self.name, epoch):
+                waiting.append(table)
+                while sum(map(len, waiting)) >= BATCH_ROWS:
+                    whole = concatenated(waiting, names, self.name)
+                    yield Dataset(whole.slice(0, BATCH_ROWS).combine_chunks())
+                    waiting = [whole.slice(BATCH_ROWS)] if len(whole) > BATCH_ROWS else []
+        if waiting:
+            yield Dataset(concatenated(waiting, names, self.name).combine_chunks())
+
+    def _tables(self, origin: Origin, name: str, epoch: int) -> Iterator[pa.Table]:
+        """The rows of one source with their format's columns, as often as its weight says."""
+        layout, first = origin.layout(name), 0
+        for part in _batches(_parts(origin.path, origin.split, name, epoch)):
+            count = len(part)
+            rows = renamed(part if isinstance(part, list) else Dataset(part), origin.fields, name)
+            if first == 0 and layout is None and origin.format is None:
+                columns = rows.column_names if isinstance(rows, Dataset) else {key for row in rows for key in row}
+                layout = detected(columns, self.kind)
+            if layout is not None:
+                rows = convert(plain_rows(rows), layout, self.kind, name=name, first=first)
+            table = table_of(rows, name, first) if isinstance(rows, list) else cast(pa.Table, rows.data.table)
+            if origin.weight != 1:
+                table = table.take(occurrences(count, origin.weight, first))
+            first += count
+            yield table
+
+
+def _batches(parts: Iterator[Part]) -> Iterator[list[dict[str, Any]] | pa.Table]:
+    """At most `BATCH_ROWS` rows at a time: rows that come alone are put together, large tables are cut."""
+    for part in parts:
+        if isinstance(part, pa.Table):
+            for start in range(0, len(part), BATCH_ROWS):
+                yield part.slice(start, BATCH_ROWS)
+            continue
+        rows, table = [part], None
+        for further in islice(parts, BATCH_ROWS - 1):
+            if isinstance(further, pa.Table):
+                table = further
+                break
+            rows.append(further)
+        yield rows
+        if table is not None:
+            yield from _batches(iter([table]))
+
+
+def _parts(source: Any, split: str, name: str, epoch: int) -> Iterator[Part]:
+    """What a source gives, one after another."""
+    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+        source = part_of(source, split, name)
+    if isinstance(source, (str, Path)):
+        source = _opened(str(source), split, name)
+    if isinstance(source, IterableDataset):
+        source.set_epoch(epoch)
+        return streamed_rows(source)
+    if isinstance(source, Dataset):
+        plain = source.with_format("arrow")
+        return (cast(pa.Table, plain[start : start + BATCH_ROWS]) for start in range(0, len(plain), BATCH_ROWS))
+    if isinstance(source, Sequence) and all(isinstance(item, Mapping) for item in source):
+        return (dict(row) for row in source)
+    if isinstance(source, Sequence) and all(isinstance(item, (str, Path)) for item in source):
+        refuse_split(split, name)
+        return chain.from_iterable(stream_file(path, name) for item in source for path in expand(str(item), name))
+    raise DataError(
+        f"{name}: a {type(source).__name__} came; streamed rows must be a datasets.IterableDataset or Dataset, a list "
+        "of dictionaries or of paths, a path or a hub name."
+    )
+
+
+def _opened(source: str, split: str, name: str) -> Any:
+    """A data set of the hub or on disk, or the paths of files."""
+    if is_hub_name(source):
+        return from_hub(source, split, name, streaming=True)
+    if is_saved(source):
+        return from_saved(source, split, name)
+    refuse_split(split, name)
+    return expand(source, name)
+
+
+def is_streamed(source: Any) -> bool:
+    """Whether rows come as a streamed data set, alone or as one of several sources.
+
+    Example:
+        >>> rows = Dataset.from_list([{"prompt": "a"}])
+        >>> is_streamed({"path": rows}), is_streamed({"path": rows.to_iterable_dataset()})
+        (False, True)
+    """
+    if isinstance(source, (IterableDataset, IterableDatasetDict)):
+        return True
+    if isinstance(source, Mapping) and "path" in source:
+        return is_streamed(source["path"])
+    return isinstance(source, (list, tuple)) and any(map(is_streamed, source))
