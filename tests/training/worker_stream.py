@@ -47,7 +47,7 @@ def run(folder: Path, stream: bool) -> None:
     batches, inner = [], trainer.before_step
 
     def before_step(step):
-        batches.append([[example.source_row for example in batch.examples] for batch in step])
+        batches.append([[example.source_row for example in part.batch.examples] for part in step if not part.repeated])
         inner(step)
 
     trainer.before_step = before_step

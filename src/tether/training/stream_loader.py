@@ -158,7 +158,7 @@ class Walk:
         draw = Random(f"{order.seed} {position.epoch}").random
         rows = self._numbered()
         self._rows = shuffled(rows, self._buffer, order.buffer_size, draw) if order.buffer_size else rows
-        # What fills the last round up.
+        # For processes without a row in the last round.
         self._front: list[Row] = []
         try:
             self._replay(position.rounds * order.round_size)
@@ -167,16 +167,19 @@ class Walk:
             raise
 
     def rounds(self) -> Iterator[list[pa.Table]]:
-        """The rows of one batch of every process after the other; the last round may be short for one process."""
+        """The rows of one batch of every process after the other; the last round may be short."""
         size = self.order.round_size
         while rows := self._take(size):
             if len(rows) < size:
                 self.position.complete = True
                 if self.order.drop_last:
                     return
-                while self.order.processes > 1 and len(rows) < size:
-                    rows += self._front[: size - len(rows)]
             yield [row.values for row in rows if row.values is not None]
+
+    @property
+    def front(self) -> list[pa.Table]:
+        """The first row of the pass, where several processes share the rows."""
+        return [row.values for row in self._front if row.values is not None]
 
     def rows(self) -> Iterator[pa.Table]:
         """One row after the other, each once."""
@@ -191,8 +194,8 @@ class Walk:
 
     def _take(self, size: int) -> list[Row]:
         rows = list(islice(self._rows, size))
-        if self.order.processes > 1 and len(self._front) < self.order.round_size:
-            self._front += rows[: self.order.round_size - len(self._front)]
+        if self.order.processes > 1 and not self._front:
+            self._front = rows[:1]
         return rows
 
     def _numbered(self) -> Iterator[Row]:
@@ -353,28 +356,34 @@ class StreamLoader:
         self._began(now.epoch, sum(now.rows))
         self._walk = Walk(self.stream, self.order, now, self._came)
         rounds = self._walk.rounds()
-        following, error = self._next(rounds)
+        following, error = self._next(self._walk, rounds)
         if following is None and error is None and not now.rounds:
             what = "too few rows for a batch of every process" if self.order.drop_last else "no rows"
             raise DataError(f"{self.stream.source.name}: the stream gave {what} in pass {now.epoch + 1} over it.")
         while following is not None:
-            rows = following
+            rows, repeated = following
             # One round ahead, to know the last one; what is wrong there is said in its turn.
-            following, error = self._next(rounds)
+            following, error = self._next(self._walk, rounds)
             now.rounds += 1
             self.exhausted = following is None and error is None
-            yield self.collate(self.stream.rows_of(pa.concat_tables(rows, promote_options="default")))
+            batch = self.collate(self.stream.rows_of(pa.concat_tables(rows, promote_options="default")))
+            yield {**batch, "repeated": True} if repeated else batch
         if error is not None:
             raise error
 
-    def _next(self, rounds: Iterator[list[pa.Table]]) -> tuple[list[pa.Table] | None, TetherError | None]:
+    def _next(
+        self, walk: Walk, rounds: Iterator[list[pa.Table]]
+    ) -> tuple[tuple[list[pa.Table], bool] | None, TetherError | None]:
+        """This process' rows of the next round, and whether they are there only so that it has some."""
         try:
             tables = next(rounds, None)
         except TetherError as error:
             return None, error
-        size, last = self.order.batch_size, self.order.processes == 1
-        mine = slice(0, None) if last else slice(self.index * size, (self.index + 1) * size)
-        return (None if tables is None else tables[mine]), None
+        if tables is None:
+            return None, None
+        size = self.order.batch_size
+        mine = tables[self.index * size : (self.index + 1) * size]
+        return ((mine, False) if mine else (walk.front, True)), None
 
     def close(self) -> None:
         """Prepare no more."""

@@ -273,7 +273,8 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
         if not batch_samples:
             return None
-        batch_samples[-1] |= vars(without_repeated_rows(batch_of(batch_samples[-1]), self.accelerator))
+        if "repeated" not in batch_samples[-1]:
+            batch_samples[-1] |= vars(without_repeated_rows(batch_of(batch_samples[-1]), self.accelerator))
         self.before_step([MicroBatch(batch_of(inputs), bool(inputs.get("repeated"))) for inputs in batch_samples])
         batches = [batch_of(inputs) for inputs in batch_samples if not inputs.get("repeated")]
         counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
