@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -292,12 +294,13 @@ def test_means_of_base_and_of_an_adapter_agree(layout, meaning):
     assert len({reference.identity.fingerprint for reference in references}) == 1
 
 
-def test_a_partitioned_policy_is_refused():
-    """DeepSpeed's stage 3 leaves an empty parameter behind: a snapshot of it would exchange nothing."""
+def test_shards_on_a_disk_are_refused():
+    """DeepSpeed's stage 3 with parameters on a disk: an exchange would reach a copy that nothing computes with."""
     policy = tiny_model()
     reference = resolved(policy)
-    policy.lm_head.weight.ds_id, policy.lm_head.weight.ds_tensor = 0, torch.zeros(1)
-    with pytest.raises(ReferenceError, match="ZeRO stage 3"):
+    away, weight = SimpleNamespace(name="NOT_AVAILABLE"), cast(Any, policy.lm_head.weight)
+    weight.ds_id, weight.ds_status, weight.ds_tensor = 0, away, SimpleNamespace(status=away)
+    with pytest.raises(ReferenceError, match="keeps the policy's shards on a disk"):
         reference.score(PROBE)
 
 
