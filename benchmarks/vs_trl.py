@@ -65,6 +65,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each tool (2)")
     parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="on", help="for both tools (on)")
     parser.add_argument("--precision", choices=LOSS_TOLERANCE, default="float32", help="bfloat16: autocast (float32)")
+    parser.add_argument(
+        "--precompute", action="store_true", help="both tools compute the reference before the first step"
+    )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="what is trained (lora)")
     parser.add_argument("--spread", type=float, default=0.5, help="deviation of the logarithm of lengths (0.5)")
     parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
@@ -95,6 +98,7 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "model": Path(folder).name,
         "precision": options.precision,
         "method": options.method,
+        "precompute": options.precompute,
         "lora": {"r": LORA_R, "target_modules": "all-linear"} if options.method == "lora" else None,
         "learning_rate": LEARNING_RATE,
         "max_length": MAX_LENGTH,
@@ -151,6 +155,7 @@ def worker_spec(
         "seed": SEED,
         "precision": options.precision,
         "method": options.method,
+        "precompute": options.precompute,
         "device": "cpu",
     }
 

@@ -54,6 +54,7 @@ def make_trainer(spec: dict[str, Any], clock: Clock) -> Any:
         gradient_checkpointing=spec["gradient_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False} if spec["gradient_checkpointing"] else None,
         max_length=spec["max_length"],
+        precompute_ref_log_probs=spec.get("precompute", False),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
