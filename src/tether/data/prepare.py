@@ -7,10 +7,7 @@ whether old results are reused. The result's fingerprint is a hash of its conten
 
 from __future__ import annotations
 
-import multiprocessing
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import cast
@@ -27,6 +24,7 @@ from tether.data.table import fingerprint_of
 from tether.data.tokenize import Boundary
 from tether.data.totals import Totals
 from tether.data.truncate import TruncationMode
+from tether.data.workers import held_job, workers
 from tether.errors import DataError
 from tether.types import Kind
 
@@ -162,24 +160,9 @@ def _run(job: Job, processes: int) -> Iterator[Batch]:
     if min(processes, len(starts)) == 1:
         yield from map(job.batch, starts)
         return
-    # Forked where the system can: a spawned process would import the user's script again, guard or not.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    with (
-        warnings.catch_warnings(),
-        ProcessPoolExecutor(min(processes, len(starts)), context, _set_job, (job,)) as pool,
-    ):
-        # Python 3.12 warns of any fork beside threads; the workers use neither torch nor locks held by this process.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with workers(job, min(processes, len(starts))) as pool:
         yield from pool.map(_batch_of_job, starts)
 
 
-_JOBS: list[Job] = []  # the job of a worker process; handing it over with every batch would copy all rows each time
-
-
-def _set_job(job: Job) -> None:
-    _JOBS[:] = [job]
-
-
 def _batch_of_job(start: int) -> Batch:
-    return _JOBS[0].batch(start)
+    return held_job().batch(start)

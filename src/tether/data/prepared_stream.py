@@ -4,11 +4,6 @@ Called by the trainers."""
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
-import threading
-import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,13 +25,13 @@ from tether.data.schema import Schema
 from tether.data.stream import RowStream
 from tether.data.table import fingerprint_of
 from tether.data.totals import Totals
+from tether.data.workers import held_job, workers
 from tether.errors import DataError, TetherError
 
 # Changes the rows of one chunk after another of a pass, all of them in order.
 Arrange = Callable[[pa.Table], pa.Table]
 _WAITING = 2  # chunks that are ready before they are needed
 _REMEMBERED = 1_000_000
-_WATCH_SECONDS = 2.0  # between two looks at whether the run still lives
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class PreparedStream:
         self.first = as_dataset(chunk.table, self.job, self.report.fingerprint)
         if (options.num_proc or 1) > 1:
             # Before weights are loaded and threads run: a process is copied with all that it has.
-            self._pool = _started(replace(self.job, rows=rows.select([])), cast(int, options.num_proc))
+            self._pool = workers(replace(self.job, rows=rows.select([])), cast(int, options.num_proc))
             weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def _first(self, further: Iterator[Dataset]) -> tuple[Chunk, Report]:
@@ -191,31 +186,5 @@ def _prepared(job: Job, number: int, rows: Dataset) -> tuple[Batch, Schema]:
     return made.batch(0), made.schema
 
 
-def _started(job: Job, processes: int) -> ProcessPoolExecutor:
-    """Processes that each hold the job, all of them running."""
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with warnings.catch_warnings():
-        # As in `tether.data.prepare`.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context(method), _hold_job, (job, os.getpid()))
-        pool.submit(os.getpid).result()
-    return pool
-
-
-_JOBS: list[Job] = []  # the job of a worker process
-
-
-def _hold_job(job: Job, parent: int) -> None:
-    _JOBS[:] = [job]
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A worker waits for work as long as it lives; it must not outlive a run that was killed."""
-    while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
-    os._exit(1)
-
-
 def _prepared_by_worker(number: int, rows: Dataset) -> tuple[Batch, Schema]:
-    return _prepared(_JOBS[0], number, rows)
+    return _prepared(held_job(), number, rows)
