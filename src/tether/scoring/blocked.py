@@ -50,8 +50,7 @@ class _Blocked(torch.autograd.Function):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, window)
             output[:, lines] = torch.bmm(weights, values[:, seen])
-            if weights.shape[2] <= KEPT:
-                kept.append(weights)
+            kept.append(weights if weights.shape[2] <= KEPT else None)
         ctx.save_for_backward(rows, key, value, *kept)
         ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
         return _as_heads(output, heads)
@@ -62,13 +61,13 @@ class _Blocked(torch.autograd.Function):
         rows, key, value, *kept = ctx.saved_tensors
         heads, keys, values = ctx.heads, key[0], value[0]
         grads = _as_rows(grad, key.shape[1], 1.0)
-        grad_rows, ready = torch.empty_like(rows), iter(kept)
+        grad_rows = torch.empty_like(rows)
         # Sums over blocks, in float32 or better.
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
         grad_keys, grad_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-        for block, seen in _blocks(rows.shape[1] // heads, key.shape[2], ctx.window):
+        blocks = _blocks(rows.shape[1] // heads, key.shape[2], ctx.window)
+        for (block, seen), found in zip(blocks, kept, strict=True):
             lines = _lines(block, heads)
-            found = next(ready) if seen.stop - seen.start <= KEPT else None
             weights = _weights(rows[:, lines], keys[:, seen], heads, ctx.window) if found is None else found
             _add_product(grad_values[:, seen], weights.transpose(1, 2), grads[:, lines])
             grad_weights = torch.bmm(grads[:, lines], values[:, seen].transpose(1, 2))
