@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tether import DPOConfig, DPOTrainer
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = pair_rows(14)
 TOKENIZER = tiny_tokenizer()
@@ -27,11 +27,7 @@ def trainer(folder, model=None, *, rows=ROWS, **arguments):
         "num_train_epochs": 2,
         "learning_rate": 0.01,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         "gradient_checkpointing": False,
     }
     return DPOTrainer(

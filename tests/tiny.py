@@ -9,6 +9,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tether.types import Example
 
 VOCABULARY = 97
+# What a training run needs to leave nothing behind and to say every step.
+QUIET = {
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 _SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import QUIET, tiny_model, tiny_tokenizer
 
 SETTINGS = {
     "per_device_train_batch_size": 3,
@@ -20,13 +20,9 @@ SETTINGS = {
     "optim": "sgd",
     "learning_rate": 0.05,
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
+    **QUIET,
     "gradient_checkpointing": False,
     "bf16": False,
-    "use_cpu": True,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 
 

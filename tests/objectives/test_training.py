@@ -19,7 +19,7 @@ from tether.errors import ConfigError, DataError
 from tether.objectives import OBJECTIVES, Combination
 from tether.scoring import pack
 from tether.types import Example
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CHOICES = list(itertools.product(("tree", "padded"), ("adapter_off", "snapshot")))
@@ -41,12 +41,8 @@ def config(folder, **changes):
         "learning_rate": 0.1,
         "optim": "sgd",
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
+        **QUIET,
         "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
     }
     return DPOConfig(output_dir=str(folder), **{**settings, **changes})
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tether import DPOConfig, DPOTrainer
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden.json"
 METRICS = (
@@ -64,13 +64,9 @@ def run(config_class, trainer_class, folder, case):
         "optim": "sgd",
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
+        **QUIET,
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
         "max_length": 24,
     }
     with warnings.catch_warnings():

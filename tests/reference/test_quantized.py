@@ -23,7 +23,7 @@ from tether.models.quantized import quantization_config
 from tether.models.structure import evaluation_mode
 from tether.reference import SAME, ReferenceSpec, compare_with_start, resolve
 from tether.scoring import score
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -93,12 +93,8 @@ def test_a_run_on_a_quantised_base(kind, tmp_path):
             max_steps=5,
             learning_rate=0.02,
             lr_scheduler_type="constant",
-            logging_steps=1,
+            **QUIET,
             reference_check_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
             gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list(pair_rows(12)),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from tiny import QUIET
+
 BETA, RATE, STEPS = 0.1, 0.02, 3
 
 
@@ -24,11 +26,7 @@ def settings(config: type[Any], rows: int, arguments: dict[str, Any]) -> dict[st
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         **{name: arguments.pop(name) for name in list(arguments) if name in config.__dataclass_fields__},
     }
 

@@ -28,7 +28,7 @@ from tether.training.batching import (
     without_repeated_rows,
 )
 from tether.types import Example, Tree
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = pair_rows(12)
 TOKENIZER = tiny_tokenizer()
@@ -46,11 +46,7 @@ def trainer(folder, *, rows=ROWS, kind=DPOTrainer, ref_model=None, adapter=True,
         "lr_scheduler_type": "constant",
         "optim": "sgd",
         "max_grad_norm": 0.0,  # clipping would hide a wrong scale
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         "gradient_checkpointing": False,
     }
     return kind(

@@ -15,7 +15,7 @@ from tether.errors import ConfigError
 from tether.models import load_policy
 from tether.models.structure import evaluation_mode
 from tether.scoring import score
-from tiny import pair_rows
+from tiny import QUIET, pair_rows
 from tiny_seq2seq import tiny_seq2seq, tiny_seq2seq_tokenizer
 
 FAMILIES = ["t5_tied", "bart"]
@@ -35,11 +35,7 @@ def trainer(folder, family, model=None, *, peft_config=None, **changes):
         "max_steps": 4,
         "learning_rate": 0.01,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         "reference_check_steps": 2,
         **changes,
     }

@@ -15,7 +15,7 @@ import tether
 from tether import RewardTrainer
 from tether.errors import ConfigError, DataError
 from tether.training.trainer import TetherTrainer
-from tiny import CONFIGS, pair_rows, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PAIRS = pair_rows(12)
@@ -67,11 +67,7 @@ def build(folder, kind, *, rows=None, **arguments):
         "optim": "sgd",
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         "gradient_checkpointing": False,
         **own_settings,
         **{name: arguments.pop(name) for name in list(arguments) if name in config.__dataclass_fields__},

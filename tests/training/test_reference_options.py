@@ -19,7 +19,7 @@ from tether.errors import ConfigError, ReferenceError, TetherError
 from tether.reference import SAME, TrainingProof
 from tether.training.callbacks import GuardCallback
 from tether.training.kind import TrainerKind
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = Dataset.from_list(pair_rows(12))
 TOKENIZER = tiny_tokenizer()
@@ -28,11 +28,7 @@ SETTINGS = {
     "max_steps": 4,
     "learning_rate": 0.01,
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
+    **QUIET,
     "gradient_checkpointing": False,
 }
 

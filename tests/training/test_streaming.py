@@ -22,7 +22,7 @@ from tether.data.prepared_stream import PreparedStream
 from tether.data.stream import RowStream
 from tether.errors import ConfigError, DataError
 from tether.training.stream_loader import Order, Position, StreamLoader
-from tiny import pair_rows
+from tiny import QUIET, pair_rows
 from training.test_kinds import TOKENIZER, model_for
 from training.test_processes import torchrun
 
@@ -51,11 +51,7 @@ SETTINGS = {
     "max_steps": 8,
     "train_sampling_strategy": "sequential",
     "learning_rate": 0.01,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
+    **QUIET,
     "gradient_checkpointing": False,
 }
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, DataError, ReferenceError, TetherError
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = pair_rows(12)
 TOKENIZER = tiny_tokenizer()
@@ -36,11 +36,7 @@ def config(folder, **changes):
             "max_steps": 4,
             "learning_rate": 0.01,
             "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
+            **QUIET,
             "gradient_checkpointing": False,
             **changes,
         },

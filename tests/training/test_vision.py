@@ -15,7 +15,7 @@ from tether.errors import DataError
 from tether.models import load_policy
 from tether.models.structure import evaluation_mode
 from tether.scoring import score
-from tiny import tiny_tokenizer
+from tiny import QUIET, tiny_tokenizer
 from tiny_vision import VISION, picture, tiny_processor, tiny_vision
 
 
@@ -39,11 +39,7 @@ def trainer(folder, family, model=None, *, peft_config=None, data=None, processi
         "max_steps": 4,
         "learning_rate": 0.002,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **QUIET,
         "reference_check_steps": 2,
         **changes,
     }

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from tether import DPOConfig, DPOTrainer
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 
 def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
@@ -41,11 +41,7 @@ def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
             learning_rate=0.1,
             lr_scheduler_type="constant",
             optim="sgd",
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+            **QUIET,
             gradient_checkpointing=False,
             max_grad_norm=0.0,
             max_tokens_per_forward=tokens,

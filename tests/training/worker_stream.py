@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import streams
 from tether import DPOConfig, DPOTrainer
-from tiny import pair_rows, tiny_model, tiny_tokenizer
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 
 def run(folder: Path, stream: bool) -> None:
@@ -33,11 +33,7 @@ def run(folder: Path, stream: bool) -> None:
             dataset_streaming=stream,
             learning_rate=0.01,
             optim="sgd",
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+            **QUIET,
             gradient_checkpointing=False,
         ),
         train_dataset=rows,
