@@ -5,6 +5,8 @@
 The floor counts each token once: a prompt is needed once for its two completions, nothing is padded. Its rate is
 measured in the same process, before and after the steps, with matrix products of the model's own shapes and of as many
 tokens as a step has. Attention and everything element-wise are not in the floor; they are what the ratio is above 1.
+There are two floors where Tether has found a faster library of float32 products than torch's own (`cpu_matmul`): one at
+the rate of torch's own, which a step can go below, and one at that of the library that was used.
 `--breakdown` runs one step more under torch's profiler and says what share of it each kind of work had.
 """
 
@@ -38,17 +40,30 @@ from transformers import TrainerCallback
 from vs_trl import LEARNING_RATE, LORA_R, MAX_LENGTH, SEED, model_folder
 from vs_trl_worker import Clock, make_trainer
 
+from tether.models.products import product, products
+
 # The autograd functions of `tether.scoring`, by the ends of their names.
 OURS = {"_Blocked": "attention", "_LinearLogProbs": "head"}
 OPERATORS = {
-    "matrix products of the layers": ("mm", "addmm", "bmm", "mkldnn_linear", "linear", "matmul"),
+    "matrix products of the layers": (
+        "mm",
+        "addmm",
+        "bmm",
+        "mkldnn_linear",
+        "linear",
+        "matmul",
+        "mkldnn::_linear_pointwise",
+    ),
     "casts and copies": ("copy_", "_to_copy", "to", "clone", "contiguous", "cat", "index_select", "index"),
     "element-wise": (
         *("add", "add_", "sub", "mul", "mul_", "div", "neg", "pow", "sum", "mean", "rsqrt", "sigmoid", "silu"),
         *("silu_backward", "fill_", "zero_", "sub_", "div_", "rsub", "where", "masked_fill_"),
     ),
 }
-HEADER = ("profile", "tokens a step", "TFLOP a step", "GFLOP/s", "floor, s", "step, s", "step over floor")
+HEADER = (
+    *("profile", "tokens a step", "TFLOP a step", "GFLOP/s, torch's own", "floor, s", "GFLOP/s, as used", "floor, s"),
+    *("step, s", "step over floor, torch's own", "step over floor, as used"),
+)
 
 
 def main() -> int:
@@ -66,10 +81,13 @@ def main() -> int:
                 name,
                 round(median(found["tokens"])),
                 f"{median(found['flops']) / 1e12:.2f}",
-                f"{found['rate'] / 1e9:.0f}",
-                f"{found['floor_seconds']:.2f}",
+                f"{found['rates']['default'] / 1e9:.0f}",
+                f"{found['floor_seconds']['default']:.2f}",
+                f"{found['rates']['used'] / 1e9:.0f}",
+                f"{found['floor_seconds']['used']:.2f}",
                 f"{median(found['step_seconds']):.2f}",
-                f"{found['ratio']:.2f}",
+                f"{found['ratios']['default']:.2f}",
+                f"{found['ratios']['used']:.2f}",
             )
         )
         print(table(HEADER, rows[-1:]), flush=True)
@@ -132,27 +150,30 @@ def work() -> None:
     profiler = Profiler(spec["warmup"] + spec["steps"] - 1)
     if spec["breakdown"]:
         trainer.add_callback(profiler)
-    before = matmul_rate(trainer.policy, tokens, dtype)
+    before = matmul_rates(trainer.policy, tokens, dtype)
     trainer.train()
-    after = matmul_rate(trainer.policy, tokens, dtype)
+    after = matmul_rates(trainer.policy, tokens, dtype)
     timed = slice(spec["warmup"], spec["warmup"] + spec["steps"] - spec["breakdown"])
     first = spec["warmup"] - 1
     ends = clock.wall[first : timed.stop]
     seconds = [end - start for start, end in itertools.pairwise(ends)]
     flops = [step_flops(trainer.policy, *counts) for counts in steps[timed]]
-    rate = (before + after) / 2
-    floors = [count / rate for count in flops]
+    rates = {name: (before[name] + after[name]) / 2 for name in before}
     write_result(
         {
             "tokens": [count for count, _ in steps[timed]],
             "flops": flops,
-            "rate_before": before,
-            "rate_after": after,
-            "rate": rate,
+            "library": products(),
+            "rates_before": before,
+            "rates_after": after,
+            "rates": rates,
             "step_seconds": seconds,
-            "floor_seconds": median(floors),
+            "floor_seconds": {name: median(flops) / rate for name, rate in rates.items()},
             "breakdown": profiler.shares(),
-            "ratio": median(taken / floor for taken, floor in zip(seconds, floors, strict=True)),
+            "ratios": {
+                name: median(taken * rate / count for taken, count in zip(seconds, flops, strict=True))
+                for name, rate in rates.items()
+            },
         }
     )
 
@@ -225,24 +246,29 @@ def matrices(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad and not any(p is end for end in ends)]
 
 
-def matmul_rate(model: nn.Module, tokens: int, dtype: torch.dtype, repeats: int = 3) -> float:
-    """Operations per second of the products with one layer's worth of matrices: inputs by weights, and back."""
+def matmul_rates(model: nn.Module, tokens: int, dtype: torch.dtype, repeats: int = 3) -> dict[str, float]:
+    """Operations per second of the products with one layer's worth of matrices: inputs by weights, and back.
+
+    By torch's own library, and by the one that the run uses, in turns.
+    """
     shapes = sorted({tuple(weight.shape) for weight in matrices(model)})
     counts = [sum(tuple(weight.shape) == shape for weight in matrices(model)) for shape in shapes]
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    times = []
+    ways = {"default": nn.functional.linear, "used": product}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for _ in range(repeats + 1):
-            total = 0.0
-            for weight, count in zip(weights, counts, strict=True):
-                inputs = torch.randn(tokens, weight.shape[1], dtype=dtype)
-                start = time.perf_counter()
-                outputs = nn.functional.linear(inputs, weight)
-                outputs @ weight
-                total += (time.perf_counter() - start) * count
-            times.append(total)
+            for name, way in ways.items():
+                total = 0.0
+                for weight, count in zip(weights, counts, strict=True):
+                    inputs = torch.randn(tokens, weight.shape[1], dtype=dtype)
+                    start = time.perf_counter()
+                    outputs = way(inputs, weight)
+                    way(outputs, weight.t())
+                    total += (time.perf_counter() - start) * count
+                times[name].append(total)
     operations = sum(4.0 * tokens * w.numel() * count for w, count in zip(weights, counts, strict=True))
-    return operations / median(times[1:])
+    return {name: operations / median(taken[1:]) for name, taken in times.items()}
 
 
 if __name__ == "__main__":

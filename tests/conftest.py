@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 
+from tether.models import products
+
 # Tiny tensors gain nothing from threads and lose much to switching between them on a shared machine.
 torch.set_num_threads(1)
 
@@ -20,3 +22,16 @@ gc.freeze()
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what is in the home of who runs it; processes that a test starts inherit this."""
     monkeypatch.setenv("TETHER_CACHE", str(tmp_path_factory.getbasetemp() / "tether-cache"))
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every float32 product that may go to oneDNN goes there, however small; the list grows with each."""
+    if not products.has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products, "_setting", {"library": "onednn"})
+    monkeypatch.setattr(products, "LEAST_WORK", 0)
+    made: list[int] = []
+    plain = products.onednn_product
+    monkeypatch.setattr(products, "onednn_product", lambda *tensors: made.append(1) or plain(*tensors))
+    return made

@@ -19,7 +19,9 @@ def test_the_floor_is_the_products_of_unique_tokens():
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert floor.step_flops(model, 100, 30) == 2 * (3 * 100 * (layers + adapters) + 3 * 30 * head)
-    assert floor.matmul_rate(model, 64, torch.float32, repeats=1) > 0
+    rates = floor.matmul_rates(model, 64, torch.float32, repeats=1)
+    assert rates.keys() == {"default", "used"}
+    assert min(rates.values()) > 0
 
 
 def test_prompts_count_once():

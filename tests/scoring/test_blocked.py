@@ -45,6 +45,23 @@ def test_blocks_equal_the_whole(queries, keys, window, heads, kept, monkeypatch)
     assert max(differences(found, oracle(*inputs, window), inputs)) < 1e-12
 
 
+@pytest.mark.parametrize(("queries", "keys", "window"), SHAPES)
+def test_blocks_by_onednn(queries, keys, window, onednn):
+    """The other library of float32 products, against float64 of torch's own."""
+    rounded = tensors(queries, keys, 6, torch.float32)
+    inputs = [one.detach().double().requires_grad_() for one in rounded]
+    found = blocked_attention(*rounded, scaling=0.25, window=window)
+    expected = oracle(*inputs, window)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    pairs = zip(
+        (found, *torch.autograd.grad(found, rounded, grad)),
+        (expected, *torch.autograd.grad(expected, inputs, grad.double())),
+        strict=True,
+    )
+    assert max((one - other).abs().max().item() for one, other in pairs) < 2e-5
+    assert onednn
+
+
 def test_one_place_too_many_is_seen():
     """The comparison tells a window of 17 from one of 18, and a missing mask from the causal one."""
     inputs = tensors(200, 300, 6)

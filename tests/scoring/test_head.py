@@ -169,10 +169,13 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("library", ["default", "onednn"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("name", MODELS)
-def test_heads_of_models_equal_plain_log_softmax(name, frozen):
+def test_heads_of_models_equal_plain_log_softmax(name, frozen, library, request):
     """INV-19: the fused head inside a model against the model's own logits, values and every gradient."""
+    if library == "onednn":
+        request.getfixturevalue("onednn")
     model, batch = MODELS[name](), pack(ragged_examples())
     head = head_of(transformers_model(model))
     if frozen:

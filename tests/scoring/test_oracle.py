@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from tether.errors import ScoringError
+from tether.models import products
 from tether.models.structure import transformers_model
 from tether.scoring import choose_layout, pack, score, score_alone
 from tether.scoring.batch import sequence_sources, sequences
@@ -89,6 +90,20 @@ def test_gradients_agree(family):
                 continue
             found = gradient(model, batch, scorer(way), checkpointing=checkpointing)
             assert (found - alone).norm() <= 1e-4 * alone.norm(), (way, checkpointing)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_agree_by_onednn(family, onednn):
+    """INV-21: the layers, attention and head by another library of products, against each sequence alone by torch's."""
+    model, batch = tiny_model(family), pack(ragged_examples())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_setting", {"library": "default"})
+        alone = gradient(model, batch, score_alone)
+    assert not onednn
+    products.compute_by_products(model)
+    found = gradient(model, batch, scorer(options(family)[0]), checkpointing=model.supports_gradient_checkpointing)
+    assert onednn
+    assert (found - alone).norm() <= 1e-4 * alone.norm()
 
 
 @pytest.mark.parametrize("family", TREES)

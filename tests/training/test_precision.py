@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU: decided by a measurement, said, the same for every process and for a resumed run."""
+"""Precision and products on a CPU: decided by a measurement, said, the same for every process and a resumed run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 
 import tether.training.precision as precision
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
+from tether.models import products
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+needs_onednn = pytest.mark.skipif(not products.has_onednn(), reason="this build of torch has no oneDNN")
 
 
-def trainer(folder, **settings):
+@pytest.fixture(autouse=True)
+def _own_library(monkeypatch):
+    """A run sets the library for the process; it does not outlive its test."""
+    monkeypatch.setattr(products, "_setting", {"library": "default"})
+
+
+def trainer(folder, *, peft_config=None, **settings):
     model = tiny_model(vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     defaults = {
         "max_steps": 2,
@@ -35,17 +44,19 @@ def trainer(folder, **settings):
         args=DPOConfig(output_dir=str(folder), **{**defaults, **settings}),
         train_dataset=Dataset.from_list(pair_rows(8)),
         processing_class=TOKENIZER,
+        peft_config=peft_config,
     )
 
 
 @pytest.fixture
 def able(monkeypatch):
-    """A processor with the instructions, on which bfloat16 is measured to be as fast as the test says."""
+    """A processor with the instructions, on which bfloat16 and oneDNN are measured to be as fast as the test says."""
 
-    def measured(gain):
+    def measured(gain, library=1.0):
         monkeypatch.setattr(precision, "_LEAST_WEIGHT", 1)
         monkeypatch.setattr(precision, "processor_flags", lambda: frozenset({"avx512_bf16"}))
-        monkeypatch.setattr(precision, "bfloat16_gain", lambda weight: gain)
+        seconds = {"default": 2.0 * library, "onednn": 2.0, "bfloat16": 2.0 / gain}
+        monkeypatch.setattr(precision, "product_seconds", lambda weight: seconds)
 
     return measured
 
@@ -80,8 +91,8 @@ def test_a_measured_gain_decides(able, tmp_path, caplog):
 @pytest.mark.parametrize("forced", [True, False])
 def test_a_choice_is_kept_without_a_measurement(forced, able, tmp_path, monkeypatch):
     able(9.0)
-    monkeypatch.setattr(precision, "_decide", lambda model: pytest.fail("measured all the same"))
-    assert trainer(tmp_path, bf16=forced).args.bf16 is forced
+    monkeypatch.setattr(precision, "product_seconds", lambda weight: pytest.fail("measured all the same"))
+    assert trainer(tmp_path, bf16=forced, cpu_matmul="default").args.bf16 is forced
 
 
 def test_without_the_instructions_it_is_float32(able, tmp_path, monkeypatch):
@@ -115,10 +126,70 @@ def test_the_measurement_uses_the_layers(monkeypatch):
     assert weight.data_ptr() not in ends
     linear = nn.functional.linear
 
-    def twice(inputs, matrix):
+    def often(inputs, matrix):
         for _ in range(20 if matrix.dtype == torch.bfloat16 else 0):
             linear(inputs, matrix)
         return linear(inputs, matrix)
 
-    monkeypatch.setattr(nn.functional, "linear", twice)
-    assert precision.bfloat16_gain(torch.randn(256, 256)) < 1.0
+    monkeypatch.setattr(nn.functional, "linear", often)
+    seconds = precision.product_seconds(torch.randn(256, 256))
+    assert seconds["bfloat16"] > seconds["default"]
+    monkeypatch.setattr(precision, "has_onednn", lambda: False)
+    assert precision.product_seconds(torch.randn(256, 256))["onednn"] == float("inf")
+
+
+@needs_onednn
+def test_the_faster_library_is_used_and_said(able, tmp_path, caplog):
+    """At 1.3 and above oneDNN; bfloat16 is then held against oneDNN's float32, and said alone where it is chosen."""
+    caplog.set_level(logging.INFO, logger="tether")
+    able(1.0, library=1.2)
+    trainer(tmp_path / "near")
+    assert products.products() == "default"
+    able(1.2, library=2.2)
+    run = trainer(tmp_path / "far")
+    assert products.products() == "onednn"
+    assert "; products by oneDNN, measured 2.2x torch's default library; set cpu_matmul to choose)" in caplog.text
+    assert any(isinstance(module, products.OneDnnLinear) for module in run.policy.modules())
+    caplog.clear()
+    able(1.4, library=2.2)
+    assert trainer(tmp_path / "narrow").args.mixed_precision == "bf16"
+    assert "oneDNN" not in caplog.text
+
+
+@needs_onednn
+@pytest.mark.parametrize("forced", ["default", "onednn"])
+def test_a_library_that_was_chosen_is_not_measured(forced, able, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="tether")
+    able(9.0, library=9.0)
+    monkeypatch.setattr(precision, "product_seconds", lambda weight: pytest.fail("measured all the same"))
+    trainer(tmp_path, bf16=False, cpu_matmul=forced)
+    assert products.products() == forced
+    assert f"precision: float32 (products by {forced})" in caplog.text
+
+
+def test_a_library_that_is_not_known_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="cpu_matmul is 'mkl'; allowed are auto, default, onednn"):
+        trainer(tmp_path, cpu_matmul="mkl")
+    monkeypatch.setattr(products, "has_onednn", lambda: False)
+    with pytest.raises(ConfigError, match="was built without it"):
+        trainer(tmp_path, cpu_matmul="onednn")
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+def test_a_run_by_onednn_is_the_run_by_default(adapter, onednn, tmp_path):
+    """Losses and weights of steps with gradient checkpointing, every product of them by oneDNN, however small."""
+    found = {}
+    config = LoraConfig(r=4, target_modules="all-linear") if adapter else None
+    for library in ("default", "onednn"):
+        torch.manual_seed(0)
+        run = trainer(tmp_path / library, peft_config=config, bf16=False, cpu_matmul=library, logging_steps=1)
+        run.train()
+        assert bool(onednn) == (library == "onednn")
+        losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+        found[library] = losses, {name: p.detach() for name, p in run.policy.named_parameters() if p.requires_grad}
+    (losses, weights), (others, other_weights) = found.values()
+    assert others == pytest.approx(losses, abs=1e-5)
+    assert weights.keys() == other_weights.keys()
+    # Adam divides by the root of a gradient's square: rounding of a gradient near zero may turn its step round.
+    differences = torch.cat([(weights[name] - other_weights[name]).abs().flatten() for name in weights])
+    assert differences.quantile(0.99) < 1e-5

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tether.models.products import batched_product
+
 BLOCK = 96
 # The weights of a block of at most so many keys are kept for the backward: no more than so many numbers a query.
 KEPT = 512
@@ -49,7 +51,7 @@ class _Blocked(torch.autograd.Function):
         for block, seen in _blocks(query.shape[2], key.shape[2], window):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, window)
-            output[:, lines] = torch.bmm(weights, values[:, seen])
+            output[:, lines] = batched_product(weights, values[:, seen].transpose(1, 2))
             kept.append(weights if weights.shape[2] <= KEPT else None)
         ctx.save_for_backward(rows, key, value, *kept)
         ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
@@ -70,9 +72,9 @@ class _Blocked(torch.autograd.Function):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, ctx.window) if found is None else found
             _add_product(grad_values[:, seen], weights.transpose(1, 2), grads[:, lines])
-            grad_weights = torch.bmm(grads[:, lines], values[:, seen].transpose(1, 2))
+            grad_weights = batched_product(grads[:, lines], values[:, seen])
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_rows[:, lines] = torch.bmm(grad_scores, keys[:, seen])
+            grad_rows[:, lines] = batched_product(grad_scores, keys[:, seen].transpose(1, 2))
             _add_product(grad_keys[:, seen], grad_scores.transpose(1, 2), rows[:, lines])
         grad_query = _as_heads(grad_rows.mul_(ctx.scaling), heads)
         return grad_query, grad_keys[None].to(key.dtype), grad_values[None].to(value.dtype), None, None
@@ -104,7 +106,7 @@ def _blocks(queries: int, keys: int, window: int) -> Iterator[tuple[slice, slice
 
 def _weights(rows: Tensor, keys: Tensor, heads: int, window: int) -> Tensor:
     """Softmax of one block's scores, `[groups, places * heads, seen]`; the last key is the last query's own."""
-    scores = torch.bmm(rows, keys.transpose(1, 2))
+    scores = batched_product(rows, keys)
     places = rows.shape[1] // heads
     # Without a window only the last keys, as many as there are places, can lie after a query of the block.
     far = keys.shape[1] if window and keys.shape[1] > window else places

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from tether.models.partitioned import gathers_itself
+from tether.models.products import product
 
 CHUNK = 256
 OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
@@ -86,15 +87,28 @@ def token_scores(
 
     Args:
         head: what turns hidden states into logits.
-        hidden: `[N, hidden_size]`.
-        targets: int64 `[N]`.
+        hidden: `[N, hidden_size]`, on any device.
+        targets: int64 `[N]`, on any device.
         outputs: any of `OUTPUTS`; computed without gradient from the same logits.
         chunk: tokens whose logits exist at once; memory is a few times `chunk * vocabulary * 4` bytes.
 
     Returns:
-        One value per token; `token_logps` is differentiable in `hidden` and in the head's trainable tensors.
+        One value per token, on the device of the targets; `token_logps` is differentiable in `hidden` and in the head's
+        trainable tensors.
     """
     outputs = tuple(dict.fromkeys(outputs))
+    weight = next(head.module.parameters(), hidden)
+    # A shard may be kept elsewhere than it is computed with.
+    place = hidden.device if isinstance(weight, DTensor) else weight.device
+    found = _token_scores(head, hidden.to(place), targets.to(place), outputs, chunk)
+    logps, *extra = (values.to(targets.device) for values in found)
+    return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
+
+
+def _token_scores(
+    head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], chunk: int
+) -> tuple[Tensor, ...]:
+    """The log-probabilities and what was asked for beside them, in the order of `outputs`."""
     if head.is_plain:
 
         def fused(hidden: Tensor) -> Any:
@@ -102,16 +116,14 @@ def token_scores(
             bias = module.bias if head.shift is None else _sum(module.bias, head.shift.flatten())
             return _LinearLogProbs.apply(hidden, module.weight, bias, targets, head, outputs, chunk)
 
-        logps, *extra = _called_as(head.module, fused, hidden) if head.is_partitioned else fused(hidden)
-        return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
+        return _called_as(head.module, fused, hidden) if head.is_partitioned else fused(hidden)
     parts, count = [], _number_of_chunks(head, len(targets), chunk)
     for h, t in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
         if torch.is_grad_enabled():
             parts.append(checkpoint(_module_scores, head, h, t, outputs, use_reentrant=False))
         else:
             parts.append(_module_scores(head, h, t, outputs))
-    logps, *extra = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _called_as(module: Any, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
@@ -187,7 +199,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     extra["log_collision"][rows] = (exps.square().sum(-1, keepdim=True) / total.square()).log()[:, 0]
                 if slope is not None:
                     grad = head.unfinish(_one_hot_minus(exps, total, target), logits)
-                    slope[rows] = (grad.to(ctx.dtype) @ matrix).to(slope.dtype)
+                    slope[rows] = product(grad.to(ctx.dtype), matrix.T).to(slope.dtype)
         ctx.save_for_backward(*([hidden, weight, bias, targets] if trainable else [slope]))
         ctx.mark_non_differentiable(*extra.values())
         return logps, *extra.values()
@@ -212,16 +224,15 @@ class _LinearLogProbs(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad = grad.to(ctx.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad @ matrix).to(grad_hidden.dtype)
+                grad_hidden[rows] = product(grad, matrix.T).to(grad_hidden.dtype)
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows].to(ctx.dtype)
+                grad_weight += product(grad.T, hidden[rows].to(ctx.dtype).T)
         narrow = [g if g is None else g.to(t.dtype) for g, t in ((grad_weight, weight), (grad_bias, bias))]
         return grad_hidden, *narrow, None, None, None, None
 
 
 def _logits(ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    product = nn.functional.linear(hidden.to(ctx.dtype), matrix, None if bias is None else bias.to(ctx.dtype))
-    return ctx.head.finish(product)
+    return ctx.head.finish(product(hidden.to(ctx.dtype), matrix, None if bias is None else bias.to(ctx.dtype)))
 
 
 def _sum(bias: Tensor | None, shift: Tensor) -> Tensor:

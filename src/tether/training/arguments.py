@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from tether.data.schema import TURNS, Turns
 from tether.data.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
+from tether.models.products import LIBRARIES
 from tether.scoring import Layout
 from tether.training.reference_arguments import ReferenceArguments, keywords
 from tether.types import Kind
@@ -42,6 +43,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     Args:
         bf16: mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be
             faster on this CPU, which the trainer does when it knows the model's shapes.
+        cpu_matmul: what multiplies float32 matrices on a CPU: torch's `default` library, or `onednn`, which computes
+            the same with another rounding; `auto`: what is measured to be faster.
         remove_unused_columns: stays off, the batch is made of columns that no model's forward names.
         logging_nan_inf_filter: stays off, a loss that is not a number must be seen.
         max_length: tokens of prompt and completion together; None: no truncation.
@@ -85,6 +88,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     logging_steps: float = 10
     gradient_checkpointing: bool = True  # type: ignore[override]
     bf16: bool | None = None  # type: ignore[override]
+    cpu_matmul: str = "auto"
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
     max_length: int | None = 1024
@@ -107,10 +111,11 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and (self.fp16 or not self._computes_on_cpu()):
+        if self.bf16 is None and (self.fp16 or not self.computes_on_cpu()):
             self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self._refuse("cpu_matmul", LIBRARIES)
         self._refuse("truncation_mode", TRUNCATION_MODES)
         self._refuse("prompt_boundary", ("split", "drop", "error"))
         self._refuse("turns", TURNS)
@@ -160,7 +165,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
                 "processes."
             )
 
-    def _computes_on_cpu(self) -> bool:
+    def computes_on_cpu(self) -> bool:
         """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""
         return (self.use_cpu or not torch.accelerator.is_available()) and self.deepspeed is None
 

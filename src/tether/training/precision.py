@@ -1,4 +1,4 @@
-"""In which precision a run computes: on a CPU, bfloat16 where it is measured to pay."""
+"""In which precision and by which library a run on a CPU computes: what is measured to be fastest there."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from tether.errors import ConfigError
+from tether.models.products import has_onednn, onednn_product, use_products
 from tether.models.structure import dtype_of, transformers_model
 from tether.training.arguments import PreferenceConfig
 
 logger = logging.getLogger("tether")
 PRECISION = "precision.json"
-# Matrix products must be this much faster, casts of the weights included, for a step to be worth its rounding.
+# Matrix products must be this much faster, casts of the weights included, to be worth another rounding.
 _WORTH = 1.3
 # In smaller layers the time goes into everything but matrix products.
 _LEAST_WEIGHT = 2**17
@@ -27,26 +29,31 @@ _FLAGS = ("avx512_bf16", "amx_bf16")
 
 
 def choose_precision(args: PreferenceConfig, model: nn.Module) -> None:
-    """Decide what `bf16` left open, for all processes alike, and say it in one line.
+    """Decide what `bf16` and `cpu_matmul` left open, for all processes alike, and say it in one line.
 
     Mixed precision, not bfloat16 weights: trainable tensors, their optimizer, softmax and log-probs stay in float32.
 
     Args:
-        args: `bf16` unset means: on, where a matrix product of the model's own shapes is measured to be 1.3 times as
-            fast on the threads of this run, and the processor has instructions for it.
+        args: `cpu_matmul="auto"` means: oneDNN's float32 products, where one of the model's own shapes is measured to
+            be 1.3 times as fast by it on the threads of this run. `bf16` unset means: on, where such a product is
+            1.3 times as fast again in bfloat16, and the processor has instructions for it.
         model: the policy.
     """
     # A launcher may have set it in the environment.
-    if args.bf16 is not None or args.mixed_precision != "no":
-        logger.info(f"precision: {_name(args, model)}")
-        return
-    decision: list[tuple[bool, str]] = [_decide(model) if args.process_index == 0 else (False, "")]
+    is_open = args.bf16 is None and args.mixed_precision == "no"
+    decision = [_decide(args, model, is_open) if args.process_index == 0 else Decision()]
     if args.world_size > 1:
         broadcast_object_list(decision)
-    args.bf16, reason = decision[0]  # type: ignore[assignment]
-    if args.bf16:
-        args.mixed_precision = "bf16"
-    logger.info(f"precision: {_name(args, model)} ({reason}; set bf16 to choose)")
+    (decided,) = decision
+    use_products(decided.library)
+    if is_open:
+        args.bf16 = decided.bf16  # type: ignore[assignment]
+        if decided.bf16:
+            args.mixed_precision = "bf16"
+    # Under autocast no product that counts is in float32.
+    reasons = [decided.bf16_reason, decided.library_reason if args.mixed_precision == "no" else ""]
+    said = "; ".join(reason for reason in reasons if reason)
+    logger.info(f"precision: {_name(args, model)}{f' ({said})' if said else ''}")
 
 
 def _name(args: PreferenceConfig, model: nn.Module) -> str:
@@ -54,17 +61,49 @@ def _name(args: PreferenceConfig, model: nn.Module) -> str:
     return mixed.get(args.mixed_precision) or str(dtype_of(model)).removeprefix("torch.")
 
 
-def _decide(model: nn.Module) -> tuple[bool, str]:
-    if dtype_of(model) != torch.float32:
-        return False, "the dtype of the weights"
+class Decision(NamedTuple):
+    """What the first process found out for all, each with a reason where there is one to give."""
+
+    bf16: bool = False
+    bf16_reason: str = ""
+    library: str = "default"
+    library_reason: str = ""
+
+
+def _decide(args: PreferenceConfig, model: nn.Module, bf16_is_open: bool) -> Decision:
+    library_is_open = args.cpu_matmul == "auto"
+    forced = Decision() if library_is_open else Decision(False, "", args.cpu_matmul, f"products by {args.cpu_matmul}")
+    if not bf16_is_open and not (library_is_open and args.computes_on_cpu()):
+        return forced
+    weight = widest_weight(model)
+    if dtype_of(model) != torch.float32 or weight is None or weight.numel() < _LEAST_WEIGHT:
+        small = f"layers of fewer than {_LEAST_WEIGHT} weights gain nothing from bfloat16; set bf16 to choose"
+        reason = small if dtype_of(model) == torch.float32 else "the dtype of the weights"
+        return forced._replace(bf16_reason=reason if bf16_is_open else "")
+    seconds = product_seconds(weight)
+    decision = _faster_library(seconds) if library_is_open else forced
+    if bf16_is_open:
+        bf16, reason = _worth_bfloat16(seconds[decision.library] / seconds["bfloat16"])
+        decision = decision._replace(bf16=bf16, bf16_reason=reason)
+    return decision
+
+
+def _faster_library(seconds: dict[str, float]) -> Decision:
+    gain = seconds["default"] / seconds["onednn"]
+    if gain < _WORTH:
+        return Decision()
+    said = f"products by oneDNN, measured {gain:.1f}x torch's default library; set cpu_matmul to choose"
+    return Decision(library="onednn", library_reason=said)
+
+
+def _worth_bfloat16(gain: float) -> tuple[bool, str]:
     found = [flag for flag in _FLAGS if flag in processor_flags()]
     if not found:
         return False, f"this processor has neither {' nor '.join(_FLAGS)}"
-    weight = widest_weight(model)
-    if weight is None or weight.numel() < _LEAST_WEIGHT:
-        return False, f"layers of fewer than {_LEAST_WEIGHT} weights gain nothing from bfloat16"
-    gain = bfloat16_gain(weight)
-    return gain >= _WORTH, f"measured {gain:.1f}x float32's matmul rate on this processor, with {found[0]}"
+    return (
+        gain >= _WORTH,
+        f"measured {gain:.1f}x float32's matmul rate on this processor, with {found[0]}; set bf16 to choose",
+    )
 
 
 def processor_flags() -> frozenset[str]:
@@ -82,26 +121,31 @@ def widest_weight(model: nn.Module) -> Tensor | None:
     return max(inside, key=Tensor.numel, default=None)  # type: ignore[arg-type]
 
 
-def bfloat16_gain(weight: Tensor) -> float:
-    """How many times as fast a product with this matrix is in bfloat16, the cast of the matrix included.
+def product_seconds(weight: Tensor) -> dict[str, float]:
+    """Seconds of a product with this matrix: in float32 by each library (infinity: not there), and in bfloat16.
 
-    Both are measured in turns and the fastest of each counts, since other work on the machine can only slow one down.
+    The cast of the matrix is part of bfloat16's. They are measured in turns and the fastest of each counts, since other
+    work on the machine can only slow one down.
     """
     matrix = weight.detach()
     inputs = torch.ones(_ROWS, matrix.shape[1])
     narrow = inputs.bfloat16()
-    best = {"float32": float("inf"), "bfloat16": float("inf")}
+    ways = {
+        "default": lambda: nn.functional.linear(inputs, matrix),
+        "onednn": lambda: onednn_product(inputs, matrix),
+        "bfloat16": lambda: nn.functional.linear(narrow, matrix.bfloat16()),
+    }
+    best = dict.fromkeys(ways, float("inf"))
+    if not has_onednn():
+        del ways["onednn"]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for repeat in range(_REPEATS + 1):
-            for name in best:
+            for name, way in ways.items():
                 start = time.perf_counter()
-                if name == "float32":
-                    nn.functional.linear(inputs, matrix)
-                else:
-                    nn.functional.linear(narrow, matrix.bfloat16())
+                way()
                 if repeat:  # the first of each finds its memory and its kernel
                     best[name] = min(best[name], time.perf_counter() - start)
-    return best["float32"] / best["bfloat16"]
+    return best
 
 
 def write_precision(folder: Path, args: PreferenceConfig) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
 from tether.models.partitioned import on_whole_weights, whole_weights
+from tether.models.products import compute_by_products
 from tether.models.spec import add_tokens, embed_tokens
 from tether.models.structure import evaluation_mode, transformers_model, unwrap
 from tether.reference import (
@@ -149,6 +150,7 @@ class TetherTrainer(TrainerKind, StreamedTraining):
 
     def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
         """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
+        compute_by_products(model)
         examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
         with self._proving():
             choice = choose_layout(
