@@ -34,7 +34,7 @@ from tether.models.structure import adapters_off
 from tether.reference.none import NoReference
 from tether.reference.record import write_record
 from tether.scoring import pack, score, score_alone
-from tiny import _SHAPE, pair_rows, ragged_examples, tiny_model, tiny_tokenizer
+from tiny import _SHAPE, QUIET, pair_rows, ragged_examples, tiny_model, tiny_tokenizer
 from tiny_seq2seq import tiny_seq2seq
 
 TOKENIZER = tiny_tokenizer()
@@ -68,11 +68,7 @@ def trainer(folder, model=None, *, peft_config=None, tokenizer=TOKENIZER, rows=N
     settings = {
         "max_steps": 2,
         "learning_rate": 0.01,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
+        **QUIET,
         "gradient_checkpointing": False,
         "reference_check_steps": 1,
         **changes,
@@ -320,20 +316,6 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_weights_are_read(tmp_p
     write_record(tmp_path / "sft", NoReference(), "reference: none", None)
     with pytest.raises(ConfigError, match="was trained by Tether against"):
         stacked(tmp_path, "run", KINDS["lora"][0])
-
-
-@pytest.mark.parametrize(
-    ("places", "words"),
-    [({"model": 0, "lm_head": 1}, "has spread the policy over 0, 1"), ({"": 0}, "has put the policy on cuda:0")],
-    ids=["spread", "elsewhere"],
-)
-def test_a_policy_that_is_not_where_the_run_computes_is_refused(places, words, tmp_path):
-    model = policy()
-    model.hf_device_map = places
-    with pytest.raises(ConfigError, match=words):
-        trainer(tmp_path, model)
-    model.hf_device_map = {"": "cpu"}
-    trainer(tmp_path, model)
 
 
 def test_a_quantisation_beside_the_arguments_is_loaded_with(tmp_path, monkeypatch):

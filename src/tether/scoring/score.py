@@ -46,7 +46,7 @@ def score(
     the mode (training or evaluation) that it is in.
 
     Args:
-        model: a transformers or PEFT model, wrapped or not, on the batch's device.
+        model: a transformers or PEFT model, wrapped or not, that begins on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
             `log_collision`; its `hidden` state before the head; of the whole batch `aux_loss`, see
@@ -79,7 +79,8 @@ def score(
         require_all_attended(inner, attended)
     if len(captured) != 1:
         raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times, not once.")
-    hidden = _of_real_tokens(captured[0], inputs, layout).flatten(0, 1).index_select(0, sources)
+    hidden = _of_real_tokens(captured[0], inputs, layout).flatten(0, 1)
+    hidden = hidden.index_select(0, sources.to(hidden.device))  # a model spread over devices ends on another one
     per_token = tuple(name for name in OUTPUTS if name in outputs)
     found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)
     weights = inputs.get("attention_mask", sequence_counts(batch)[None]) if routed else None

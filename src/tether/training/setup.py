@@ -135,7 +135,7 @@ def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
 
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
     """The policy on its device, with what trains chosen, and without dropout where that is asked for."""
-    _require_one_place(policy, args)
+    _require_place(policy, args)
     select_trainable(policy, args.train_parameters or (), args.freeze_parameters or ())
     if args.disable_dropout:
         disable_dropout(policy)
@@ -145,17 +145,23 @@ def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
     return policy
 
 
-def _require_one_place(policy: nn.Module, args: PreferenceConfig) -> None:
-    """A policy is scored where its batches are; a `device_map` may say otherwise."""
-    places = {str(place) for place in (getattr(transformers_model(policy), "hf_device_map", None) or {}).values()}
-    if len(places) > 1:
+def _require_place(policy: nn.Module, args: PreferenceConfig) -> None:
+    """A policy begins where its batches are, and all of it is on devices; a `device_map` may say otherwise."""
+    placed: dict[str, Any] = getattr(transformers_model(policy), "hf_device_map", None) or {}
+    places = sorted({str(place) for place in placed.values()})
+    if any(parameter.is_meta for parameter in policy.parameters()):
         raise ConfigError(
-            f"device_map has spread the policy over {', '.join(sorted(places))}; a policy trains on one device for "
-            "each process. Name one device, or shard it with FSDP (`torchrun`, `train.fsdp`)."
+            f"device_map has spread the policy over {', '.join(places)} and left weights outside the devices, where "
+            "they cannot be trained. Name devices that hold all of it, quantise it, or shard it with FSDP."
         )
-    place, here = "".join(places), args.device
-    there = torch.device(f"cuda:{place}" if place.isdigit() else place or here)
-    if here.type != there.type or (here.index != there.index and None not in (here.index, there.index)):
+    if len(places) > 1 and args.world_size > 1:
+        raise ConfigError(
+            f"device_map has spread the policy over {', '.join(places)}, and the run has {args.world_size} processes, "
+            "each of which would want all of them. Run one process, or name one device, or shard it with FSDP."
+        )
+    here, inputs = args.device, transformers_model(policy).get_input_embeddings()
+    there = next(inputs.parameters(), torch.empty(0, device=here)).device
+    if placed and (here.type != there.type or (here.index != there.index and None not in (here.index, there.index))):
         raise ConfigError(
             f"device_map has put the policy on {there}, and the run computes on {here}. Leave device_map out"
             + (", or set use_cpu." if there.type == "cpu" else ", or show the run that device alone.")
