@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantized import KINDS, needs_bitsandbytes
 from tether.models.spec import ModelSpec
 from tiny import tiny_model
 
 Tether = Callable[..., tuple[int, str, str]]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "models"
-needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-KINDS = [
-    pytest.param("4bit", marks=needs_bitsandbytes),
-    pytest.param("8bit", marks=needs_bitsandbytes),
-    pytest.param("int8", marks=needs_torchao),
-]
 # The packages warn of what they would like to find on other machines.
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT = ("train.max_steps=4", "train.save_steps=2", "data.eval=null", "train.learning_rate=2e-2")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
 from policies import PROBE, take_steps
+from quantized import KINDS, needs_bitsandbytes
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
 from tether.models.quantized import quantization_config
@@ -25,13 +25,6 @@ from tether.reference import SAME, ReferenceSpec, compare_with_start, resolve
 from tether.scoring import score
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
-needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
-KINDS = [
-    pytest.param("8bit", marks=needs_bitsandbytes),
-    pytest.param("4bit", marks=needs_bitsandbytes),
-    pytest.param("int8", marks=needs_torchao),
-]
 # The packages warn of what they would like to find on other machines.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
