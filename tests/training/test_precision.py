@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import tether.training.precision as precision
@@ -136,6 +136,23 @@ def test_the_measurement_uses_the_layers(monkeypatch):
     assert seconds["bfloat16"] > seconds["default"]
     monkeypatch.setattr(precision, "has_onednn", lambda: False)
     assert precision.product_seconds(torch.randn(256, 256))["onednn"] == float("inf")
+
+
+def test_quantised_weights_are_not_measured():
+    """Packed numbers are no matrix to multiply with; what is left of such a model is narrow."""
+    model = tiny_model()
+    widest = precision.widest_weight(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            packed = torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8)
+            module.weight = nn.Parameter(packed, requires_grad=False)
+    assert widest is not None
+    assert precision.widest_weight(model) is None
+    narrow = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"]))
+    for module in narrow.modules():
+        if type(module) is nn.Linear and module.weight.numel() > 32:
+            module.weight.data = module.weight.data.bfloat16()
+    assert precision.widest_weight(narrow).numel() == 32
 
 
 @needs_onednn

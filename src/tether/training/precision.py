@@ -76,9 +76,11 @@ def _decide(args: PreferenceConfig, model: nn.Module, bf16_is_open: bool) -> Dec
     if not bf16_is_open and not (library_is_open and args.computes_on_cpu()):
         return forced
     weight = widest_weight(model)
-    if dtype_of(model) != torch.float32 or weight is None or weight.numel() < _LEAST_WEIGHT:
-        small = f"layers of fewer than {_LEAST_WEIGHT} weights gain nothing from bfloat16; set bf16 to choose"
-        reason = small if dtype_of(model) == torch.float32 else "the dtype of the weights"
+    if dtype_of(model) != torch.float32:
+        return forced._replace(bf16_reason="the dtype of the weights" if bf16_is_open else "")
+    if weight is None or weight.numel() < _LEAST_WEIGHT:
+        kind = "float32 matrices in its layers" if weight is None else f"layers of {_LEAST_WEIGHT} weights or more"
+        reason = f"it has no {kind} to gain from bfloat16; set bf16 to choose"
         return forced._replace(bf16_reason=reason if bf16_is_open else "")
     seconds = product_seconds(weight)
     decision = _faster_library(seconds) if library_is_open else forced
@@ -114,11 +116,15 @@ def processor_flags() -> frozenset[str]:
 
 
 def widest_weight(model: nn.Module) -> Tensor | None:
-    """The largest matrix inside the layers: neither the embeddings nor the head."""
+    """The largest float32 matrix inside the layers: neither the embeddings nor the head, and none that is quantised."""
     inner = transformers_model(model)
     ends = [one.weight for one in (inner.get_input_embeddings(), inner.get_output_embeddings()) if one is not None]
-    inside = [p for p in inner.parameters() if p.dim() == 2 and not any(p is end for end in ends)]
-    return max(inside, key=Tensor.numel, default=None)  # type: ignore[arg-type]
+    inside = [
+        p
+        for p in inner.parameters()
+        if type(p) is nn.Parameter and p.dtype == torch.float32 and p.dim() == 2 and not any(p is end for end in ends)
+    ]
+    return max(inside, key=Tensor.numel, default=None)
 
 
 def product_seconds(weight: Tensor) -> dict[str, float]:
