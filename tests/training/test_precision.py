@@ -165,7 +165,7 @@ def test_the_faster_library_is_used_and_said(able, tmp_path, caplog):
     able(1.2, library=2.2)
     run = trainer(tmp_path / "far")
     assert products.products() == "onednn"
-    assert "; products by oneDNN, measured 2.2x torch's default library; set cpu_matmul to choose)" in caplog.text
+    assert "; by oneDNN's products, measured 2.2x torch's default products; set cpu_matmul to choose)" in caplog.text
     assert any(isinstance(module, products.OneDnnLinear) for module in run.policy.modules())
     caplog.clear()
     able(1.4, library=2.2)
@@ -174,14 +174,14 @@ def test_the_faster_library_is_used_and_said(able, tmp_path, caplog):
 
 
 @needs_onednn
-@pytest.mark.parametrize("forced", ["default", "onednn"])
-def test_a_library_that_was_chosen_is_not_measured(forced, able, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("forced", "name"), [("default", "torch's default"), ("onednn", "oneDNN's")])
+def test_a_library_that_was_chosen_is_not_measured(forced, name, able, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="tether")
     able(9.0, library=9.0)
     monkeypatch.setattr(precision, "product_seconds", lambda weight: pytest.fail("measured all the same"))
     trainer(tmp_path, bf16=False, cpu_matmul=forced)
     assert products.products() == forced
-    assert f"precision: float32 (products by {forced})" in caplog.text
+    assert f"precision: float32 (by {name} products)" in caplog.text
 
 
 def test_a_library_that_is_not_known_is_refused(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ _WORTH = 1.3
 _LEAST_WEIGHT = 2**17
 _ROWS = 1024
 _REPEATS = 5
+_LIBRARY = {"default": "torch's default products", "onednn": "oneDNN's products"}
 _FLAGS = ("avx512_bf16", "amx_bf16")
 
 
@@ -72,7 +73,7 @@ class Decision(NamedTuple):
 
 def _decide(args: PreferenceConfig, model: nn.Module, bf16_is_open: bool) -> Decision:
     library_is_open = args.cpu_matmul == "auto"
-    forced = Decision() if library_is_open else Decision(False, "", args.cpu_matmul, f"products by {args.cpu_matmul}")
+    forced = Decision() if library_is_open else Decision(False, "", args.cpu_matmul, f"by {_LIBRARY[args.cpu_matmul]}")
     if not bf16_is_open and not (library_is_open and args.computes_on_cpu()):
         return forced
     weight = widest_weight(model)
@@ -94,7 +95,7 @@ def _faster_library(seconds: dict[str, float]) -> Decision:
     gain = seconds["default"] / seconds["onednn"]
     if gain < _WORTH:
         return Decision()
-    said = f"products by oneDNN, measured {gain:.1f}x torch's default library; set cpu_matmul to choose"
+    said = f"by {_LIBRARY['onednn']}, measured {gain:.1f}x {_LIBRARY['default']}; set cpu_matmul to choose"
     return Decision(library="onednn", library_reason=said)
 
 
