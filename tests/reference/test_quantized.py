@@ -70,6 +70,26 @@ def test_the_policy_trains_after_a_reference_pass(kind, means, tmp_path):
     torch.testing.assert_close(reference.score(PROBE), start, atol=SAME, rtol=0)
 
 
+@needs_bitsandbytes
+def test_weights_that_were_repacked_for_inference_come_back(tmp_path):
+    """Whoever loaded the model has generated with it: on AVX512-BF16 its 4-bit weights have no backward by then."""
+    base = quantized(tmp_path, "4bit")
+    layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert layers
+    able = layers[0].support_avx512bf16_for_cpu
+    with torch.no_grad():
+        base.eval()(torch.arange(10)[None] + 4)
+    packed = [getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers]
+    assert packed == [able] * len(layers)
+    policy = policy_on(base)
+    reference = resolve(ReferenceSpec(), policy, PROBE, score, lambda model: score).reference
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    policy.train()
+    score(policy, PROBE).logps.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+    assert compare_with_start(policy, reference, score, PROBE, SAME).passed
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_a_quantised_base(kind, tmp_path):
     """QLoRA through the trainer: loss ln 2 at the first step, the reference stays, the loss falls."""
@@ -103,13 +123,18 @@ def test_a_run_on_a_quantised_base(kind, tmp_path):
 
 @needs_bitsandbytes
 def test_the_repacking_is_switched_off(tmp_path, monkeypatch):
-    """Negative control on any processor: what would decide to repack is asked, and answers no."""
+    """On any processor: layers that were made as where it is done keep their weights as they are."""
     import bitsandbytes.nn.modules as modules
 
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     policy = policy_on(quantized(tmp_path, "4bit"))
-    with evaluation_mode(policy):
-        assert modules.has_avx512bf16() is False
+    layers = [module for module in policy.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
+    with evaluation_mode(policy), torch.no_grad():
+        score(policy, PROBE)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
 
 
 @needs_bitsandbytes

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from tether.errors import ConfigError
 
@@ -71,25 +72,27 @@ def is_quantized(parameter: torch.Tensor) -> bool:
     return not parameter.is_floating_point() or hasattr(parameter, "__tensor_flatten__")
 
 
-def keep_quantized_layout() -> None:
+def keep_quantized_layout(model: nn.Module) -> None:
     """Make bitsandbytes compute on a CPU what it computes in training mode, in evaluation mode too.
 
     Two of its short cuts for inference are wrong beside training, where every pass of a reference is a forward in
     evaluation mode between two of training. On processors with AVX512-BF16 it repacks 4-bit weights in the first such
     forward, and the packed ones have no backward: gradients are missing from then on without a word. And 8-bit layers
     take another kernel, so that the policy is not at its own start.
+
+    Args:
+        model: its 4-bit layers are kept as they are, and brought back if whoever loaded it has had them repacked.
     """
-    modules, package = sys.modules.get("bitsandbytes.nn.modules"), sys.modules.get("bitsandbytes")
-    if modules is None or package is None:
+    package = sys.modules.get("bitsandbytes")
+    if package is None:
         return
-    if hasattr(modules, "has_avx512bf16"):
-        modules.has_avx512bf16 = _never  # type: ignore[attr-defined]
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # which brings them back, since they are saved as they were
     if not hasattr(package.matmul, "in_both_modes"):
         package.matmul = _in_both_modes(package.matmul)  # type: ignore[attr-defined]
-
-
-def _never() -> bool:
-    return False
 
 
 def _in_both_modes(matmul: Callable[..., Any]) -> Callable[..., Any]:

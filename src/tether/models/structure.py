@@ -110,7 +110,7 @@ def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in evaluation mode (dropout off); afterwards each is as it was."""
-    keep_quantized_layout()
+    keep_quantized_layout(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
