@@ -22,7 +22,9 @@ DEMO_STAMP := .venv/.installed-demo
 DEV_STAMP := .venv/.installed-dev
 INPUTS := pyproject.toml requirements.lock
 # -qq: a machine's own pip settings may name folders that do not exist, and pip would warn of each for each package.
-# --no-compile: Python compiles the few modules that are imported, pip would compile all of them.
+# --no-compile: Python compiles the few modules that are imported, pip would compile all of them. It keeps what it
+# compiled, also where the environment says not to: every process of the tests would compile torch and transformers anew.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip install -qq --no-compile -c requirements.lock
 
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
