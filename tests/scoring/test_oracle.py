@@ -106,6 +106,18 @@ def test_gradients_agree_by_onednn(family, onednn):
     assert (found - alone).norm() <= 1e-4 * alone.norm()
 
 
+def test_a_wrong_product_is_caught(onednn, monkeypatch):
+    """Negative control: products that are off by a thousandth fail the comparison above."""
+    model, batch = tiny_model(), pack(ragged_examples())
+    alone = gradient(model, batch, score_alone)
+    products.compute_by_products(model)
+    right = products.onednn_product
+    monkeypatch.setattr(products, "onednn_product", lambda *tensors: 1.001 * right(*tensors))
+    found = gradient(model, batch, scorer({}))
+    assert onednn
+    assert (found - alone).norm() > 1e-4 * alone.norm()
+
+
 @pytest.mark.parametrize("family", TREES)
 def test_other_completions_and_rows_do_not_matter(family):
     """INV-16: alone, beside siblings, beside other trees; with experts, routing does not depend on neighbours."""

@@ -43,6 +43,12 @@ def spread(model):
     return model
 
 
+def test_the_devices_do_not_mix():
+    """Negative control: what is left on the wrong device is an error, so that the runs below show that nothing is."""
+    with pytest.raises(RuntimeError, match="not a lazy tensor"):
+        torch.zeros(2, device="lazy:0") + torch.zeros(2)
+
+
 @pytest.mark.parametrize("way", [{"backend": "blocked"}, {"backend": "sdpa"}, {"layout": "padded"}], ids=str)
 def test_scores_and_gradients(way):
     one = tiny_model()

@@ -52,7 +52,7 @@ def choose_precision(args: PreferenceConfig, model: nn.Module) -> None:
         if decided.bf16:
             args.mixed_precision = "bf16"
     # Under autocast no product that counts is in float32.
-    reasons = [decided.bf16_reason, decided.library_reason if args.mixed_precision == "no" else ""]
+    reasons = [decided.bf16_reason if is_open else "", decided.library_reason if args.mixed_precision == "no" else ""]
     said = "; ".join(reason for reason in reasons if reason)
     logger.info(f"precision: {_name(args, model)}{f' ({said})' if said else ''}")
 
@@ -78,17 +78,14 @@ def _decide(args: PreferenceConfig, model: nn.Module, bf16_is_open: bool) -> Dec
         return forced
     weight = widest_weight(model)
     if dtype_of(model) != torch.float32:
-        return forced._replace(bf16_reason="the dtype of the weights" if bf16_is_open else "")
+        return forced._replace(bf16_reason="the dtype of the weights")
     if weight is None or weight.numel() < _LEAST_WEIGHT:
         kind = "float32 matrices in its layers" if weight is None else f"layers of {_LEAST_WEIGHT} weights or more"
-        reason = f"it has no {kind} to gain from bfloat16; set bf16 to choose"
-        return forced._replace(bf16_reason=reason if bf16_is_open else "")
+        return forced._replace(bf16_reason=f"it has no {kind} to gain from bfloat16; set bf16 to choose")
     seconds = product_seconds(weight)
     decision = _faster_library(seconds) if library_is_open else forced
-    if bf16_is_open:
-        bf16, reason = _worth_bfloat16(seconds[decision.library] / seconds["bfloat16"])
-        decision = decision._replace(bf16=bf16, bf16_reason=reason)
-    return decision
+    bf16, reason = _worth_bfloat16(seconds[decision.library] / seconds["bfloat16"])
+    return decision._replace(bf16=bf16, bf16_reason=reason)
 
 
 def _faster_library(seconds: dict[str, float]) -> Decision:

@@ -148,20 +148,22 @@ def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
 def _require_place(policy: nn.Module, args: PreferenceConfig) -> None:
     """A policy begins where its batches are, and all of it is on devices; a `device_map` may say otherwise."""
     placed: dict[str, Any] = getattr(transformers_model(policy), "hf_device_map", None) or {}
-    places = sorted({str(place) for place in placed.values()})
+    if not placed:
+        return
+    places = ", ".join(sorted({str(place) for place in placed.values()}))
     if any(parameter.is_meta for parameter in policy.parameters()):
         raise ConfigError(
-            f"device_map has spread the policy over {', '.join(places)} and left weights outside the devices, where "
-            "they cannot be trained. Name devices that hold all of it, quantise it, or shard it with FSDP."
+            f"device_map has spread the policy over {places} and left weights outside the devices, where they cannot "
+            "be trained. Name devices that hold all of it, quantise it, or shard it with FSDP."
         )
-    if len(places) > 1 and args.world_size > 1:
+    if len(set(placed.values())) > 1 and args.world_size > 1:
         raise ConfigError(
-            f"device_map has spread the policy over {', '.join(places)}, and the run has {args.world_size} processes, "
-            "each of which would want all of them. Run one process, or name one device, or shard it with FSDP."
+            f"device_map has spread the policy over {places}, and the run has {args.world_size} processes, each of "
+            "which would want all of them. Run one process, or name one device, or shard it with FSDP."
         )
     here, inputs = args.device, transformers_model(policy).get_input_embeddings()
     there = next(inputs.parameters(), torch.empty(0, device=here)).device
-    if placed and (here.type != there.type or (here.index != there.index and None not in (here.index, there.index))):
+    if here.type != there.type or (here.index != there.index and None not in (here.index, there.index)):
         raise ConfigError(
             f"device_map has put the policy on {there}, and the run computes on {here}. Leave device_map out"
             + (", or set use_cpu." if there.type == "cpu" else ", or show the run that device alone.")
