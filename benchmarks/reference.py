@@ -12,16 +12,14 @@ store ran the reference.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import WorkerError, cores, machine, run_worker, table, versions
+from common import WorkerError, cores, new_report, run_worker, table, write_report
 from lengths import PROFILES, make_rows
 from vs_trl import model_folder
 
@@ -43,23 +41,22 @@ LOOKUP_SHARE = 0.02  # of a step
 def main() -> int:
     """Measure what the command line asks for; 0 if all means did the same work."""
     options = parse(sys.argv[1:])
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-    }
+    names = ("profile", "checkpointing", "cpu_matmul", "steps", "repeats", "threads")
+    report = new_report({name: getattr(options, name) for name in names})
     problems: list[str] = []
     if options.only != "steps":
-        report["store"] = measure_store(options.completions, options.tokens, options.threads)
-        print(show_store(report["store"]), end="\n\n", flush=True)
+        store = measure_store(options.completions, options.tokens, options.threads)
+        report["results"].append({"store": store})
+        print(show_store(store), end="\n\n", flush=True)
     if options.only != "store":
-        report["steps"] = {kind: measure_steps(kind, options) for kind in options.kinds}
-        for kind, runs in report["steps"].items():
+        for kind in options.kinds:
+            runs = measure_steps(kind, options)
+            report["results"].append({"kind": kind, "steps": runs})
             print(show_steps(kind, runs), end="\n\n", flush=True)
             problems += [f"{kind}: {problem}" for problem in check(runs)]
             print("\n".join(f"{kind}: {line}" for line in targets(runs)), end="\n\n")
     if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(report, options.out)
     print("\n".join(problems) or "All runs did the same work.")
     return 1 if problems else 0
 

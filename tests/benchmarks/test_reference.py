@@ -6,9 +6,11 @@ import math
 
 import lengths
 import pytest
+import reference_worker
 from lengths import Profile
 
 import reference as benchmark
+from tether.models import products
 from tiny import tiny_model, tiny_tokenizer
 
 LOSSES = (math.log(2), 0.6)
@@ -77,6 +79,22 @@ def test_means_are_chosen_and_a_choice_of_none_is_refused(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse(["--means", "adapter_off"])
     assert "none of those for full: snapshot, model, store-warm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("checkpointing", "library"), [("on", "default"), ("off", "onednn")])
+def test_what_a_run_is_told(checkpointing, library, tmp_path, monkeypatch):
+    """The command line's options reach the trainer."""
+    tiny_model(vocab_size=320).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setitem(lengths.PROFILES, "hh", Profile(20, 5, 2))
+    monkeypatch.setattr(products, "_setting", {"library": "default"})
+    told = []
+    monkeypatch.setattr(benchmark, "_run", lambda spec: told.append(spec) or {"step_seconds": [1.0]})
+    chosen = ["--kinds", "lora", "--means", "adapter_off", "--repeats", "1", "--model", str(tmp_path)]
+    further = ["--checkpointing", checkpointing, "--cpu-matmul", library]
+    benchmark.measure_steps("lora", benchmark.parse([*chosen, *further]))
+    args = reference_worker.make_trainer({**told[0], "threads": 1, "folder": str(tmp_path / "out")}, []).args
+    assert (args.gradient_checkpointing, args.cpu_matmul) == (checkpointing == "on", library)
 
 
 def test_without_a_full_store_there_are_no_targets():
