@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/prepare.py [--rows 50000] [--repeats N] [--out FILE.json]
 
 HH-like pairs as text and as conversations, the tokenizer of SmolLM2, `num_proc` unset in both tools. Tether's side is
-`tether.data.prepare` with all that it looks for in the rows; TRL's is what its trainer does to a data
+`tether.data.prepare.prepare` with all that it looks for in the rows; TRL's is what its trainer does to a data
 set (end token, chat template, three tokenisations a row). The comparison counts only if both made the same ids.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.samples import byte_level, pair
-from tether.data import cache
+from tether.data.prepare import cache
 
 
 def main(folder: Path, rank: int, processes: int, *, die: bool) -> None:

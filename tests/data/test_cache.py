@@ -19,9 +19,9 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from data.samples import CHATML, assistant, byte_level, chat, chat_tokenizer, pair, user
-from tether.data import cache as cache_module
 from tether.data import overlap, prepare, prepare_cached
-from tether.data.cache import cache_key, remove_oldest, rows_digest, tokenizer_state
+from tether.data.prepare import cache as cache_module
+from tether.data.prepare.cache import cache_key, remove_oldest, rows_digest, tokenizer_state
 from tether.errors import ConfigError, DataError
 
 ROWS = [pair(f"{n} + {n} =", f" {2 * n}", f" {n}{n}") for n in range(1, 40)]

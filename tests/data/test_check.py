@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, chat, pair, user
 from tether.data import load_rows
-from tether.data.check import FINDINGS, check
-from tether.data.lengths import Limited, measured
-from tether.data.near import NearDuplicates, jaccard, near_duplicates
-from tether.data.schema import preferences, read_preferences
-from tether.data.speech import language, script
+from tether.data.audit.audit import FINDINGS, check
+from tether.data.audit.language import language, script
+from tether.data.audit.lengths import Limited, measured
+from tether.data.audit.near_duplicates import NearDuplicates, jaccard, near_duplicates
+from tether.data.rows.schema import preferences, read_preferences
 from tether.errors import ConfigError
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from tether.config import build, check_run
 from tether.data import load_rows, preferences, prepare, read_preferences
-from tether.data.check import FINDINGS
-from tether.data.formats import FORMATS
-from tether.data.truncate import TRUNCATION_MODES
+from tether.data.audit.audit import FINDINGS
+from tether.data.rows.formats import FORMATS
+from tether.data.text.truncate import TRUNCATION_MODES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```json (\S+) (\S+)\n(.+)\n(.+)\n```$", PAGE, re.MULTILINE)

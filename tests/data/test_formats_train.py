@@ -13,7 +13,7 @@ from data.samples import assistant, user
 from data.test_formats import EXAMPLES
 from data.test_fuzz import CANONICAL
 from tether.data import example_from_row, load_rows, prepare, read_preferences
-from tether.data.formats import FORMAT_NAMES
+from tether.data.rows.formats import FORMAT_NAMES
 from tether.objectives import preference_loss
 from tether.scoring import pack, score
 from tether.training import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer

@@ -16,7 +16,7 @@ from data.samples import assistant, pair, user
 from data.test_formats import EXAMPLES
 from tether.config import load_run_file
 from tether.data import load_rows, preferences, prepare, read_preferences, split_rows
-from tether.data.check import check
+from tether.data.audit.audit import check
 from tether.errors import ConfigError, DataError, TetherError
 
 ROWS, RUN_FILES, BATCH = 10_000, 500, 4

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image, Sequence, Value
 
 from data.samples import assistant, pair, user
 from tether.data import load_rows, preferences, prepare, read_preferences, split_rows
-from tether.data.check import check
+from tether.data.audit.audit import check
 from tether.errors import DataError
 from tether.training.datasets import RunData
 from tiny import tiny_tokenizer

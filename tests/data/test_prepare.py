@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, byte_level, chat, chat_tokenizer, pair, user
 from tether.data import Prepared, example_from_row, overlap, prepare, truncate
-from tether.data.audit import MarkerFinder, Tally
-from tether.data.collector import paused_collector
+from tether.data.prepare.collector import paused_collector
+from tether.data.prepare.report import MarkerFinder, Tally
 from tether.errors import ConfigError, DataError
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tether.data import load_rows, prepare
-from tether.data.check import check
+from tether.data.audit.audit import check
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from data.samples import assistant, chat, pair, user
 from tether.data import Schema, load_rows, preferences, read_preferences
-from tether.data.schema import split_prompt
+from tether.data.rows.schema import split_prompt
 from tether.errors import DataError
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data.samples import chat_tokenizer
 from tether.data import prepare
-from tether.data.seq2seq import ids_around
+from tether.data.text.seq2seq import ids_around
 from tiny_seq2seq import tiny_seq2seq_tokenizer
 
 FAMILIES = ["t5", "bart"]

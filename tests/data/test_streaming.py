@@ -23,10 +23,10 @@ import streams
 from data.test_formats import EXAMPLES
 from data.test_images import row as image_row
 from tether.data import example_from_row, load_rows, prepare
-from tether.data.ahead import Ahead
-from tether.data.job import Options
-from tether.data.prepared_stream import PreparedStream
-from tether.data.stream import RowStream, is_streamed
+from tether.data.prepare.job import Options
+from tether.data.prepare.prefetch import Ahead
+from tether.data.prepare.stream import PreparedStream
+from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import DataError
 from tiny import pair_rows, tiny_tokenizer
 from tiny_seq2seq import tiny_seq2seq_tokenizer
@@ -342,9 +342,9 @@ def test_processes_that_prepare_do_not_outlive_a_run_that_was_killed(tmp_path: P
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from tiny import tiny_tokenizer\n"
-        "from tether.data.job import Options\n"
-        "from tether.data.prepared_stream import PreparedStream\n"
-        "from tether.data.stream import RowStream\n"
+        "from tether.data.prepare.job import Options\n"
+        "from tether.data.prepare.stream import PreparedStream\n"
+        "from tether.data.sources.stream import RowStream\n"
         "stream = PreparedStream(RowStream(sys.argv[1]), tiny_tokenizer(), Options(64, num_proc=2))\n"
         "print(*stream._pool._processes, flush=True)\n"
         "sys.stdin.read()\n"

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from tether.data import truncate, truncated_lengths
-from tether.data.truncate import TRUNCATION_MODES
+from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.types import Example
 

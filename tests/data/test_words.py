@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from data.samples import CHATML, TEXTS, chat_tokenizer
-from tether.data.tokenize import Encoder
-from tether.data.words import WordMemory, _parts, cuts_at_words, tokens_apart
+from tether.data.text.token_cache import WordMemory, _parts, cuts_at_words, tokens_apart
+from tether.data.text.tokenize import Encoder
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -120,7 +120,7 @@ def test_added_tokens_that_reach_across_words_go_the_plain_way(token):
 
 def test_a_wrong_cut_would_be_seen(monkeypatch):
     """Negative control: with a tokenizer that merges across words, the check of the first batch falls back."""
-    monkeypatch.setattr("tether.data.words.cuts_at_words", lambda made: True)
+    monkeypatch.setattr("tether.data.text.token_cache.cuts_at_words", lambda made: True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend(split(ACROSS)), bos_token="<s>", eos_token="</s>")
     encoder = Encoder(tokenizer)
     some = texts(50)
@@ -200,5 +200,5 @@ def test_a_wrong_prefix_would_be_seen(monkeypatch):
     def careless(texts):
         return [["the", "sea"], [text.removeprefix("the sea") for text in texts[1:]]], [None, 0]
 
-    monkeypatch.setattr("tether.data.words._parts", careless)
+    monkeypatch.setattr("tether.data.text.token_cache._parts", careless)
     assert memory_of(marked("<|end|>")).encode(["the sea", "the seas"]) is None

@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 import streams
 import tether
-from tether.data.job import Options
-from tether.data.prepared_stream import PreparedStream
-from tether.data.stream import RowStream
+from tether.data.prepare.job import Options
+from tether.data.prepare.stream import PreparedStream
+from tether.data.sources.stream import RowStream
 from tether.errors import ConfigError, DataError
 from tether.training.stream_loader import Order, Position, StreamLoader
 from tiny import QUIET, pair_rows

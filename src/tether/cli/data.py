@@ -13,7 +13,7 @@ from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tether.data import Report
-    from tether.data.check import Check
+    from tether.data.audit.audit import Check
     from tether.data.show import Token
     from tether.types import Kind
 
@@ -204,7 +204,7 @@ class _Asked:
     def rows(self, source: Any, kind: Kind | None = None, name: str = "data") -> tuple[Any, Kind]:
         """Rows, and what they are."""
         from tether.data import kind_of, load_rows
-        from tether.data.columns import KINDS
+        from tether.data.rows.columns import KINDS
 
         wanted = kind or self.kind
         if wanted is not None and wanted not in KINDS:
@@ -242,7 +242,7 @@ class _Asked:
     def checks(self, sample: int | None) -> list[Check]:
         """The audit of the training rows, and of each evaluation set."""
         from tether.data import is_origin, is_split, split_rows
-        from tether.data.check import check
+        from tether.data.audit.audit import check
 
         tokenizer = self.tokenizer()
         train, kind = self.rows(self.train, name="train")

@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tether.cli.data_tables import notes
-from tether.data.check import FINDINGS
+from tether.data.audit.audit import FINDINGS
 from tether.report.charts import histogram
 from tether.report.html import Html, join, tag
 from tether.report.style import CSS
 
 if TYPE_CHECKING:
-    from tether.data.check import Check
+    from tether.data.audit.audit import Check
     from tether.data.show import Token
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

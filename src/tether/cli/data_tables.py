@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tether.data.check import FINDINGS
+from tether.data.audit.audit import FINDINGS
 
 if TYPE_CHECKING:
-    from tether.data.check import Check
+    from tether.data.audit.audit import Check
     from tether.data.show import Token
 
 # Part and mask to a style; the prompt is quiet, what is scored stands out.
@@ -24,7 +24,7 @@ def print_check(found: Check) -> None:
     """Print an audit.
 
     Args:
-        found: what `tether.data.check.check` returned.
+        found: what `tether.data.audit.audit.check` returned.
     """
     console = Console(highlight=False)
     looked = f"{found.rows:,} rows" if found.rows == found.total else f"{found.rows:,} of {found.total:,} rows"

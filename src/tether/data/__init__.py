@@ -1,17 +1,17 @@
 """From rows of preferences to token ids: sources, schema, render, tokenize, truncate, and the report of it all."""
 
-from tether.data.audit import Report
-from tether.data.cache import prepare_cached
-from tether.data.columns import kind_of
-from tether.data.prepare import Overlap, Prepared, overlap, prepare
-from tether.data.render import Rendered, render
-from tether.data.schema import Schema, preferences, read_preferences, unpaired
-from tether.data.sources import is_origin, load_rows
+from tether.data.prepare.cache import prepare_cached
+from tether.data.prepare.prepare import Overlap, Prepared, overlap, prepare
+from tether.data.prepare.report import Report
+from tether.data.prepare.table import example_from_row, longest_row
+from tether.data.rows.columns import kind_of
+from tether.data.rows.schema import Schema, preferences, read_preferences, unpaired
+from tether.data.sources.load import is_origin, load_rows
 from tether.data.split import is_split, split_rows
-from tether.data.table import example_from_row, longest_row
-from tether.data.template import chat_template, text_tokenizer
-from tether.data.tokenize import Encoder, Tokenized, tokenize
-from tether.data.truncate import truncate, truncated_lengths
+from tether.data.text.render import Rendered, render
+from tether.data.text.template import chat_template, text_tokenizer
+from tether.data.text.tokenize import Encoder, Tokenized, tokenize
+from tether.data.text.truncate import truncate, truncated_lengths
 
 __all__ = [
     "Encoder",

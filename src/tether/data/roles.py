@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from tether.data.template import Writer, conversation, opening
-from tether.data.tokenize import Encoder
+from tether.data.text.template import Writer, conversation, opening
+from tether.data.text.tokenize import Encoder
 from tether.errors import DataError
 from tether.types import Messages, Preference
 

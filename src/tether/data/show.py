@@ -10,14 +10,14 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import Report
-from tether.data.images import parts_template, reads_images, take_images
-from tether.data.prepare import Prepared, prepare
+from tether.data.images.inputs import parts_template, reads_images, take_images
+from tether.data.prepare.prepare import Prepared, prepare
+from tether.data.prepare.report import Report
 from tether.data.roles import Roles, roles_of
-from tether.data.schema import preferences, read_preferences, unpaired
-from tether.data.template import chat_template, text_tokenizer
-from tether.data.tokenize import Encoder
-from tether.data.truncate import TruncationMode, kept_prompt
+from tether.data.rows.schema import preferences, read_preferences, unpaired
+from tether.data.text.template import chat_template, text_tokenizer
+from tether.data.text.tokenize import Encoder
+from tether.data.text.truncate import TruncationMode, kept_prompt
 from tether.types import Kind
 
 Part = Literal["prompt", "completion"]

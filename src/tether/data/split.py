@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from tether.data.audit import digest
-from tether.data.image_parts import as_text, fault_message, has_parts, identities
-from tether.data.schema import preferences, python_rows, read_preferences
+from tether.data.images.parts import as_text, fault_message, has_parts, identities
+from tether.data.prepare.report import digest
+from tether.data.rows.schema import preferences, python_rows, read_preferences
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from tether.data.schema import TURNS, Turns
-from tether.data.truncate import TRUNCATION_MODES
+from tether.data.rows.schema import TURNS, Turns
+from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
 from tether.models.products import LIBRARIES
 from tether.scoring import Layout

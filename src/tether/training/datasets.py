@@ -25,10 +25,10 @@ from tether.data import (
     prepare_cached,
     split_rows,
 )
-from tether.data.check import FINDINGS, check
-from tether.data.job import Options
-from tether.data.prepared_stream import Arrange, PreparedStream
-from tether.data.stream import RowStream, is_streamed
+from tether.data.audit.audit import FINDINGS, check
+from tether.data.prepare.job import Options
+from tether.data.prepare.stream import Arrange, PreparedStream
+from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError
 from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
@@ -67,7 +67,7 @@ class RunData:
     evaluated: dict[str, tuple[set[bytes], set[bytes]]] = field(default_factory=dict)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
-        """Prepare one set, or take it from the cache, and say what was done to it; see `tether.data.prepare`."""
+        """Prepare one set, or take it from the cache; see `tether.data.prepare.prepare`."""
         data = load_rows(rows, kind=self.args.kind, name=name)
         if is_streamed(rows):
             logger.info(f"{name}: a streamed set, read whole: {len(data):,} rows")

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 
 from tether.data import Prepared
-from tether.data.prepared_stream import Arrange
+from tether.data.prepare.stream import Arrange
 from tether.errors import DataError
 from tether.scoring import score
 from tether.scoring.proof import LOG_PROBS, Measures

@@ -14,8 +14,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from tether.data import Prepared
-from tether.data.columns import BATCH_ROWS
-from tether.data.image_parts import identities
+from tether.data.images.parts import identities
+from tether.data.rows.columns import BATCH_ROWS
 from tether.errors import DataError
 
 logger = logging.getLogger("tether")

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from tether.data.ahead import Ahead
-from tether.data.prepared_stream import Chunk, PreparedStream
+from tether.data.prepare.prefetch import Ahead
+from tether.data.prepare.stream import Chunk, PreparedStream
 from tether.errors import ConfigError, DataError, TetherError
 
 POSITION = "stream.json"

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.data import example_from_row
-from tether.data.columns import BATCH_ROWS
-from tether.data.prepared_stream import Chunk, PreparedStream
+from tether.data.prepare.stream import Chunk, PreparedStream
+from tether.data.rows.columns import BATCH_ROWS
 from tether.errors import DataError
 from tether.training.evaluation import EvaluationLoop
 from tether.training.stream_loader import Order, Position, StreamLoader, Walk

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared
-from tether.data.prepared_stream import Arrange
+from tether.data.prepare.stream import Arrange
 from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.unpaired import is_balanced, kto, suggested_weights, unpaired_loss
 from tether.reference.protocol import frozen_pass

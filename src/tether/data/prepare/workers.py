@@ -9,7 +9,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
-from tether.data.job import Job
+from tether.data.prepare.job import Job
 
 _WATCH_SECONDS = 2.0  # between two looks at whether the run still lives
 _JOBS: list[Job] = []  # the job of a worker process; handing it over with every batch would copy all rows each time

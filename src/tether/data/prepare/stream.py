@@ -15,17 +15,17 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.ahead import Ahead
-from tether.data.audit import Report, nothing_left
-from tether.data.columns import BATCH_ROWS
-from tether.data.images import ImageRows
-from tether.data.job import Batch, Job, Options
-from tether.data.prepare import as_dataset
-from tether.data.schema import Schema
-from tether.data.stream import RowStream
-from tether.data.table import fingerprint_of
-from tether.data.totals import Totals
-from tether.data.workers import held_job, workers
+from tether.data.images.inputs import ImageRows
+from tether.data.prepare.job import Batch, Job, Options
+from tether.data.prepare.prefetch import Ahead
+from tether.data.prepare.prepare import as_dataset
+from tether.data.prepare.report import Report, nothing_left
+from tether.data.prepare.table import fingerprint_of
+from tether.data.prepare.totals import Totals
+from tether.data.prepare.workers import held_job, workers
+from tether.data.rows.columns import BATCH_ROWS
+from tether.data.rows.schema import Schema
+from tether.data.sources.stream import RowStream
 from tether.errors import DataError, TetherError
 
 # Changes the rows of one chunk after another of a pass, all of them in order.
@@ -59,8 +59,8 @@ class Chunk:
 class PreparedStream:
     """Rows that are prepared while they are trained on.
 
-    What becomes of a row depends on the row alone, and chunks are made by the code of `tether.data.prepare`: what all
-    chunks hold together is what the whole set would.
+    What becomes of a row depends on the row alone, and chunks are made by the code of `tether.data.prepare.prepare`:
+    what all chunks hold together is what the whole set would.
 
     Args:
         source: the rows.
@@ -69,8 +69,8 @@ class PreparedStream:
         arrange: called once for each pass; gives what changes its rows, a chunk at a time and in order.
 
     Raises:
-        DataError: the first chunk cannot be used, see `tether.data.prepare`; or no row of the stream can.
-        ConfigError: see `tether.data.prepare`.
+        DataError: the first chunk cannot be used, see `tether.data.prepare.prepare`; or no row of the stream can.
+        ConfigError: see `tether.data.prepare.prepare`.
 
     Attributes:
         job: what is done to rows; it holds those of the first chunk.

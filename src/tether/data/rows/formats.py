@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tether.data.columns import IMAGE_COLUMNS
-from tether.data.fields import (
+from tether.data.rows.columns import IMAGE_COLUMNS
+from tether.data.rows.fields import (
     FieldFault,
     Reading,
     answer,
@@ -27,7 +27,7 @@ from tether.data.fields import (
     transcript,
     with_image_parts,
 )
-from tether.data.values import Faults, described
+from tether.data.rows.values import Faults, described
 from tether.errors import ConfigError, DataError
 from tether.types import Kind, Messages
 

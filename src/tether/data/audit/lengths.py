@@ -10,16 +10,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import quantiles
-from tether.data.image_parts import image_column, references_of
-from tether.data.images import Pictures, parts_template, reads_images
-from tether.data.render import render
-from tether.data.schema import Schema
-from tether.data.seq2seq import tokenize_seq2seq
-from tether.data.template import chat_template, text_tokenizer
-from tether.data.tokenize import Encoder, Tokenized, tokenize
-from tether.data.truncate import TruncationMode, kept_prompt, truncated_lengths
-from tether.data.values import SHOWN_FAULTS
+from tether.data.images.inputs import Pictures, parts_template, reads_images
+from tether.data.images.parts import image_column, references_of
+from tether.data.prepare.report import quantiles
+from tether.data.rows.schema import Schema
+from tether.data.rows.values import SHOWN_FAULTS
+from tether.data.text.render import render
+from tether.data.text.seq2seq import tokenize_seq2seq
+from tether.data.text.template import chat_template, text_tokenizer
+from tether.data.text.tokenize import Encoder, Tokenized, tokenize
+from tether.data.text.truncate import TruncationMode, kept_prompt, truncated_lengths
 from tether.errors import DataError
 from tether.types import Preference
 
@@ -126,7 +126,7 @@ def measured(
         processing: the model's tokenizer or processor.
         limit: the run's; None for none.
         reading: where their images are; None for rows without.
-        encoder_decoder: the model reads prompts in an encoder, see `tether.data.seq2seq`.
+        encoder_decoder: the model reads prompts in an encoder, see `tether.data.text.seq2seq`.
         name: what to call the rows in messages.
 
     Raises:

@@ -16,15 +16,15 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import Report, nothing_left
-from tether.data.job import Batch, Job, Options
-from tether.data.schema import BATCH_ROWS, Turns
-from tether.data.sources import Source, load_rows
-from tether.data.table import fingerprint_of
-from tether.data.tokenize import Boundary
-from tether.data.totals import Totals
-from tether.data.truncate import TruncationMode
-from tether.data.workers import held_job, workers
+from tether.data.prepare.job import Batch, Job, Options
+from tether.data.prepare.report import Report, nothing_left
+from tether.data.prepare.table import fingerprint_of
+from tether.data.prepare.totals import Totals
+from tether.data.prepare.workers import held_job, workers
+from tether.data.rows.schema import BATCH_ROWS, Turns
+from tether.data.sources.load import Source, load_rows
+from tether.data.text.tokenize import Boundary
+from tether.data.text.truncate import TruncationMode
 from tether.errors import DataError
 from tether.types import Kind
 
@@ -88,14 +88,14 @@ def prepare(
         rows: a `datasets.Dataset`, a list of dictionaries, a path, glob or hub name; see `load_rows`.
         tokenizer: of the model to be trained, or a processor with a tokenizer inside.
         max_length: tokens of prompt and completion together, at least 2; None for no truncation.
-        kind: what the rows are read as, see `tether.data.schema`; pairs can be read as `unpaired`, two rows each.
+        kind: what the rows are read as, see `tether.data.rows.schema`; pairs can be read as `unpaired`, two rows each.
         turns: what is scored of a completion of several turns: `all` of it, what others say included, as TRL does; the
             turns of the `assistant`; or the `last` one of these. Of `messages`, `all` is the whole conversation.
-        truncation_mode: `keep_start`, `keep_end`, `middle` or `drop`, see `tether.data.truncate`.
+        truncation_mode: `keep_start`, `keep_end`, `middle` or `drop`, see `tether.data.text.truncate`.
         boundary: what to do where ids(prompt) is no prefix of ids(prompt + completion): `split`, `drop` or `error`, see
-            `tether.data.tokenize`.
+            `tether.data.text.tokenize`.
         num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and templates.
-        encoder_decoder: the model reads the prompt in an encoder, see `tether.data.seq2seq`.
+        encoder_decoder: the model reads the prompt in an encoder, see `tether.data.text.seq2seq`.
         name: what to call the rows in messages and in the report.
 
     Returns:

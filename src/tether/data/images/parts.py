@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from tether.data.columns import BATCH_ROWS, IMAGE_COLUMNS
-from tether.data.values import SHOWN_FAULTS
+from tether.data.rows.columns import BATCH_ROWS, IMAGE_COLUMNS
+from tether.data.rows.values import SHOWN_FAULTS
 
 # How an image lies in a table, as `datasets` stores it: the file, or where it is.
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))

@@ -19,11 +19,21 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tether.data.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, TEXTS
-from tether.data.files import READERS, Part, expand, kind_of_file, listed, read_file
-from tether.data.formats import FORMAT_NAMES, FORMATS, PATTERNED, PLAIN, Format, Wording, convert, detected, patterned
-from tether.data.image_parts import references_of
-from tether.data.schema import explain_mixed_types
+from tether.data.images.parts import references_of
+from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, TEXTS
+from tether.data.rows.formats import (
+    FORMAT_NAMES,
+    FORMATS,
+    PATTERNED,
+    PLAIN,
+    Format,
+    Wording,
+    convert,
+    detected,
+    patterned,
+)
+from tether.data.rows.schema import explain_mixed_types
+from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
@@ -38,7 +48,7 @@ class Origin:
 
     Args:
         path: a path, glob, folder or hub name, or a list of paths; or rows in memory.
-        format: name of the layout of its rows, see `tether.data.formats`; None: TRL's columns, or what it plainly is.
+        format: name of the layout of its rows (`tether.data.rows.formats`); None: TRL's columns, or what it plainly is.
         fields: name of a field as the format reads it to the name of the column that holds it.
         weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
         split: which part of a hub data set.

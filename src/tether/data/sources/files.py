@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tether.data.columns import BATCH_ROWS
+from tether.data.rows.columns import BATCH_ROWS
 from tether.errors import DataError
 
 # Rows as they were written, or as a table.

@@ -21,9 +21,9 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.render import Rendered
-from tether.data.template import turn_end
-from tether.data.words import WordMemory
+from tether.data.text.render import Rendered
+from tether.data.text.template import turn_end
+from tether.data.text.token_cache import WordMemory
 from tether.errors import DataError
 
 Boundary = Literal["split", "drop", "error"]

@@ -9,12 +9,11 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import PARTS, MarkerFinder, Tally, digest, row_digest
-from tether.data.collector import paused_collector
-from tether.data.columns import EXTRAS, columns_to_read, first_filled
-from tether.data.images import Pictures, parts_template, reads_images, take_images
-from tether.data.render import Rendered, render
-from tether.data.schema import (
+from tether.data.images.inputs import Pictures, parts_template, reads_images, take_images
+from tether.data.prepare.collector import paused_collector
+from tether.data.prepare.report import PARTS, MarkerFinder, Tally, digest, row_digest
+from tether.data.rows.columns import EXTRAS, columns_to_read, first_filled
+from tether.data.rows.schema import (
     BATCH_ROWS,
     Schema,
     Turns,
@@ -22,11 +21,12 @@ from tether.data.schema import (
     read_preferences,
     unpaired,
 )
-from tether.data.seq2seq import tokenize_seq2seq
-from tether.data.template import chat_template, text_tokenizer
-from tether.data.tokenize import BOUNDARIES, Boundary, Encoder, Tokenized, tokenize
-from tether.data.truncate import TruncationMode, kept_prompt, truncated_lengths
-from tether.data.values import is_blank, texts_of
+from tether.data.rows.values import is_blank, texts_of
+from tether.data.text.render import Rendered, render
+from tether.data.text.seq2seq import tokenize_seq2seq
+from tether.data.text.template import chat_template, text_tokenizer
+from tether.data.text.tokenize import BOUNDARIES, Boundary, Encoder, Tokenized, tokenize
+from tether.data.text.truncate import TruncationMode, kept_prompt, truncated_lengths
 from tether.errors import ConfigError, DataError
 from tether.types import Kind, Preference
 
@@ -36,7 +36,7 @@ _MASKS = pa.list_(pa.list_(pa.bool_()))
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are prepared; see `tether.data.prepare` for each.
+    """How rows are prepared; see `tether.data.prepare.prepare` for each.
 
     Raises:
         ConfigError: an option has a value that is not allowed.

@@ -8,11 +8,11 @@ from hashlib import blake2b
 
 import numpy as np
 
-from tether.data.audit import DROPS, PARTS, Report, Tally, quantiles_of_counts
-from tether.data.job import Batch, Job
-from tether.data.schema import VALUES
-from tether.data.table import fingerprint_of, lengths_of
-from tether.data.template import template_hash
+from tether.data.prepare.job import Batch, Job
+from tether.data.prepare.report import DROPS, PARTS, Report, Tally, quantiles_of_counts
+from tether.data.prepare.table import fingerprint_of, lengths_of
+from tether.data.rows.schema import VALUES
+from tether.data.text.template import template_hash
 
 
 class Totals:

@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeVar, cast
 import pyarrow as pa
 from datasets import Dataset
 
-from tether.data.columns import BATCH_ROWS, EXTRAS, KINDS, TEXTS, VALUES, columns_to_read
-from tether.data.values import (
+from tether.data.rows.columns import BATCH_ROWS, EXTRAS, KINDS, TEXTS, VALUES, columns_to_read
+from tether.data.rows.values import (
     Faults,
     Form,
     as_number,

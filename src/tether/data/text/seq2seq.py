@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.render import Rendered
-from tether.data.tokenize import Encoder, Tokenized
+from tether.data.text.render import Rendered
+from tether.data.text.tokenize import Encoder, Tokenized
 from tether.errors import ConfigError
 
 Around = tuple[list[int], list[int]]

@@ -30,13 +30,13 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import Report
-from tether.data.columns import BATCH_ROWS, IMAGE_COLUMNS
-from tether.data.images import reads_images
-from tether.data.prepare import Prepared, prepare
-from tether.data.sources import Source, load_rows
-from tether.data.table import fingerprint_of
-from tether.data.template import text_tokenizer
+from tether.data.images.inputs import reads_images
+from tether.data.prepare.prepare import Prepared, prepare
+from tether.data.prepare.report import Report
+from tether.data.prepare.table import fingerprint_of
+from tether.data.rows.columns import BATCH_ROWS, IMAGE_COLUMNS
+from tether.data.sources.load import Source, load_rows
+from tether.data.text.template import text_tokenizer
 from tether.errors import ConfigError
 from tether.types import Kind
 
@@ -241,9 +241,9 @@ def _saved(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _code() -> str:
     """A hash of the code that prepares: a changed line of it makes new entries, and none is forgotten."""
-    own = Path(__file__).parent
+    own = Path(__file__).parent.parent
     whole = blake2b(digest_size=16)
-    for path in sorted([*own.glob("*.py"), own.parent / "types.py"]):
+    for path in sorted([*own.rglob("*.py"), own.parent / "types.py"]):
         whole.update(path.name.encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tether.data.columns import EXTRAS, IMAGE_COLUMNS, TEXTS, VALUES
-from tether.data.values import clean, decoded, described
+from tether.data.rows.columns import EXTRAS, IMAGE_COLUMNS, TEXTS, VALUES
+from tether.data.rows.values import clean, decoded, described
 from tether.types import Messages
 
 Row = Mapping[str, Any]

@@ -14,9 +14,9 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.schema import Turns
-from tether.data.template import Writer, conversation, opening
-from tether.data.turns import scored_spans
+from tether.data.rows.schema import Turns
+from tether.data.text.template import Writer, conversation, opening
+from tether.data.text.turns import scored_spans
 from tether.types import Messages, Preference
 
 

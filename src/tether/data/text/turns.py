@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tether.data.schema import Turns
-from tether.data.template import Writer, opening, turn_end
+from tether.data.rows.schema import Turns
+from tether.data.text.template import Writer, opening, turn_end
 from tether.types import Messages, Preference
 
 Spans = tuple[tuple[int, int], ...]

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from tether.data.images import table_digest as images_digest
-from tether.data.schema import VALUES
+from tether.data.images.inputs import table_digest as images_digest
+from tether.data.rows.schema import VALUES
 from tether.types import Example
 
 

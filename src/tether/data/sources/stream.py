@@ -15,10 +15,10 @@ from typing import Any, cast
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tether.data.columns import BATCH_ROWS
-from tether.data.files import expand, stream_file
-from tether.data.formats import convert, detected
-from tether.data.sources import (
+from tether.data.rows.columns import BATCH_ROWS
+from tether.data.rows.formats import convert, detected
+from tether.data.sources.files import expand, stream_file
+from tether.data.sources.load import (
     Origin,
     Source,
     concatenated,

@@ -17,7 +17,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from transformers import ProcessorMixin
 
-from tether.data.image_parts import (
+from tether.data.images.parts import (
     IMAGES,
     MARK,
     References,
@@ -27,8 +27,8 @@ from tether.data.image_parts import (
     identity,
     image_column,
 )
-from tether.data.render import Rendered
-from tether.data.tokenize import Encoder, Tokenized
+from tether.data.text.render import Rendered
+from tether.data.text.tokenize import Encoder, Tokenized
 from tether.errors import DataError
 from tether.types import ImageInputs
 

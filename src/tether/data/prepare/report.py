@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.render import Rendered
-from tether.data.values import Form
+from tether.data.rows.values import Form
+from tether.data.text.render import Rendered
 from tether.types import Kind
 
 # Why rows are dropped, in the order in which it is looked for.

@@ -15,16 +15,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit import MarkerFinder, digest
-from tether.data.image_parts import as_text, has_parts, identity, image_column, missing_file
-from tether.data.images import reads_images, require_processor
-from tether.data.lengths import Lengths, Limited, Reading, measured
-from tether.data.near import NearDuplicates
-from tether.data.schema import Schema, python_rows, record, row_faults, schema_of
-from tether.data.speech import is_odd, is_refusal, language, script
-from tether.data.template import text_tokenizer
-from tether.data.truncate import TruncationMode
-from tether.data.values import is_blank, texts_of
+from tether.data.audit.language import is_odd, is_refusal, language, script
+from tether.data.audit.lengths import Lengths, Limited, Reading, measured
+from tether.data.audit.near_duplicates import NearDuplicates
+from tether.data.images.inputs import reads_images, require_processor
+from tether.data.images.parts import as_text, has_parts, identity, image_column, missing_file
+from tether.data.prepare.report import MarkerFinder, digest
+from tether.data.rows.schema import Schema, python_rows, record, row_faults, schema_of
+from tether.data.rows.values import is_blank, texts_of
+from tether.data.text.template import text_tokenizer
+from tether.data.text.truncate import TruncationMode
 from tether.errors import ConfigError
 from tether.types import Kind, Messages, Preference
 

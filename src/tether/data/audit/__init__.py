@@ -1,0 +1,1 @@
+"""The look at rows before a run: duplicates, contradictions, lengths, languages."""
