@@ -29,7 +29,7 @@ from tether.reference import SAME, ReferenceSpec, RemoteOptions, StoredReference
 from tether.reference.protocol import frozen_pass
 from tether.reference.spec import MEANS as MEANS_OF
 from tether.scoring import pack, score
-from tether.scoring.proof import score_alone
+from tether.scoring.layout.proof import score_alone
 from tiny import VOCABULARY, pair_rows, ragged_examples, tiny_model
 
 TWO_PROGRAMS = 2e-5  # nats: the server computes without this package

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from tether.errors import ConfigError, ScoringError
-from tether.scoring import attention, attention_flash, attention_flex, choose_layout, pack, score, score_alone
-from tether.scoring.attention import backends_for, tree_attention
+from tether.scoring import choose_layout, pack, score, score_alone
+from tether.scoring.attention import flash as attention_flash
+from tether.scoring.attention import flex as attention_flex
+from tether.scoring.attention import interface as attention
+from tether.scoring.attention.interface import backends_for, tree_attention
 from tether.types import Example, Forest, Tree
 from tiny import CONFIGS, FALLBACK, ragged_examples, tiny_model
 

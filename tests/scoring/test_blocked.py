@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tether.scoring import blocked
-from tether.scoring.blocked import blocked_attention
+from tether.scoring.attention import blocked
+from tether.scoring.attention.blocked import blocked_attention
 
 SHAPES = [(130, 130, 0), (70, 200, 0), (1, 5, 0), (64, 64, 0), (200, 300, 17), (130, 300, 64), (10, 40, 100)]
 

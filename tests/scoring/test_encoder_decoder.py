@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tether.errors import ScoringError
-from tether.scoring import choose_layout, encoder_decoder, pack, score, score_alone
+from tether.scoring import choose_layout, pack, score, score_alone
+from tether.scoring.layout import encoder_decoder
 from tether.types import Example
 from tiny import ragged_examples, tiny_model
 from tiny_seq2seq import SEQ2SEQ, tiny_seq2seq

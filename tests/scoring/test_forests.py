@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tether.errors import ScoringError
-from tether.scoring import attention, choose_layout, pack, score, score_alone
+from tether.scoring import choose_layout, pack, score, score_alone
+from tether.scoring.attention import interface as attention
 from tether.scoring.batch import sequence_counts, sequences
 from tether.types import Example, Forest, Tree
 from tiny import ragged_examples, tiny_model

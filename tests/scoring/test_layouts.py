@@ -10,7 +10,9 @@ import torch
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import evaluation_mode
-from tether.scoring import attention, attention_sdpa, choose_layout, pack, score, score_alone
+from tether.scoring import choose_layout, pack, score, score_alone
+from tether.scoring.attention import interface as attention
+from tether.scoring.attention import sdpa as attention_sdpa
 from tether.types import Example, Scores
 from tiny import ragged_examples, tiny_model
 

@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tether.scoring import attention_sdpa, blocked, pack, score, score_alone
+from tether.scoring import pack, score, score_alone
+from tether.scoring.attention import blocked
+from tether.scoring.attention import sdpa as attention_sdpa
 from tether.types import Example
 from tiny import ragged_examples, tiny_model
 

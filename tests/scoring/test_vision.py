@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tether.errors import ScoringError
-from tether.scoring import choose_layout, pack, score, score_alone, vision
+from tether.scoring import choose_layout, pack, score, score_alone
+from tether.scoring.layout import vision
 from tether.types import ImageInputs
 from tiny_vision import VISION, tiny_vision, vision_examples
 

@@ -13,7 +13,7 @@ from tether.errors import ConfigError, ScoringError
 from tether.models.structure import evaluation_mode
 from tether.scoring import pack, score
 from tether.scoring.batch import with_prompts
-from tether.scoring.proof import score_alone
+from tether.scoring.layout.proof import score_alone
 from tether.training import mismatched
 from tiny_vision import VISION, picture, tiny_processor, tiny_vision, tiny_vision_reward, vision_examples
 from training import plain

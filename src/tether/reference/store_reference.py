@@ -16,7 +16,7 @@ from tether.reference.protocol import Reference
 from tether.reference.store import Store
 from tether.reference.store_parts import Namespace
 from tether.scoring import pack
-from tether.scoring.proof import TOLERANCE
+from tether.scoring.layout.proof import TOLERANCE
 from tether.types import Example, ReferenceIdentity, ScoringBatch
 
 # A value kept in float16 is off by a 2048th part, and few tokens are less likely than e^-30.

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import transformers_model
-from tether.scoring.attention import Backend, backends_for, require_all_attended
+from tether.scoring.attention.interface import Backend, backends_for, require_all_attended
 from tether.scoring.batch import sequences
-from tether.scoring.proof import Measures
+from tether.scoring.layout.proof import Measures
+from tether.scoring.layout.vision import has_images, images_alone
 from tether.scoring.score import _LAYOUTS, Layout, _refuse_length_dependence
-from tether.scoring.vision import has_images, images_alone
 from tether.types import ScoringBatch
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import virtual_tokens
 from tether.models.structure import transformers_model
-from tether.scoring.attention import (
+from tether.scoring.attention.interface import (
     Backend,
     backends_for,
     forest_forward,
@@ -21,10 +21,10 @@ from tether.scoring.attention import (
     require_all_attended,
 )
 from tether.scoring.batch import sequence_counts, sequence_sources, sequences
-from tether.scoring.encoder_decoder import encoder_decoder
 from tether.scoring.head import CHUNK, OUTPUTS, Head, token_scores
+from tether.scoring.layout.encoder_decoder import encoder_decoder
+from tether.scoring.layout.vision import padded_images, tree_images
 from tether.scoring.router import has_router, load_balancing_loss
-from tether.scoring.vision import padded_images, tree_images
 from tether.types import Scores, ScoringBatch
 
 Layout = Literal["tree", "padded", "encoder_decoder"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tether.scoring.blocked import blocked_attention
+from tether.scoring.attention.blocked import blocked_attention
 from tether.types import Forest
 
 # Numbers in a mask, or in scores where they must be held: beyond it, queries go in blocks, and memory stays linear.

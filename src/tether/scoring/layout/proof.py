@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tether.errors import ConfigError, ScoringError
 from tether.models.structure import dtype_of, evaluation_mode, transformers_model
-from tether.scoring.attention import Backend, backends_for, remove_tree_attention
+from tether.scoring.attention.interface import Backend, backends_for, remove_tree_attention
 from tether.scoring.batch import pack, sequence_sources, sequences
-from tether.scoring.encoder_decoder import is_encoder_decoder, logits_alone
+from tether.scoring.layout.encoder_decoder import is_encoder_decoder, logits_alone
+from tether.scoring.layout.vision import has_images, images_alone
 from tether.scoring.score import Layout, score
-from tether.scoring.vision import has_images, images_alone
 from tether.types import Example, ScoringBatch
 
 # Largest difference of one token's log-probability, in nats, that rounding explains.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from tether.errors import ScoringError
-from tether.scoring.attention_sdpa import Options
+from tether.scoring.attention.sdpa import Options
 from tether.types import Forest
 
 

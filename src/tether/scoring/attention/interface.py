@@ -20,9 +20,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tether.errors import ConfigError, ScoringError
-from tether.scoring.attention_flash import flash_attention, flash_problem
-from tether.scoring.attention_flex import flex_tree_attention
-from tether.scoring.attention_sdpa import Options, blocked_segments, segmented_attention
+from tether.scoring.attention.flash import flash_attention, flash_problem
+from tether.scoring.attention.flex import flex_tree_attention
+from tether.scoring.attention.sdpa import Options, blocked_segments, segmented_attention
 from tether.types import Forest
 
 Backend = Literal["blocked", "sdpa", "flex", "flash"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tether.errors import ScoringError
-from tether.scoring.attention_sdpa import Options
+from tether.scoring.attention.sdpa import Options
 from tether.types import Forest
 
 DTYPES = (torch.float16, torch.bfloat16)

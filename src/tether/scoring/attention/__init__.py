@@ -1,0 +1,1 @@
+"""Tree attention: how transformers calls it, and the backends that compute it."""
