@@ -13,7 +13,7 @@ import numpy as np
 from common import peak_memory_mib, resident_memory_mib
 
 from tether.reference import Namespace, Store
-from tether.reference.store_tools import compact_store
+from tether.reference.store.tools import compact_store
 
 SPACE = Namespace("b2:benchmark", "float32")
 BATCH = 64

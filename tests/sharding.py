@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tether import DPOTrainer
 from tether.models.partitioned import is_partitioned
-from tether.reference.shards import release_gathered
+from tether.reference.methods.shards import release_gathered
 
 _WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 

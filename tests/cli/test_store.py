@@ -81,7 +81,8 @@ def test_two_processes_fill_what_a_killed_one_left(tether, workplace):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workplace.write_rows(workplace.pairs(400))
     code = (
-        "import tether.reference.store as s; s.FLUSH_SECONDS = 0; s.Store.__init__.__kwdefaults__['flush_seconds'] = 0;"
+        "import tether.reference.store.store as s; s.FLUSH_SECONDS = 0;"
+        "s.Store.__init__.__kwdefaults__['flush_seconds'] = 0;"
         "from tether.cli.main import main; import sys; sys.exit(main(sys.argv[1:]))"
     )
     command = ["precompute", "run.yaml", STORE, "train.per_device_train_batch_size=2", "data.eval=null"]

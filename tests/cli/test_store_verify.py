@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tether.reference import Namespace, Store
-from tether.reference.store_files import PartFolder
-from tether.reference.store_tools import _parts, _rows
+from tether.reference.store.files import PartFolder
+from tether.reference.store.tools import _parts, _rows
 
 STORE = "reference.store=log_probs"
 REPORT = re.compile(r"(\d+) completions, \d+ tokens computed again by (.*): at most (\S+) nats apart, (\S+) on average")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tether.reference.store import Store
-from tether.reference.store_parts import Namespace
+from tether.reference.store.parts import Namespace
+from tether.reference.store.store import Store
 
 SPACE = Namespace("s2:00ff", "float32")
 

@@ -26,7 +26,7 @@ from store_runs import trainer
 from tether.data import example_from_row
 from tether.models.structure import evaluation_mode, trainable_tensors
 from tether.reference import SAME, ReferenceSpec, RemoteOptions, StoredReference, live_reference, resolve
-from tether.reference.protocol import frozen_pass
+from tether.reference.base import frozen_pass
 from tether.reference.spec import MEANS as MEANS_OF
 from tether.scoring import pack, score
 from tether.scoring.layout.proof import score_alone

@@ -15,7 +15,7 @@ from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, ReferenceError
 from tether.models.structure import trainable_tensors
 from tether.reference import SAME, FrozenProbe, ReferenceSpec, Sync, resolve
-from tether.reference.moving import policy_weights
+from tether.reference.methods.moving import policy_weights
 from tether.scoring import score
 from tiny import VOCABULARY, pair_rows, tiny_model, tiny_tokenizer
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-import tether.reference.completions as completions
+import tether.reference.methods.completions_server as completions
 from completions_server import serving
 from policies import PROBE, continued_adapter, resolved, take_steps, with_lora
 from tether.errors import ConfigError, ReferenceError

@@ -11,7 +11,7 @@ from torch import nn
 from tether.errors import ReferenceError
 from tether.models.fingerprint import fingerprint
 from tether.models.partitioned import whole_weights
-from tether.reference.shards import is_away, local_part, sums, whole_size
+from tether.reference.methods.shards import is_away, local_part, sums, whole_size
 
 
 class Shard(nn.Parameter):

@@ -16,7 +16,7 @@ from store_runs import lora, policy, step_logs, trainer
 from tether.errors import ReferenceError
 from tether.models.structure import trainable_tensors
 from tether.reference import ReferenceSpec, live_reference, resolve
-from tether.reference.spill import Spill
+from tether.reference.methods.spill import Spill
 from tether.scoring import score
 from tiny import pair_rows, tiny_model
 

@@ -14,9 +14,9 @@ import pytest
 
 from tether import Namespace, Store
 from tether.errors import ConfigError, StoreError
-from tether.reference.store_index import KeyIndex
-from tether.reference.store_parts import PartIndex, decode_part, encode_part
-from tether.reference.store_tools import compact_store, describe_store, export_store
+from tether.reference.store.index import KeyIndex
+from tether.reference.store.parts import PartIndex, decode_part, encode_part
+from tether.reference.store.tools import compact_store, describe_store, export_store
 
 SPACE = Namespace("s2:00ff", "float32")
 
@@ -40,7 +40,7 @@ def path(request, tmp_path, monkeypatch):
     if request.param == "file":
         return str(tmp_path / "store")
     if request.param == "far":
-        monkeypatch.setattr("tether.reference.store_files.CACHE_BYTES", 0)
+        monkeypatch.setattr("tether.reference.store.files.CACHE_BYTES", 0)
     return f"memory://{uuid.uuid4().hex}"
 
 
@@ -261,7 +261,7 @@ def test_compaction_leaves_damaged_parts_and_removes_old_unfinished_files(tmp_pa
     assert (report.completions, len(report.damaged), len(report.leftovers)) == (20, 1, 1)
     assert compact_store(tmp_path) == (2, 1)
     assert (folder / ".writing-killed.parquet").exists()  # its writer may be alive
-    monkeypatch.setattr("tether.reference.store_tools._ABANDONED_SECONDS", -1.0)
+    monkeypatch.setattr("tether.reference.store.tools._ABANDONED_SECONDS", -1.0)
     compact_store(tmp_path)
     report = describe_store(tmp_path)
     assert (report.completions, len(report.damaged), len(report.leftovers)) == (20, 1, 0)
@@ -317,7 +317,7 @@ def test_a_disk_that_refuses_loses_nothing_that_was_put(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tether.reference.store_files.os.replace", full)
+        patched.setattr("tether.reference.store.files.os.replace", full)
         with pytest.raises(StoreError, match="No space left"):
             store.flush()
     store.flush()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tether import Store
-from tether.reference.store_tools import compact_store, describe_store
+from tether.reference.store.tools import compact_store, describe_store
 
 WRITER = Path(__file__).with_name("store_writer.py")
 TOTAL = 20_000
@@ -109,7 +109,7 @@ def test_a_writer_that_does_not_rename_would_be_caught(tmp_path, monkeypatch):
     """Negative control: parts written in place and cut short by a kill are what the check above looks for."""
     right, path = writer_module(), tmp_path / "store"
     monkeypatch.setattr(
-        "tether.reference.store_files.os.replace", lambda source, target: Path(target).write_bytes(b"PAR1 half")
+        "tether.reference.store.files.os.replace", lambda source, target: Path(target).write_bytes(b"PAR1 half")
     )
     with Store(path, right.SPACE) as store:
         store.put([right.key_of(1)], [right.value_of(1)])

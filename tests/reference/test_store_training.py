@@ -17,8 +17,8 @@ from tether import DPOConfig, Store
 from tether.data import example_from_row
 from tether.errors import ConfigError, ReferenceError, StoreError
 from tether.reference import Namespace, StoredReference, live_reference
-from tether.reference.separate import ModelReference
-from tether.reference.store_tools import describe_store
+from tether.reference.methods.model import ModelReference
+from tether.reference.store.tools import describe_store
 from tether.scoring import pack
 from tether.types import ReferenceIdentity
 from tiny import pair_rows, ragged_examples

@@ -19,7 +19,7 @@ from sharding import finish, is_held, settings
 from tether import DPOConfig, DPOTrainer
 from tether.models.structure import trainable_tensors
 from tether.reference import live_reference
-from tether.reference.shards import gather_shards, is_sharded, local_part, release_gathered
+from tether.reference.methods.shards import gather_shards, is_sharded, local_part, release_gathered
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 

@@ -31,7 +31,7 @@ from tether.models import load_policy
 from tether.models.adapters import refuse_unfit_virtual_tokens
 from tether.models.spec import ModelSpec, select_trainable
 from tether.models.structure import adapters_off
-from tether.reference.none import NoReference
+from tether.reference.methods.none import NoReference
 from tether.reference.record import write_record
 from tether.scoring import pack, score, score_alone
 from tiny import _SHAPE, QUIET, pair_rows, ragged_examples, tiny_model, tiny_tokenizer

@@ -13,7 +13,7 @@ from tether.cli.run import Debug
 from tether.errors import StoreError
 
 if TYPE_CHECKING:
-    from tether.reference.store_tools import StoreReport
+    from tether.reference.store.tools import StoreReport
 
 app = typer.Typer(help="Look into, check, compact or export a store of reference log-probabilities.")
 StorePath = Annotated[
@@ -28,7 +28,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 @app.command("info", help="What a store holds: references, completions, tokens, size.")
 def info(path: StorePath, debug: Debug = False) -> None:
     """Print what a store holds."""
-    from tether.reference.store_tools import describe_store
+    from tether.reference.store.tools import describe_store
 
     _print_report(describe_store(path))
 
@@ -55,7 +55,7 @@ def verify(
     Raises:
         StoreError: a part is damaged, or stored values are not what the reference says.
     """
-    from tether.reference.store_tools import describe_store
+    from tether.reference.store.tools import describe_store
 
     report = describe_store(path, values=True)
     if report.damaged:
@@ -107,7 +107,7 @@ def _compare(path: str, run_file: Path, overrides: list[str], rows: int, seed: i
 @app.command("compact", help="Merge small parts into large ones, keep each completion once, remove unfinished files.")
 def compact(path: StorePath, debug: Debug = False) -> None:
     """Merge a store's parts; runs may go on meanwhile."""
-    from tether.reference.store_tools import compact_store
+    from tether.reference.store.tools import compact_store
 
     before, after = compact_store(path)
     typer.echo(f"{before} parts before, {after} after")
@@ -120,13 +120,13 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a store into one file."""
-    from tether.reference.store_tools import export_store
+    from tether.reference.store.tools import export_store
 
     typer.echo(f"{export_store(path, target)} completions written to {target}")
 
 
 def _print_report(report: StoreReport) -> None:
-    from tether.reference.store_tools import numerics_words
+    from tether.reference.store.tools import numerics_words
 
     typer.echo(f"store {report.path}: {report.completions} completions")
     for one in report.namespaces:

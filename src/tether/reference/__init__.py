@@ -1,13 +1,13 @@
 """The reference policy: what it means, how it is computed, and the guards that keep it right."""
 
+from tether.reference.base import SAME, Reference, Scorer
 from tether.reference.guard import FrozenProbe, GuardResult, TrainingProof, compare_with_start, require_start_equality
-from tether.reference.protocol import SAME, Reference, Scorer
+from tether.reference.methods.model import refuse_other_tokenizer
 from tether.reference.resolve import Resolved, resolve
-from tether.reference.separate import refuse_other_tokenizer
 from tether.reference.spec import ReferenceSpec, RemoteOptions, Sync
-from tether.reference.store import Store
-from tether.reference.store_parts import Namespace
-from tether.reference.store_reference import StoreCheck, StoredReference, live_reference, numerics_class
+from tether.reference.store.parts import Namespace
+from tether.reference.store.reference import StoreCheck, StoredReference, live_reference, numerics_class
+from tether.reference.store.store import Store
 
 __all__ = [
     "SAME",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tether.errors import ReferenceError
 from tether.models.structure import trainable_tensors
-from tether.reference.protocol import Moving, Reference, Scorer, frozen_pass
-from tether.reference.shards import sums
+from tether.reference.base import Moving, Reference, Scorer, frozen_pass
+from tether.reference.methods.shards import sums
 from tether.types import ScoringBatch
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import ReferenceError
+from tether.reference.base import Moving, Reference, Restorable
 from tether.reference.guard import GuardResult
-from tether.reference.protocol import Moving, Reference, Restorable
-from tether.reference.snapshot import SnapshotReference
+from tether.reference.methods.snapshot import SnapshotReference
 from tether.types import ReferenceIdentity
 
 RECORD = "reference.json"

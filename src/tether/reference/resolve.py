@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tether.errors import ConfigError, ReferenceError
 from tether.models.fingerprint import fingerprint, model_fingerprint
 from tether.models.structure import adapter_on, adapter_tensors, adapters_off, dtype_of, trainable_tensors, unwrap
-from tether.reference.adapter import AdapterOffReference, AdapterOnReference
-from tether.reference.adapter_check import (
+from tether.reference.base import SAME, Reference, Scorer
+from tether.reference.guard import GuardResult, compare_with_start
+from tether.reference.methods.adapter import AdapterOffReference, AdapterOnReference
+from tether.reference.methods.adapter_check import (
     active_adapters,
     learnt_for_some_tokens,
     outside_adapters,
@@ -23,14 +25,12 @@ from tether.reference.adapter_check import (
     some,
     trainable_of_adapter,
 )
-from tether.reference.guard import GuardResult, compare_with_start
-from tether.reference.moving import MovingModelReference
-from tether.reference.none import NoReference
-from tether.reference.protocol import SAME, Reference, Scorer
-from tether.reference.remote import RemoteReference
-from tether.reference.separate import ModelReference, refuse_wrong_model
-from tether.reference.shards import free_memory
-from tether.reference.snapshot import SnapshotReference
+from tether.reference.methods.model import ModelReference, refuse_wrong_model
+from tether.reference.methods.moving import MovingModelReference
+from tether.reference.methods.none import NoReference
+from tether.reference.methods.served import RemoteReference
+from tether.reference.methods.shards import free_memory
+from tether.reference.methods.snapshot import SnapshotReference
 from tether.reference.spec import Keep, ReferenceSpec
 from tether.types import Means, ReferenceIdentity, ScoringBatch
 

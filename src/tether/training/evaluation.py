@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from tether.data import is_origin
 from tether.errors import ConfigError
 from tether.models.partitioned import whole_weights
-from tether.reference.shards import is_sharded
+from tether.reference.methods.shards import is_sharded
 from tether.training.batching import joined
 from tether.training.checkpoint import RenamedCheckpoints
 from tether.training.collate import batch_of

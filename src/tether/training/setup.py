@@ -23,7 +23,7 @@ from tether.models.adapters import (
 )
 from tether.models.spec import ModelSpec, select_trainable
 from tether.models.structure import disable_dropout, transformers_model
-from tether.reference.separate import may_move
+from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router
 from tether.training.arguments import PreferenceConfig
 from tether.training.checkpoint import refuse_silent_reanchoring

@@ -12,8 +12,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
 from tether.reference import Reference, live_reference
-from tether.reference.moving import MovingModelReference
-from tether.reference.separate import ModelReference
+from tether.reference.methods.model import ModelReference
+from tether.reference.methods.moving import MovingModelReference
 
 # What only a model in training needs.
 _OF_TRAINING = ("optimizer", "scheduler")

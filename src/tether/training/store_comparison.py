@@ -13,8 +13,8 @@ from datasets import Dataset
 from tether.data import example_from_row
 from tether.errors import ConfigError, StoreError
 from tether.reference import StoredReference
-from tether.reference.store_reference import MEAN_SHARE
-from tether.reference.store_tools import describe_store, numerics_words
+from tether.reference.store.reference import MEAN_SHARE
+from tether.reference.store.tools import describe_store, numerics_words
 from tether.training.datasets import known_rows
 from tether.training.stored import data_sets, open_store
 

@@ -18,7 +18,7 @@ from tether.data import example_from_row
 from tether.data.prepare.stream import PreparedStream
 from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
-from tether.reference.shards import is_sharded
+from tether.reference.methods.shards import is_sharded
 from tether.scoring import pack
 from tether.training.arguments import PreferenceConfig
 from tether.training.datasets import known_rows

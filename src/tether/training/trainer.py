@@ -39,8 +39,8 @@ from tether.reference import (
     require_start_equality,
     resolve,
 )
+from tether.reference.methods.shards import held_by
 from tether.reference.record import restore, write_record, write_tensors
-from tether.reference.shards import held_by
 from tether.scoring import Layout, choose_layout, pack
 from tether.training.arguments import PreferenceConfig
 from tether.training.batching import MicroBatch, accumulate_only, without_repeated_rows

@@ -15,7 +15,7 @@ from tether.data import Prepared
 from tether.data.prepare.stream import Arrange
 from tether.objectives.others import OTHER_OBJECTIVES
 from tether.objectives.unpaired import is_balanced, kto, suggested_weights, unpaired_loss
-from tether.reference.protocol import frozen_pass
+from tether.reference.base import frozen_pass
 from tether.training.batching import MicroBatch
 from tether.training.mismatched import Mismatching, with_mismatched
 from tether.training.trainer import TetherTrainer

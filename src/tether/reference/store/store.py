@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from tether.errors import StoreError
-from tether.reference.store_files import PartFolder
-from tether.reference.store_index import KeyIndex
-from tether.reference.store_parts import Namespace, PartIndex, crc_of, decode_part, encode_part, part_name
+from tether.reference.store.files import PartFolder
+from tether.reference.store.index import KeyIndex
+from tether.reference.store.parts import Namespace, PartIndex, crc_of, decode_part, encode_part, part_name
 
 logger = logging.getLogger("tether")
 # What a killed process may lose: values that are computed and not yet in a part.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tether.errors import ReferenceError
-from tether.reference.protocol import SAME, Scorer, frozen_pass
-from tether.reference.shards import (
+from tether.reference.base import SAME, Scorer, frozen_pass
+from tether.reference.methods.shards import (
     gather_shards,
     local_part,
     plain_name,
@@ -21,8 +21,8 @@ from tether.reference.shards import (
     shard_like,
     whole_size,
 )
+from tether.reference.methods.spill import Spill
 from tether.reference.spec import Keep, Sync
-from tether.reference.spill import Spill
 from tether.types import ReferenceIdentity, ScoringBatch
 
 logger = logging.getLogger("tether")

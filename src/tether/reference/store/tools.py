@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tether.errors import ConfigError, StoreError
-from tether.reference.store_files import PartFolder
-from tether.reference.store_index import KeyIndex
-from tether.reference.store_parts import Namespace, PartIndex, crc_of, encode_part, part_name
+from tether.reference.store.files import PartFolder
+from tether.reference.store.index import KeyIndex
+from tether.reference.store.parts import Namespace, PartIndex, crc_of, encode_part, part_name
 
 # A merged part is written when its values reach this many bytes.
 PART_BYTES = 2**27

@@ -11,7 +11,7 @@ from tether.errors import ReferenceError
 from tether.models.fingerprint import model_fingerprint
 from tether.models.partitioned import whole_weights
 from tether.models.structure import transformers_model
-from tether.reference.protocol import SAME, Scorer, frozen_pass
+from tether.reference.base import SAME, Scorer, frozen_pass
 from tether.types import ReferenceIdentity, ScoringBatch
 
 

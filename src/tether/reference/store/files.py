@@ -15,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from tether.errors import ConfigError, StoreError
-from tether.reference.store_parts import SUFFIX, PartIndex, decode_part
+from tether.reference.store.parts import SUFFIX, PartIndex, decode_part
 
 # Most bytes of remote parts that are kept in memory; a local part is mapped, never copied.
 CACHE_BYTES = 2**28

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tether.reference.store_parts import KEY_BYTES, PartIndex
+from tether.reference.store.parts import KEY_BYTES, PartIndex
 
 _COLUMNS = {
     "high": np.uint64,

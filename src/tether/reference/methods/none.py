@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tether.reference.protocol import SAME
+from tether.reference.base import SAME
 from tether.types import ReferenceIdentity, ScoringBatch
 
 

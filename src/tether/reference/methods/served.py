@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tether.errors import ReferenceError
 from tether.models.structure import transformers_model
-from tether.reference.completions import CompletionsServer
+from tether.reference.base import Reference
 from tether.reference.guard import largest_difference
-from tether.reference.protocol import Reference
+from tether.reference.methods.completions_server import CompletionsServer
 from tether.reference.spec import RemoteOptions
 from tether.scoring import tolerance
 from tether.scoring.batch import sequence_sources, sequences

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from tether.models.structure import adapter_on, adapters_off
-from tether.reference.protocol import SAME, Scorer, frozen_pass
+from tether.reference.base import SAME, Scorer, frozen_pass
 from tether.types import ReferenceIdentity, ScoringBatch
 
 

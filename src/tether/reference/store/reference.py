@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tether.errors import ConfigError, StoreError
-from tether.reference.protocol import Reference
-from tether.reference.store import Store
-from tether.reference.store_parts import Namespace
+from tether.reference.base import Reference
+from tether.reference.store.parts import Namespace
+from tether.reference.store.store import Store
 from tether.scoring import pack
 from tether.scoring.layout.proof import TOLERANCE
 from tether.types import Example, ReferenceIdentity, ScoringBatch

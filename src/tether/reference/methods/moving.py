@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from tether.errors import ReferenceError
 from tether.models.fingerprint import computation
 from tether.models.structure import transformers_model, unwrap
-from tether.reference.protocol import Scorer
-from tether.reference.separate import ModelReference
-from tether.reference.shards import gather_shards, local_part, plain_name
+from tether.reference.base import Scorer
+from tether.reference.methods.model import ModelReference
+from tether.reference.methods.shards import gather_shards, local_part, plain_name
 from tether.reference.spec import Sync
 from tether.types import ReferenceIdentity
 
