@@ -40,7 +40,7 @@ from transformers import TrainerCallback
 from vs_trl import LEARNING_RATE, LORA_R, MAX_LENGTH, SEED, model_folder
 from vs_trl_worker import Clock, make_trainer
 
-from tether.models.products import product, products
+from tether.compute.cpu_matmul import product, products
 
 # The autograd functions of `tether.scoring`, by the ends of their names.
 OURS = {"_Blocked": "attention", "_LinearLogProbs": "head"}

@@ -23,7 +23,7 @@ from common import WorkerError, cores, new_report, run_worker, table, write_repo
 from lengths import PROFILES, make_rows
 from vs_trl import model_folder
 
-from tether.models.products import LIBRARIES
+from tether.compute.cpu_matmul import LIBRARIES
 
 WORKER = Path(__file__).with_name("reference_worker.py")
 # In the order they run: the cold run fills the store that the warm one reads. Without a cold run it is filled first,

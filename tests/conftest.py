@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from tether.models import products
+from tether.compute import cpu_matmul as products
 
 # Tiny tensors gain nothing from threads and lose much to switching between them on a shared machine.
 torch.set_num_threads(1)

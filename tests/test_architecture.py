@@ -24,14 +24,15 @@ PACKAGE = ROOT / "src" / "tether"
 RANKS = {
     **dict.fromkeys(("types", "errors"), 0),
     **dict.fromkeys(("models", "data"), 1),
-    "scoring": 2,
-    **dict.fromkeys(("reference", "objectives"), 3),
-    "rollout": 4,
-    "training": 5,
-    **dict.fromkeys(("evaluate", "plan", "report"), 6),
-    "config": 7,
-    "cli": 8,
-    "__main__": 9,
+    "compute": 2,
+    "scoring": 3,
+    **dict.fromkeys(("reference", "objectives"), 4),
+    "rollout": 5,
+    "training": 6,
+    **dict.fromkeys(("evaluate", "plan", "report"), 7),
+    "config": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 # Rooms that may import only what is named here and the standard library.
 CLOSED = {"errors": set(), "types": {"torch"}, "objectives": {"torch", "tether.types"}}

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from tether.compute import cpu_matmul as products
 from tether.errors import ScoringError
-from tether.models import products
 from tether.models.structure import transformers_model
 from tether.scoring import choose_layout, pack, score, score_alone
 from tether.scoring.batch import sequence_sources, sequences

@@ -13,8 +13,8 @@ from torch import nn
 
 import tether.training.precision as precision
 from tether import DPOConfig, DPOTrainer
+from tether.compute import cpu_matmul as products
 from tether.errors import ConfigError
-from tether.models import products
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

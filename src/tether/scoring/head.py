@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from tether.compute.cpu_matmul import product
 from tether.models.partitioned import gathers_itself
-from tether.models.products import product
 
 CHUNK = 256
 OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")

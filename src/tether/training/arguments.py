@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
-from tether.models.products import LIBRARIES
 from tether.scoring import Layout
 from tether.training.reference_arguments import ReferenceArguments, keywords
 from tether.types import Kind

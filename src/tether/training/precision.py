@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from tether.compute.cpu_matmul import has_onednn, onednn_product, use_products
 from tether.errors import ConfigError
-from tether.models.products import has_onednn, onednn_product, use_products
 from tether.models.structure import dtype_of, transformers_model
 from tether.training.arguments import PreferenceConfig
 

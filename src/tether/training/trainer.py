@@ -20,10 +20,10 @@ from transformers import (
     TrainerState,
 )
 
+from tether.compute.cpu_matmul import compute_by_products
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
 from tether.models.partitioned import on_whole_weights, whole_weights
-from tether.models.products import compute_by_products
 from tether.models.spec import add_tokens, embed_tokens
 from tether.models.structure import evaluation_mode, transformers_model, unwrap
 from tether.reference import (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tether.models.products import batched_product
+from tether.compute.cpu_matmul import batched_product
 
 BLOCK = 96
 # The weights of a block of at most so many keys are kept for the backward: no more than so many numbers a query.

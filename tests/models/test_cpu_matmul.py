@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import linear
 
+from tether.compute import cpu_matmul as products
+from tether.compute.cpu_matmul import OneDnnLinear, batched_product, compute_by_products, product, use_products
 from tether.errors import ConfigError
-from tether.models import products
-from tether.models.products import OneDnnLinear, batched_product, compute_by_products, product, use_products
 from tiny import tiny_model
 
 

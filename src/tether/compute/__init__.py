@@ -1,0 +1,1 @@
+"""In what a run computes: the library of CPU products."""
