@@ -4,7 +4,7 @@
 
 A small model with random weights, so that what grows is seen: attention must not grow with the square of the length,
 and no `[tokens, vocabulary]` matrix may exist. Each figure is a process of its own; what it had resident before the
-forward is subtracted. `estimate` is what the budget `auto` reckons with (`tether.training.memory`).
+forward is subtracted. `estimate` is what the budget `auto` reckons with (`tether.compute.memory`).
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def work() -> None:
     """The worker: a forward and a backward of one pair, half of it prompt."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tether.compute.memory import bytes_per_token
     from tether.scoring import pack, score
-    from tether.training.memory import bytes_per_token
     from tether.types import Example
 
     spec = read_spec()

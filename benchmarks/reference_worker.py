@@ -147,14 +147,14 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Some steps by one means, with the passes of the live reference counted, and the store's part of a step timed."""
     from vs_trl_worker import Clock
 
-    from tether.reference import StoredReference, live_reference
+    from tether.reference import StoredReference
 
     clock = Clock()
     trainer = make_trainer(spec, [clock])
     calls: list[float] = []
     lookups: list[float] = []
-    reference: Any = trainer.resolved.reference
-    live: Any = live_reference(reference)
+    reference: Any = trainer.run.reference
+    live: Any = reference.live
 
     def timed(score: Any, seconds: list[float]) -> Any:
         def run(batch: Any) -> Any:

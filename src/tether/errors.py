@@ -22,7 +22,7 @@ class DataError(TetherError):
     exit_code = 2
 
 
-class ReferenceError(TetherError):
+class ReferencePolicyError(TetherError):
     """The reference policy is not, or is no longer, what was declared."""
 
 

@@ -9,7 +9,7 @@ packed row, B examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import pairwise
@@ -21,6 +21,7 @@ from torch import Tensor
 Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
 Meaning = Literal["start", "base", "model", "adapter", "none"]
+Over = Literal["examples", "completions", "tokens", "constant"]
 Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "store", "none"]
 
 
@@ -299,8 +300,7 @@ class Scores:
         log_collision: float32 `[N]` nats, log of the sum of squared probabilities, which is the log-probability that
             two draws agree; None unless asked for.
         hidden: `[N, hidden_size]`, the state before the head that predicts each token; None unless asked for.
-        reference_kl: float32 `[N]` nats, KL(reference, policy) of the distribution that each token is from; None unless
-            a loss takes it.
+        head: what makes logits `[M, vocabulary]` of such states `[M, hidden_size]`; given with `hidden`.
         aux_loss: scalar, the load-balancing loss of the batch's routers; None unless asked for.
 
     Example:
@@ -317,7 +317,7 @@ class Scores:
     mean_logits: Tensor | None = None
     log_collision: Tensor | None = None
     hidden: Tensor | None = None
-    reference_kl: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
     aux_loss: Tensor | None = None
 
     def sum_by_completion(self, values: Tensor) -> Tensor:
@@ -342,26 +342,45 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class LossTerm:
+    """A part of a loss, not reduced.
+
+    Args:
+        values: float, one for each of what it is averaged over.
+        over: `examples` `[B]`, `completions` `[K]` or `tokens` `[M]` of a step (the likelihood of chosen completions,
+            say); `constant`: the values are summed as they stand, divided by something that the objective knows.
+
+    Example:
+        >>> LossTerm(torch.tensor([0.5, 1.5])).over
+        'examples'
+    """
+
+    values: Tensor
+    over: Over = "examples"
+
+
+@dataclass(frozen=True)
 class LossOutput:
     """An objective's answer: losses that are not reduced, and what to report.
 
-    The loss of a step is the mean of `per_example` over its examples, plus the mean of `per_token` over its tokens.
+    The loss of a step is the sum of its terms' means, each over all examples (or tokens, …) of the step.
 
     Args:
-        per_example: float `[B]`, averaged over the examples of a step.
+        terms: parts of the loss, each averaged over something of its own.
         metrics: name to `(sum, count)`, both detached; the mean over a step is the quotient of the summed parts.
-        per_token: float `[M]`, a part of the loss that is averaged over the M tokens of a step instead of over examples
-            (the likelihood of chosen completions, say); None when there is none.
 
     Example:
-        >>> output = LossOutput(torch.tensor([0.5, 1.5]), {"rewards/margins": (torch.tensor(3.0), torch.tensor(2.0))})
-        >>> output.per_example.mean().item()
-        1.0
+        >>> output = LossOutput((LossTerm(torch.tensor([0.5, 1.5])),), {})
+        >>> [(term.over, term.values.mean().item()) for term in output.terms]
+        [('examples', 1.0)]
     """
 
-    per_example: Tensor
+    terms: tuple[LossTerm, ...]
     metrics: dict[str, tuple[Tensor, Tensor]]
-    per_token: Tensor | None = None
+
+    def values(self, over: Over = "examples") -> Tensor | None:
+        """The term that is averaged over something; None when there is none."""
+        return next((term.values for term in self.terms if term.over == over), None)
 
 
 @dataclass(frozen=True)

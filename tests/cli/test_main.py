@@ -13,7 +13,7 @@ import torch
 import typer
 
 from tether.cli.errors import explain
-from tether.errors import ConfigError, DataError, ReferenceError, TetherError
+from tether.errors import ConfigError, DataError, ReferencePolicyError, TetherError
 
 Tether = Callable[..., tuple[int, str, str]]
 
@@ -48,7 +48,7 @@ def test_help_of_the_module_waits_for_no_library() -> None:
     [
         (ConfigError("a"), 2, "a"),
         (DataError("a"), 2, "a"),
-        (ReferenceError("a"), 1, "a"),
+        (ReferencePolicyError("a"), 1, "a"),
         (TetherError("a"), 1, "a"),
         (KeyboardInterrupt(), 130, "Stopped."),
         (typer.Abort(), 130, "Stopped."),

@@ -105,7 +105,7 @@ def test_every_format_gives_a_loss_and_a_gradient(name: str | None, kind: str, r
     batch = pack([example_from_row(one) for one in prepared.dataset])
     scores = score(model, batch)
     if kind == "pair":
-        loss = preference_loss(scores, scores_of_nothing(scores), loss="sigmoid", beta=0.1).per_example.sum()
+        loss = preference_loss(scores, scores_of_nothing(scores), loss="sigmoid", beta=0.1).values().sum()
     else:
         loss = -scores.mean_logps.mean()
     loss.backward()

@@ -13,7 +13,7 @@ from data.samples import assistant, pair, user
 from tether.data import load_rows, preferences, prepare, read_preferences, split_rows
 from tether.data.audit.audit import check
 from tether.errors import DataError
-from tether.training.datasets import RunData
+from tether.training.setup.data import RunData
 from tiny import tiny_tokenizer
 from tiny_vision import picture, tiny_processor
 
@@ -167,7 +167,7 @@ def test_a_run_looks_at_its_rows_in_one_process(rank: int, monkeypatch: pytest.M
     from types import SimpleNamespace
 
     looked: list[str] = []
-    monkeypatch.setattr("tether.training.datasets.check", lambda *a, **k: looked.append(k["name"]) or check(*a, **k))
+    monkeypatch.setattr("tether.training.setup.data.check", lambda *a, **k: looked.append(k["name"]) or check(*a, **k))
     args: Any = SimpleNamespace(
         kind="pair",
         dataset_cache=None,

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import base_tensors, fingerprint, model_fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
 from tiny import tiny_model
@@ -71,9 +71,9 @@ def test_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_refuses_what_has_no_values_here_and_names_that_come_twice():
-    with pytest.raises(ReferenceError, match=r"'w' is on the device 'meta'.*before it is sharded"):
+    with pytest.raises(ReferencePolicyError, match=r"'w' is on the device 'meta'.*before it is sharded"):
         fingerprint({"w": torch.zeros(2, device="meta")})
-    with pytest.raises(ReferenceError, match="Two tensors are named 'w'"):
+    with pytest.raises(ReferencePolicyError, match="Two tensors are named 'w'"):
         fingerprint([("w", torch.zeros(2)), ("w", torch.ones(2))])
 
 
@@ -183,13 +183,13 @@ def test_files_that_differ_in_one_bit_or_one_setting_differ(tmp_path):
 def test_files_that_do_not_say_what_the_model_is_are_refused(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "less", state_dict={"lm_head.weight": model.lm_head.weight})
-    with pytest.raises(ReferenceError, match=r"has a tensor 'model\..*' that the files .* do not name"):
+    with pytest.raises(ReferencePolicyError, match=r"has a tensor 'model\..*' that the files .* do not name"):
         checkpoint_fingerprint(tmp_path / "less")
     model.save_pretrained(tmp_path / "more", state_dict={**model.state_dict(), "other.weight": torch.zeros(2)})
-    with pytest.raises(ReferenceError, match=r"such as 'other\.weight'"):
+    with pytest.raises(ReferencePolicyError, match=r"such as 'other\.weight'"):
         checkpoint_fingerprint(tmp_path / "more")
     (tmp_path / "more" / "model.safetensors").unlink()
-    with pytest.raises(ReferenceError, match="pickled weights are never read"):
+    with pytest.raises(ReferencePolicyError, match="pickled weights are never read"):
         checkpoint_fingerprint(tmp_path / "more")
-    with pytest.raises(ReferenceError, match=r"has no config\.json"):
+    with pytest.raises(ReferencePolicyError, match=r"has no config\.json"):
         checkpoint_fingerprint(tmp_path)

@@ -57,20 +57,20 @@ def test_values_are_the_formulas(name, alpha):
         rewards = [(1 - math.exp(value) ** -alpha) / alpha for value in rewards]
     found = contrast_loss(scores(TOKENS), loss=name, pairs=2, alpha=alpha, **OPTIONS[name])
     expected = [formula(name, *rewards[i : i + 2], **OPTIONS[name]) for i in (0, 2)]
-    assert found.per_example.tolist() == pytest.approx(expected, rel=1e-10)
+    assert found.values().tolist() == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_likelihood_is_of_chosen_tokens_and_of_prompts_that_are_scored():
     """One value per token, in the order of the batch; weighted; and none where its weight is 0."""
     prompts = [[-3.0, -4.0], [-5.0]]
     plain = contrast_loss(scores(TOKENS), loss="sigmoid", pairs=2, likelihood=0.5, beta=0.1)
-    assert plain.per_token.tolist() == pytest.approx([0.25, 0.5, 0.1, 0.05, 0.15])
+    assert plain.values("tokens").tolist() == pytest.approx([0.25, 0.5, 0.1, 0.05, 0.15])
     whole = contrast_loss(scores(TOKENS, prompts), loss="odds_ratio", pairs=2, beta=0.1)
-    assert whole.per_token.tolist() == pytest.approx([0.5, 1.0, 0.2, 0.1, 0.3, 3.0, 4.0, 5.0])
+    assert whole.values("tokens").tolist() == pytest.approx([0.5, 1.0, 0.2, 0.1, 0.3, 3.0, 4.0, 5.0])
     total, count = whole.metrics["nll_loss"]
     assert (total.item(), count.item()) == (pytest.approx(14.1), 8.0)
     none = contrast_loss(scores(TOKENS), loss="sigmoid", pairs=2, likelihood=0.0, beta=0.1)
-    assert none.per_token is None
+    assert none.values("tokens") is None
     assert "nll_loss" not in none.metrics
     for output in (plain, whole, none):
         assert output.metrics["logps/chosen"][1].item() == 2
@@ -80,8 +80,8 @@ def test_a_weight_scales_the_contrast_of_its_pair():
     plain = contrast_loss(scores(TOKENS), loss="simpo", pairs=2, beta=2.0)
     values = {"weight": torch.tensor([0.0, 3.0], dtype=torch.float64)}
     weighted = contrast_loss(scores(TOKENS), loss="simpo", pairs=2, values=values, beta=2.0)
-    assert weighted.per_example.tolist() == pytest.approx([0.0, 3 * plain.per_example[1].item()])
-    assert torch.equal(weighted.per_token, plain.per_token)
+    assert weighted.values().tolist() == pytest.approx([0.0, 3 * plain.values()[1].item()])
+    assert torch.equal(weighted.values("tokens"), plain.values("tokens"))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, -0.5])
@@ -91,8 +91,8 @@ def test_extremes_are_finite(name, value, alpha):
     """INV-23: certain and impossible completions of one token, values and gradients, in float32."""
     logps = torch.tensor([value, -1.0, value, value], requires_grad=True)
     found = contrast_loss(Scores(logps, torch.arange(4), 4), loss=name, pairs=2, alpha=alpha, **OPTIONS[name])
-    (found.per_example.sum() + found.per_token.sum()).backward()
-    assert found.per_example.isfinite().all()
+    (found.values().sum() + found.values("tokens").sum()).backward()
+    assert found.values().isfinite().all()
     assert logps.grad.isfinite().all()
 
 

@@ -36,8 +36,8 @@ def test_the_loss_and_its_metrics_by_hand():
     }
     output = preference_loss(scores(*POLICY, **more), scores(*REFERENCE), loss="sigmoid", beta=0.1)
     margins = [0.1 * ((-3 + 4) - (-5 + 4)), 0.1 * ((-3 + 2) - (-4 + 4))]
-    assert output.per_example.tolist() == pytest.approx([math.log(1 + math.exp(-margin)) for margin in margins])
-    assert output.per_token is None
+    assert output.values().tolist() == pytest.approx([math.log(1 + math.exp(-margin)) for margin in margins])
+    assert output.values("tokens") is None
     pushes = [0.1 / (1 + math.exp(margin)) for margin in margins]
     ratios = [2.0, -1.0, -1.0, -1.0, 0.0, 0.0]
     assert means(output) == pytest.approx(
@@ -76,7 +76,7 @@ def test_rewards_by_length_are_those_of_the_pairs_of_that_length():
 def test_no_reference_is_a_flat_one_without_a_kl():
     flat = preference_loss(scores(*POLICY), None, loss="sigmoid")
     zeros = preference_loss(scores(*POLICY), scores(*([0.0] * len(tokens) for tokens in POLICY)), loss="sigmoid")
-    assert torch.equal(flat.per_example, zeros.per_example)
+    assert torch.equal(flat.values(), zeros.values())
     assert not any(name.startswith("kl/") for name in flat.metrics)
 
 
@@ -94,7 +94,7 @@ def test_the_gradient_outside_is_not_touched_by_the_slopes():
     policy = scores(*POLICY)
     output = preference_loss(policy, scores(*REFERENCE), loss="sigmoid", beta=0.5)
     assert policy.token_logps.grad is None
-    output.per_example.sum().backward()
+    output.values().sum().backward()
     slopes = policy.token_logps.grad[torch.tensor([0, 3])].mean().item()
     assert means(output)["slopes/chosen"] == pytest.approx(slopes)
     with torch.no_grad():
@@ -106,10 +106,10 @@ def test_a_combination_is_the_weighted_sum():
     mixed = Combination(("sigmoid", "bco_pair", "sft"), (0.8, 0.2, 0.5), {"beta": 0.3})
     output = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=mixed)
     parts = [preference_loss(scores(*POLICY), scores(*REFERENCE), loss=name, beta=0.3) for name in mixed.losses[:2]]
-    torch.testing.assert_close(output.per_example, 0.8 * parts[0].per_example + 0.2 * parts[1].per_example)
-    assert output.per_token.tolist() == [0.5, 1.0, 1.5]
+    torch.testing.assert_close(output.values(), 0.8 * parts[0].values() + 0.2 * parts[1].values())
+    assert output.values("tokens").tolist() == [0.5, 1.0, 1.5]
     alone = preference_loss(scores(*POLICY), None, loss="sft")
-    assert (alone.per_example.tolist(), alone.per_token.tolist()) == ([0.0, 0.0], [1.0, 2.0, 3.0])
+    assert (alone.values().tolist(), alone.values("tokens").tolist()) == ([0.0, 0.0], [1.0, 2.0, 3.0])
 
 
 def test_weights_multiply_the_loss_of_their_pair():
@@ -117,8 +117,8 @@ def test_weights_multiply_the_loss_of_their_pair():
     mixed = Combination(("hinge", "sft"))
     plain = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=mixed)
     weighed = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=mixed, values=weights)
-    torch.testing.assert_close(weighed.per_example, plain.per_example * weights["weight"].double())
-    assert weighed.per_token.tolist() == [3.0, 6.0, 1.5]
+    torch.testing.assert_close(weighed.values(), plain.values() * weights["weight"].double())
+    assert weighed.values("tokens").tolist() == [3.0, 6.0, 1.5]
     assert means(weighed)["rewards/margins"] == means(plain)["rewards/margins"]
 
 
@@ -128,9 +128,9 @@ def test_margins_come_from_their_column(name):
     found = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=name, beta=0.7, values={"margin": margins})
     logratios = torch.tensor([1.0, -1.0]).double(), torch.tensor([-1.0, 0.0]).double()
     expected = OBJECTIVES[name].function(*logratios, margins, beta=0.7)
-    torch.testing.assert_close(found.per_example, expected)
+    torch.testing.assert_close(found.values(), expected)
     other = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=name, beta=0.7, values={"margin": margins + 1})
-    assert not torch.allclose(found.per_example, other.per_example)
+    assert not torch.allclose(found.values(), other.values())
 
 
 def test_a_gap_that_is_missing_is_an_error():
@@ -143,9 +143,9 @@ def test_ranked_lists_of_different_lengths():
     lists = [[-1.0, -1.0], [-3.0], [-2.5]], [[-2.0], [-1.0, -0.5]], [[-1.0], [-2.0], [-4.0, -1.0], [-3.0]]
     options = {"loss": "plackett_luce", "beta": 0.5}
     output = preference_loss(scores(*itertools.chain(*lists)), None, sizes=[3, 2, 4], **options)
-    alone = [preference_loss(scores(*one), None, sizes=[len(one)], **options).per_example.item() for one in lists]
-    assert output.per_example.tolist() == pytest.approx(alone)
-    output.per_example.sum().backward()
+    alone = [preference_loss(scores(*one), None, sizes=[len(one)], **options).values().item() for one in lists]
+    assert output.values().tolist() == pytest.approx(alone)
+    output.values().sum().backward()
     found = means(output)
     assert found["logps/chosen"] == pytest.approx((-2.0 - 2.0 - 1.0) / 3)
     assert found["logps/rejected"] == pytest.approx((-5.5 / 2 - 1.5 - 10.0 / 3) / 3)
@@ -169,13 +169,13 @@ def test_metrics_do_not_depend_on_the_split():
 def test_a_completion_of_which_nothing_is_scored_is_finite(name):
     """A mean is over at least one token: the empty completion has a log-prob of 0, and no NaN comes of it."""
     tokens = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    policy = Scores(tokens, torch.tensor([0, 0, 3]), 4, log_collision=torch.zeros(3), reference_kl=torch.ones(3))
+    policy = Scores(tokens, torch.tensor([0, 0, 3]), 4, log_collision=torch.zeros(3))
     reference = Scores(torch.tensor([-1.5, -1.5, -1.0]), policy.completion_index, 4)
     row = OBJECTIVES[name]
     desensitised = None if "chosen_reference_kl" in row.inputs else 0.5
     mixed = Combination((name,), ld_alpha=desensitised, use_weighting=row.averaged != "micro_batch")
-    output = preference_loss(policy, reference, loss=mixed, values={"margin": torch.zeros(2)})
-    total = output.per_example.sum() + (0 if output.per_token is None else output.per_token.sum())
+    output = preference_loss(policy, reference, loss=mixed, values={"margin": torch.zeros(2)}, divergence=torch.ones(3))
+    total = output.values().sum() + (0 if output.values("tokens") is None else output.values("tokens").sum())
     total.backward()
     assert total.isfinite()
     assert tokens.grad.isfinite().all()

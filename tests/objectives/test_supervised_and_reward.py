@@ -39,9 +39,9 @@ def test_a_loss_belongs_to_tokens_not_to_rows():
     scores = Scores(
         torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), 2, top1=torch.tensor([True, False, True])
     )
-    output = supervised_loss(scores, loss="nll", examples=2)
-    assert output.per_token.tolist() == [1.0, 2.0, 4.0]
-    assert output.per_example.tolist() == [0.0, 0.0]
+    output = supervised_loss(scores, loss="nll")
+    assert output.values("tokens").tolist() == [1.0, 2.0, 4.0]
+    assert output.values() is None
     total, count = output.metrics["mean_token_accuracy"]
     assert (total.item(), count.item()) == (2.0, 3.0)
 
@@ -92,7 +92,7 @@ def test_a_margin_shifts_and_pairs_are_antisymmetric():
 def test_what_is_reported_of_rewards():
     rewards = torch.tensor([2.0, 1.0, -1.0, 3.0])
     output = reward_loss(rewards, weights=torch.tensor([1.0, 0.0]))
-    assert output.per_example.tolist() == pytest.approx([math.log1p(math.exp(-1.0)), 0.0])
+    assert output.values().tolist() == pytest.approx([math.log1p(math.exp(-1.0)), 0.0])
     found = {name: (total.item(), count.item()) for name, (total, count) in output.metrics.items()}
     assert found == {
         "accuracy": (1.0, 2.0),

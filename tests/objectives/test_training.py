@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError, DataError
 from tether.objectives import OBJECTIVES, Combination
 from tether.scoring import pack
+from tether.training import DPO
+from tether.training.setup.run import build_step
 from tether.types import Example
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
@@ -90,17 +93,19 @@ def examples(kind):
 
 def gradients(one, combination, split):
     """Loss and gradients of one optimizer step over eight examples in micro-batches of `split`."""
-    one.__dict__["objective"] = combination
+    algorithm = DPO(one.args, None)
+    algorithm.__dict__["objective"] = combination
+    one.run = replace(one.run, algorithm=algorithm)
     rows = examples(combination.kind)
     batches = [{"batch": pack(rows[start : start + split])} for start in range(0, len(rows), split)]
-    total = one._get_num_items_in_batch(batches, one.args.device)
+    step = build_step(batches, one.run, one.accelerator, one.args.device)
     one.policy.zero_grad()
     one.policy.train()
     loss = 0.0
-    for inputs in batches:
-        part = one.compute_loss(one.policy, inputs, num_items_in_batch=total)
-        part.backward()
-        loss += part.item()
+    for part in step.parts:
+        share = one.compute_loss(one.policy, part, num_items_in_batch=step)
+        share.backward()
+        loss += share.item()
     return torch.cat([torch.tensor([loss]), *(p.grad.flatten() for p in one.policy.parameters() if p.requires_grad)])
 
 
@@ -184,7 +189,7 @@ def test_ranked_lists_train(tmp_path):
 def test_no_reference_is_run_where_none_is_needed(name, tmp_path):
     """INV-9, by counting: one forward a micro-batch, none without a gradient after the start."""
     one = trainer(tmp_path, loss_type=name, max_steps=1)
-    assert one.resolved.reference.identity.meaning == "none"
+    assert one.run.reference.identity.meaning == "none"
     calls = []
     one.policy.get_base_model().register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     one.train()
@@ -213,7 +218,7 @@ def test_a_reference_that_nothing_compares_with_is_refused(tmp_path):
     ],
 )
 def test_rows_that_do_not_fit_the_objective_are_refused(loss, values, completions, words, trainers):
-    one = trainers["tree", "snapshot"]
+    one = DPO(trainers["tree", "snapshot"].args, None)
     one.__dict__["objective"] = Combination((loss,))
     with pytest.raises(DataError, match=words):
         one.check_rows(pack([Example.of([1], [[k + 3] for k in range(completions)], values=values)]))

@@ -49,8 +49,8 @@ def test_extremes_are_finite_after_a_divergence(loss, kind):
     policy = Scores(tokens, torch.arange(6), 6)
     reference = Scores(torch.tensor([-0.5, -1e4, -1e4, -0.5, -0.5, -0.5]), torch.arange(6), 6)
     output = preference_loss(policy, reference, loss=Combination((loss,), f_divergence_type=kind))
-    output.per_example.sum().backward()
-    assert output.per_example.isfinite().all()
+    output.values().sum().backward()
+    assert output.values().isfinite().all()
     assert tokens.grad.isfinite().all()
 
 
@@ -89,7 +89,7 @@ def test_wpo_weights_from_the_model_itself():
     plain = preference_loss(scores, None, loss="sigmoid")
     weighed = preference_loss(scores, None, loss=Combination(("sigmoid",), use_weighting=True))
     product = weights[0::2] * weights[1::2]
-    torch.testing.assert_close(weighed.per_example, product * plain.per_example)
+    torch.testing.assert_close(weighed.values(), product * plain.values())
 
 
 def test_wpo_without_what_it_needs_is_an_error():

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from sharding import finish, is_held, settings
 from tether import DPOConfig, DPOTrainer
 from tether.data import example_from_row
-from tether.reference import StoredReference, live_reference
+from tether.reference import StoredReference
 from tether.scoring import pack
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -71,7 +71,7 @@ def run(folder: Path, store: str, how: str, model: PreTrainedModel) -> None:
     batches = [pack([example_from_row(row)]) for row in trainer.train_dataset]
     reference = reference_of(trainer)
     stored = np.concatenate([value for batch in batches for value in reference.store.get(batch.keys)])
-    live = np.concatenate([live_reference(reference).score(batch).numpy() for batch in batches])
+    live = np.concatenate([reference.live.score(batch).token_logps.numpy() for batch in batches])
     found = {
         "passes": np.diff([0, *passes.seen]).tolist(),
         "computed": reference.computed,
@@ -84,7 +84,7 @@ def run(folder: Path, store: str, how: str, model: PreTrainedModel) -> None:
 
 def reference_of(trainer: DPOTrainer) -> StoredReference:
     """The reference with its store."""
-    reference = trainer.resolved.reference
+    reference = trainer.run.reference
     assert isinstance(reference, StoredReference)
     return reference
 

@@ -25,7 +25,7 @@ from store_runs import policy as policy_of_run
 from store_runs import trainer
 from tether.data import example_from_row
 from tether.models.structure import evaluation_mode, trainable_tensors
-from tether.reference import SAME, ReferenceSpec, RemoteOptions, StoredReference, live_reference, resolve
+from tether.reference import SAME, ReferenceSpec, RemoteOptions, StoredReference, resolve
 from tether.reference.base import frozen_pass
 from tether.reference.spec import MEANS as MEANS_OF
 from tether.scoring import pack, score
@@ -112,7 +112,7 @@ def warm_store(setting):
     """Filled by one means, read by another that must not run."""
     with StoredReference(setting.resolved(means="model"), setting.folder, "float32").store as store:
         filler = StoredReference(setting.resolved(means="model"), setting.folder, "float32")
-        filler.score(PROBE)
+        filler.score(PROBE).token_logps
         filler.store.flush()
         assert store.namespace == filler.store.namespace
     live = setting.resolved()
@@ -170,11 +170,11 @@ def same_state(before, after):
 
 def require_the_start(reference, start, tolerance):
     """The law itself: float32 without gradient, and the start's numbers, however the batch is put together."""
-    values = reference.score(PROBE)
+    values = reference.score(PROBE).token_logps
     assert values.dtype == torch.float32
     assert not values.requires_grad
     torch.testing.assert_close(values, start, atol=tolerance, rtol=0)
-    pieces = [reference.score(pack([example])) for example in ragged_examples()]
+    pieces = [reference.score(pack([example])).token_logps for example in ragged_examples()]
     torch.testing.assert_close(torch.cat(pieces), start, atol=tolerance, rtol=0)
 
 
@@ -196,11 +196,11 @@ def test_every_means_gives_the_start_and_leaves_the_policy_alone(name, kind, che
     with evaluation_mode(policy), serving(copy.deepcopy(policy)) as server:
         reference = means.build(Setting(policy, scorer, tmp_path, server.url))
         policy.train()
-        first = reference.score(PROBE)
+        first = reference.score(PROBE).token_logps
         for _ in range(2):
             before = state_of(policy)
             require_the_start(reference, start, max(means.tolerance, 2e-5))
-            torch.testing.assert_close(reference.score(PROBE), first, atol=means.tolerance, rtol=0)
+            torch.testing.assert_close(reference.score(PROBE).token_logps, first, atol=means.tolerance, rtol=0)
             assert same_state(before, state_of(policy))
             assert take_steps(policy, 1) > 1e-4
     if means.same_fingerprint:
@@ -268,8 +268,8 @@ def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing,
     with serving(policy_of_run()) as server:
         stored = {"reference_store": str(tmp_path / "store")} if store else {}
         run = made(name, tmp_path / "run", server.url, gradient_checkpointing=checkpointing, **stored)
-        live = live_reference(run.resolved.reference)
-        before = live.score(run._probe)
+        live = run.run.reference.live
+        before = live.score(run.run.probe).token_logps
         run.train()
         losses = [log["loss"] for log in run.state.log_history if "loss" in log]
         assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
@@ -277,7 +277,7 @@ def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing,
         found = run.evaluate(late)
         # By hand: the policy now against a frozen copy of the start, row by row.
         start, margins = policy_of_run().eval(), []
-        for row in run.data.prepare("by hand", late).dataset:
+        for row in run.run.data.prepare("by hand", late).dataset:
             batch = pack([example_from_row(row)])
             with frozen_pass(run.policy), frozen_pass(start):
                 chosen, rejected = (
@@ -288,7 +288,7 @@ def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing,
         expected = -torch.nn.functional.logsigmoid(torch.tensor(margins)).mean().item()
         assert found["eval_loss"] == pytest.approx(expected, abs=1e-4)
         with torch.no_grad():
-            run.policy.generate(run._probe.input_ids[:, :4], max_new_tokens=3, do_sample=False)
+            run.policy.generate(run.run.probe.input_ids[:, :4], max_new_tokens=3, do_sample=False)
         run.save_model(str(tmp_path / "saved"))
-        torch.testing.assert_close(live.score(run._probe), before, atol=SAME, rtol=0)
+        torch.testing.assert_close(live.score(run.run.probe).token_logps, before, atol=SAME, rtol=0)
         assert set(trainable_tensors(run.policy))

@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 
 from policies import CASES, PROBE, continued_adapter, lora, resolved, take_steps, unfrozen_norms, with_lora
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError, ReferencePolicyError
 from tether.models.structure import adapter_on, trainable_tensors
 from tether.reference import SAME, FrozenProbe, ReferenceSpec, Sync, refuse_other_tokenizer, resolve
 from tether.scoring import score
@@ -64,11 +64,11 @@ def test_an_adapter_is_the_reference_and_stays(name, means):
     trains = set(trainable_tensors(policy))
     reference = resolved(policy, meaning="adapter", adapter="sft", means=means)
     assert reference.identity.means == (means or chosen)
-    torch.testing.assert_close(reference.score(PROBE), expected, atol=SAME, rtol=0)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, expected, atol=SAME, rtol=0)
     assert (logps(policy) - expected).abs().max() > 1e-2 or name == "the one in training"
     assert take_steps(policy) > 1e-3
     before = {key: value.clone() for key, value in policy.state_dict().items()}
-    torch.testing.assert_close(reference.score(PROBE), expected, atol=SAME, rtol=0)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, expected, atol=SAME, rtol=0)
     assert set(trainable_tensors(policy)) == trains, "the reference trains nothing and freezes nothing"
     assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
     assert reference.identity.fingerprint == resolved(with_sft(), meaning="adapter", adapter="sft").identity.fingerprint
@@ -77,7 +77,7 @@ def test_an_adapter_is_the_reference_and_stays(name, means):
 def test_adapter_on_is_refused_where_it_would_move():
     """INV-4, negative control: forced, it is an error; and it really would move."""
     policy = with_sft(trains="sft")
-    with pytest.raises(ReferenceError, match="that it computes with would train"):
+    with pytest.raises(ReferencePolicyError, match="that it computes with would train"):
         resolved(policy, meaning="adapter", adapter="sft", means="adapter_on")
     start = logps(policy)
     take_steps(policy)
@@ -136,8 +136,8 @@ def test_a_reference_moves_by_the_formula(build, alpha):
             for name, kept in trainable_tensors(twin).items():
                 kept.copy_(alpha * mine[name] + (1 - alpha) * kept)
         reference.move(alpha)
-        torch.testing.assert_close(reference.score(PROBE), logps(twin), atol=1e-5, rtol=0)
-    assert (reference.score(PROBE) - logps(policy)).abs().max() < 1e-5 or alpha < 1
+        torch.testing.assert_close(reference.score(PROBE).token_logps, logps(twin), atol=1e-5, rtol=0)
+    assert (reference.score(PROBE).token_logps - logps(policy)).abs().max() < 1e-5 or alpha < 1
 
 
 def test_a_move_is_what_trl_does():
@@ -166,7 +166,7 @@ def test_the_frozen_probe_follows_a_moving_reference():
         assert reference.moves == step // 2
         assert probe.check(step) <= SAME
     reference.move(0.5)
-    with pytest.raises(ReferenceError, match="The reference moved"):
+    with pytest.raises(ReferencePolicyError, match="The reference moved"):
         probe.check(4)
 
 
@@ -216,14 +216,14 @@ def test_a_large_snapshot_goes_to_the_host(monkeypatch):
         found = resolve(ReferenceSpec(), policy, PROBE, score, lambda model: score)
         assert words in found.line
         assert ("host" in found.line) == (found.reference._keep == "host")
-        assert torch.equal(found.reference.score(PROBE), logps(policy))
+        assert torch.equal(found.reference.score(PROBE).token_logps, logps(policy))
 
 
 def test_an_interrupted_swap_gives_the_policy_back(monkeypatch):
     """An error in the middle of the exchange, and one inside the pass: bit for bit, and the reference too."""
     policy = tiny_model()
     reference = resolved(policy)
-    expected = reference.score(PROBE)
+    expected = reference.score(PROBE).token_logps
     take_steps(policy)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     copying = torch.Tensor.copy_
@@ -237,18 +237,18 @@ def test_an_interrupted_swap_gives_the_policy_back(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, "copy_", broken)
         with pytest.raises(KeyboardInterrupt):
-            reference.score(PROBE)
+            reference.score(PROBE).token_logps
         monkeypatch.undo()
         assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items()), failing
-        assert torch.equal(reference.score(PROBE), expected), failing
+        assert torch.equal(reference.score(PROBE).token_logps, expected), failing
 
 
 def test_a_policy_rebuilt_after_the_trainer_was_made_is_named():
     policy = with_lora()
     reference = resolved(policy, means="snapshot")
     policy.delete_adapter("default")
-    with pytest.raises(ReferenceError, match="no longer in the policy"):
-        reference.score(PROBE)
+    with pytest.raises(ReferencePolicyError, match="no longer in the policy"):
+        reference.score(PROBE).token_logps
 
 
 def test_another_tokenizer_is_refused():
@@ -263,14 +263,14 @@ def test_another_tokenizer_is_refused():
     first, second = list(words)[10], list(words)[11]
     words[first], words[second] = words[second], words[first]
     other.get_vocab = lambda: words  # type: ignore[method-assign]
-    with pytest.raises(ReferenceError, match="2 token ids stand for other tokens"):
+    with pytest.raises(ReferencePolicyError, match="2 token ids stand for other tokens"):
         refuse_other_tokenizer(ours, other)
 
 
 def test_a_served_start_and_a_second_model_are_told_apart_from_the_policy():
     """INV-11: a copy that shares storage with what trains."""
     policy = with_lora()
-    with pytest.raises(ReferenceError, match="shares"):
+    with pytest.raises(ReferencePolicyError, match="shares"):
         resolved(policy, meaning="model", model=policy.get_base_model(), source="base")
     frozen = get_peft_model(tiny_model(vocab_size=VOCABULARY + 1), lora())
     assert resolved(policy, meaning="model", model=frozen.get_base_model()).identity.meaning == "model"
@@ -289,7 +289,7 @@ def test_means_of_base_and_of_an_adapter_agree(layout, meaning):
     references = [resolve(spec(means), policy, PROBE, scorer, lambda _: scorer).reference for means in choices]
     for _ in range(2):
         for reference in references:
-            torch.testing.assert_close(reference.score(PROBE), expected, atol=SAME, rtol=0)
+            torch.testing.assert_close(reference.score(PROBE).token_logps, expected, atol=SAME, rtol=0)
         take_steps(policy, 1)
     assert len({reference.identity.fingerprint for reference in references}) == 1
 
@@ -300,8 +300,8 @@ def test_shards_on_a_disk_are_refused():
     reference = resolved(policy)
     away, weight = SimpleNamespace(name="NOT_AVAILABLE"), cast(Any, policy.lm_head.weight)
     weight.ds_id, weight.ds_status, weight.ds_tensor = 0, away, SimpleNamespace(status=away)
-    with pytest.raises(ReferenceError, match="keeps the policy's shards on a disk"):
-        reference.score(PROBE)
+    with pytest.raises(ReferencePolicyError, match="keeps the policy's shards on a disk"):
+        reference.score(PROBE).token_logps
 
 
 @pytest.mark.gpu
@@ -317,5 +317,5 @@ def test_a_snapshot_in_host_memory_is_pinned_and_equal():
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.1)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    assert torch.equal(reference.score(probe), start)
+    assert torch.equal(reference.score(probe).token_logps, start)
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())

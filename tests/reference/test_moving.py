@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from policies import CASES, PROBE, continued_adapter, lora, resolved, take_steps, unfrozen_norms, with_lora
 from tether import DPOConfig, DPOTrainer
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError, ReferencePolicyError
 from tether.models.structure import trainable_tensors
 from tether.reference import SAME, FrozenProbe, ReferenceSpec, Sync, resolve
 from tether.reference.methods.moving import policy_weights
@@ -44,7 +44,7 @@ def test_a_second_model_moves_by_the_formula(build, changes, alpha):
     policy, twin = build(), tiny_model(seed=7, **changes)
     reference = moving(policy, tiny_model(seed=7, **changes), alpha)
     assert (reference.identity.means, reference.identity.sync) == ("model", f"every 1 steps {alpha:g} of the policy")
-    torch.testing.assert_close(reference.score(PROBE), logps(twin), atol=SAME, rtol=0)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, logps(twin), atol=SAME, rtol=0)
     for _ in range(2):
         take_steps(policy, 1)
         whole = copy.deepcopy(policy)
@@ -55,8 +55,8 @@ def test_a_second_model_moves_by_the_formula(build, changes, alpha):
         before = {name: value.clone() for name, value in policy.state_dict().items()}
         reference.move(alpha)
         assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
-        torch.testing.assert_close(reference.score(PROBE), logps(twin), atol=SAME, rtol=0)
-    distance = (reference.score(PROBE) - logps(policy)).abs().max()
+        torch.testing.assert_close(reference.score(PROBE).token_logps, logps(twin), atol=SAME, rtol=0)
+    distance = (reference.score(PROBE).token_logps - logps(policy)).abs().max()
     assert distance < 1e-4 if alpha == 1 else distance > 1e-2
 
 
@@ -115,7 +115,7 @@ def test_the_frozen_probe_follows_a_second_model_that_moves():
         assert reference.moves == step // 2
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
-    with pytest.raises(ReferenceError, match="The reference moved"):
+    with pytest.raises(ReferencePolicyError, match="The reference moved"):
         probe.check(4)
 
 
@@ -138,7 +138,7 @@ REFUSED = {
 def test_a_model_that_cannot_be_mixed_is_refused_and_says_why(name):
     """INV-11: and without `sync` the same model is a reference, so that it is the mixing that is refused."""
     build, other, words = REFUSED[name]
-    with pytest.raises(ReferenceError, match=words):
+    with pytest.raises(ReferencePolicyError, match=words):
         moving(build(), other())
     assert resolved(build(), meaning="model", model=other()).identity.meaning == "model"
 
@@ -147,7 +147,7 @@ def test_tensors_that_differ_are_named():
     """The last line of defence: configurations that say the same over weights that are not."""
     odd = tiny_model()
     odd.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 60, bias=False)
-    with pytest.raises(ReferenceError, match=r"1 tensors differ, such as 'model.layers.0.mlp.up_proj.weight'"):
+    with pytest.raises(ReferencePolicyError, match=r"1 tensors differ, such as 'model.layers.0.mlp.up_proj.weight'"):
         moving(tiny_model(), odd)
 
 
@@ -234,13 +234,13 @@ def test_a_moved_reference_survives_two_interruptions(kind, other, tmp_path):
     assert losses(resumed) == losses(whole)
     for (name, mine), theirs in zip(whole.policy.named_parameters(), resumed.policy.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
-    ours, theirs = (one.resolved.reference.score(one._probe) for one in (whole, resumed))
+    ours, theirs = (one.run.reference.score(one.run.probe).token_logps for one in (whole, resumed))
     assert torch.equal(ours, theirs)
-    assert resumed.resolved.reference.moves == 3
+    assert resumed.run.reference.moves == 3
     still = start("still", sync_ref_model=False)
     assert losses(still)[:3] == losses(whole)[:3]
     assert losses(still)[4:] != losses(whole)[4:]
-    with pytest.raises(ReferenceError, match="another reference"):
+    with pytest.raises(ReferencePolicyError, match="another reference"):
         start("wrong", str(tmp_path / "whole" / "checkpoint-4"), sync_ref_model=False)
 
 
@@ -251,12 +251,12 @@ def test_a_checkpoint_without_its_moved_reference_is_refused(tmp_path):
     assert json.loads((checkpoint / "reference.json").read_text())["moves"] == 1
     assert not (tmp_path / "checkpoint-2" / "reference.safetensors").exists()
     (checkpoint / "reference.safetensors").unlink()
-    with pytest.raises(ReferenceError, match=r"had moved 1 times, but reference\.safetensors"):
+    with pytest.raises(ReferencePolicyError, match=r"had moved 1 times, but reference\.safetensors"):
         run(tmp_path / "again", str(checkpoint))
 
 
 def test_another_start_of_a_moving_reference_is_refused(tmp_path):
     """INV-8: it is known by where it began."""
     run(tmp_path, max_steps=4)
-    with pytest.raises(ReferenceError, match="Resuming with another reference"):
+    with pytest.raises(ReferencePolicyError, match="Resuming with another reference"):
         run(tmp_path / "again", str(tmp_path / "checkpoint-4"), ref_model=6)

@@ -67,7 +67,7 @@ def test_the_policy_trains_after_a_reference_pass(kind, means, tmp_path):
         torch.testing.assert_close(after[name], value, atol=1e-5, rtol=1e-4, msg=name)
     assert any(value.abs().max() > 0 for value in after.values())
     assert take_steps(policy) > 1e-3
-    torch.testing.assert_close(reference.score(PROBE), start, atol=SAME, rtol=0)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, start, atol=SAME, rtol=0)
 
 
 @needs_bitsandbytes
@@ -114,7 +114,7 @@ def test_a_run_on_a_quantised_base(kind, tmp_path):
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    assert run.resolved.reference.identity.means == "adapter_off"
+    assert run.run.reference.identity.means == "adapter_off"
     run.train()
     losses = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
@@ -161,8 +161,8 @@ def test_a_quantised_reference_beside_a_full_policy(tmp_path):
         processing_class=tokenizer,
     )
     with torch.no_grad():
-        exact = score(policy, run._probe).token_logps
-    difference = (run.resolved.reference.score(run._probe) - exact).abs().max().item()
+        exact = score(policy, run.run.probe).token_logps
+    difference = (run.run.reference.score(run.run.probe).token_logps - exact).abs().max().item()
     assert 1e-3 < difference < 5, "quantised, and still that model"
     run.train()
 

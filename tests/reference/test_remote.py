@@ -11,7 +11,7 @@ import torch
 import tether.reference.methods.completions_server as completions
 from completions_server import serving
 from policies import PROBE, continued_adapter, resolved, take_steps, with_lora
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError, ReferencePolicyError
 from tether.reference import SAME, ReferenceSpec, RemoteOptions, resolve
 from tether.reference.record import read_record, restore, write_record, write_tensors
 from tether.scoring import score
@@ -43,7 +43,7 @@ def test_a_served_model_gives_what_it_gives_here(server, ending, concurrency):
     """Token ids are sent, one token at most is generated, and the values are those of the one scoring function."""
     reference = served(server, tiny_model(seed=1), url=server.url + ending, concurrency=concurrency)
     expected = score(tiny_model(), PROBE).token_logps.detach()
-    found = reference.score(PROBE)
+    found = reference.score(PROBE).token_logps
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert found.dtype == torch.float32
     for body in server.bodies:
@@ -61,18 +61,18 @@ def test_a_served_start_is_proved_and_stays(build):
             ReferenceSpec("start", "remote", remote=remote(server)), policy, PROBE, score, lambda model: score
         )
         local = resolved(policy)
-        expected = local.score(PROBE)
+        expected = local.score(PROBE).token_logps
         assert "nats from the same computed here on 4 rows" in found.line
         assert found.reference.identity.fingerprint == local.identity.fingerprint
         take_steps(policy)
-        torch.testing.assert_close(found.reference.score(PROBE), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.reference.score(PROBE).token_logps, expected, atol=1e-5, rtol=0)
 
 
 def test_another_model_than_the_start_is_refused(server):
     """INV-11, negative control: the parity check on rows."""
-    with pytest.raises(ReferenceError, match="is not the reference 'start': on 4 rows"):
+    with pytest.raises(ReferencePolicyError, match="is not the reference 'start': on 4 rows"):
         served(server, tiny_model(seed=1), "start")
-    with pytest.raises(ReferenceError, match="is not the reference 'base'"):
+    with pytest.raises(ReferencePolicyError, match="is not the reference 'base'"):
         served(server, tiny_model(seed=1), "base")
 
 
@@ -94,13 +94,13 @@ def test_a_server_that_cannot_be_the_reference_is_refused(server, faults, words)
     """One clear error for each, at the start of the run."""
     for name, value in faults.items():
         setattr(server.faults, name, value)
-    with pytest.raises(ReferenceError, match=words):
+    with pytest.raises(ReferencePolicyError, match=words):
         served(server, tiny_model())
 
 
 def test_a_shift_is_found_by_parity_too(server):
     server.faults.noise = -1e-3
-    with pytest.raises(ReferenceError, match=r"differs by 0\.00"):
+    with pytest.raises(ReferencePolicyError, match=r"differs by 0\.00"):
         served(server, tiny_model(), "start")
     server.faults.noise = 0.0
     assert served(server, tiny_model(), "start").identity.means == "remote"
@@ -111,15 +111,15 @@ def test_failures_that_pass_are_tried_again(server):
     reference = served(server, tiny_model(), concurrency=1)
     server.faults.fail_first = 2
     expected = score(tiny_model(), PROBE).token_logps.detach()
-    torch.testing.assert_close(reference.score(PROBE), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, expected, atol=1e-5, rtol=0)
 
 
 def test_a_server_that_is_gone_is_named():
     with serving(tiny_model()) as server:
         reference = served(server, tiny_model())
-    with pytest.raises(ReferenceError, match="failed after 3 attempts"):
-        reference.score(PROBE)
-    with pytest.raises(ReferenceError, match="Check that it runs"):
+    with pytest.raises(ReferencePolicyError, match="failed after 3 attempts"):
+        reference.score(PROBE).token_logps
+    with pytest.raises(ReferencePolicyError, match="Check that it runs"):
         resolved(
             tiny_model(), meaning="model", means="remote", remote=RemoteOptions(url="http://127.0.0.1:9", retries=0)
         )
@@ -128,9 +128,9 @@ def test_a_server_that_is_gone_is_named():
 def test_the_served_name_is_checked():
     """INV-11: another name, or several and none chosen."""
     with serving(tiny_model(), "one", "two") as server:
-        with pytest.raises(ReferenceError, match="serves one, two, and three was asked for"):
+        with pytest.raises(ReferencePolicyError, match="serves one, two, and three was asked for"):
             served(server, tiny_model(), model="three")
-        with pytest.raises(ReferenceError, match="no name was asked for"):
+        with pytest.raises(ReferencePolicyError, match="no name was asked for"):
             served(server, tiny_model())
         reference = served(server, tiny_model(), model="two")
         assert reference.identity.source == f"'two' at {server.url}/v1"
@@ -143,7 +143,9 @@ def test_a_key_comes_from_the_environment(server, monkeypatch):
     with pytest.raises(ConfigError, match="TETHER_TEST_KEY has no key"):
         served(server, tiny_model(), api_key_env="TETHER_TEST_KEY")
     monkeypatch.setenv("TETHER_TEST_KEY", "secret")
-    assert math.isfinite(float(served(server, tiny_model(), api_key_env="TETHER_TEST_KEY").score(PROBE).sum()))
+    assert math.isfinite(
+        float(served(server, tiny_model(), api_key_env="TETHER_TEST_KEY").score(PROBE).token_logps.sum())
+    )
 
 
 def test_a_served_model_that_changes_between_two_runs_is_refused(server, tmp_path):
@@ -155,7 +157,7 @@ def test_a_served_model_that_changes_between_two_runs_is_refused(server, tmp_pat
     assert read_record(tmp_path) == (first.identity, None)
     assert restore(tmp_path, served(server, policy), policy) is None
     server.model = tiny_model(seed=2).eval()
-    with pytest.raises(ReferenceError, match="has changed since the checkpoint was written"):
+    with pytest.raises(ReferencePolicyError, match="has changed since the checkpoint was written"):
         restore(tmp_path, served(server, policy), policy)
 
 

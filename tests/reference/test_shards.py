@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import fingerprint
 from tether.models.partitioned import whole_weights
 from tether.reference.methods.shards import is_away, local_part, sums, whole_size
@@ -61,14 +61,14 @@ def test_what_this_process_holds_is_without_the_padding():
 def test_shards_that_cannot_be_exchanged_are_refused_with_what_to_do(twice):
     shard = Shard(matrix(), place="AVAILABLE" if twice else "NOT_AVAILABLE")
     shard.ds_secondary_tensor = shard.ds_tensor if twice else None
-    with pytest.raises(ReferenceError, match="Leave that out of its configuration"):
+    with pytest.raises(ReferencePolicyError, match="Leave that out of its configuration"):
         local_part(shard)
 
 
 def test_a_model_in_shards_is_whole_inside_and_keeps_what_was_written():
     model = nn.Linear(3, 2, bias=False)
     model.weight = Shard(matrix())
-    with pytest.raises(ReferenceError, match="sharded over several processes"):
+    with pytest.raises(ReferencePolicyError, match="sharded over several processes"):
         fingerprint({"w": model.weight})
     with whole_weights(model):
         assert fingerprint({"w": model.weight}) == fingerprint({"w": matrix()})

@@ -13,9 +13,9 @@ import torch
 
 from policies import PROBE, take_steps, with_lora
 from store_runs import lora, policy, step_logs, trainer
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.structure import trainable_tensors
-from tether.reference import ReferenceSpec, live_reference, resolve
+from tether.reference import ReferenceSpec, resolve
 from tether.reference.methods.spill import Spill
 from tether.scoring import score
 from tiny import pair_rows, tiny_model
@@ -41,14 +41,14 @@ def test_the_memory_is_given_back_and_the_values_return_bit_for_bit(dtype, tmp_p
     model = tiny_model().to(dtype)
     reference = snapshot(model, tmp_path)
     storages, values = watched(reference), {name: value.clone() for name, value in reference.state().items()}
-    expected = reference.score(PROBE)
+    expected = reference.score(PROBE).token_logps
     assert alive(storages) == len(storages)
     for _ in range(3):
         reference.release()
         assert (alive(storages), reference.resident) == (0, False)
         take_steps(model, 1)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        assert torch.equal(reference.score(PROBE), expected)
+        assert torch.equal(reference.score(PROBE).token_logps, expected)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert all(torch.equal(values[name], value) for name, value in reference.state().items())
         storages = watched(reference)
@@ -90,13 +90,13 @@ def test_where_the_disk_refuses_the_snapshot_stays_and_that_is_said(obstacle, tm
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     else:
         (tmp_path / "file").write_text("in the way")
-    expected = reference.score(PROBE)
+    expected = reference.score(PROBE).token_logps
     with caplog.at_level(logging.WARNING, "tether"):
         reference.release()
     assert "the snapshot stays in memory although the store is full" in caplog.text
     assert reference.resident
     assert not reference.may_release
-    assert torch.equal(reference.score(PROBE), expected)
+    assert torch.equal(reference.score(PROBE).token_logps, expected)
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
@@ -116,8 +116,8 @@ def test_values_that_changed_on_disk_are_refused(damage, tmp_path):
     else:
         reference._spill.forget()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ReferenceError, match=r"was on disk in .* and cannot come back"):
-        reference.score(PROBE)
+    with pytest.raises(ReferencePolicyError, match=r"was on disk in .* and cannot come back"):
+        reference.score(PROBE).token_logps
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -144,7 +144,7 @@ def test_a_full_store_sends_the_snapshot_away_and_new_rows_bring_it_back(tmp_pat
     late = pair_rows(30)[20:]
     expected = plain.evaluate(late)
     run = trainer(tmp_path / "run", reference_store=str(tmp_path / "store"))
-    live = live_reference(run.resolved.reference)
+    live = run.run.reference.live
     storages = watched(live)
     run.train()
     assert (alive(storages), live.resident) == (0, False)
@@ -158,14 +158,14 @@ def test_a_full_store_sends_the_snapshot_away_and_new_rows_bring_it_back(tmp_pat
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            gone.append(not live_reference(second.resolved.reference).resident)
+            gone.append(not second.run.reference.live.resident)
 
     second.add_callback(Watch())
     second.train()
     assert gone
     assert all(gone)
-    assert second.resolved.reference.forwards == 0
-    assert set(trainable_tensors(policy())) == live_reference(second.resolved.reference)._start.keys()
+    assert second.run.reference.forwards == 0
+    assert set(trainable_tensors(policy())) == second.run.reference.live._start.keys()
 
 
 def test_the_snapshot_of_an_adapter_stays_in_memory(tmp_path):
@@ -173,4 +173,4 @@ def test_the_snapshot_of_an_adapter_stays_in_memory(tmp_path):
         tmp_path / "run", reference_store=str(tmp_path / "store"), peft_config=lora(), reference_means="snapshot"
     )
     run.train()
-    assert live_reference(run.resolved.reference).resident
+    assert run.run.reference.live.resident

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from policies import CASES, PROBE, continued_adapter, resolved, take_steps, unfrozen_norms, with_lora
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError, ReferencePolicyError
 from tether.models.structure import adapters_off, trainable_tensors
 from tether.reference import (
     SAME,
@@ -39,12 +39,12 @@ def test_the_reference_is_the_start_and_stays_there(name, checkpointing):
         start = score(policy, PROBE).token_logps
     reference = resolved(policy)
     assert reference.identity.means == CASES[name].means
-    assert torch.equal(reference.score(PROBE), start) or name == "dora"
-    torch.testing.assert_close(reference.score(PROBE), start, atol=SAME, rtol=0)
+    assert torch.equal(reference.score(PROBE).token_logps, start) or name == "dora"
+    torch.testing.assert_close(reference.score(PROBE).token_logps, start, atol=SAME, rtol=0)
     require_start_equality(compare_with_start(policy, reference, score, PROBE, SAME), reference)
     probe = FrozenProbe(reference, PROBE, SAME)
     assert take_steps(policy) > 1e-3
-    torch.testing.assert_close(reference.score(PROBE), start, atol=SAME, rtol=0)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, start, atol=SAME, rtol=0)
     assert probe.check(3) <= SAME
 
 
@@ -55,7 +55,7 @@ def test_means_of_one_meaning_agree(name):
     allowed = ["snapshot", "model"] + (["adapter_off"] if CASES[name].means == "adapter_off" else [])
     references = [resolved(policy, means=means) for means in allowed]
     for _ in range(2):
-        first, *others = (reference.score(PROBE) for reference in references)
+        first, *others = (reference.score(PROBE).token_logps for reference in references)
         for other in others:
             torch.testing.assert_close(other, first, atol=SAME, rtol=0)
         take_steps(policy, 1)
@@ -65,7 +65,7 @@ def test_means_of_one_meaning_agree(name):
 def test_adapter_off_is_refused_where_it_would_be_wrong(name):
     """INV-4, negative control: the wrong reference really differs, or drifts, and forcing it is an error."""
     policy = CASES[name].build()
-    with pytest.raises(ReferenceError, match="that would not be the start"):
+    with pytest.raises(ReferencePolicyError, match="that would not be the start"):
         resolved(policy, means="adapter_off")
     if not isinstance(policy, PeftModel) or name.startswith("continued "):
         return  # the difference of a continued part may lie on tokens that the probe lacks
@@ -85,10 +85,10 @@ def test_a_pass_leaves_the_policy_bit_for_bit():
         take_steps(policy, 1)
         before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         trains = [parameter.requires_grad for parameter in policy.parameters()]
-        reference.score(PROBE)
+        reference.score(PROBE).token_logps
         reference._scorer = None
         with pytest.raises(TypeError):
-            reference.score(PROBE)
+            reference.score(PROBE).token_logps
         assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
         assert trains == [parameter.requires_grad for parameter in policy.parameters()]
         assert policy.training
@@ -100,7 +100,7 @@ def test_a_moved_reference_stops_the_run():
     probe = FrozenProbe(resolved(policy), PROBE, SAME)
     with torch.no_grad():
         policy.get_base_model().model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(ReferenceError, match="The reference moved: at step 7"):
+    with pytest.raises(ReferencePolicyError, match="The reference moved: at step 7"):
         probe.check(7)
 
 
@@ -112,7 +112,7 @@ def test_a_policy_away_from_its_start_is_refused():
         policy.lm_head.weight.mul_(1.1)
     result = compare_with_start(policy, reference, score, PROBE, SAME)
     assert not result.passed
-    with pytest.raises(ReferenceError, match="weights changed after the trainer was made"):
+    with pytest.raises(ReferencePolicyError, match="weights changed after the trainer was made"):
         require_start_equality(result, reference)
 
 
@@ -120,7 +120,7 @@ def test_an_inference_adapter_says_why_nothing_trains(tmp_path):
     """INV-4, 5: is_trainable=False."""
     with_lora().save_pretrained(tmp_path)
     policy = PeftModel.from_pretrained(tiny_model(vocab_size=VOCABULARY + 1), tmp_path)
-    with pytest.raises(ReferenceError, match="is_trainable=True"):
+    with pytest.raises(ReferencePolicyError, match="is_trainable=True"):
         require_trainable(policy)
     resolved(policy)
     assert not trainable_tensors(policy), "a reference pass must not make an inference adapter trainable"
@@ -134,14 +134,14 @@ def test_base_is_the_model_without_its_adapter():
         policy = build()
         reference = resolved(policy, meaning="base")
         take_steps(policy)
-        torch.testing.assert_close(reference.score(PROBE), plain, atol=SAME, rtol=0)
+        torch.testing.assert_close(reference.score(PROBE).token_logps, plain, atol=SAME, rtol=0)
     assert resolved(continued_adapter(), meaning="base").identity.means == "adapter_off"
     assert resolved(unfrozen_norms(), meaning="base").identity.means == "snapshot"
 
 
 def test_base_is_refused_where_the_base_was_rewritten():
     for init in ("pissa", "olora"):
-        with pytest.raises(ReferenceError, match="wrote into the base"):
+        with pytest.raises(ReferencePolicyError, match="wrote into the base"):
             resolved(with_lora(init_lora_weights=init), meaning="base")
 
 
@@ -153,15 +153,15 @@ def test_another_model_is_the_reference_and_wrong_ones_are_refused():
     reference = resolved(policy, meaning="model", model=other, source="other")
     expected = score(other, PROBE).token_logps.detach()
     take_steps(policy)
-    torch.testing.assert_close(reference.score(PROBE), expected)
+    torch.testing.assert_close(reference.score(PROBE).token_logps, expected)
     assert not trainable_tensors(other)
-    with pytest.raises(ReferenceError, match="shares"):
+    with pytest.raises(ReferencePolicyError, match="shares"):
         resolved(policy, meaning="model", model=policy)
-    with pytest.raises(ReferenceError, match="shares"):
+    with pytest.raises(ReferencePolicyError, match="shares"):
         resolved(policy, meaning="model", model=copy.copy(policy))
-    with pytest.raises(ReferenceError, match="vocabulary of 50"):
+    with pytest.raises(ReferencePolicyError, match="vocabulary of 50"):
         resolved(policy, meaning="model", model=tiny_model(vocab_size=50))
-    with pytest.raises(ReferenceError, match="no language-model head"):
+    with pytest.raises(ReferencePolicyError, match="no language-model head"):
         resolved(policy, meaning="model", model=LlamaForSequenceClassification(policy.config))
 
 
@@ -172,9 +172,9 @@ def test_a_swap_under_autocast_is_seen_by_both():
     take_steps(policy, rate=1.0)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected = score(policy, PROBE).token_logps
-        first = reference.score(PROBE)
+        first = reference.score(PROBE).token_logps
         again = score(policy, PROBE).token_logps
-        second = reference.score(PROBE)
+        second = reference.score(PROBE).token_logps
     assert torch.equal(expected, again)
     assert torch.equal(first, second)
     assert (expected - first).abs().max() > 1e-2
@@ -185,7 +185,7 @@ def test_none_runs_no_model(monkeypatch):
     policy = tiny_model()
     reference = resolve(ReferenceSpec("none"), policy, PROBE, None, None).reference
     monkeypatch.setattr(policy, "forward", None)
-    assert reference.score(PROBE).tolist() == [0.0] * len(PROBE.targets)
+    assert reference.score(PROBE).token_logps.tolist() == [0.0] * len(PROBE.targets)
 
 
 def test_policy_and_reference_are_scored_by_one_function():

@@ -15,8 +15,8 @@ from peft import get_peft_model
 from store_runs import ROWS, TOKENIZER, lora, policy, step_logs, trainer
 from tether import DPOConfig, Store
 from tether.data import example_from_row
-from tether.errors import ConfigError, ReferenceError, StoreError
-from tether.reference import Namespace, StoredReference, live_reference
+from tether.errors import ConfigError, ReferencePolicyError, StoreError
+from tether.reference import Namespace, StoredReference
 from tether.reference.methods.model import ModelReference
 from tether.reference.store.tools import describe_store
 from tether.scoring import pack
@@ -32,10 +32,10 @@ def stored_and_live(run, rows):
     stored, live = [], []
     for row in rows:
         batch = pack([example_from_row(row)])
-        values = run.resolved.reference.store.get(batch.keys)
+        values = run.run.reference.store.get(batch.keys)
         assert all(value is not None for value in values)
         stored += values
-        live.append(live_reference(run.resolved.reference).score(batch).numpy())
+        live.append(run.run.reference.live.score(batch).token_logps.numpy())
     return np.concatenate(stored), np.concatenate(live)
 
 
@@ -76,12 +76,12 @@ def test_the_first_epoch_fills_the_store_and_later_ones_run_no_reference(kind, t
         run = trainer(
             tmp_path / name, reference_store=str(tmp_path / "store"), **arguments, **copy.deepcopy(KINDS[kind])
         )
-        live, calls = live_reference(run.resolved.reference), []
+        live, calls = run.run.reference.live, []
         scored = live.score
         live.score = lambda batch, scored=scored, calls=calls: calls.append(batch) or scored(batch)
         run.train()
         # The start check and the frozen probe each score the live reference once.
-        counts.append((run.resolved.reference.forwards, run.resolved.reference.computed, len(calls)))
+        counts.append((run.run.reference.forwards, run.run.reference.computed, len(calls)))
         losses.append(step_logs(run))
     assert counts == [(4, 28, 6), (0, 0, 2)]
     np.testing.assert_allclose(losses[0], step_logs(plain), atol=1e-6)
@@ -112,7 +112,7 @@ def test_what_does_not_change_the_number_reuses_every_entry(name, tmp_path):
     run = trainer(tmp_path / "two", rows=rows, reference_store=str(tmp_path / "store"), **copy.deepcopy(arguments))
     assert run.precompute_reference().computed == 0
     run.train()
-    assert run.resolved.reference.forwards == 0
+    assert run.run.reference.forwards == 0
 
 
 OTHERS = {
@@ -137,7 +137,7 @@ def test_what_changes_the_number_reuses_no_wrong_entry(name, tmp_path):
     plain.train()
     run = trainer(tmp_path / "two", build(), reference_store=store, peft_config=lora(), **settings)
     run.train()
-    assert run.resolved.reference.computed > 0
+    assert run.run.reference.computed > 0
     np.testing.assert_allclose(step_logs(run), step_logs(plain), atol=1e-6)
     if not arguments.get("bf16") and build is policy:
         found, right = stored_and_live(run, run.train_dataset)
@@ -148,12 +148,12 @@ def poison(path, run, rows, by):
     """Put wrong values under right keys, with right checksums, as a program with a fault would."""
     for part in path.rglob("*.parquet"):
         part.unlink()
-    stored = run.resolved.reference
+    stored = run.run.reference
     with Store(path, stored.store.namespace) as store:
         for row in rows:
             batch = pack([example_from_row(row)])
             lengths = torch.bincount(batch.completion_index).tolist()
-            store.put(batch.keys, [part.numpy() for part in (stored.live.score(batch) + by).split(lengths)])
+            store.put(batch.keys, [part.numpy() for part in (stored.live.score(batch).token_logps + by).split(lengths)])
 
 
 def test_poisoned_entries_are_refused_before_training(tmp_path):
@@ -174,17 +174,17 @@ def test_poisoned_entries_change_the_loss(tmp_path, monkeypatch):
     right.train()
     for part in path.rglob("*.parquet"):
         part.unlink()
-    with Store(path, right.resolved.reference.store.namespace) as store:
+    with Store(path, right.run.reference.store.namespace) as store:
         for row in right.train_dataset:
             batch = pack([example_from_row(row)])
-            chosen, rejected = right.resolved.reference.live.score(batch).split(
+            chosen, rejected = right.run.reference.live.score(batch).token_logps.split(
                 torch.bincount(batch.completion_index).tolist()
             )
             store.put(batch.keys, [chosen.numpy() - 0.5, rejected.numpy()])
-    monkeypatch.setattr("tether.training.stored.verify_store", lambda *_: None)
+    monkeypatch.setattr("tether.training.store.verify_store", lambda *_: None)
     wrong = trainer(tmp_path / "two", reference_store=str(path), peft_config=lora(), num_train_epochs=1)
     wrong.train()
-    assert wrong.resolved.reference.forwards == 0
+    assert wrong.run.reference.forwards == 0
     assert abs(step_logs(wrong)[0] - step_logs(right)[0]) > 0.01
 
 
@@ -200,7 +200,7 @@ def test_precompute_as_trl_names_it_fills_before_the_first_step(tmp_path):
     )
     run.train()
     # 14 rows in passes of 5, and one pass for each evaluation set.
-    assert (run.resolved.reference.forwards, run.resolved.reference.computed) == (5, 44)
+    assert (run.run.reference.forwards, run.run.reference.computed) == (5, 44)
     assert describe_store(tmp_path / "reference_store").completions == 44
     assert step_logs(run)[0] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -241,15 +241,15 @@ def test_a_resumed_run_with_a_store_equals_an_uninterrupted_one(kind, tmp_path):
         exact = store == "store"
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, atol=0 if exact else 1e-6, rtol=0 if exact else 1e-5)
-        assert again.resolved.reference.identity == whole.resolved.reference.identity
-    assert again.resolved.reference.store.namespace.fingerprint == whole.resolved.reference.identity.fingerprint
+        assert again.run.reference.identity == whole.run.reference.identity
+    assert again.run.reference.store.namespace.fingerprint == whole.run.reference.identity.fingerprint
 
 
 def test_another_reference_is_refused_on_resuming_with_a_store_too(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "reference_store": str(tmp_path / "store")}
     trainer(tmp_path, peft_config=lora(), **settings).train()
     other = trainer(tmp_path, policy(1), peft_config=lora(), **settings)
-    with pytest.raises(ReferenceError, match="Resuming with another reference"):
+    with pytest.raises(ReferencePolicyError, match="Resuming with another reference"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -266,7 +266,7 @@ def test_a_second_model_goes_when_the_store_is_full_and_comes_back_for_new_rows(
     real = ModelReference._recalled
     monkeypatch.setattr(ModelReference, "_recalled", lambda self: loaded.append(self.resident) or real(self))
     run = trainer(tmp_path, ref_model=source, reference_store=str(tmp_path / "store"), peft_config=lora())
-    live = live_reference(run.resolved.reference)
+    live = run.run.reference.live
     assert live.resident
     run.train()
     assert not live.resident
@@ -281,8 +281,8 @@ def test_a_second_model_goes_when_the_store_is_full_and_comes_back_for_new_rows(
     # A second run finds everything: the weights serve the checks at the start and are gone before the first step.
     second = trainer(tmp_path / "two", ref_model=source, reference_store=str(tmp_path / "store"), peft_config=lora())
     second.train()
-    assert second.resolved.reference.forwards == 0
-    assert not live_reference(second.resolved.reference).resident
+    assert second.run.reference.forwards == 0
+    assert not second.run.reference.live.resident
 
 
 def test_released_weights_that_changed_on_disk_are_refused(tmp_path):
@@ -290,7 +290,7 @@ def test_released_weights_that_changed_on_disk_are_refused(tmp_path):
     run = trainer(tmp_path, ref_model=source, reference_store=str(tmp_path / "store"), peft_config=lora())
     run.train()
     saved_model(tmp_path / "reference", seed=6)
-    with pytest.raises(ReferenceError, match="loaded again, and is another one now"):
+    with pytest.raises(ReferencePolicyError, match="loaded again, and is another one now"):
         run.evaluate(Dataset.from_list(pair_rows(30)[20:]))
 
 
@@ -298,7 +298,7 @@ def test_a_model_in_memory_is_never_dropped(tmp_path):
     """INV-6: what was passed as an object cannot be loaded again."""
     run = trainer(tmp_path, ref_model=policy(5), reference_store=str(tmp_path / "store"), peft_config=lora())
     run.train()
-    assert live_reference(run.resolved.reference)._model is not None
+    assert run.run.reference.live._model is not None
     run.evaluate(Dataset.from_list(pair_rows(30)[20:]))
 
 
@@ -315,9 +315,9 @@ def test_the_frozen_probe_watches_the_live_reference_behind_a_store(tmp_path):
     store = str(tmp_path / "store")
     trainer(tmp_path / "one", reference_store=store, peft_config=lora()).precompute_reference()
     run = trainer(tmp_path, reference_store=store, peft_config=lora(), reference_check_steps=1, callbacks=[Edit()])
-    with pytest.raises(ReferenceError, match="The reference moved"):
+    with pytest.raises(ReferencePolicyError, match="The reference moved"):
         run.train()
-    assert run.resolved.reference.forwards == 0
+    assert run.run.reference.forwards == 0
 
 
 def test_float16_values_train_alike_in_the_first_epoch_and_later(tmp_path):
@@ -351,9 +351,9 @@ def test_a_store_serves_without_a_trainer(tmp_path):
     reference = StoredReference(live, tmp_path, "float32")
     batch = pack(examples)
     for _ in range(2):
-        torch.testing.assert_close(reference.score(batch), -batch.targets.float() / 10)
+        torch.testing.assert_close(reference.score(batch).token_logps, -batch.targets.float() / 10)
     part = pack(examples[1:2])
-    torch.testing.assert_close(reference.score(part), -part.targets.float() / 10)
+    torch.testing.assert_close(reference.score(part).token_logps, -part.targets.float() / 10)
     assert live.calls == 1
     reference.settle(release=True)
     assert Store(tmp_path, Namespace("s2:77", "float32")).holds(batch.keys).all()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from policies import resolved, take_steps
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.reference import RemoteOptions
 from tether.scoring import pack, score
 from tiny import ragged_examples, tiny_model, tiny_tokenizer
@@ -76,24 +76,24 @@ def test_vllm_gives_what_is_computed_here(server):
     options = RemoteOptions(url=server, model="tiny")
     reference = resolved(policy, meaning="start", means="remote", remote=options)
     take_steps(policy)
-    difference = (reference.score(PROBE) - expected).abs().max().item()
+    difference = (reference.score(PROBE).token_logps - expected).abs().max().item()
     print(f"largest difference {difference:.2e} nats over {len(expected)} tokens")
     assert difference < 1e-4
 
 
 def test_vllm_with_another_model_or_name_or_a_short_context_is_refused(server):
     other = tiny_model(vocab_size=len(TOKENIZER), hidden_size=128, intermediate_size=128, seed=1)
-    with pytest.raises(ReferenceError, match="is not the reference 'start'"):
+    with pytest.raises(ReferencePolicyError, match="is not the reference 'start'"):
         resolved(other, meaning="start", means="remote", remote=RemoteOptions(url=server))
-    with pytest.raises(ReferenceError, match="serves tiny, and sft was asked for"):
+    with pytest.raises(ReferencePolicyError, match="serves tiny, and sft was asked for"):
         resolved(other, meaning="model", means="remote", remote=RemoteOptions(url=server, model="sft"))
     reference = resolved(other, meaning="model", means="remote", remote=RemoteOptions(url=server))
-    assert torch.isfinite(reference.score(PROBE)).all()
-    with pytest.raises(ReferenceError, match="context holds max_length"):
+    assert torch.isfinite(reference.score(PROBE).token_logps).all()
+    with pytest.raises(ReferencePolicyError, match="context holds max_length"):
         reference.score(pack(ragged_examples(8, longest=120, seed=3)))
 
 
 def test_vllm_with_a_smaller_vocabulary_is_refused(server):
     larger = tiny_model(vocab_size=len(TOKENIZER) + 50)
-    with pytest.raises(ReferenceError, match="failed after 1 attempts: 400"):
+    with pytest.raises(ReferencePolicyError, match="failed after 1 attempts: 400"):
         resolved(larger, meaning="model", means="remote", remote=RemoteOptions(url=server))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from peft import LoraConfig
 from torch import nn
 
 from tether import DPOConfig, DPOTrainer
-from tether.errors import ReferenceError, ScoringError
+from tether.errors import ReferencePolicyError, ScoringError
+from tether.reference.base import require_log_probs_only
 from tether.scoring.divergence import frozen_head, token_divergence
 from tether.scoring.head import Head
-from tether.training.distributions import ReferenceStates
+from tether.training.algorithms import dpo
 from tether.types import Scores
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -31,6 +33,12 @@ def states(seed):
     return torch.randn(N, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def scores(hidden, head):
+    return Scores(
+        torch.zeros(len(hidden)), torch.zeros(len(hidden), dtype=torch.int64), 1, hidden=hidden, head=head.logits
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 @pytest.mark.parametrize("name", HEADS)
 def test_values_and_gradients_equal_the_plain_form(name, chunk):
@@ -44,7 +52,7 @@ def test_values_and_gradients_equal_the_plain_form(name, chunk):
     ).sum(-1)
     inputs = [hidden, *policy.module.parameters()]
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
-    found = token_divergence(states(3), frozen_head(reference), hidden, policy, chunk=chunk)
+    found = token_divergence(scores(states(3), frozen_head(reference)), scores(hidden, policy), chunk=chunk)
     torch.testing.assert_close(found, expected)
     assert (found > 0).all()
     for one, other in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
@@ -54,7 +62,9 @@ def test_values_and_gradients_equal_the_plain_form(name, chunk):
 def test_gradcheck():
     reference, policy = Head(linear(0)), Head(linear(1))
     hidden = states(2)[:3].requires_grad_()
-    assert torch.autograd.gradcheck(lambda h: token_divergence(states(3)[:3], reference, h, policy, chunk=2), hidden)
+    assert torch.autograd.gradcheck(
+        lambda h: token_divergence(scores(states(3)[:3], reference), scores(h, policy), chunk=2), hidden
+    )
 
 
 def test_a_head_that_trains_is_copied_and_a_frozen_one_is_not():
@@ -70,14 +80,14 @@ def test_a_head_that_trains_is_copied_and_a_frozen_one_is_not():
 
 
 def test_a_reference_that_runs_no_model_is_refused():
-    kept = ReferenceStates()
-    scores = Scores(torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1, hidden=torch.zeros(1, 2))
-    with pytest.raises(ReferenceError, match="log-probs of single tokens only"):
-        kept.with_divergence(scores, nn.Module())
+    with pytest.raises(ReferencePolicyError, match="log-probs of single tokens only"):
+        require_log_probs_only(("hidden",), "a store")
+    with pytest.raises(ScoringError, match="outputs=\\('hidden',\\)"):
+        token_divergence(scores(states(3), Head(linear(0))), replace(scores(states(3), Head(linear(0))), hidden=None))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "model"])
-def test_the_trainer_takes_the_kl_of_whole_distributions(kind, tmp_path):
+def test_the_trainer_takes_the_kl_of_whole_distributions(kind, tmp_path, monkeypatch):
     """Before the first update and after some: the KL that enters the loss is that of the models' own logits.
 
     Full fine-tuning of a tied head is the hard case: the snapshot's head must be kept while the policy's moves.
@@ -108,19 +118,18 @@ def test_the_trainer_takes_the_kl_of_whole_distributions(kind, tmp_path):
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if kind == "lora" else None,
     )
     seen = []
-    judged = trainer._states.with_divergence
-    trainer._states.with_divergence = lambda *given: seen.append(judged(*given)) or seen[-1]
+    monkeypatch.setattr(dpo, "token_divergence", lambda *given: seen.append(token_divergence(*given)) or seen[-1])
     trainer.train()
-    batch = trainer._probe
+    batch = trainer.run.probe
     with torch.no_grad():
-        trainer._judge_batch(trainer.model, batch, None)
+        trainer.compute_loss(trainer.model, {"batch": batch})
         row = torch.cat([batch.examples[0].prompt_ids, batch.examples[0].completion_ids[0]])[None]
         tokens = len(batch.examples[0].completion_ids[0])
         policy, reference = (
             one(row).logits[0, -tokens - 1 : -1].log_softmax(-1) for one in (trainer.policy, other or start)
         )
     expected = (reference.exp() * (reference - policy)).sum(-1)
-    torch.testing.assert_close(seen[-1].reference_kl[:tokens], expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(seen[-1][:tokens], expected, atol=1e-5, rtol=1e-3)
     assert expected.max() > 1e-4
     if kind != "model":
-        assert seen[0].reference_kl.abs().max() < 1e-5, "before the first update policy and reference are the same"
+        assert seen[0].abs().max() < 1e-5, "before the first update policy and reference are the same"

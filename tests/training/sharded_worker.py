@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sharding import finish, is_held, settings
 from tether import DPOConfig, DPOTrainer
 from tether.models.structure import trainable_tensors
-from tether.reference import live_reference
 from tether.reference.methods.shards import gather_shards, is_sharded, local_part, release_gathered
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -89,15 +88,15 @@ def run(folder: Path, kind: str, how: str) -> None:
     model.save_pretrained(mine)
     start(1, kind).save_pretrained(mine / "other")
     trainer = make_trainer(folder, kind, how, model)
-    reference = live_reference(trainer.resolved.reference)
-    found = {"before": reference.score(trainer._probe)}
+    reference = trainer.run.reference.live
+    found = {"before": reference.score(trainer.run.probe)}
     trainer.train()
     assert is_held(trainer, how), f"the policy is not held as {how} holds it"
     if kind == "model" and how in ("fsdp", "zero3"):
         assert is_sharded(reference._model), "the reference model is whole"
     assert getattr(reference, "resident", True) == (kind != "released"), "the store is full, the snapshot is not needed"
     held = weights(trainer)
-    found["after"] = reference.score(trainer._probe)
+    found["after"] = reference.score(trainer.run.probe)
     for name, value in weights(trainer).items():
         assert torch.equal(value, held[name]), f"a reference pass changed {name}"
     found |= held

@@ -86,7 +86,7 @@ def require_same_scores(run, again):
     """INV-38, by the model's own logits."""
     with torch.no_grad():
         torch.testing.assert_close(
-            score_alone(again.eval(), run._probe), score_alone(run.policy.eval(), run._probe), atol=1e-5, rtol=0
+            score_alone(again.eval(), run.run.probe), score_alone(run.policy.eval(), run.run.probe), atol=1e-5, rtol=0
         )
 
 
@@ -106,8 +106,8 @@ def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, 
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[1] != losses[0]
     assert any(not torch.equal(p, before[n]) for n, p in run.policy.named_parameters() if n in before)
-    assert run.resolved.reference.identity.means == means
-    assert run.layout == ("padded" if kind in ("prefix", "prompt") else "tree")
+    assert run.run.reference.identity.means == means
+    assert run.run.layout == ("padded" if kind in ("prefix", "prompt") else "tree")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     require_same_scores(run, PeftModel.from_pretrained(base, tmp_path / "run"))
     # INV-7: one step, a checkpoint and another.
@@ -153,7 +153,7 @@ def test_virtual_tokens_resume_and_are_continued(kind, tmp_path):
     whole.save_model()
     further = run("further", load_policy(tmp_path / "whole", dtype="float32"), reference="start")
     require_same_scores(whole, further.policy)
-    assert further.resolved.reference.identity.means == "snapshot"
+    assert further.run.reference.identity.means == "snapshot"
     further.train()
     losses = [log["loss"] for log in further.state.log_history if "loss" in log]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -229,10 +229,10 @@ def test_a_new_adapter_over_a_frozen_one(kind, tmp_path):
     first, config = saved_adapter(tmp_path), KINDS[kind][0]
     whole = stacked(tmp_path, "whole", config, max_steps=4)
     torch.testing.assert_close(
-        whole.resolved.reference.score(whole._probe), score_alone(first, whole._probe), atol=1e-5, rtol=0
+        whole.run.reference.score(whole.run.probe).token_logps, score_alone(first, whole.run.probe), atol=1e-5, rtol=0
     )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert (score_alone(first, whole._probe) - score_alone(plain, whole._probe)).abs().max() > 1e-2
+    assert (score_alone(first, whole.run.probe) - score_alone(plain, whole.run.probe)).abs().max() > 1e-2
     before = {name: p.detach().clone() for name, p in whole.policy.named_parameters()}
     whole.train()
     moved = {name for name, p in whole.policy.named_parameters() if not torch.equal(p, before[name])}
@@ -260,7 +260,7 @@ def test_what_a_stack_saves_loads_in_plain_peft_and_carries_another(tmp_path):
     model = PeftModel.from_pretrained(base, tmp_path / "run")
     model.load_adapter(tmp_path / "run" / "frozen", "frozen")
     with torch.no_grad():
-        first_alone = (score_alone(model.eval(), run._probe) - score_alone(run.policy, run._probe)).abs().max()
+        first_alone = (score_alone(model.eval(), run.run.probe) - score_alone(run.policy, run.run.probe)).abs().max()
     assert first_alone > 1e-3, "without the one beneath it is another model"
     model.base_model.set_adapter(["default", "frozen"])
     require_same_scores(run, model)
@@ -270,7 +270,10 @@ def test_what_a_stack_saves_loads_in_plain_peft_and_carries_another(tmp_path):
     third = stacked(tmp_path, "third", KINDS["lora"][0], reference="start")
     assert third.policy.active_adapters == ["default", "frozen", "frozen_2"]
     torch.testing.assert_close(
-        third.resolved.reference.score(third._probe), score_alone(run.policy, third._probe), atol=1e-5, rtol=0
+        third.run.reference.score(third.run.probe).token_logps,
+        score_alone(run.policy, third.run.probe),
+        atol=1e-5,
+        rtol=0,
     )
     (tmp_path / "sft" / "frozen" / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="trained over another one, 'frozen', which is not there"):
@@ -283,7 +286,7 @@ def test_an_adapter_by_its_folder_is_continued(tmp_path):
     run = stacked(tmp_path, "run", None)
     assert run.policy.active_adapters == ["default"]
     torch.testing.assert_close(
-        run.resolved.reference.score(run._probe), score_alone(first, run._probe), atol=1e-5, rtol=0
+        run.run.reference.score(run.run.probe).token_logps, score_alone(first, run.run.probe), atol=1e-5, rtol=0
     )
     run.train()
     assert any("lora_B" in name and p.requires_grad for name, p in run.policy.named_parameters())
@@ -374,7 +377,7 @@ def test_only_what_is_chosen_trains(adapter, tmp_path):
     assert any("lora" in name for name in moved) == adapter
     assert any("layers.1.mlp" in name for name in moved)
     assert not any("post_attention" in name for name in moved)
-    assert run.resolved.reference.identity.means == "snapshot"
+    assert run.run.reference.identity.means == "snapshot"
     if not adapter:
         run.save_model()
         require_same_scores(run, AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,19 +15,19 @@ from peft import LoraConfig
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
-import tether.training.memory as memory
+import tether.compute.memory as memory
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
 from tether.scoring import pack
-from tether.training.batching import (
+from tether.training.budget import (
     TokenBudget,
     even_out,
     fewest_groups,
     joined,
     packed_tokens,
     padded_tokens,
-    without_repeated_rows,
 )
+from tether.training.step import own_rows
 from tether.types import Example, Tree
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
@@ -114,8 +115,8 @@ def test_one_gradient_for_every_budget(tokens, layout, adapter, tmp_path, caplog
     def result(**settings):
         run = trainer(tmp_path, adapter=adapter, scoring_layout=layout, **settings)
         sizes = []
-        split = run._budget.split
-        run._budget.split = lambda *arguments: sizes.append(split(*arguments)) or sizes[-1]
+        split = run.run.budget.split
+        run.run.budget.split = lambda *arguments: sizes.append(split(*arguments)) or sizes[-1]
         run.train()
         logs = [
             {name: value for name, value in log.items() if name not in ("grad_norm", "epoch")}
@@ -142,11 +143,9 @@ def test_a_wrong_denominator_would_be_seen(tmp_path):
     """Negative control of the law above: each micro-batch as its own mean."""
 
     class OwnMean(DPOTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            for part in self._budget.split(inputs["batch"]):
-                own = torch.tensor([part.batch.num_examples, 0])
-                loss = super(DPOTrainer, self).training_step(model, {"batch": part.batch}, own)
-            return loss
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            own = replace(num_items_in_batch, totals=torch.tensor([inputs.batch.num_examples, 0, 0]))
+            return super().compute_loss(model, inputs, return_outputs, own)
 
     expected, found = (
         trainer(tmp_path, kind=kind, max_tokens_per_forward=60, max_steps=1) for kind in (DPOTrainer, OwnMean)
@@ -161,13 +160,13 @@ def test_repetitions_add_nothing(tmp_path):
 
     def result(extra):
         run = trainer(tmp_path, max_tokens_per_forward=60, ref_model=policy(seed=1))
-        original = run._budget.split
+        original = run.run.budget.split
 
         def split(batch, *arguments):
             parts = original(batch, *arguments)
-            return [*parts, *(type(parts[0])(pack(batch.examples[:1]), repeated=True) for _ in range(extra))]
+            return [*parts, *(type(parts[0])(pack(batch.examples[:1]), counts=False) for _ in range(extra))]
 
-        run._budget.split = split
+        run.run.budget.split = split
         run.train()
         logs = [log for log in run.state.log_history if "loss" in log]
         return weights(run), [(log["loss"], log["rewards/margins"], log["num_tokens"]) for log in logs]
@@ -230,7 +229,7 @@ def test_wrong_budgets_are_refused(value, tmp_path):
 
 def test_what_must_stay_whole_is_not_split(tmp_path):
     """An objective that compares the rows of a micro-batch: `auto` leaves it alone, a number is an error (INV-24)."""
-    assert trainer(tmp_path, loss_type="aot")._budget.tokens is None
+    assert trainer(tmp_path, loss_type="aot").run.budget.tokens is None
     with pytest.raises(ConfigError, match="another split is another loss"):
         trainer(tmp_path, loss_type=["sigmoid", "aot"], max_tokens_per_forward=100)
 
@@ -259,8 +258,8 @@ def test_processes_agree_on_the_number_of_micro_batches():
     batch = pack(examples(3))
     other = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.cat([own, torch.tensor([5])]))
     parts = TokenBudget(10_000).split(batch, other)
-    assert [part.repeated for part in parts] == [False, False, False, True, True]
-    assert sum(part.batch.num_examples for part in parts if not part.repeated) == 3
+    assert [part.counts for part in parts] == [True, True, True, False, False]
+    assert sum(part.batch.num_examples for part in parts if part.counts) == 3
     shortest = min(range(3), key=lambda i: packed_tokens([batch.forest.trees[i]]))
     assert all(part.batch.keys == pack([batch.examples[shortest]]).keys for part in parts[3:])
 
@@ -278,10 +277,10 @@ def test_rows_that_fill_the_last_batches_of_an_epoch_are_taken_out(rows, process
             state = SimpleNamespace(end_of_dataloader=number == rounds - 1, remainder=rows % (size * processes))
             accelerator = SimpleNamespace(num_processes=processes, process_index=rank, gradient_state=state)
             examples = [Example.of([row + 3], [[1], [2]]) for row in batch]
-            part = without_repeated_rows(pack(examples), accelerator)
+            part = own_rows({"batch": pack(examples)}, accelerator, last=True)
             found = [int(example.prompt_ids[0]) - 3 for example in part.batch.examples]
             assert found == batch[: len(found)]
-            counted += [] if part.repeated else found
+            counted += found if part.counts else []
     assert sorted(counted) == order
 
 

@@ -9,18 +9,19 @@ import pytest
 
 from tether.data import Prepared
 from tether.training import DPOConfig
-from tether.training.datasets import RunData, cache_folder
+from tether.training.setup.data import RunData, cache_folder
 from tiny import pair_rows, tiny_tokenizer
 
 
-def as_it_is(prepared: Prepared, args: Any) -> Prepared:
+def as_it_is(prepared: Prepared) -> Prepared:
     """What a trainer without an order of its own does to prepared rows."""
     return prepared
 
 
 def prepared(train: Any, evaluation: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     data = RunData(tiny_tokenizer(), DPOConfig(output_dir=str(folder), report_to=[]), as_it_is)
-    return *data.prepare_all(train, evaluation), data.reports
+    source, held = data.prepare_all(train, evaluation)
+    return source.known, held, data.reports
 
 
 def test_a_share_of_the_training_rows_is_set_aside(tmp_path: Path) -> None:
@@ -47,7 +48,8 @@ def test_kinds_reach_sources_and_splits(tmp_path: Path) -> None:
     rows = [{"question": row["prompt"], "completion": row["chosen"], "label": True} for row in pair_rows(20)]
     source = {"path": rows, "format": "chatml.intel"}
     data = RunData(tiny_tokenizer(), Unpaired(output_dir=str(tmp_path), report_to=[]), as_it_is)
-    train, held = data.prepare_all(source, {"split": 5})
+    given, held = data.prepare_all(source, {"split": 5})
+    train = given.known
     assert len(train) + len(held) == 20
     assert set(train["label"]) == {1.0}
 
@@ -68,7 +70,7 @@ def test_a_run_keeps_what_it_prepared_unless_told_not_to(said, monkeypatch, tmp_
             output_dir=str(tmp_path / str(learning_rate)), dataset_cache=said, use_cpu=True, learning_rate=learning_rate
         )
         data = RunData(tiny_tokenizer(), args, as_it_is)
-        sets.append(data.prepare_all(pair_rows(12), pair_rows(3))[0])
+        sets.append(data.prepare_all(pair_rows(12), pair_rows(3))[0].known)
         assert data.reports["eval"]["overlap"]["rows"] == 3
     assert sets[0][:] == sets[1][:]
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == (2 if said else 0)

@@ -71,8 +71,8 @@ def test_dpo_starts_at_its_reference_and_learns(family, adapter, means, checkpoi
     )
     before = weights(run)
     run.train()
-    assert run.layout == "encoder_decoder"
-    assert run.resolved.reference.identity.means == means
+    assert run.run.layout == "encoder_decoder"
+    assert run.run.reference.identity.means == means
     assert run.guard.passed
     assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(run)[-1] < math.log(2)
@@ -113,9 +113,9 @@ def test_the_artefact_scores_as_the_model_did(family, adapter, tmp_path):
     run.save_model()
     kind = AutoPeftModelForSeq2SeqLM if adapter else AutoModelForSeq2SeqLM
     with torch.no_grad(), evaluation_mode(run.policy):
-        expected = score(run.policy, run._probe, layout="encoder_decoder").token_logps
+        expected = score(run.policy, run.run.probe, layout="encoder_decoder").token_logps
         for model in (kind.from_pretrained(tmp_path / "run"), load_policy(tmp_path / "run", dtype="float32")):
-            found = score(model.eval(), run._probe, layout="encoder_decoder").token_logps
+            found = score(model.eval(), run.run.probe, layout="encoder_decoder").token_logps
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -128,8 +128,10 @@ def test_another_model_as_reference_is_scored_in_its_layout(tmp_path):
         train_dataset=Dataset.from_list(pair_rows(12)),
         processing_class=tiny_seq2seq_tokenizer("t5_tied"),
     )
-    assert other.resolved.reference.identity.means == "model"
-    difference = other.resolved.reference.score(run._probe) - run.resolved.reference.score(run._probe)
+    assert other.run.reference.identity.means == "model"
+    difference = (
+        other.run.reference.score(run.run.probe).token_logps - run.run.reference.score(run.run.probe).token_logps
+    )
     assert difference.abs().max() > 0.1
 
 

@@ -75,7 +75,7 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
     more = {"ref_model": policy(family, 5)} if other is not None else {}
     run = build(tmp_path, kind, family, eval_dataset=ROWS[kind], **more)
     run.train()
-    assert run.layout == "encoder_decoder"
+    assert run.run.layout == "encoder_decoder"
     assert losses(run) == pytest.approx(expected[:-1], abs=1e-5)
     assert run.evaluate()["eval_loss"] == pytest.approx(expected[-1], abs=1e-5)
     if kind == "KTO":
@@ -115,7 +115,7 @@ def test_kto_with_a_store(family, tmp_path):
         eval_dataset=sets,
         precompute_ref_log_probs=True,
     )
-    assert "store" in stored.resolved.line
+    assert "store" in stored.run.line
     stored.train()
     assert losses(stored) == losses(live)
     first, second = live.evaluate(), stored.evaluate()
@@ -138,8 +138,8 @@ def test_a_resumed_run_and_what_it_leaves(kind, family, tmp_path):
     rest.save_model()
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "rest").eval()
     with torch.no_grad(), evaluation_mode(rest.policy):
-        expected = score(rest.policy, rest._probe, layout="encoder_decoder").token_logps
-        found = score(again, rest._probe, layout="encoder_decoder").token_logps
+        expected = score(rest.policy, rest.run.probe, layout="encoder_decoder").token_logps
+        found = score(again, rest.run.probe, layout="encoder_decoder").token_logps
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -178,7 +178,7 @@ def no_weights(monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("weights were loaded before the input was refused")
 
-    for name in ("models.spec.load_policy", "training.reward.load_reward_model"):
+    for name in ("models.spec.load_policy", "training.algorithms.reward.load_reward_model"):
         monkeypatch.setattr(f"tether.{name}", load)
 
 

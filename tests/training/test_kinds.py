@@ -12,9 +12,9 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import tether
-from tether import RewardTrainer
 from tether.errors import ConfigError, DataError
-from tether.training.trainer import TetherTrainer
+from tether.training import Reward
+from tether.training.algorithms.base import Algorithm
 from tiny import CONFIGS, QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -163,7 +163,7 @@ def test_layouts_train_alike(kind, tmp_path):
     for layout in ("tree", "padded"):
         runs.append(build(tmp_path, kind, scoring_layout=layout, **other(kind)))
         runs[-1].train()
-        assert runs[-1].layout == layout
+        assert runs[-1].run.layout == layout
     assert_alike(*runs)
 
 
@@ -178,7 +178,7 @@ def test_means_of_reference_train_alike(kind, tmp_path):
         )
         run.train()
         runs.append(run)
-        assert run.resolved.reference.identity.means == means
+        assert run.run.reference.identity.means == means
         assert logged(run, "rewards/chosen")[0] == 0.0
         assert run.guard.max_difference == 0.0
     assert_alike(*runs)
@@ -190,7 +190,7 @@ def test_a_store_gives_the_same_numbers(kind, tmp_path):
     live = build(tmp_path / "live", kind, **other(kind))
     live.train()
     stored = build(tmp_path / "stored", kind, precompute_ref_log_probs=True, **other(kind))
-    assert "store" in stored.resolved.line
+    assert "store" in stored.run.line
     stored.train()
     assert_alike(stored, live)
 
@@ -199,7 +199,7 @@ def test_a_store_gives_the_same_numbers(kind, tmp_path):
 def test_no_reference_is_run_where_none_is_needed(kind, tmp_path, monkeypatch, caplog):
     """INV-9: one scoring a step, and no word of a start equality."""
     calls = []
-    owner = RewardTrainer if kind == "reward" else TetherTrainer
+    owner = Reward if kind == "reward" else Algorithm
     original = owner.scoring
     counting = staticmethod(lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     monkeypatch.setattr(owner, "scoring", counting)
@@ -207,7 +207,7 @@ def test_no_reference_is_run_where_none_is_needed(kind, tmp_path, monkeypatch, c
     calls.clear()
     run.train()
     assert len(calls) == 3
-    assert run.resolved.reference.identity.meaning == "none"
+    assert run.run.reference.identity.meaning == "none"
     assert "start equality" not in caplog.text
 
 
@@ -297,14 +297,14 @@ def test_a_saved_reward_model_gives_the_same_rewards(tmp_path):
     from tether.scoring.reward import reward, reward_alone
 
     with torch.no_grad():
-        torch.testing.assert_close(reward(run.policy.eval(), run._probe), reward_alone(plain, run._probe))
+        torch.testing.assert_close(reward(run.policy.eval(), run.run.probe), reward_alone(plain, run.run.probe))
     continued = build(tmp_path / "next", "reward", model=str(tmp_path / "reward model"))
     assert torch.equal(continued.policy.score.weight, run.policy.score.weight)
 
 
 def test_pairs_that_are_too_long_for_a_reward_are_dropped_not_cut(tmp_path):
     run = build(tmp_path, "reward", max_length=50)
-    report = run.data.reports["train"]
+    report = run.run.data.reports["train"]
     assert len(run.train_dataset) == report["kept"] < len(MARGINS)
     assert sum(report["cut_completions"]) == 0
     assert sum(report["dropped"].values()) == len(MARGINS) - report["kept"]
@@ -406,5 +406,5 @@ def test_sft_then_preferences(tmp_path):
         processing_class=TOKENIZER,
     )
     second.train()
-    assert second.resolved.reference.identity.means == "snapshot"
+    assert second.run.reference.identity.means == "snapshot"
     assert second.guard.max_difference == 0.0

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import tether.training.precision as precision
+import tether.compute.precision as precision
 from tether import DPOConfig, DPOTrainer
 from tether.compute import cpu_matmul as products
 from tether.errors import ConfigError
@@ -85,7 +85,9 @@ def test_a_measured_gain_decides(able, tmp_path, caplog):
     assert {p.dtype for p in run.policy.parameters()} == {torch.float32}
     # It is really computed in: a forced float32 run gives other numbers.
     exact = trainer(tmp_path / "exact", bf16=False)
-    assert not torch.equal(run.resolved.reference.score(run._probe), exact.resolved.reference.score(exact._probe))
+    assert not torch.equal(
+        run.run.reference.score(run.run.probe).token_logps, exact.run.reference.score(exact.run.probe).token_logps
+    )
 
 
 @pytest.mark.parametrize("forced", [True, False])

@@ -15,10 +15,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from completions_server import serving
 from tether import DPOConfig, DPOTrainer
-from tether.errors import ConfigError, ReferenceError, TetherError
+from tether.errors import ConfigError, ReferencePolicyError, TetherError
 from tether.reference import SAME, TrainingProof
+from tether.training.algorithms.base import Algorithm
 from tether.training.callbacks import GuardCallback
-from tether.training.kind import TrainerKind
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = Dataset.from_list(pair_rows(12))
@@ -71,7 +71,7 @@ def alone(run, model):
     from tether.scoring import score
 
     with torch.no_grad():
-        return score(model.eval(), run._probe).token_logps
+        return score(model.eval(), run.run.probe).token_logps
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ def test_an_adapter_folder_is_the_reference(kind, sft, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "tether"):
         run = trainer(tmp_path / "run", model, reference_adapter=str(folder), **arguments)
     means = "model" if kind == "full" else "adapter_on"
-    assert run.resolved.reference.identity.means == means
-    reference = run.resolved.reference.score(run._probe)
+    assert run.run.reference.identity.means == means
+    reference = run.run.reference.score(run.run.probe).token_logps
     torch.testing.assert_close(reference, alone(run, expected), atol=SAME, rtol=0)
     trains = {name for name, parameter in run.policy.named_parameters() if parameter.requires_grad}
     assert trains
     assert not any(".reference." in name for name in trains)
     run.train()
-    assert torch.equal(run.resolved.reference.score(run._probe), reference)
+    assert torch.equal(run.run.reference.score(run.run.probe).token_logps, reference)
     # A new adapter starts at the base, so that its margins are not zero; a continued one starts at the reference.
     assert (losses(run)[0] == pytest.approx(math.log(2), abs=1e-5)) == (kind == "continued adapter")
 
@@ -113,8 +113,12 @@ def test_a_loaded_adapter_is_the_reference_by_its_name(sft, tmp_path):
     model.add_adapter("mine", lora())
     model.set_adapter("mine")
     run = trainer(tmp_path / "run", model, reference_adapter="sft")
-    torch.testing.assert_close(run.resolved.reference.score(run._probe), alone_with(model, "sft", run), atol=0, rtol=0)
-    torch.testing.assert_close(run.resolved.reference.score(run._probe), alone(run, expected), atol=SAME, rtol=0)
+    torch.testing.assert_close(
+        run.run.reference.score(run.run.probe).token_logps, alone_with(model, "sft", run), atol=0, rtol=0
+    )
+    torch.testing.assert_close(
+        run.run.reference.score(run.run.probe).token_logps, alone(run, expected), atol=SAME, rtol=0
+    )
     run.train()
 
 
@@ -128,10 +132,12 @@ def alone_with(model, name, run):
 def test_an_explicit_separate_reference_beside_an_adapter(tmp_path):
     """Axolotl's `rl_adapter_ref_model: true`: a copy of its own, as ref_model or as forced means."""
     run = trainer(tmp_path, policy(), peft_config=lora(), ref_model=policy())
-    assert run.resolved.reference.identity.means == "model"
+    assert run.run.reference.identity.means == "model"
     forced = trainer(tmp_path, policy(), peft_config=lora(), reference_means="model")
-    assert forced.resolved.reference._model is not forced.policy
-    assert torch.equal(run.resolved.reference.score(run._probe), forced.resolved.reference.score(forced._probe))
+    assert forced.run.reference._model is not forced.policy
+    assert torch.equal(
+        run.run.reference.score(run.run.probe).token_logps, forced.run.reference.score(forced.run.probe).token_logps
+    )
 
 
 @pytest.fixture
@@ -144,12 +150,12 @@ def other(tmp_path):
 def test_another_model_has_a_dtype_and_an_attention_of_its_own(other, tmp_path):
     options = {"dtype": "bfloat16", "attn_implementation": "eager", "device_map": "cpu"}
     run = trainer(tmp_path / "run", policy(), ref_model=other, ref_model_init_kwargs=options)
-    model = run.resolved.reference._model
-    assert run.resolved.reference.identity.dtype == "bfloat16"
+    model = run.run.reference._model
+    assert run.run.reference.identity.dtype == "bfloat16"
     assert model.config._attn_implementation == "tether_tree_eager"
     assert {parameter.dtype for parameter in run.policy.parameters()} == {torch.float32}
     expected = alone(run, policy(seed=1).to(torch.bfloat16))
-    torch.testing.assert_close(run.resolved.reference.score(run._probe), expected, atol=0.3, rtol=0)
+    torch.testing.assert_close(run.run.reference.score(run.run.probe).token_logps, expected, atol=0.3, rtol=0)
     run.train()
 
 
@@ -161,7 +167,7 @@ def test_another_tokenizer_is_refused_before_training(other, tmp_path):
     first, second = sorted(words, key=words.get)[20:22]
     words[first], words[second] = words[second], words[first]
     path.write_text(json.dumps(state))
-    with pytest.raises(ReferenceError, match="2 token ids stand for other tokens"):
+    with pytest.raises(ReferencePolicyError, match="2 token ids stand for other tokens"):
         trainer(tmp_path / "run", policy(), ref_model=other)
 
 
@@ -183,7 +189,7 @@ def test_a_moving_reference_resumes_exactly(adapter, tmp_path):
             reference_check_steps=1,
             **settings,
         )
-        start = one.resolved.reference.score(one._probe)
+        start = one.run.reference.score(one.run.probe).token_logps
         one.train(resume_from_checkpoint=resume)
         return one, start
 
@@ -191,13 +197,13 @@ def test_a_moving_reference_resumes_exactly(adapter, tmp_path):
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     resumed, _ = run(tmp_path / "resumed", resume=str(checkpoint))
     assert losses(resumed) == losses(whole)
-    values = whole.resolved.reference.score(whole._probe)
-    assert torch.equal(resumed.resolved.reference.score(resumed._probe), values)
+    values = whole.run.reference.score(whole.run.probe).token_logps
+    assert torch.equal(resumed.run.reference.score(resumed.run.probe).token_logps, values)
     assert (values - start).abs().max() > 1e-3
     # One move at step 3: half of the policy then. The saved policy is one step further.
-    assert load_file(checkpoint / "reference.safetensors").keys() == whole.resolved.reference.state().keys()
+    assert load_file(checkpoint / "reference.safetensors").keys() == whole.run.reference.state().keys()
     still = trainer(tmp_path / "still", policy(), peft_config=adapter, max_steps=8)
-    with pytest.raises(ReferenceError, match="another reference"):
+    with pytest.raises(ReferencePolicyError, match="another reference"):
         still.train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -236,23 +242,24 @@ def test_a_run_may_be_resumed_under_another_means(tmp_path):
     first.train()
     second = trainer(tmp_path / "two", policy(), peft_config=lora(), reference_means="snapshot", max_steps=3)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    one, two = first.resolved.reference, second.resolved.reference
+    one, two = first.run.reference, second.run.reference
     assert (one.identity.means, two.identity.means) == ("adapter_off", "snapshot")
-    torch.testing.assert_close(one.score(first._probe), two.score(second._probe), atol=SAME, rtol=0)
+    found = [one.score(first.run.probe), two.score(second.run.probe)]
+    torch.testing.assert_close(*[scores.token_logps for scores in found], atol=SAME, rtol=0)
 
 
 def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatch):
     """INV-9: one scoring call per step; and a reference that is declared all the same is an error."""
     calls = []
-    original = TrainerKind.scoring
+    original = Algorithm.scoring
 
     def counting(*args, **kwargs):
         calls.append(args)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(TrainerKind, "scoring", staticmethod(counting))
+    monkeypatch.setattr(Algorithm, "scoring", staticmethod(counting))
     run = trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, max_steps=2)
-    assert run.resolved.line == "reference: none; no reference is loaded or run"
+    assert run.run.line == "reference: none; no reference is loaded or run"
     calls.clear()
     run.train()
     assert len(calls) == 2
@@ -286,7 +293,7 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
 )
 def test_reference_options_that_cannot_be_honoured(arguments, words, tmp_path, monkeypatch):
     """INV-24."""
-    import tether.training.reference_setup as setup
+    import tether.training.setup.reference as setup
 
     monkeypatch.setattr(setup, "_load_reference", lambda *_: policy(seed=1))
     with pytest.raises(ConfigError, match=words):
@@ -312,7 +319,7 @@ def test_a_run_against_a_served_reference_is_the_run_against_the_model(meaning, 
         run = trainer(
             tmp_path / "remote", policy(), optim="sgd", reference=meaning, reference_remote=remote, max_steps=3
         )
-        assert run.resolved.reference.identity.means == "remote"
+        assert run.run.reference.identity.means == "remote"
         run.train()
     other = {"ref_model": policy(seed=1)} if meaning == "model" else {}
     local = trainer(tmp_path / "local", policy(), optim="sgd", max_steps=3, **other)

@@ -21,7 +21,8 @@ from tether.data.prepare.job import Options
 from tether.data.prepare.stream import PreparedStream
 from tether.data.sources.stream import RowStream
 from tether.errors import ConfigError, DataError
-from tether.training.stream_loader import Order, Position, StreamLoader
+from tether.training.source.dealing import Order, Position, StreamLoader
+from tether.training.step import Filler
 from tiny import QUIET, pair_rows
 from training.test_kinds import TOKENIZER, model_for
 from training.test_processes import torchrun
@@ -78,15 +79,14 @@ def trainer_of(folder, kind="dpo", rows=None, *, stream=True, eval_dataset=None,
 
 def trained(trainer, **resume):
     """The rows of each batch with their completions, and the losses."""
-    batches, inner = [], trainer.before_step
+    batches, inner = [], trainer.run.algorithm.begin_step
 
-    def before_step(step):
-        batches.append(
-            [[(one.source_row, [ids.tolist() for ids in one.completion_ids]) for one in b.batch.examples] for b in step]
-        )
-        inner(step)
+    def begin_step(step, passes):
+        rows = [[one for part in share for one in part.batch.examples] for share in step.shares]
+        batches.append([[(one.source_row, [ids.tolist() for ids in one.completion_ids]) for one in b] for b in rows])
+        return inner(step, passes)
 
-    trainer.before_step = before_step
+    trainer.run.algorithm.begin_step = begin_step
     trainer.train(**resume)
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return batches, [log["loss"] for log in logs], logs
@@ -142,7 +142,7 @@ def dealt(rows):
 
 def numbers(loader):
     """The rows of each batch that count."""
-    return [[] if batch.get("repeated") else [row["source_row"] for row in batch["rows"]] for batch in loader]
+    return [[] if isinstance(batch, Filler) else [row["source_row"] for row in batch["rows"]] for batch in loader]
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -289,18 +289,18 @@ def test_the_store_is_filled_by_the_first_pass_or_ahead(tmp_path):
     plain = trained(trainer_of(tmp_path / "plain", train_sampling_strategy="random"))
     filling = trainer_of(tmp_path / "filling", **store)
     assert trained(filling)[1] == pytest.approx(plain[1], abs=1e-6)
-    assert filling.resolved.reference.computed == 2 * 44
-    assert filling.resolved.reference.forwards == 11  # batches of the first pass
+    assert filling.run.reference.computed == 2 * 44
+    assert filling.run.reference.forwards == 11  # batches of the first pass
     again = trainer_of(tmp_path / "again", **store)
     assert trained(again)[1] == pytest.approx(plain[1], abs=1e-6)
-    assert again.resolved.reference.forwards == 0
+    assert again.run.reference.forwards == 0
 
     ahead = trainer_of(tmp_path / "ahead", **{**store, "reference_store": str(tmp_path / "other"), "max_steps": 4})
     filled = ahead.precompute_reference()
     assert (filled.present, filled.computed) == (0, 2 * 32)  # four steps' rows, and no others
-    forwards = ahead.resolved.reference.forwards
+    forwards = ahead.run.reference.forwards
     trained(ahead)
-    assert ahead.resolved.reference.forwards == forwards
+    assert ahead.run.reference.forwards == forwards
 
 
 def test_reports_grow_with_the_stream(tmp_path, caplog):
@@ -321,7 +321,7 @@ def test_reports_grow_with_the_stream(tmp_path, caplog):
     assert found["train"]["streamed"] == {"pass": 2, "from_kept_row": 0}
     assert "eval: 2 of 45 training rows are in this evaluation set word for word, and 3 share a prompt" in caplog.text
     assert trainer.evaluate()["eval_loss"] > 0
-    memory = trainer_of(tmp_path / "memory", rows=rows, stream=False).data.reports["train"]
+    memory = trainer_of(tmp_path / "memory", rows=rows, stream=False).run.data.reports["train"]
     assert memory["kept"] == 45
     assert memory["duplicates"] == 1
 

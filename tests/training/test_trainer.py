@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from peft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tether import DPOConfig, DPOTrainer
-from tether.errors import ConfigError, DataError, ReferenceError, TetherError
+from tether.errors import ConfigError, DataError, ReferencePolicyError, TetherError
+from tether.training.algorithms.base import Algorithm
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 ROWS = pair_rows(12)
@@ -181,13 +183,13 @@ def test_the_snapshot_of_a_resumed_run_comes_from_its_checkpoint(tmp_path):
         )
 
     first = run(tmp_path, 1)
-    probe = first.resolved.reference.score(first._probe)
+    probe = first.run.reference.score(first.run.probe).token_logps
     first.train()
     second = run(tmp_path, 2)
-    assert not torch.allclose(second.resolved.reference.score(second._probe), probe, atol=1e-3)
+    assert not torch.allclose(second.run.reference.score(second.run.probe).token_logps, probe, atol=1e-3)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert torch.equal(second.resolved.reference.score(second._probe), probe)
-    assert second.resolved.reference.identity == first.resolved.reference.identity
+    assert torch.equal(second.run.reference.score(second.run.probe).token_logps, probe)
+    assert second.run.reference.identity == first.run.reference.identity
 
 
 def test_resuming_with_another_reference_is_refused(tmp_path):
@@ -195,10 +197,10 @@ def test_resuming_with_another_reference_is_refused(tmp_path):
     first = trainer(tmp_path, ref_model=policy(seed=1), max_steps=2, save_strategy="steps", save_steps=1)
     first.train()
     second = trainer(tmp_path, ref_model=policy(seed=2), max_steps=3)
-    with pytest.raises(ReferenceError, match="another reference") as error:
+    with pytest.raises(ReferencePolicyError, match="another reference") as error:
         second.train(resume_from_checkpoint=True)
     for run in (first, second):
-        assert run.resolved.reference.identity.fingerprint in str(error.value)
+        assert run.run.reference.identity.fingerprint in str(error.value)
 
 
 def test_a_trained_folder_as_the_model_is_never_a_silent_start(tmp_path):
@@ -209,7 +211,7 @@ def test_a_trained_folder_as_the_model_is_never_a_silent_start(tmp_path):
     TOKENIZER.save_pretrained(folder)
     with pytest.raises(ConfigError, match="Say what this run is tethered to"):
         trainer(tmp_path / "next", str(folder))
-    assert trainer(tmp_path / "next", str(folder), reference="start").resolved.reference.identity.meaning == "start"
+    assert trainer(tmp_path / "next", str(folder), reference="start").run.reference.identity.meaning == "start"
 
 
 def test_records_in_the_run_folder(tmp_path):
@@ -220,7 +222,7 @@ def test_records_in_the_run_folder(tmp_path):
     run.train()
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         record = json.loads((folder / "reference.json").read_text())
-        assert record["identity"] == run.resolved.reference.identity.to_dict()
+        assert record["identity"] == run.run.reference.identity.to_dict()
         assert record["guard"]["passed"] is True
         assert "adapter_off" in record["line"]
     assert json.loads((tmp_path / "data.json").read_text())["train"]["rows"] == len(ROWS)
@@ -241,7 +243,7 @@ class Meddle(TrainerCallback):
 def test_a_moved_reference_stops_the_run(tmp_path):
     """INV-2: checked cheaply during the run."""
     run = trainer(tmp_path, peft_config=lora(), reference_check_steps=1, callbacks=[Meddle()])
-    with pytest.raises(ReferenceError, match="The reference moved: at step 2"):
+    with pytest.raises(ReferencePolicyError, match="The reference moved: at step 2"):
         run.train()
 
 
@@ -252,28 +254,28 @@ def test_weights_edited_after_the_trainer_was_made_are_refused(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     before = weights(run)
-    with pytest.raises(ReferenceError, match="The policy is not at its reference"):
+    with pytest.raises(ReferencePolicyError, match="The policy is not at its reference"):
         run.train()
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
 
 
 def test_nothing_to_train_is_an_error(tmp_path):
     """INV-5."""
-    with pytest.raises(ReferenceError, match="Nothing would train"):
+    with pytest.raises(ReferencePolicyError, match="Nothing would train"):
         trainer(tmp_path, policy().requires_grad_(False))
 
 
 def test_an_optimizer_of_another_model_is_an_error(tmp_path):
     """INV-5."""
     optimizer = torch.optim.SGD(policy().parameters(), lr=0.1)
-    with pytest.raises(ReferenceError, match="The optimizer holds none"):
+    with pytest.raises(ReferencePolicyError, match="The optimizer holds none"):
         trainer(tmp_path, optimizers=(optimizer, None)).train()
 
 
 def test_steps_that_change_nothing_are_an_error(tmp_path):
     """INV-5: updates below the resolution of the weights' dtype."""
     model = policy().to(torch.bfloat16)
-    with pytest.raises(ReferenceError, match="No trainable tensor changed in step 1"):
+    with pytest.raises(ReferencePolicyError, match="No trainable tensor changed in step 1"):
         trainer(tmp_path, model, optim="sgd", learning_rate=1e-12).train()
 
 
@@ -291,13 +293,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
 def test_no_reference_runs_no_reference(tmp_path, monkeypatch):
     """INV-9: one scoring call per micro-batch, where a reference makes two."""
     calls = []
-    original = DPOTrainer.scoring
+    original = Algorithm.scoring
 
     def counting(*args, **kwargs):
         calls.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(DPOTrainer, "scoring", staticmethod(counting))
+    monkeypatch.setattr(Algorithm, "scoring", staticmethod(counting))
     run = trainer(tmp_path, reference="none", max_steps=2)
     calls.clear()
     run.train()
@@ -313,7 +315,7 @@ def test_layouts_train_alike(layout, tmp_path):
     """INV-19: the same run on every layout."""
     run = trainer(tmp_path, scoring_layout=layout, optim="sgd", ref_model=policy(seed=1))
     run.train()
-    assert run.layout == layout
+    assert run.run.layout == layout
     expected = trainer(tmp_path, optim="sgd", ref_model=policy(seed=1))
     expected.train()
     for name, value in weights(expected).items():
@@ -349,7 +351,7 @@ def test_options_take_effect(name, value, tmp_path):
 def test_training_rows_inside_the_evaluation_set_are_counted(tmp_path, caplog):
     """INV-35."""
     run = trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS[:3]))
-    assert run.data.reports["eval"]["overlap"] == {"rows": 3, "prompts": 3, "train_rows": len(ROWS)}
+    assert run.run.data.reports["eval"]["overlap"] == {"rows": 3, "prompts": 3, "train_rows": len(ROWS)}
     assert "3 of 12 training rows are in this evaluation set" in caplog.text
 
 
@@ -378,21 +380,21 @@ def test_the_reference_survives_evaluation_generation_saving_and_loading(tied, t
         save_strategy="steps",
         save_steps=2,
     )
-    probe = run.resolved.reference.score(run._probe)
+    probe = run.run.reference.score(run.run.probe).token_logps
     run.train()
     run.evaluate()
     run.policy.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
-    assert torch.equal(run.resolved.reference.score(run._probe), probe)
+    assert torch.equal(run.run.reference.score(run.run.probe).token_logps, probe)
     resumed = trainer(tmp_path, policy(tie_word_embeddings=tied), max_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert torch.equal(resumed.resolved.reference.score(resumed._probe), probe)
+    assert torch.equal(resumed.run.reference.score(resumed.run.probe).token_logps, probe)
 
 
 def test_a_revision_is_recorded(tmp_path):
     """INV-6: the commit that a model was loaded from is part of its identity."""
     model = policy()
     model.config._commit_hash = "0123abc"
-    assert trainer(tmp_path, model).resolved.reference.identity.revision == "0123abc"
+    assert trainer(tmp_path, model).run.reference.identity.revision == "0123abc"
 
 
 @pytest.mark.parametrize("family", ["opt", "falcon"])
@@ -409,7 +411,7 @@ def test_randomness_outside_dropout_modules_is_disabled_too(family, tmp_path):
     run = trainer(tmp_path, model)
     model.train()
     with torch.no_grad():
-        first, second = (run._scorer(model, run._probe).token_logps for _ in range(2))
+        first, second = (run.run.scorer(model, run.run.probe).token_logps for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -570,7 +572,7 @@ def test_wrong_calls_are_refused(tmp_path):
             model=policy(), args=TrainingArguments(str(tmp_path)), train_dataset=ROWS, processing_class=TOKENIZER
         )
     run = trainer(tmp_path)
-    with pytest.raises(ConfigError, match="predicts nothing"):
+    with pytest.raises(ConfigError, match="has no meaning here"):
         run.predict(ROWS)
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         run.evaluate("nowhere.jsonl")
@@ -585,12 +587,14 @@ def test_the_load_balancing_loss_reaches_the_policy_and_never_the_reference(tmp_
     """It moves a router that the pair loss cannot move, is logged, and the reference pass does not compute it."""
     asked = []
     run = trainer(tmp_path, tiny_model("mixtral", vocab_size=len(TOKENIZER)), router_aux_loss_coef=0.5, max_steps=1)
-    inner = run._scorer
-    run._scorer = lambda model, batch, **options: (
-        asked.append(options.get("outputs", ())),
-        inner(model, batch, **options),
-    )[1]
-    run.resolved.reference._scorer = run._scorer
+    inner = run.run.scorer
+
+    def asking(model, batch, *, outputs=()):
+        asked.append(outputs)
+        return inner(model, batch, outputs=outputs)
+
+    run.run = replace(run.run, scorer=asking)
+    run.run.reference._scorer = asking
     run.train()
     assert [("aux_loss" in outputs) for outputs in asked].count(True) == 1
     assert len(asked) > 1
@@ -598,7 +602,7 @@ def test_the_load_balancing_loss_reaches_the_policy_and_never_the_reference(tmp_
     assert log["loss"] == pytest.approx(math.log(2) + 0.5 * log["aux_loss"], abs=1e-5)
     for coefficient in (0.0, None):
         plain = trainer(tmp_path, tiny_model("mixtral", vocab_size=len(TOKENIZER)), router_aux_loss_coef=coefficient)
-        assert plain._router_coefficient == (0.001 if coefficient is None else 0.0)
+        assert plain.run.router_weight == (0.001 if coefficient is None else 0.0)
 
 
 def test_a_load_balancing_loss_needs_experts(tmp_path):
@@ -627,8 +631,9 @@ def test_evaluation_memory_is_constant_in_the_size_of_the_data(leak, tmp_path, m
     watch, hoard = LiveTensors(), []
     run = trainer(tmp_path, callbacks=[watch], per_device_eval_batch_size=2)
     if leak:
-        judge = run.judge
-        monkeypatch.setattr(run, "judge", lambda *given: (hoard.append(given[0].token_logps), judge(*given))[1])
+        loss = run.run.algorithm.loss
+        leaking = lambda *given: (hoard.append(given[0].token_logps), loss(*given))[1]  # noqa: E731
+        monkeypatch.setattr(run.run.algorithm, "loss", leaking)
     run.evaluate(pair_rows(1) * 64)
     early, late = watch.alive
     assert (late == early) is not leak

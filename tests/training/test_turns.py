@@ -10,7 +10,6 @@ import torch
 import tether
 from tether.config import load_run_file
 from tether.errors import ConfigError
-from tether.reference import live_reference
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -75,16 +74,16 @@ def plain_logp(model: Any, row: dict[str, Any], k: int, wanted: list[str]) -> fl
 def test_dpo_scores_the_turns_that_are_asked_for(turns: str, places: list[int], tmp_path: Any) -> None:
     """Policy and reference alike, against each sequence alone; what the user says is not scored, and shows if it is."""
     run = build(tmp_path, "DPO", turns=turns)
-    scores = live_reference(run.resolved.reference).score(run._probe)
-    found = torch.zeros(8).index_add(0, run._probe.completion_index, scores)
-    model, sources = tiny_model(vocab_size=len(tiny_tokenizer())), [e.source_row for e in run._probe.examples]
+    scores = run.run.reference.live.score(run.run.probe).token_logps
+    found = torch.zeros(8).index_add(0, run.run.probe.completion_index, scores)
+    model, sources = tiny_model(vocab_size=len(tiny_tokenizer())), [e.source_row for e in run.run.probe.examples]
     for n, source in enumerate(sources):
         row = next(one for one in run.train_dataset if one["source_row"] == source)
         for k, side in enumerate(("chosen", "rejected")):
             wanted = [ROWS["DPO"][source][side][place]["content"] for place in places]
             assert found[2 * n + k].item() == pytest.approx(plain_logp(model, row, k, wanted), abs=1e-4)
     whole = build(tmp_path, "DPO")
-    assert int(whole._probe.targets.shape[0]) > int(run._probe.targets.shape[0]), (
+    assert int(whole.run.probe.targets.shape[0]) > int(run.run.probe.targets.shape[0]), (
         "by default the user's turn counts, too"
     )
 
@@ -95,7 +94,7 @@ def test_every_trainer_trains_on_the_last_turns_alone(kind: str, tmp_path: Any) 
     run.train()
     masks = [mask for row in run.train_dataset["scored"] for mask in row[:1]]
     assert all(any(mask) and not all(mask) for mask in masks)
-    assert run.data.reports["train"]["turns"] == "last"
+    assert run.run.data.reports["train"]["turns"] == "last"
 
 
 @pytest.mark.parametrize(

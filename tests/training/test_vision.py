@@ -71,8 +71,8 @@ def test_dpo_starts_at_its_reference_and_learns(family, adapter, means, checkpoi
     )
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters() if p.requires_grad}
     run.train()
-    assert run.layout == "tree"
-    assert run.resolved.reference.identity.means == means
+    assert run.run.layout == "tree"
+    assert run.run.reference.identity.means == means
     assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(run)[-1] < math.log(2)
     moved = [n for n, p in run.policy.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
@@ -137,9 +137,9 @@ def test_the_artefact_scores_as_the_model_did(adapter, tmp_path):
         again = [AutoModelForImageTextToText.from_pretrained(folder), load_policy(folder)]
         assert AutoProcessor.from_pretrained(folder).image_token == "<image>"
     with torch.no_grad(), evaluation_mode(run.policy):
-        expected = score(run.policy, run._probe).token_logps
+        expected = score(run.policy, run.run.probe).token_logps
         for model in again:
-            found = score(model.eval(), run._probe).token_logps
+            found = score(model.eval(), run.run.probe).token_logps
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 

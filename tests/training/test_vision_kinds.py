@@ -14,7 +14,7 @@ from tether.models.structure import evaluation_mode
 from tether.scoring import pack, score
 from tether.scoring.batch import with_prompts
 from tether.scoring.layout.proof import score_alone
-from tether.training import mismatched
+from tether.training.algorithms import mismatched
 from tiny_vision import VISION, picture, tiny_processor, tiny_vision, tiny_vision_reward, vision_examples
 from training import plain
 
@@ -95,7 +95,7 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
     more = {"ref_model": tiny_vision(family, seed=5)} if other is not None else {}
     run = build(tmp_path, kind, family, eval_dataset=rows(kind), **more)
     run.train()
-    assert run.layout == "tree"
+    assert run.run.layout == "tree"
     assert losses(run) == pytest.approx(expected[:-1], abs=2e-5)
     assert run.evaluate()["eval_loss"] == pytest.approx(expected[-1], abs=2e-5)
     elsewhere = build(tmp_path, kind, family, data=rows(kind, shift=50), **more)
@@ -117,7 +117,7 @@ def test_the_kl_estimate_is_of_the_rows_own_images(tmp_path, monkeypatch):
         made = mismatched.with_mismatched(prepared, max_length)
         return mismatched.replace(made, dataset=made.dataset.with_format(None).remove_columns("images"))
 
-    monkeypatch.setattr("tether.training.unpaired.with_mismatched", forgets)
+    monkeypatch.setattr("tether.training.algorithms.kto.with_mismatched", forgets)
     blind = build(tmp_path, "KTO", "llava", ref_model=tiny_vision("llava", seed=5))
     blind.train()
     assert losses(blind)[0] != pytest.approx(losses(run)[0], abs=1e-4)
@@ -182,8 +182,8 @@ def test_a_resumed_run_and_what_it_leaves(kind, tmp_path):
     rest.save_model()
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "rest").eval()
     with torch.no_grad(), evaluation_mode(rest.policy):
-        expected = score(rest.policy, rest._probe).token_logps
-        torch.testing.assert_close(score(again, rest._probe).token_logps, expected, atol=1e-6, rtol=0)
+        expected = score(rest.policy, rest.run.probe).token_logps
+        torch.testing.assert_close(score(again, rest.run.probe).token_logps, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
@@ -227,7 +227,9 @@ def test_a_reward_model_over_images_that_transformers_has(tmp_path):
     run.save_model()
     again = Gemma3ForSequenceClassification.from_pretrained(tmp_path / "run").eval()
     with torch.no_grad(), evaluation_mode(run.policy):
-        torch.testing.assert_close(reward(run.policy, run._probe, layout=run.layout), reward_alone(again, run._probe))
+        torch.testing.assert_close(
+            reward(run.policy, run.run.probe, layout=run.run.layout), reward_alone(again, run.run.probe)
+        )
 
 
 TEXT_SIZES = (
@@ -239,7 +241,9 @@ TEXT_SIZES = (
 def test_reward_models_that_cannot_be_are_refused_before_rows_are_read(tmp_path, monkeypatch):
     """By name before weights load; in memory by the head that is missing."""
     tiny_vision("qwen2_vl").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("tether.training.reward.load_reward_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "tether.training.algorithms.reward.load_reward_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     with pytest.raises(ConfigError, match="no sequence classifier for Qwen2VLConfig"):
         build(tmp_path, "Reward", "qwen2_vl", model=str(tmp_path / "model"))
     with pytest.raises(ScoringError, match="no head called `score`"):

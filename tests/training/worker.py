@@ -51,18 +51,18 @@ def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    probe = trainer.resolved.reference.score(trainer._probe)
+    probe = trainer.run.reference.score(trainer.run.probe).token_logps
     counts = []
-    split = trainer._budget.split
+    split = trainer.run.budget.split
 
     def counting(batch, *arguments):
         parts = split(batch, *arguments)
         counts.append([len(split(batch)), len(parts)])
         return parts
 
-    trainer._budget.split = counting
+    trainer.run.budget.split = counting
     trainer.train()
-    trainer._budget.split = split
+    trainer.run.budget.split = split
     numbers = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     numbers += [log["rewards/margins"] for log in trainer.state.log_history if "loss" in log]
     metrics = trainer.evaluate()

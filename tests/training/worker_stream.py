@@ -40,13 +40,13 @@ def run(folder: Path, stream: bool) -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    batches, inner = [], trainer.before_step
+    batches, inner = [], trainer.run.algorithm.begin_step
 
-    def before_step(step):
-        batches.append([[example.source_row for example in part.batch.examples] for part in step if not part.repeated])
-        inner(step)
+    def begin_step(step, passes):
+        batches.append([[one.source_row for one in part.batch.examples] for part in step.parts if part.counts])
+        return inner(step, passes)
 
-    trainer.before_step = before_step
+    trainer.run.algorithm.begin_step = begin_step
     trainer.train()
     found = {name: p.detach().contiguous() for name, p in trainer.policy.named_parameters() if p.requires_grad}
     save_file(found, folder / f"rank{trainer.args.process_index}.safetensors")

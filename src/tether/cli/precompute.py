@@ -34,7 +34,7 @@ def precompute(
     """
     from tether.cli.output import terminal_output
     from tether.config import build, load_run_file, trainer_class
-    from tether.training.stored import FOLDER, flush_store
+    from tether.training.store import FOLDER
 
     run = load_run_file(run_file, overrides or ())
     if run.reference.store is None and not run.train.further.get("precompute_ref_log_probs"):
@@ -45,11 +45,10 @@ def precompute(
     with terminal_output(debug):
         arguments, adapter, keywords = build(run)
         trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
-        stored = trainer.resolved.reference
         try:
             filled = trainer.precompute_reference()
         except KeyboardInterrupt:
-            flush_store(stored)
+            trainer.run.reference.flush()
             raise Interrupted("Stopped. What was computed is stored; the same command computes the rest.") from None
     if trainer.is_world_process_zero():
         total = filled.present + filled.computed

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.partitioned import is_partitioned
 from tether.models.structure import transformers_model, unwrap
 
@@ -78,7 +78,7 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *,
         The hash.
 
     Raises:
-        ReferenceError: a name comes twice, or a tensor has no values here (sharded over ranks, or on `meta`).
+        ReferencePolicyError: a name comes twice, or a tensor has no values here (sharded over ranks, or on `meta`).
 
     Example:
         >>> a = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.zeros(2)}
@@ -92,7 +92,7 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *,
     for name, tensor in pairs:
         _check_readable(name, tensor)
         if name in seen:
-            raise ReferenceError(f"Two tensors are named '{name}'. Names must be unique to identify a model.")
+            raise ReferencePolicyError(f"Two tensors are named '{name}'. Names must be unique to identify a model.")
         seen.add(name)
     entries = [(name, str(tensor.dtype), list(tensor.shape), partial(digest_of, tensor)) for name, tensor in pairs]
     return combined(entries, [tensor.nbytes for _, tensor in pairs], extra)
@@ -134,7 +134,7 @@ def model_fingerprint(model: nn.Module, *, without_adapters: bool) -> str:
 
     Raises:
         ConfigError: not a transformers model.
-        ReferenceError: the weights are sharded or on `meta`.
+        ReferencePolicyError: the weights are sharded or on `meta`.
     """
     identity = computation(transformers_model(model))
     tensors = base_tensors(model)
@@ -228,7 +228,7 @@ def _check_readable(name: str, tensor: Tensor) -> None:
     away = is_partitioned(tensor) and not tensor.numel()
     if tensor.is_meta or hasattr(tensor, "full_tensor") or away:
         where = "on the device 'meta'" if tensor.is_meta else "sharded over several processes"
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"The tensor '{name}' is {where}, so its values cannot be hashed here. Take the fingerprint of a model "
             "that is loaded as a whole, before it is sharded or offloaded."
         )

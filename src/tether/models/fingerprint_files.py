@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import Entry, as_bytes, base_tensors, combined, computation, digest_of
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -30,12 +30,14 @@ def checkpoint_fingerprint(folder: str | Path, *, dtype: torch.dtype | None = No
         The hash, see `tether.models.fingerprint`.
 
     Raises:
-        ReferenceError: there are no such files, or transformers changes the tensors when it loads them (other names,
-            quantisation, parts kept in float32), so that the files do not say what the model will be.
+        ReferencePolicyError: there are no such files, or transformers changes the tensors when it loads them (other
+            names, quantisation, parts kept in float32), so that the files do not say what the model will be.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ReferenceError(f"{folder} has no config.json; name the folder of a model, not of an adapter or a file.")
+        raise ReferencePolicyError(
+            f"{folder} has no config.json; name the folder of a model, not an adapter or a file."
+        )
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -46,7 +48,7 @@ def checkpoint_fingerprint(folder: str | Path, *, dtype: torch.dtype | None = No
     for name in sorted(sources):
         saved = next((alias for alias in sources[name] if alias in places), None)
         if saved is None:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The model has a tensor '{name}' that the files in {folder} do not name, so transformers would rename "
                 "or make it. Load the model and take `model_fingerprint`."
             )
@@ -59,7 +61,7 @@ def checkpoint_fingerprint(folder: str | Path, *, dtype: torch.dtype | None = No
     known = {alias for aliases in sources.values() for alias in aliases}
     strange = sorted(places.keys() - known)
     if strange:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"The files in {folder} have {len(strange)} tensors that the model does not, such as '{strange[0]}'. Load "
             "the model and take `model_fingerprint`."
         )
@@ -71,7 +73,7 @@ def _refuse_changes(folder: Path, model: PreTrainedModel, dtype: torch.dtype | N
     kept: Any = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
     if quantised or (kept and dtype not in (None, torch.float32)):
         why = "quantises" if quantised else f"keeps {sorted(kept)} in float32"
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"{type(model).__name__} from {folder} {why} on loading, so its files are not its weights. Load the model "
             "and take `model_fingerprint`."
         )
@@ -94,7 +96,7 @@ def _places(folder: Path) -> dict[str, Path]:
         with safe_open(folder / _SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / _SINGLE)
     except (OSError, ValueError, KeyError) as error:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"{folder} has no readable {_SINGLE} or {_INDEX} ({error}); pickled weights are never read. Save the model "
             "again with save_pretrained."
         ) from error
@@ -116,7 +118,7 @@ def _dtype(name: str) -> torch.dtype:
         "F8_E5M2": torch.float8_e5m2,
     }
     if name not in known:
-        raise ReferenceError(f"The files hold tensors of type {name}, which is none of {', '.join(known)}.")
+        raise ReferencePolicyError(f"The files hold tensors of type {name}, which is none of {', '.join(known)}.")
     return known[name]
 
 

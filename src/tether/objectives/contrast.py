@@ -11,7 +11,7 @@ from torch import Tensor
 from tether.objectives import pairwise, reference_free
 from tether.objectives.metrics import preference_metrics
 from tether.objectives.transforms import EXPONENT_LIMIT
-from tether.types import LossOutput, Scores
+from tether.types import LossOutput, LossTerm, Scores
 
 # Loss by name, and whether it takes log-probabilities per token (`True`) or summed over tokens.
 CONTRASTS = {
@@ -66,7 +66,7 @@ def contrast_loss(
         options: the loss's own.
 
     Returns:
-        `per_example [B]`, `per_token [M]` over the tokens of the chosen texts, and the metrics.
+        A term over pairs `[B]`, one over the tokens of the chosen texts `[M]`, and the metrics.
     """
     function, by_token = CONTRASTS[loss]
     judged = _first(policy, 2 * pairs)
@@ -88,7 +88,8 @@ def contrast_loss(
             lead = odds[0::2] - odds[1::2]
             metrics["log_odds_chosen"] = (lead.sum(), count)
             metrics["log_odds_ratio"] = (torch.nn.functional.logsigmoid(lead).sum(), count)
-    return LossOutput(per_example, metrics, None if tokens is None else likelihood * tokens)
+    terms = (LossTerm(per_example), *([] if tokens is None else [LossTerm(likelihood * tokens, "tokens")]))
+    return LossOutput(terms, metrics)
 
 
 def _first(scores: Scores, completions: int) -> Scores:

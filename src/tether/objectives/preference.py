@@ -11,7 +11,7 @@ from tether.objectives.combination import Combination
 from tether.objectives.metrics import preference_metrics
 from tether.objectives.row import Objective
 from tether.objectives.transforms import divergence_scores, length_desensitised, likelihood_weights
-from tether.types import LossOutput, Scores
+from tether.types import LossOutput, LossTerm, Scores
 
 
 def preference_loss(
@@ -21,6 +21,7 @@ def preference_loss(
     loss: str | Combination,
     values: Mapping[str, Tensor] | None = None,
     sizes: Sequence[int] | None = None,
+    divergence: Tensor | None = None,
     **options: float,
 ) -> LossOutput:
     """Losses of a batch of pairs or ranked lists, with TRL's metrics.
@@ -32,10 +33,12 @@ def preference_loss(
         loss: a name in the table of objectives, or several with weights and transforms.
         values: `[B]` each: `weight` multiplies the loss of an example, `margin` goes to the losses that take margins.
         sizes: completions of each example, for ranked lists; None: 2 each.
+        divergence: `[N]` nats, KL(reference, policy) of the distribution that each token is from, for the losses that
+            take it; see `tether.scoring.divergence`.
         options: the objective's own, such as `beta`, for a loss that is given by name.
 
     Returns:
-        `per_example [B]`, `per_token` where a loss is averaged over tokens, and the metrics.
+        A term over examples `[B]`, one over tokens where a loss is averaged over them, and the metrics.
 
     Raises:
         ValueError: a loss needs margins and there is no such column; or WPO weights were asked for and the policy was
@@ -45,7 +48,7 @@ def preference_loss(
     device = policy.token_logps.device
     pairs = [2] * (policy.num_completions // 2)
     counts = torch.tensor(pairs if sizes is None else list(sizes), device=device)
-    numbers = Numbers(policy, reference, combination, counts, values or {})
+    numbers = Numbers(policy, reference, combination, counts, values or {}, divergence)
     example = policy.token_logps.new_zeros(len(counts), dtype=numbers.logps.dtype)
     tokens: Tensor | None = None
     for row, weight in combination.weighted():
@@ -65,7 +68,8 @@ def preference_loss(
     with torch.no_grad():
         rewards = combination.beta * numbers.reward_logratios()
         metrics = preference_metrics(policy, reference, numbers.logps.detach(), rewards, slopes, counts)
-    return LossOutput(example, metrics, tokens)
+    terms = (LossTerm(example), *([] if tokens is None else [LossTerm(tokens, "tokens")]))
+    return LossOutput(terms, metrics)
 
 
 class Numbers:
@@ -83,7 +87,9 @@ class Numbers:
         combination: Combination,
         sizes: Tensor,
         values: Mapping[str, Tensor],
+        divergence: Tensor | None = None,
     ) -> None:
+        self._divergence = divergence
         self._policy, self._combination, self._sizes, self._values = policy, combination, sizes, values
         self.logps = self._summed(policy)
         self._reference_logps = torch.zeros_like(self.logps) if reference is None else self._summed(reference)
@@ -127,8 +133,8 @@ class Numbers:
             return self.logps
         if quantity == "reference_logps":
             return self._reference_logps
-        if quantity == "reference_kl" and self._policy.reference_kl is not None:
-            return self._policy.sum_by_completion(self._policy.reference_kl)
+        if quantity == "reference_kl" and self._divergence is not None:
+            return self._policy.sum_by_completion(self._divergence)
         if quantity != "logratios":
             raise ValueError(f"A loss takes {quantity!r}, which a batch of pairs or lists does not have.")
         coefficient = self._combination.f_alpha_divergence_coef

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tether.types import LossOutput
+from tether.types import LossOutput, LossTerm
 
 
 def bradley_terry(
@@ -56,7 +56,7 @@ def reward_loss(
         weights: `[B]`, factor of the loss of each pair; None for 1.
 
     Returns:
-        `per_example [B]` and the metrics.
+        A term over pairs `[B]`, and the metrics.
     """
     chosen, rejected = rewards[0::2], rewards[1::2]
     per_example = bradley_terry(chosen, rejected, margins, center_rewards_coefficient=center_rewards_coefficient)
@@ -70,4 +70,4 @@ def reward_loss(
             "min_reward": (rewards.detach().min(), completions),
             "max_reward": (rewards.detach().max(), completions),
         }
-    return LossOutput(per_example, metrics)
+    return LossOutput((LossTerm(per_example),), metrics)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tether.types import LossOutput, Scores
+from tether.types import LossOutput, LossTerm, Scores
 
 
 def nll(token_logps: Tensor) -> Tensor:
@@ -49,16 +49,15 @@ def dft(token_logps: Tensor) -> Tensor:
 SUPERVISED: dict[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft}
 
 
-def supervised_loss(policy: Scores, *, loss: str, examples: int) -> LossOutput:
+def supervised_loss(policy: Scores, *, loss: str) -> LossOutput:
     """Loss of each scored token of a batch, with TRL's metrics.
 
     Args:
         policy: scores of whatever is imitated; `entropy` and `top1` are reported where they are there.
         loss: a name in `SUPERVISED`.
-        examples: B.
 
     Returns:
-        `per_token [N]`, nothing per example, and the metrics.
+        A term over tokens `[N]`, and the metrics.
     """
     per_token = SUPERVISED[loss](policy.token_logps)
     count = torch.tensor(float(len(per_token)), device=per_token.device)
@@ -67,4 +66,4 @@ def supervised_loss(policy: Scores, *, loss: str, examples: int) -> LossOutput:
         metrics["entropy"] = (policy.entropy.sum(), count)
     if policy.top1 is not None:
         metrics["mean_token_accuracy"] = (policy.top1.float().sum(), count)
-    return LossOutput(per_token.new_zeros(examples), metrics, per_token)
+    return LossOutput((LossTerm(per_token, "tokens"),), metrics)

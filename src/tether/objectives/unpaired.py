@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tether.types import LossOutput, Scores
+from tether.types import LossOutput, LossTerm, Scores
 
 # Ratio of the two classes' total weight that the KTO paper recommends, eq. 8: from 1 to 4/3 for desirable over
 # undesirable.
@@ -121,12 +121,13 @@ def _weighted(losses: Tensor, desirable: Tensor, desirable_weight: float, undesi
 
 def unpaired_loss(
     policy: Scores,
-    reference: Scores,
+    reference: Scores | None,
     desirable: Tensor,
     *,
     loss: str,
     baseline: Tensor | float = 0.0,
     branches: int = 1,
+    weights: Tensor | None = None,
     **options: float,
 ) -> LossOutput:
     """Loss of each judged completion of a batch, with TRL's metrics.
@@ -134,23 +135,30 @@ def unpaired_loss(
     Args:
         policy: scores of `branches` completions for each of B prompts, of which the first is judged; `entropy` and
             `mean_logits` are reported where they are there.
-        reference: scores of the same completions under the reference.
+        reference: scores of the same completions under the reference; None: a flat one, whose log-probs are 0.
         desirable: bool `[B]`.
         loss: a name in `UNPAIRED`.
         baseline: nats, for the losses that have one.
         branches: completions of each prompt.
+        weights: `[B]`, factor of the loss of each row; None for 1.
         options: the loss's own.
 
     Returns:
-        `per_example [B]` and the metrics, those of a class that is not there with a count of 0.
+        A term over rows `[B]`, and the metrics, those of a class that is not there with a count of 0.
     """
     desirable = desirable.bool()
-    logratios = (policy.logps - reference.logps)[::branches]
+    logratios = log_ratios(policy, reference)[::branches]
     anchored = () if loss == "apo_zero_unpaired" else (baseline,)
     per_example = UNPAIRED[loss](logratios, desirable, *anchored, **options)
+    per_example = per_example if weights is None else per_example * weights
     with torch.no_grad():
         metrics = _metrics(policy, options.get("beta", 0.1) * logratios.detach(), desirable, branches)
-    return LossOutput(per_example, metrics)
+    return LossOutput((LossTerm(per_example),), metrics)
+
+
+def log_ratios(policy: Scores, reference: Scores | None) -> Tensor:
+    """Log-probability of each completion under the policy minus under the reference, `[K]` nats."""
+    return policy.logps if reference is None else policy.logps - reference.logps
 
 
 def _metrics(policy: Scores, rewards: Tensor, desirable: Tensor, branches: int) -> dict[str, tuple[Tensor, Tensor]]:

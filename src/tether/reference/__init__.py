@@ -6,7 +6,7 @@ from tether.reference.methods.model import refuse_other_tokenizer
 from tether.reference.resolve import Resolved, resolve
 from tether.reference.spec import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.store.parts import Namespace
-from tether.reference.store.reference import StoreCheck, StoredReference, live_reference, numerics_class
+from tether.reference.store.reference import StoreCheck, StoredReference, numerics_class
 from tether.reference.store.store import Store
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Sync",
     "TrainingProof",
     "compare_with_start",
-    "live_reference",
     "numerics_class",
     "refuse_other_tokenizer",
     "require_start_equality",

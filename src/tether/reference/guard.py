@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.structure import trainable_tensors
-from tether.reference.base import Moving, Reference, Scorer, frozen_pass
+from tether.reference.base import Reference, Scorer, frozen_pass, log_probs
 from tether.reference.methods.shards import sums
 from tether.types import ScoringBatch
 
@@ -40,7 +40,7 @@ def compare_with_start(
     """Score the probe with the policy, in evaluation mode, and with the reference."""
     with frozen_pass(policy):
         mine = scorer(policy, batch).token_logps
-    difference = largest_difference(mine, reference.score(batch))
+    difference = largest_difference(mine, log_probs(reference, batch))
     return GuardResult(batch.num_examples, len(mine), difference, tolerance)
 
 
@@ -54,7 +54,7 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
     """Refuse to train when the policy does not start at a `start` reference.
 
     Raises:
-        ReferenceError: with the difference and the likely cause.
+        ReferencePolicyError: with the difference and the likely cause.
     """
     if result.passed:
         return
@@ -68,7 +68,7 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
         "remote": "the server's model is not the policy's start. Serve the weights that this run starts from",
         "model": "the copy was made from other weights than the policy holds now. Leave `reference_means` unset",
     }
-    raise ReferenceError(
+    raise ReferencePolicyError(
         f"The policy is not at its reference before the first update: on {result.rows} rows a token's log-probability "
         f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the "
         f"policy at the start, computed by {identity.means}. Likely cause: {causes.get(identity.means, 'unknown')}."
@@ -86,15 +86,15 @@ class FrozenProbe:
 
     def __init__(self, reference: Reference, batch: ScoringBatch, allowed: float) -> None:
         self._reference, self._batch, self._allowed = reference, batch, allowed
-        self._values: Tensor = reference.score(batch)
+        self._values = log_probs(reference, batch)
 
     def follow(self, step: int, *, rescore: bool = True) -> None:
         """Move the reference if its `sync` is due after this step, and take its new values for those to keep to."""
         reference = self._reference
-        if isinstance(reference, Moving) and reference.sync is not None and reference.sync.due(step):
+        if reference.sync is not None and reference.sync.due(step):
             reference.move(reference.sync.alpha)
             if rescore:
-                self._values = reference.score(self._batch)
+                self._values = log_probs(reference, self._batch)
 
     def check(self, step: int) -> float:
         """Score the rows again.
@@ -103,14 +103,14 @@ class FrozenProbe:
             Largest movement of a token's log-probability since the start, in nats.
 
         Raises:
-            ReferenceError: the reference moved.
+            ReferencePolicyError: the reference moved.
         """
         # Weights that a full store let go cannot move, and come back only with the same fingerprint.
-        if not getattr(self._reference, "resident", True):
+        if not self._reference.resident:
             return 0.0
-        moved = (self._reference.score(self._batch) - self._values).abs().max().item()
+        moved = (log_probs(self._reference, self._batch) - self._values).abs().max().item()
         if not moved <= self._allowed:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The reference moved: at step {step} a token of the probe has a log-probability {moved:.3g} nats away "
                 f"from its value at the start (allowed {self._allowed:.0e}). A frozen tensor changed: were parameters "
                 "unfrozen, merged or edited after the trainer was made? The run stops because what it learns from here "
@@ -131,7 +131,7 @@ class TrainingProof:
         """Refuse an optimizer that holds none of the trainable tensors; remember their values.
 
         Raises:
-            ReferenceError: nothing that the optimizer steps requires a gradient.
+            ReferencePolicyError: nothing that the optimizer steps requires a gradient.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         groups = [group["params"] for group in optimizer.param_groups]
@@ -140,7 +140,7 @@ class TrainingProof:
         held = {id(parameter) for group in groups for parameter in group}
         tensors = trainable_tensors(self._policy)
         if not any(id(parameter) in held for parameter in tensors.values()):
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The optimizer holds none of the {len(tensors)} trainable tensors, so no step would change the "
                 "policy. Make the optimizer from the model that is passed to the trainer, after adapters are added."
             )
@@ -150,14 +150,14 @@ class TrainingProof:
         """After a step with a learning rate above zero: at least one trainable tensor must have changed.
 
         Raises:
-            ReferenceError: none did.
+            ReferencePolicyError: none did.
         """
         before, self._before = self._before, None
         if before is None:
             return
         after = self._sums()
         if all(torch.equal(after[name], value) for name, value in before.items()):
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches "
                 "them, or "
                 "each update is smaller than the weights' dtype can hold: train in float32, raise the learning "
@@ -178,10 +178,10 @@ def require_trainable(policy: nn.Module) -> None:
     """Refuse a model in which nothing would train.
 
     Raises:
-        ReferenceError: no parameter requires a gradient.
+        ReferencePolicyError: no parameter requires a gradient.
     """
     if not trainable_tensors(policy):
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"Nothing would train: none of the {sum(1 for _ in policy.parameters())} parameters of "
             f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs "
             "is_trainable=True; a merged "

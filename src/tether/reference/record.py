@@ -9,10 +9,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tether.errors import ReferenceError
-from tether.reference.base import Moving, Reference, Restorable
+from tether.errors import ReferencePolicyError
+from tether.reference.base import Reference
 from tether.reference.guard import GuardResult
-from tether.reference.methods.snapshot import SnapshotReference
 from tether.types import ReferenceIdentity
 
 RECORD = "reference.json"
@@ -24,7 +23,7 @@ def write_record(folder: Path, reference: Reference, line: str, guard: GuardResu
     folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"identity": reference.identity.to_dict(), "line": line}
     record["guard"] = guard.to_dict() if guard else None
-    if isinstance(reference, Moving) and reference.sync is not None:
+    if reference.sync is not None:
         record["moves"] = reference.moves
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -40,7 +39,7 @@ def write_tensors(folder: Path, reference: Reference, *, write: bool = True) -> 
         reference: whose tensors.
         write: whether this process writes.
     """
-    if isinstance(reference, SnapshotReference) and not reference.moves and not reference.is_small():
+    if not reference.travels:
         return
     tensors = reference.state()
     if tensors and write:
@@ -51,7 +50,7 @@ def read_record(folder: Path) -> tuple[ReferenceIdentity, GuardResult | None] | 
     """The identity and the start check recorded in a checkpoint or run folder; None where there is no record.
 
     Raises:
-        ReferenceError: a record that cannot be read.
+        ReferencePolicyError: a record that cannot be read.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -61,7 +60,7 @@ def read_record(folder: Path) -> tuple[ReferenceIdentity, GuardResult | None] | 
         guard = {name: value for name, value in (record["guard"] or {}).items() if name != "passed"}
         return ReferenceIdentity(**record["identity"]), GuardResult(**guard) if guard else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReferenceError(f"{path} is no record of a reference that Tether wrote ({error}).") from error
+        raise ReferencePolicyError(f"{path} is no record of a reference that Tether wrote ({error}).") from error
 
 
 def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResult | None:
@@ -76,24 +75,24 @@ def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResul
         The start check of the run that wrote the checkpoint.
 
     Raises:
-        ReferenceError: the two are different references; the message has both identities.
+        ReferencePolicyError: the two are different references; the message has both identities.
     """
     found = read_record(folder)
     if found is None:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"{folder} has no {RECORD}, so the reference it was trained against is unknown. Resume from a checkpoint "
             "that Tether wrote, or start a new run from its weights."
         )
     recorded, guard = found
     tensors: dict[str, Tensor] = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
-    if tensors and isinstance(reference, Restorable):
+    if tensors:
         reference.load_state(tensors)
-    if isinstance(reference, Moving) and reference.sync is not None:
+    if reference.sync is not None:
         # Known even where no tensor was due yet, so that the next checkpoint holds what this one holds.
         reference.moves = _recorded_moves(folder, bool(tensors))
     mine = reference.identity
     if (mine.meaning, mine.fingerprint, mine.sync) != (recorded.meaning, recorded.fingerprint, recorded.sync):
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"Resuming with another reference. The checkpoint {folder} was trained against {recorded}; this run has "
             f"{mine}. Start from the same model and the same reference settings, or begin a new run."
         )
@@ -104,7 +103,7 @@ def _recorded_moves(folder: Path, loaded: bool) -> int:
     """How often the reference of a checkpoint had moved; a moved one without its tensors is lost."""
     moves = int(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("moves", int(loaded)))
     if moves and not loaded:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"The reference of the checkpoint {folder} had moved {moves} times, but {TENSORS}, which held it, is not "
             "there. Restore the file, or resume from another checkpoint."
         )

@@ -11,7 +11,7 @@ from functools import partial
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError, ReferencePolicyError
 from tether.models.fingerprint import fingerprint, model_fingerprint
 from tether.models.structure import adapter_on, adapter_tensors, adapters_off, dtype_of, trainable_tensors, unwrap
 from tether.reference.base import SAME, Reference, Scorer
@@ -74,7 +74,7 @@ def resolve(
         The reference with its line for the log.
 
     Raises:
-        ReferenceError: a forced means that cannot be right, or a model that cannot be a reference.
+        ReferencePolicyError: a forced means that cannot be right, or a model that cannot be a reference.
     """
     if spec.meaning == "none":
         return Resolved(NoReference(), "reference: none; no reference is loaded or run")
@@ -112,7 +112,7 @@ def _resolve_start(run: _Run) -> Resolved:
     if spec.sync is not None and not objection:
         objection = "only a snapshot can move"
     if spec.means == "adapter_off" and objection:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"reference: start, by adapter_off, was asked for, but that would not be the start: {objection}. "
             "Leave `reference_means` unset, or set it to snapshot."
         )
@@ -136,13 +136,13 @@ def _resolve_base(run: _Run) -> Resolved:
     spec, policy = run.spec, run.policy
     rewritten = rewritten_base(policy)
     if rewritten:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"reference: base was asked for, but {rewritten} wrote into the base weights, so the model without "
             "its adapter is no longer the base. Use reference: start, or name the base as reference: {model: ...}."
         )
     outside = outside_adapters(policy)
     if spec.means == "adapter_off" and (outside or not adapter_tensors(policy)):
-        raise ReferenceError(
+        raise ReferencePolicyError(
             "reference: base, by adapter_off, was asked for, but "
             + (f"{some(outside)} outside the adapter would train." if outside else "the policy has no adapter.")
             + " Leave `reference_means` unset, or set it to snapshot."
@@ -172,7 +172,7 @@ def _resolve_adapter(run: _Run) -> Resolved:
         raise ConfigError(f"reference: adapter {name!r} is not loaded on the policy; loaded are {known}.")
     moving = {**outside_adapters(policy), **trainable_of_adapter(policy, name)}
     if spec.means == "adapter_on" and moving:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"reference: adapter {name!r}, by adapter_on, was asked for, but {some(moving)} that it computes with "
             "would train. Leave `reference_means` unset, or set it to snapshot."
         )

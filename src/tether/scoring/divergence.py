@@ -7,6 +7,7 @@ heads.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tether.errors import ScoringError
 from tether.scoring.head import CHUNK, Head
+from tether.types import Scores
 
 
-def frozen_head(head: Head) -> Head:
-    """A head that stays as it is now: a reference's, whose weights may be exchanged when its pass is over.
+def with_frozen_head(scores: Scores) -> Scores:
+    """Scores whose head stays as it is now: a reference's, whose weights may be exchanged when its pass is over.
 
     A frozen head is used as it is; of one that trains, weight and bias are copied.
 
@@ -26,6 +28,12 @@ def frozen_head(head: Head) -> Head:
         ScoringError: the head is not a plain linear layer (an adapter on it, quantised), so that turning the adapter
             on again would change it.
     """
+    head: Head = scores.head.__self__  # type: ignore[union-attr]
+    return replace(scores, head=frozen_head(head).logits)
+
+
+def frozen_head(head: Head) -> Head:
+    """The same head, which no longer changes; see `with_frozen_head`."""
     if not head.is_plain:
         raise ScoringError(
             f"The head is a {type(head.module).__name__} and no plain linear layer; the reference's distribution "
@@ -39,31 +47,30 @@ def frozen_head(head: Head) -> Head:
     copy.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     if module.bias is not None:
         copy.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
-    return Head(copy, head.scale, head.softcap)
+    return Head(copy, head.scale, head.softcap, head.shift)
 
 
-def token_divergence(
-    reference_hidden: Tensor, reference_head: Head, policy_hidden: Tensor, policy_head: Head, *, chunk: int = CHUNK
-) -> Tensor:
+def token_divergence(reference: Scores, policy: Scores, *, chunk: int = CHUNK) -> Tensor:
     """KL(reference, policy) of the next-token distribution at each scored position.
 
     Costs a projection by each head, and both once more in the backward; memory is a few times
     `chunk * vocabulary * 4` bytes.
 
     Args:
-        reference_hidden: `[N, hidden_size]`, before the reference's head; no gradient.
-        reference_head: see `frozen_head`.
-        policy_hidden: `[N, hidden_size]`, before the policy's head.
-        policy_head: the policy's.
+        reference: scored with the output `hidden`, its head frozen; no gradient.
+        policy: scored with the output `hidden`.
         chunk: tokens whose logits exist at once.
 
     Returns:
         `[N]` nats, at least 0, float32 or better; differentiable in the policy's hidden states and its head's trainable
         tensors.
     """
+    if reference.hidden is None or policy.hidden is None:
+        raise ScoringError("token_divergence() needs both scored with outputs=('hidden',).")
+    states = reference.hidden.to(policy.hidden.device)
     parts = []
-    for reference, policy in zip(reference_hidden.split(chunk), policy_hidden.split(chunk), strict=True):
-        arguments = (reference_head, reference, policy_head, policy)
+    for theirs, ours in zip(states.split(chunk), policy.hidden.split(chunk), strict=True):
+        arguments = (reference.head, theirs, policy.head, ours)
         if torch.is_grad_enabled():
             parts.append(checkpoint(_divergence, *arguments, use_reentrant=False))
         else:
@@ -71,8 +78,8 @@ def token_divergence(
     return torch.cat(parts)
 
 
-def _divergence(reference_head: Head, reference: Tensor, policy_head: Head, policy: Tensor) -> Tensor:
+def _divergence(reference_head: Any, reference: Tensor, policy_head: Any, policy: Tensor) -> Tensor:
     with torch.no_grad():
-        expected = reference_head.finish(reference_head.module(reference)).log_softmax(-1)
-    found = policy_head.finish(policy_head.module(policy)).log_softmax(-1)
+        expected = reference_head(reference).log_softmax(-1)
+    found = policy_head(policy).log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1)

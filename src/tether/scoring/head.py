@@ -57,6 +57,11 @@ class Head:
         """Whether DeepSpeed's stage 3 keeps it in shards, so that every process must take part in each call."""
         return gathers_itself(self.module)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[M, vocabulary]` in float32 of hidden states `[M, hidden_size]`."""
+        raw = self.module(hidden)
+        return self.finish(raw if self.shift is None else raw + self.shift.flatten())
+
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and softcap of the raw product, in float32."""
         logits = logits.to(_sum_dtype(logits.dtype))
@@ -150,8 +155,7 @@ def _number_of_chunks(head: Head, tokens: int, chunk: int) -> int:
 
 def _module_scores(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
     """The plain form for one chunk: call the head, then an ordinary log-softmax."""
-    logits = head.module(hidden)
-    logits = head.finish(logits if head.shift is None else logits + head.shift.flatten())
+    logits = head.logits(hidden)
     logps = logits.log_softmax(-1)
     with torch.no_grad():
         extra = [_extra(name, logits.detach(), logps.detach().exp(), targets) for name in outputs]

@@ -88,6 +88,7 @@ def score(
         completion_index=batch.completion_index,
         num_completions=batch.num_completions,
         hidden=hidden if "hidden" in outputs else None,
+        head=head.logits if "hidden" in outputs else None,
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
         **found._asdict(),
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError
@@ -89,28 +91,20 @@ def load_renamed(model: nn.Module | None, folder: str | Path) -> bool:
     return True
 
 
-class RenamedCheckpoints(Trainer):
-    """A trainer that resumes where transformers' would lose weights, see `load_renamed` and `load_active`."""
+def load_checkpoint(model: nn.Module, folder: str | Path) -> bool:
+    """Load weights where transformers would lose some, see `load_renamed` and `load_active`; False: it may."""
+    return load_active(model, folder) or load_renamed(model, folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        inner, folder = model or cast(nn.Module, self.model), resume_from_checkpoint
-        if sharded or not (load_active(inner, folder) or load_renamed(inner, folder)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        inner, folder = cast(nn.Module, self.model), str(self.state.best_model_checkpoint)
-        if sharded or not (load_active(inner, folder) or load_renamed(inner, folder)):
-            super()._load_best_model()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with warnings.catch_warnings():
-            # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
-            warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_active(cast(nn.Module, self.model), output_dir or cast(str, self.args.output_dir))
+@contextmanager
+def save_model(model: nn.Module, folder: str | Path, args: TrainingArguments) -> Iterator[None]:
+    """Around transformers' own saving of a model: which adapters are active is kept beside it."""
+    with warnings.catch_warnings():
+        # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+        yield
+    if args.should_save:
+        write_active(model, folder)
 
 
 def _names(file: Path) -> list[str]:

@@ -1,119 +1,59 @@
-"""Evaluation, for every trainer: means over real rows, in memory that does not grow with the data."""
+"""Evaluation, for every algorithm: means over real rows, in memory that does not grow with the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
+from accelerate import Accelerator
 from datasets import Dataset
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import is_origin
-from tether.errors import ConfigError
-from tether.models.partitioned import whole_weights
-from tether.reference.methods.shards import is_sharded
-from tether.training.batching import joined
-from tether.training.checkpoint import RenamedCheckpoints
-from tether.training.collate import batch_of
-from tether.training.metrics import MetricSums
-from tether.training.reduce import sum_and_count
-from tether.types import LossOutput, ScoringBatch
-
-if TYPE_CHECKING:
-    from tether.training.batching import TokenBudget
-    from tether.training.datasets import RunData
-
-_TOKEN_LOSS = "part of the loss that is averaged over tokens"
+from tether.training.algorithms.base import Algorithm
+from tether.training.metrics import MetricSums, sum_and_count
+from tether.training.setup.data import RunData
+from tether.training.step import Context, MicroBatch
+from tether.types import LossOutput
 
 
-class EvaluationLoop(RenamedCheckpoints):
-    """What `TetherTrainer` is beside its steps."""
+def evaluate(
+    outputs: Iterable[tuple[MicroBatch, LossOutput]],
+    algorithm: Algorithm[Any],
+    context: Context,
+    router_weight: float,
+    accelerator: Accelerator,
+) -> tuple[dict[str, float], int]:
+    """Means of the loss and the metrics.
 
-    data: RunData
-    _sums: dict[str, MetricSums]
-    _budget: TokenBudget
-    _display: Any
+    Args:
+        outputs: of this process' micro-batches, as they are computed.
+        algorithm: whose losses they are.
+        context: what its `begin_evaluation` returned.
+        router_weight: of the load-balancing loss, which is a term of its own.
+        accelerator: of the run; every process has to call.
 
-    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
-        raise TypeError(f"{type(self).__name__} does not say how it judges.")
+    Returns:
+        Means over all processes by name, and the rows of this process.
+    """
+    sums, rows = MetricSums(), 0
+    for part, output in outputs:
+        sums.add(output.metrics)
+        # The router's term comes last, and is among the metrics.
+        terms = output.terms[:-1] if "aux_loss" in output.metrics else output.terms
+        sums.add({f"loss over {term.over}": sum_and_count(term.values) for term in terms})
+        rows += part.batch.num_examples
+    means = sums.means(accelerator)
+    parts = [name for name in means if name.startswith("loss over ")]
+    means["loss"] = sum(means.pop(name) for name in parts)
+    means = algorithm.complete(algorithm.end_evaluation(context, means))
+    means["loss"] += router_weight * means.get("aux_loss", 0.0)
+    return means, rows
 
-    def _take_part(self, model: nn.Module) -> None:
-        raise TypeError(f"{type(self).__name__} does not say how it scores.")
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss and metrics over real pairs, in memory that does not grow with the data."""
-        model = self._wrap_model(cast(nn.Module, self.model), training=False)
-        model.eval()
-        self._sums["eval"] = MetricSums()  # an evaluation that was interrupted left some behind
-        rows = 0
-        together = is_sharded(model)
-        for part in joined(self._evaluated_parts(dataloader), self.accelerator, together=together):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                if part is None:
-                    self._take_part(model)
-                    continue
-                output = self._judge_batch(model, part.to(self.args.device), "eval")
-            self._sums["eval"].add({"loss": sum_and_count(output.per_example)})
-            if output.per_token is not None:
-                self._sums["eval"].add({_TOKEN_LOSS: sum_and_count(output.per_token)})
-            rows += len(output.per_example)
-        means = self._sums["eval"].means(self.accelerator)
-        if _TOKEN_LOSS in means:
-            means["loss"] += means.pop(_TOKEN_LOSS)
-        means = cast(Any, self).completed(means, "eval")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
-
-    def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[ScoringBatch]:
-        for inputs in dataloader:
-            yield from (part.batch for part in self._budget.split(batch_of(inputs)))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Rows are shared among processes without repeating some to even them out: each counts once."""
-        settings = self.accelerator.dataloader_config
-        before, settings.even_batches = settings.even_batches, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            settings.even_batches = before
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
-        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
-        known = (
-            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
-        )
-        if eval_dataset is not None and not known:
-            eval_dataset = self._prepare_unseen(eval_dataset)
-        try:
-            # Before training, a policy that was loaded in shards has no engine yet that would gather them.
-            with whole_weights(self.model):
-                return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
-        except BaseException:
-            self._display.close()
-            raise
-
-    def _prepare_unseen(self, rows: Any, name: str = "eval") -> Any:
-        if isinstance(rows, Mapping) and not is_origin(rows):
-            return {key: self._prepare_unseen(part, f"{name}_{key}") for key, part in rows.items()}
-        if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
-            return rows
-        return self.data.prepare(name, rows).dataset
-
-    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
-        """Not offered: there are no predictions to keep.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("predict() came; a preference trainer predicts nothing. Use evaluate(rows), or tether.score.")
+def prepare_unseen(data: RunData, rows: Any, name: str = "eval") -> Any:
+    """Prepare rows that were not given to the constructor: one set, or a dictionary of several."""
+    if isinstance(rows, Mapping) and not is_origin(rows):
+        return {key: prepare_unseen(data, part, f"{name}_{key}") for key, part in rows.items()}
+    if isinstance(rows, Dataset) and "prompt_ids" in rows.column_names:
+        return rows
+    return data.prepare(name, rows).dataset

@@ -39,6 +39,11 @@ class MetricSums:
         return {name: total / (1 if _extreme(name) else count) for name, (total, count) in rows if count}
 
 
+def sum_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of values, detached: the parts of a mean over several batches."""
+    return values.detach().sum(), torch.tensor(float(len(values)), device=values.device)
+
+
 def _extreme(name: str) -> str:
     return name[:3] if name.startswith(("min_", "max_")) else ""
 

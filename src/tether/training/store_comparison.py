@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
@@ -15,11 +14,8 @@ from tether.errors import ConfigError, StoreError
 from tether.reference import StoredReference
 from tether.reference.store.reference import MEAN_SHARE
 from tether.reference.store.tools import describe_store, numerics_words
-from tether.training.datasets import known_rows
-from tether.training.stored import data_sets, open_store
-
-if TYPE_CHECKING:
-    from tether.training.trainer import TetherTrainer
+from tether.training.store import evaluation_sets, open_store
+from tether.training.trainer import TetherTrainer
 
 
 @dataclass(frozen=True)
@@ -83,15 +79,15 @@ def compare_store(trainer: TetherTrainer, path: str, *, rows: int, seed: int = 0
         StoreError: nothing of these rows is stored.
     """
     held = describe_store(path)
-    identity = trainer.resolved.reference.identity
+    identity = trainer.run.reference.identity
     if identity.meaning == "none" or identity.sync is not None:
         why = "has no reference" if identity.meaning == "none" else f"moves its reference {identity.sync}"
         raise ConfigError(
             f"The run {why}, so that no store belongs to it. Give the run file that the store was made with."
         )
-    stored = open_store(trainer.resolved.reference, path, trainer.args, trainer.accelerator, lambda: trainer.policy)
+    stored = open_store(trainer.run.reference, path, trainer.args, trainer.accelerator, lambda: trainer.policy)
     found = StoreComparison(f"{identity.source} ({identity.meaning}, {identity.fingerprint})", stored.allowed)
-    sets = {name: known_rows(one) for name, one in data_sets(trainer).items()}
+    sets = {"train": trainer.run.source.known, **evaluation_sets(trainer.eval_dataset)}
     places = [(name, row) for name, one in sets.items() for row in range(len(one))]
     drawn = sorted(random.Random(seed).sample(range(len(places)), min(rows, len(places))))
     total = 0.0

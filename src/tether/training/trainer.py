@@ -1,88 +1,51 @@
-"""The one glue class over `transformers.Trainer`: it connects data, scoring, reference and objective to the steps."""
+"""The one class over `transformers.Trainer`: it takes a run's batches through scoring and loss to a gradient."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from datasets import Dataset
+from accelerate import Accelerator
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-    TrainerState,
-)
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 
-from tether.compute.cpu_matmul import compute_by_products
-from tether.data import text_tokenizer
-from tether.errors import ConfigError
+from tether.compute.precision import require_same_precision, write_precision
+from tether.data.prepare.report import write_reports
+from tether.errors import ConfigError, DataError
 from tether.models.partitioned import on_whole_weights, whole_weights
-from tether.models.spec import add_tokens, embed_tokens
-from tether.models.structure import evaluation_mode, transformers_model, unwrap
-from tether.reference import (
-    SAME,
-    FrozenProbe,
-    GuardResult,
-    ReferenceSpec,
-    Resolved,
-    Scorer,
-    TrainingProof,
-    compare_with_start,
-    live_reference,
-    require_start_equality,
-    resolve,
-)
-from tether.reference.methods.shards import held_by
+from tether.models.structure import transformers_model, unwrap
+from tether.reference import FrozenProbe, GuardResult
+from tether.reference.base import frozen_pass
+from tether.reference.methods.shards import held_by, is_sharded
 from tether.reference.record import restore, write_record, write_tensors
-from tether.scoring import Layout, choose_layout, pack
+from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.arguments import PreferenceConfig
-from tether.training.batching import MicroBatch, accumulate_only, without_repeated_rows
+from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile
-from tether.training.checkpoint import (
-    read_objective,
-    resume_folder,
-    write_objective,
-)
-from tether.training.collate import batch_of, collate
-from tether.training.datasets import Rows, RunData, probe_examples
-from tether.training.kind import TrainerKind
-from tether.training.memory import choose_budget
+from tether.training.checkpoint import load_checkpoint, read_objective, resume_folder, save_model, write_objective
+from tether.training.evaluation import evaluate, prepare_unseen
 from tether.training.metrics import MetricSums
-from tether.training.precision import choose_precision, require_same_precision, write_precision
 from tether.training.progress import install_progress
-from tether.training.reduce import add_to_each, reduce_loss
-from tether.training.reference_setup import declared_meaning, reference_spec
-from tether.training.setup import (
-    at_the_start,
-    check_arguments,
-    check_policy,
-    config_of,
-    learning_tokens,
-    make_audible,
-    policy_spec,
-    router_coefficient,
-    source_of,
-)
-from tether.training.sharded_reference import shard_reference
-from tether.training.stored import Filled, flush_store, install_store, precompute, prepare_store, with_store
-from tether.training.streaming import StreamedTraining, write_reports
+from tether.training.setup.data import Rows
+from tether.training.setup.reference import check_start, shard_reference
+from tether.training.setup.run import Given, Run, build_run, build_step
+from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
+from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
 from tether.types import LossOutput, Scores, ScoringBatch
 
-logger = logging.getLogger("tether")
-_PROBE_ROWS = 8
 
-
-class TetherTrainer(TrainerKind, StreamedTraining):
-    """Scores policy and reference with one function and lets `judge` combine them; see `DPOTrainer` for the
+class TetherTrainer(Trainer):
+    """Scores policy and reference with one function and lets an `Algorithm` combine them; see `DPOTrainer` for the
     arguments."""
 
+    algorithm_class: ClassVar[type[Algorithm[Any]]]
     args: PreferenceConfig
 
     @on_whole_weights
@@ -100,141 +63,38 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = check_arguments(args, self.config, train_dataset, eval_dataset, quantization_config)
-        make_audible(args)
-        source = str(model) if isinstance(model, (str, Path)) else source_of(model)
-        check_policy(model, ref_model, args, peft_config)
-        meaning = declared_meaning(args, ref_model)
-        self.check_model(model, config := config_of(model, args), args)
-        # Data before weights: what is wrong with the rows is known in seconds.
-        tokenizer = processing_class or policy_spec(source, args).load_processing()
-        new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-        self.data = RunData(tokenizer, args, self.arrange, config.is_encoder_decoder, self.arrange_chunks)
-        train, evaluation = self.data.prepare_all(cast(Rows, train_dataset), eval_dataset)
-        policy = self.load_model(source, args) if isinstance(model, (str, Path)) else model
-        embed_tokens(policy, new_tokens)
-        peft_config = learning_tokens(peft_config, new_tokens, policy, args)
-        policy = at_the_start(self.add_adapter(policy, peft_config, args), args)
-        choose_precision(args, policy)
-        proof = TrainingProof(policy)
-        super().__init__(
-            model=policy,
-            args=args,
-            data_collator=data_collator or collate,
-            train_dataset=cast(Any, train),
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
+        def start(args: Any, policy: nn.Module, train: Any, evaluation: Any, tokenizer: Any) -> Accelerator:
+            # A nested function has no first argument that a bare `super()` could take for the trainer.
+            super(TetherTrainer, self).__init__(
+                model=policy,
+                args=args,
+                data_collator=data_collator or collate,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+            return self.accelerator
+
+        given = Given(
+            model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
         )
-        self.model_accepts_loss_kwargs = True  # the loss is a share of the whole step's mean, not to be divided again
-        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
+        self.model_accepts_loss_kwargs = True  # the loss is a share of the whole step's, not to be divided again
+        self._sums = MetricSums()
         self._new_tokens = 0
-        self.restore_objective({})
         self.guard: GuardResult | None = None
-        self._probe = pack(probe_examples(train, _PROBE_ROWS)).to(args.device)
-        self.check_rows(self._probe)
         self.add_callback(MetricsFile(self.run_folder))
-        self.add_callback(GuardCallback(proof, self._begin, args.reference_check_steps))
-        self._router_coefficient = router_coefficient(args, policy)
-        self.layout, self._scorer = self._proved(policy, "")
-        self._budget = choose_budget(args, policy, coupled=self.couples_examples(), padded=self.layout != "tree")
-        self._require_determinism()
-        spec = reference_spec(args, meaning, ref_model, self.policy, source, text_tokenizer(tokenizer))
-        self.resolved = self._resolved(spec)
-        logger.info(self.convention())
+        self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps))
+        if self.run.stored is not None:
+            verify_store(self.run.stored, self.run.source.known)
+            self.add_callback(StoreCallback(self.run.stored, self.run.source, self.accelerator))
         self._display = install_progress(self)
-        self._report_data()
-
-    # -- set-up ----------------------------------------------------------------------------------------------------
-
-    def _proved(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
-        """A model's layout, proved on real rows, and the scoring function in it, in the run's precision everywhere."""
-        compute_by_products(model)
-        examples = probe_examples(cast(Dataset, self.train_dataset), 2, longest=True)
-        with self._proving():
-            choice = choose_layout(
-                model,
-                examples,
-                requested=self.args.scoring_layout,
-                backend=self.args.attention_backend,
-                measures=self.measures,
-            )
-        logger.info(f"{whose}{choice.line}")
-
-        def scorer(model: nn.Module, batch: ScoringBatch, **options: Any) -> Any:
-            with self.accelerator.autocast():
-                return self.scoring(model, batch, **choice.options, **options)
-
-        return choice.layout, scorer
-
-    def _proving(self) -> AbstractContextManager[Any]:
-        """The precision of a proof: the weights' own, as rounding under autocast would hide small mistakes."""
-        # FlashAttention knows no float32.
-        return self.accelerator.autocast() if self.args.attention_backend == "flash" else nullcontext()
-
-    def _resolved(self, spec: ReferenceSpec) -> Resolved:
-        """The declared reference, and a line that says what it is."""
-        resolved = resolve(
-            spec, self.policy, self._probe, self._scorer, lambda other: self._proved(other, "reference ")[1]
-        )
-        resolved = with_store(resolved, self.args, self.accelerator, lambda: self.policy)
-        logger.info(resolved.line)
-        install_store(self, resolved.reference)
-        return resolved
-
-    def precompute_reference(self) -> Filled:
-        """Compute what the store lacks of the training set and every evaluation set, see `stored.precompute`."""
-        return precompute(self)
-
-    def _probe_numbers(self) -> Tensor:
-        return self._scorer(self.policy, self._probe).token_logps
-
-    def _require_determinism(self) -> None:
-        """With dropout disabled, training mode must compute what evaluation mode does."""
-        if not self.args.disable_dropout:
-            return
-        with torch.no_grad():
-            self.policy.train()
-            training = self._probe_numbers()
-            with evaluation_mode(self.policy):
-                difference = (training - self._probe_numbers()).abs().max().item()
-        if difference > SAME:
-            raise ConfigError(
-                f"With dropout disabled, {type(transformers_model(self.policy)).__name__} still differs between "
-                f"training and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to train with its "
-                "randomness."
-            )
-
-    def _begin(self, state: TrainerState) -> FrozenProbe | None:
-        """Before the first step: the guards, and the record in the run folder."""
-        if self.deepspeed is not None:
-            # Made by now; it gathers what a forward needs.
-            held_by(self.policy, cast(nn.Module, self.deepspeed))
-        shard_reference(self.resolved.reference, self.accelerator)
-        reference = live_reference(self.resolved.reference)
-        if reference.identity.meaning == "none":
-            self._record(self.run_folder)
-            return None
-        model = self.policy
-        if state.global_step == 0 and reference.identity.meaning == "start":
-            self.guard = compare_with_start(model, reference, self._scorer, self._probe, reference.tolerance)
-            logger.info(
-                f"start equality: at most {self.guard.max_difference:.1e} nats between policy and reference on "
-                f"{self.guard.rows} rows, {self.guard.tokens} tokens (allowed {reference.tolerance:.0e})"
-            )
-            require_start_equality(self.guard, reference)
-        self._record(self.run_folder)
-        return FrozenProbe(reference, self._probe, reference.tolerance)
-
-    def _record(self, folder: Path) -> None:
+        for callback in self.run.source.callbacks(self.run.data, self.run_folder, main=self.is_world_process_zero()):
+            self.add_callback(callback)
         if self.is_world_process_zero():
-            write_record(folder, self.resolved.reference, self.resolved.line, self.guard)
-
-    def _report_data(self) -> None:
-        self.follow_stream(self.run_folder)
-        if self.is_world_process_zero():
-            write_reports(self.run_folder, self.data.reports)
+            write_reports(self.run_folder, self.run.data.reports)
 
     @property
     def policy(self) -> nn.Module:
@@ -246,7 +106,169 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         """Where records, metrics and checkpoints go."""
         return Path(cast(str, self.args.output_dir))
 
-    # -- steps -----------------------------------------------------------------------------------------------------
+    def precompute_reference(self) -> Filled:
+        """Compute what the store lacks of the training set and every evaluation set, see `tether.training.store`."""
+        run = self.run
+        return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, self._order())
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of a step, split into micro-batches; their `Step` travels as `num_items_in_batch`."""
+        source, mark = self.run.source, self.run.source.mark()
+        try:
+            inputs = list(islice(epoch_iterator, num_batches))
+        except DataError as error:
+            source.rewind(mark)
+            raise DataError(f"{error}{self._kept_steps()}") from error
+        if not inputs:
+            return [], None
+        step = build_step(inputs, self.run, self.accelerator, device)
+        step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+        # transformers counts as many batches for every step; those that the end of a pass lacks are none.
+        return [*[()] * (num_batches - len(inputs)), *step.shares], step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch of a batch after the other; their gradients add up."""
+        step, parts = num_items_in_batch, inputs
+        if not isinstance(step, Step):  # called outside the loop, with what the collator returned
+            step = build_step([inputs], self.run, self.accelerator, self.args.device)
+            step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+            (parts,) = step.shares
+        loss = torch.zeros((), device=self.args.device)
+        for part in parts[:-1]:
+            with accumulate_only(self.accelerator, model):
+                loss += super().training_step(model, cast(Any, part), cast(Any, step))
+        for part in parts[-1:]:
+            loss = loss + super().training_step(model, cast(Any, part), cast(Any, step))
+        if parts is step.shares[-1]:
+            self.run.algorithm.end_step(step.context, self._passes())
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        # A micro-batch is known by itself until it is computed, which moves it to the device.
+        return inputs if isinstance(inputs, MicroBatch) else super()._prepare_inputs(inputs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's share of the step's loss."""
+        step, part = num_items_in_batch, inputs
+        if not isinstance(step, Step):  # called outside the loop: the batch is all of its step, and one micro-batch
+            step = build_step([inputs], self.run, self.accelerator, self.args.device)
+            part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(self.run.scored(batch_of(inputs)))
+            step = replace(step, shares=((part,),))
+            step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+        output = self._scored_loss(model, part, step.context)
+        if part.counts:
+            self._sums.add(output.metrics)
+            self._new_tokens += self.run.algorithm.trained_tokens(part.batch)
+        loss = reduce_loss(output, step.totals, self.accelerator.num_processes)
+        loss = loss if part.counts else loss * 0.0
+        return (loss, output) if return_outputs else loss
+
+    def _scored_loss(self, model: nn.Module, part: MicroBatch, context: Context) -> LossOutput:
+        """The two passes over a micro-batch, and the loss of their scores."""
+        run, needs = self.run, self.run.algorithm.needs
+        moved = part.to(self.args.device)
+        # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
+        if part in context.references:
+            reference = context.references[part]
+        else:
+            reference = run.reference.score(moved.batch, needs.reference)
+        outputs = (*needs.policy, "aux_loss") if run.router_weight else needs.policy
+        policy = run.scorer(model, moved.batch, outputs=outputs)
+        output = run.algorithm.loss(policy, reference, moved, context)
+        if run.router_weight and policy.aux_loss is not None:
+            output = with_term(output, "aux_loss", policy.aux_loss, run.router_weight, moved.batch.num_examples)
+        return output
+
+    def _passes(self) -> Passes:
+        return Passes(
+            policy=self._frozen_scores,
+            reference=lambda batch: self.run.reference.score(batch, self.run.algorithm.needs.reference),
+            total=lambda tensor: cast(Tensor, self.accelerator.reduce(tensor, reduction="sum")),
+        )
+
+    def _frozen_scores(self, batch: ScoringBatch) -> Scores:
+        model = cast(nn.Module, self.model_wrapped)
+        with frozen_pass(model):
+            return self.run.scorer(model, batch)
+
+    def _take_part(self, model: nn.Module) -> None:
+        """Make the forwards of a micro-batch whose outcome nobody reads, for the others' sake."""
+        batch = self.run.scored(self.run.probe)
+        self.run.reference.score(batch)
+        self.run.scorer(model, batch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Two per parameter and token forward, four backward; the estimate that transformers makes."""
+        tokens = sum(part.batch.input_ids.numel() for part in inputs)
+        return 6 * tokens * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss and metrics over real rows, in memory that does not grow with the data."""
+        model = self._wrap_model(cast(nn.Module, self.model), training=False)
+        model.eval()
+        context = self.run.algorithm.begin_evaluation(self._passes())
+
+        def outputs() -> Iterator[tuple[MicroBatch, LossOutput]]:
+            for part in joined(self._evaluated_parts(dataloader), self.accelerator, together=is_sharded(model)):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    if part is None:
+                        self._take_part(model)
+                        continue
+                    output = self._scored_loss(model, part, context)
+                yield part, output
+
+        means, rows = evaluate(outputs(), self.run.algorithm, context, self.run.router_weight, self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
+
+    def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[MicroBatch]:
+        for inputs in dataloader:
+            for part in self.run.budget.split(batch_of(inputs)):
+                yield MicroBatch(self.run.scored(part.batch))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Rows are shared among processes without repeating some to even them out: each counts once."""
+        settings = self.accelerator.dataloader_config
+        before, settings.even_batches = settings.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            settings.even_batches = before
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
+        named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict)
+        if eval_dataset is not None and not (named and eval_dataset in cast(Any, self.eval_dataset)):
+            eval_dataset = prepare_unseen(self.run.data, eval_dataset)
+        try:
+            # Before training, a policy that was loaded in shards has no engine yet that would gather them.
+            with whole_weights(self.model):
+                return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
+        except BaseException:
+            self._display.close()
+            raise
+
+    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
+        """Not offered: what a preference trainer predicts of rows are its metrics."""
+        raise ConfigError("predict() has no meaning here. Use evaluate(rows), or tether.scoring.score for log-probs.")
+
+    # -- a run -----------------------------------------------------------------------------------------------------
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -254,91 +276,66 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         """Train; see `transformers.Trainer.train`. Resuming restores the checkpoint's reference or refuses.
 
         Raises:
-            ReferenceError: a guard found the reference wrong, moved, or another than the checkpoint's.
+            ReferencePolicyError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
-        folder = resume_folder(resume_from_checkpoint, self.args.output_dir)
-        self._sums["train"], self._new_tokens = MetricSums(), 0
-        self.restore_objective(read_objective(folder))
+        run, folder = self.run, resume_folder(resume_from_checkpoint, self.args.output_dir)
+        self._sums, self._new_tokens = MetricSums(), 0
+        run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
             if folder is not None:
-                require_same_precision(folder, self.args)
-                self.guard = restore(folder, live_reference(self.resolved.reference), self.policy)
-            prepare_store(self, resumed=folder is not None)
+                require_same_precision(folder, self.args.mixed_precision)
+                self.guard = restore(folder, run.reference.live, self.policy)
+                if run.stored is not None:
+                    verify_store(run.stored, run.source.known)
+            if self.args.precompute_ref_log_probs:
+                self.precompute_reference()
         try:
             return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         finally:
             self._display.close()
-            self.close_stream()
-            flush_store(self.resolved.reference)
+            run.source.close()
+            run.reference.flush()
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """`[2]`: examples and loss tokens of the whole optimizer step, over its micro-batches and all processes."""
-        if not batch_samples:
-            return None
-        if "repeated" not in batch_samples[-1]:
-            batch_samples[-1] |= vars(without_repeated_rows(batch_of(batch_samples[-1]), self.accelerator))
-        self.before_step([MicroBatch(batch_of(inputs), bool(inputs.get("repeated"))) for inputs in batch_samples])
-        batches = [batch_of(inputs) for inputs in batch_samples if not inputs.get("repeated")]
-        counts = [sum(batch.num_examples for batch in batches), sum(self.loss_tokens(batch) for batch in batches)]
-        return self.accelerator.reduce(torch.tensor(counts, device=device), reduction="sum")  # type: ignore[return-value]
+    def _begin(self, state: TrainerState) -> FrozenProbe | None:
+        """Before the first step: the guards, and the record in the run folder."""
+        run = self.run
+        if self.deepspeed is not None:
+            # Made by now; it gathers what a forward needs.
+            held_by(self.policy, cast(nn.Module, self.deepspeed))
+        shard_reference(run.reference.live, self.accelerator)
+        if state.global_step == 0:
+            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe) or self.guard
+        self._record(self.run_folder)
+        live = run.reference.live
+        return None if live.identity.meaning == "none" else FrozenProbe(live, run.probe, live.tolerance)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch after the other, as the token budget splits the batch; their gradients add up."""
-        if "absent" in inputs:
-            return torch.zeros((), device=self.args.device)
-        if num_items_in_batch is None:
-            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        parts = self._budget.split(batch_of(inputs), self.accelerator)
-        *first, last = [replace(part, repeated=part.repeated or bool(inputs.get("repeated"))) for part in parts]
-        loss = torch.zeros((), device=self.args.device)
-        for part in first:
-            with accumulate_only(self.accelerator, model):
-                loss += super().training_step(model, vars(part), num_items_in_batch)
-        return loss + super().training_step(model, vars(last), num_items_in_batch)
+    def get_train_dataloader(self) -> DataLoader:
+        """The source's own, where it has one; see `tether.training.source`."""
+        own = self.run.source.loader(self._order(), self.accelerator.process_index, cast(Any, self.data_collator))
+        return super().get_train_dataloader() if own is None else cast(DataLoader, own)
 
-    def _judge_batch(self, model: nn.Module, batch: ScoringBatch, mode: str | None) -> LossOutput:
-        batch = self.scored(batch)
-        # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
-        reference = self.reference_logps(batch)
-        outputs = (*self.outputs, "aux_loss") if self._router_coefficient else self.outputs
-        policy = self._scorer(model, batch, outputs=outputs)  # type: ignore[call-arg]
-        output = self.judge(policy, Scores(reference, batch.completion_index, batch.num_completions), batch)
-        if policy.aux_loss is not None:
-            output = add_to_each(output, "aux_loss", policy.aux_loss, self._router_coefficient)
-        if mode is not None:
-            self._sums[mode].add(output.metrics)
-        return output
-
-    def _take_part(self, model: nn.Module) -> None:
-        """Make the forwards of a micro-batch whose outcome nobody reads, for the others' sake."""
-        batch = self.scored(self._probe)
-        self.resolved.reference.score(batch)
-        self._scorer(model, batch)
-
-    def reference_logps(self, batch: ScoringBatch) -> Tensor:
-        """The reference's `token_logps [N]` of a batch."""
-        return self.resolved.reference.score(batch)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """This micro-batch's share of the step's mean loss."""
-        batch, repeated = batch_of(inputs).to(self.args.device), bool(inputs.get("repeated"))
-        output = self._judge_batch(model, batch, None if repeated else "train")
-        self._new_tokens += 0 if repeated else self.trained_tokens(batch)
-        totals = num_items_in_batch
-        if totals is None:
-            totals = torch.tensor([batch.num_examples, self.loss_tokens(batch)], device=batch.targets.device)
-        loss = reduce_loss(output.per_example, totals[0], self.accelerator.num_processes)
-        if output.per_token is not None:
-            loss = loss + reduce_loss(output.per_token, totals[1].clamp(min=1), self.accelerator.num_processes)
-        loss = loss * 0.0 if repeated else loss
-        return (loss, output) if return_outputs else loss
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or not self.run.source.keeps_position:
+            return found
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0
+        # The loader begins where the checkpoint stands: the loop has nothing to skip.
+        return self.run.source.resume(Path(resume_from_checkpoint), skip=not self.args.ignore_data_skip), 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step metrics, means since the last log, to a training log."""
         if "loss" in logs:
-            logs |= self.completed(self._sums["train"].means(self.accelerator), "train")
+            logs |= self.run.algorithm.complete(self._sums.means(self.accelerator))
             logs["num_tokens"] = float(self._count_tokens())
         super().log(logs, start_time)
 
@@ -349,20 +346,88 @@ class TetherTrainer(TrainerKind, StreamedTraining):
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(new, reduction="sum"))  # type: ignore[arg-type]
         return self.state.num_input_tokens_seen
 
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
         super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        state = self.objective_state()
+        folder, main = self._checkpoint_folder(trial), self.is_world_process_zero()
         self._record(folder)
-        write_tensors(folder, live_reference(self.resolved.reference), write=self.is_world_process_zero())
-        if self.is_world_process_zero():
-            write_precision(folder, self.args)
-            write_objective(folder, state)
+        write_tensors(folder, self.run.reference.live, write=main)
+        if main:
+            write_precision(folder, self.args.mixed_precision)
+            write_objective(folder, self.run.algorithm.state())
+            self.run.source.save(folder)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Two per parameter and token forward, four backward; the estimate that transformers makes."""
-        if "absent" in inputs:
-            return 0
-        batch = batch_of(inputs)
-        return 6 * batch.input_ids.numel() * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
+    def _checkpoint_folder(self, trial: Any = None) -> Path:
+        return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+    def _kept_steps(self) -> str:
+        """Save the last finished step, where that was not done already, and say so."""
+        folder = self._checkpoint_folder()
+        if not self.state.global_step:
+            return ""
+        if not folder.is_dir():
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        steps = self.state.global_step
+        return f" The {steps} steps before it are kept in {folder}: correct the row and resume from there."
+
+    def _record(self, folder: Path) -> None:
+        if self.is_world_process_zero():
+            write_record(folder, self.run.reference, self.run.line, self.guard)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        inner = model or cast(nn.Module, self.model)
+        if self._is_cut or not load_checkpoint(inner, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_cut or not load_checkpoint(cast(nn.Module, self.model), str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with save_model(cast(nn.Module, self.model), output_dir or str(self.args.output_dir), self.args):
+            super()._save(output_dir, state_dict)
+
+    def _order(self) -> Any:
+        return self.run.source.order(
+            self.args,
+            cast(int, self._train_batch_size),
+            self.accelerator.num_processes,
+            split_batches=self.accelerator.split_batches,
+        )
+
+
+class ReferenceFreeTrainer(TetherTrainer):
+    """A trainer without `ref_model`; see `DPOTrainer` for the other arguments."""
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, ScoringBatch]] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,7 @@ from tether.data.rows.values import Form
 from tether.data.text.render import Rendered
 from tether.types import Kind
 
+REPORT = "data.json"
 # Why rows are dropped, in the order in which it is looked for.
 DROPS = {
     "identical": "chosen equal to rejected",
@@ -262,3 +265,9 @@ def row_digest(row: Rendered) -> bytes:
     """Digest of what a model sees of a row before truncation, however the row was stored."""
     label = row.values.get("label")
     return digest(row.prompt, *row.texts, *(() if label is None else (str(label),)))
+
+
+def write_reports(folder: Path, reports: Mapping[str, Any]) -> None:
+    """Keep the reports on a run's data sets in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from torch import Tensor, nn
+from torch import nn
 
 from tether.models.structure import adapter_on, adapters_off
-from tether.reference.base import SAME, Scorer, frozen_pass
-from tether.types import ReferenceIdentity, ScoringBatch
+from tether.reference.base import Reference, Scorer, scored
+from tether.types import ReferenceIdentity, Scores, ScoringBatch
 
 
-class AdapterOffReference:
+class AdapterOffReference(Reference):
     """The base weights under the policy's adapter; right only while nothing outside the adapter trains."""
-
-    tolerance = SAME
 
     def __init__(self, policy: nn.Module, scorer: Scorer, identity: ReferenceIdentity) -> None:
         self._policy, self._scorer, self.identity = policy, scorer, identity
 
-    def score(self, batch: ScoringBatch) -> Tensor:
+    def score(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> Scores:
         """See `Reference.score`."""
-        with frozen_pass(self._policy), self._switched():
-            return self._scorer(self._policy, batch).token_logps
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: what is computed is frozen and belongs to the policy."""
-        return {}
+        with self._switched():
+            return scored(self._scorer, self._policy, batch, outputs)
 
     def _switched(self) -> AbstractContextManager[None]:
         return adapters_off(self._policy)

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from tether.errors import ConfigError, ReferenceError
+from tether.errors import ConfigError, ReferencePolicyError
 from tether.reference.spec import RemoteOptions
 
 # Answers that another attempt may change.
@@ -28,7 +28,7 @@ class CompletionsServer:
         options: address, name and limits.
 
     Raises:
-        ReferenceError: the server cannot be reached, or serves other models.
+        ReferencePolicyError: the server cannot be reached, or serves other models.
         ConfigError: the environment variable of the key is not set.
     """
 
@@ -55,7 +55,7 @@ class CompletionsServer:
             For each row one nat value per token from the second on.
 
         Raises:
-            ReferenceError: the server fails for good, truncates, or does not give prompt log-probabilities.
+            ReferencePolicyError: the server fails for good, truncates, or does not give prompt log-probabilities.
         """
         if len(rows) == 1:
             return [self._row(rows[0])]
@@ -68,16 +68,16 @@ class CompletionsServer:
         try:
             found = answer["choices"][0].get("prompt_logprobs")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"{self._who()} answered in another form than a completion: {answer!r:.200}"
             ) from error
         if not isinstance(found, list):
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"{self._who()} gives no prompt log-probabilities: `prompt_logprobs` was asked for and is not in its "
                 "answer. Use a server that has them, such as vLLM, and allow them there (--max-logprobs)."
             )
         if len(found) != len(ids):
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"{self._who()} answered for {len(found)} of {len(ids)} tokens: it truncates or changes the prompt. "
                 "Serve the model with a context of at least max_length + 1 tokens and without truncation."
             )
@@ -87,13 +87,13 @@ class CompletionsServer:
     def _value(self, entry: Any, token: int, place: int) -> float:
         one = entry.get(str(token)) if isinstance(entry, dict) else None
         if one is None:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"{self._who()} has no log-probability for token {token} at place {place}, but for "
                 f"{list(entry) if isinstance(entry, dict) else entry!r}: it reads other tokens than were sent."
             )
         value = one.get("logprob") if isinstance(one, dict) else one
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value > 1e-3:
-            raise ReferenceError(f"{self._who()} gives {value!r} for token {token}, which is no log-probability.")
+            raise ReferencePolicyError(f"{self._who()} gives {value!r} for token {token}, which is no log-probability.")
         return float(value)
 
     def _find_model(self) -> dict[str, Any]:
@@ -101,14 +101,14 @@ class CompletionsServer:
         try:
             cards = {card["id"]: card for card in listed["data"]}
         except (KeyError, TypeError) as error:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"{self.url}/models answered in another form than a list: {str(listed)[:200]}"
             ) from error
         name = self.options.model
         if name is None and len(cards) == 1:
             return next(iter(cards.values()))
         if name is None or name not in cards:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The server at {self.url} serves {', '.join(cards) or 'nothing'}, and "
                 + ("no name was asked for" if name is None else f"{name} was asked for")
                 + ". Give one of these names as `model` of the remote reference, or serve the right model."
@@ -134,7 +134,7 @@ class CompletionsServer:
                     break
             except (URLError, HTTPException, OSError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"The server at {self.url}{path} failed after {attempt + 1} attempts: {reason}. Check that it runs, that "
             "its context holds max_length + 1 tokens, and that its vocabulary is the policy's."
         )

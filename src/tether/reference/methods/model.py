@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import model_fingerprint
 from tether.models.partitioned import whole_weights
 from tether.models.structure import transformers_model
-from tether.reference.base import SAME, Scorer, frozen_pass
-from tether.types import ReferenceIdentity, ScoringBatch
+from tether.reference.base import Reference, Scorer, on_device, scored
+from tether.types import ReferenceIdentity, Scores, ScoringBatch
 
 
-class ModelReference:
+class ModelReference(Reference):
     """Another model; frozen here.
 
     Args:
@@ -24,8 +24,6 @@ class ModelReference:
         identity: what this reference is.
         reload: loads the same weights again, and places them; without it, released ones wait in the host's memory.
     """
-
-    tolerance = SAME
 
     def __init__(
         self,
@@ -39,11 +37,10 @@ class ModelReference:
         self._device = next(model.parameters()).device
         self._placed: Callable[[nn.Module], nn.Module] | None = None
 
-    def score(self, batch: ScoringBatch) -> Tensor:
+    def score(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> Scores:
         """See `Reference.score`. Moves the batch to the reference's device and the answer back."""
-        model = self._recalled()
-        with frozen_pass(model):
-            return self._scorer(model, batch.to(self._device)).token_logps.to(batch.input_ids.device)
+        scores = scored(self._scorer, self._recalled(), batch.to(self._device), outputs)
+        return on_device(scores, batch.input_ids.device)
 
     @property
     def resident(self) -> bool:
@@ -77,7 +74,7 @@ class ModelReference:
                 model = self._reload().requires_grad_(False)
             found = model_fingerprint(model, without_adapters=False)
             if found != self.identity.fingerprint:
-                raise ReferenceError(
+                raise ReferencePolicyError(
                     f"The reference {self.identity.source!r} was released and loaded again, and is another one now: "
                     f"its fingerprint is {found} and was {self.identity.fingerprint}. The files changed during the "
                     "run. Restore them, or name a revision, and start again."
@@ -85,12 +82,8 @@ class ModelReference:
             self._model = model if self._placed is None else self._placed(model)
         model = self._model
         if model is None:
-            raise ReferenceError("The reference has no weights and no way to load them; this is a bug in Tether.")
+            raise ReferencePolicyError("The reference has no weights and no way to load them; this is a bug in Tether.")
         return model if self.resident else model.to(self._device)
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: the model is rebuilt from its source, and its fingerprint is checked."""
-        return {}
 
 
 def may_move(model: nn.Module) -> bool:
@@ -103,26 +96,26 @@ def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:
     """Refuse a model that cannot be this policy's reference.
 
     Raises:
-        ReferenceError: the policy itself or one that shares its trainable tensors, a model without a language-model
-            head (sequence classification, say), or one with another vocabulary.
+        ReferencePolicyError: the policy itself or one that shares its trainable tensors, a model without a
+            language-model head (sequence classification, say), or one with another vocabulary.
     """
     ours, theirs = transformers_model(policy), transformers_model(reference)
     trainable = {parameter.data_ptr() for parameter in policy.parameters() if parameter.requires_grad}
     shared = sum(parameter.data_ptr() in trainable for parameter in reference.parameters())
     if ours is theirs or shared:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"ref_model shares {shared or 'all its'} tensors with the policy, so it would move in training. "
             "Leave ref_model out (the reference is then the policy at the start), or pass a model of its own."
         )
     head = theirs.get_output_embeddings()
     if head is None:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"ref_model is a {type(theirs).__name__}, which has no language-model head; a reference gives each token a "
             "probability. Load it with AutoModelForCausalLM."
         )
     sizes = [model.config.get_text_config().vocab_size for model in (ours, theirs)]
     if sizes[0] != sizes[1]:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"ref_model has a vocabulary of {sizes[1]} tokens and the policy one of {sizes[0]}; log-probabilities of "
             "different vocabularies cannot be compared. Use a reference with the policy's tokenizer."
         )
@@ -135,14 +128,14 @@ def refuse_other_tokenizer(policy: PreTrainedTokenizerBase, reference: PreTraine
     `refuse_wrong_model`.
 
     Raises:
-        ReferenceError: an id that both know stands for different tokens.
+        ReferencePolicyError: an id that both know stands for different tokens.
     """
     ours = {number: token for token, number in policy.get_vocab().items()}
     theirs = {number: token for token, number in reference.get_vocab().items()}
     odd = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
     if odd:
         shown = ", ".join(f"{number} is {ours[number]!r} here and {theirs[number]!r} there" for number in odd[:3])
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"The reference has another tokenizer than the policy: {len(odd)} token ids stand for other tokens "
             f"({shown}). Log-probabilities of different texts cannot be compared. Use a reference that was trained "
             "with the policy's tokenizer."

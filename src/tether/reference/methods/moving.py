@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import computation
 from tether.models.structure import transformers_model, unwrap
 from tether.reference.base import Scorer
@@ -40,7 +40,7 @@ class MovingModelReference(ModelReference):
         sync: when and how far.
 
     Raises:
-        ReferenceError: a model that cannot be mixed with the policy.
+        ReferencePolicyError: a model that cannot be mixed with the policy.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MovingModelReference(ModelReference):
     ) -> None:
         refuse_unmixable(policy, model)
         super().__init__(model, scorer, identity)
-        self._policy, self.sync, self.moves = policy, sync, 0
+        self._policy, self.sync = policy, sync
 
     def move(self, alpha: float) -> None:
         """Make the reference `alpha * policy + (1 - alpha) * reference`, tensor by tensor.
@@ -62,6 +62,9 @@ class MovingModelReference(ModelReference):
                 _mix(ours[name], value, alpha)
         self.moves += 1
 
+    def place(self, put: Callable[[nn.Module], nn.Module]) -> None:
+        """It stays whole: the policy's tensors are mixed into it whole."""
+
     def state(self) -> dict[str, Tensor]:
         """The moved weights, whole; nothing before the first move, when they are those of the source."""
         return {name: _whole(tensor) for name, tensor in self._tensors().items()} if self.moves else {}
@@ -70,12 +73,12 @@ class MovingModelReference(ModelReference):
         """Take values from a checkpoint.
 
         Raises:
-            ReferenceError: names or shapes are not those of this model.
+            ReferencePolicyError: names or shapes are not those of this model.
         """
         ours = self._tensors()
         odd = _difference(ours, tensors)
         if odd:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The checkpoint's moved reference does not fit the model {self.identity.source!r}: {odd}. Resume "
                 "with the same reference model."
             )
@@ -91,18 +94,18 @@ def refuse_unmixable(policy: nn.Module, model: nn.Module) -> None:
     """Refuse a model whose weights cannot be mixed with the policy's; nothing is computed.
 
     Raises:
-        ReferenceError: an adapter on it, quantised weights, another architecture or other tensors, or an adapter of the
-            policy on weights that are tied.
+        ReferencePolicyError: an adapter on it, quantised weights, another architecture or other tensors, or an adapter
+            of the policy on weights that are tied.
     """
     theirs, ours = unwrap(model), unwrap(policy)
     if isinstance(theirs, PeftModel):
-        raise ReferenceError(
+        raise ReferencePolicyError(
             "sync was asked for with a reference that has an adapter of its own, whose factors are not the policy's "
             "and cannot be mixed with them. Merge it (merge_and_unload) and give the merged model."
         )
     for whose, one in (("reference", theirs), ("policy", transformers_model(policy))):
         if getattr(one, "is_quantized", False):
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"sync was asked for with a quantised {whose}, whose weights cannot be mixed. Leave its quantisation "
                 "out, or use reference: start, where the adapter alone moves."
             )
@@ -110,13 +113,13 @@ def refuse_unmixable(policy: nn.Module, model: nn.Module) -> None:
         _parameters(theirs), dict(policy_weights(policy, merge=False))
     )
     if odd:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"sync was asked for with a reference model that is no copy of the policy's architecture: {odd}. A "
             "moving reference needs the same tensors on both sides; use such a model, or turn sync off."
         )
     tied = _tied_under_adapter(ours)
     if tied:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"sync was asked for with a separate reference model and an adapter on {tied!r}, whose weight is tied to "
             "another layer's, so that no plain model computes what the policy does. Leave that layer out of the "
             "adapter, or use reference: start."

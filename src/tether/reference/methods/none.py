@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from tether.reference.base import SAME
+from tether.reference.base import Reference
 from tether.types import ReferenceIdentity, ScoringBatch
 
 
-class NoReference:
-    """A flat reference that gives every completion the same log-probability, 0, so that log-ratios are log-probs."""
+class NoReference(Reference):
+    """No reference: log-ratios are then the policy's log-probs."""
 
-    tolerance = SAME
     identity = ReferenceIdentity("none", "none", "none", None, "none", "")
 
-    def score(self, batch: ScoringBatch) -> Tensor:
-        """Zeros `[N]`; no model is called."""
-        return batch.targets.new_zeros(len(batch.targets)).float()
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
+    def score(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> None:
+        """None; no model is called."""

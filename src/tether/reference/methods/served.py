@@ -8,20 +8,20 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.structure import transformers_model
-from tether.reference.base import Reference
+from tether.reference.base import Reference, log_probs, require_log_probs_only
 from tether.reference.guard import largest_difference
 from tether.reference.methods.completions_server import CompletionsServer
 from tether.reference.spec import RemoteOptions
 from tether.scoring import tolerance
 from tether.scoring.batch import sequence_sources, sequences
-from tether.types import ReferenceIdentity, ScoringBatch
+from tether.types import ReferenceIdentity, Scores, ScoringBatch
 
 _PROBE = "remote_probe"
 
 
-class RemoteReference:
+class RemoteReference(Reference):
     """A served model.
 
     The constructor asks for the probe: the whole of each sequence, its first part alone, and the last id of the
@@ -35,7 +35,7 @@ class RemoteReference:
         probe: a few real rows.
 
     Raises:
-        ReferenceError: the server cannot be this policy's reference.
+        ReferencePolicyError: the server cannot be this policy's reference.
     """
 
     def __init__(
@@ -54,14 +54,16 @@ class RemoteReference:
         self._probe_values = self._consistent(probe, vocabulary)
         self._probe = probe
 
-    def score(self, batch: ScoringBatch) -> Tensor:
+    def score(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> Scores:
         """See `Reference.score`. One request for each of the K sequences, several under way at once."""
+        require_log_probs_only(outputs, "a server")
         rows = [row.tolist() for row in sequences(batch)]
         where = sequence_sources(batch)
         found = self._server.token_logps(rows)
         # The value of the token after place p is the p-th: the first token has none.
         parts = [torch.tensor(values)[places.cpu()] for values, places in zip(found, where, strict=True)]
-        return torch.cat(parts).to(batch.input_ids.device)
+        token_logps = torch.cat(parts).to(batch.input_ids.device)
+        return Scores(token_logps, batch.completion_index, batch.num_completions)
 
     def require_parity(self, here: Reference) -> float:
         """Compare with the same reference computed in this process.
@@ -70,11 +72,11 @@ class RemoteReference:
             Largest difference of a token's log-probability, in nats.
 
         Raises:
-            ReferenceError: it is more than the tolerance.
+            ReferencePolicyError: it is more than the tolerance.
         """
-        difference = largest_difference(self._probe_values, here.score(self._probe))
+        difference = largest_difference(self._probe_values, log_probs(here, self._probe))
         if difference > self.tolerance:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The server's model {self.where} is not the reference {here.identity.meaning!r}: on "
                 f"{self._probe.num_examples} rows a token's log-probability differs by {difference:.3g} nats from the "
                 f"same computed here (allowed {self.tolerance:.0e}). Serve the weights that this run starts from, in "
@@ -90,27 +92,27 @@ class RemoteReference:
         """Compare with what the server said when the checkpoint was written.
 
         Raises:
-            ReferenceError: it says something else now.
+            ReferencePolicyError: it says something else now.
         """
         before, ids = tensors.get(_PROBE), tensors.get(f"{_PROBE}_ids")
         if before is None or ids is None or not torch.equal(ids, self._probe.input_ids.cpu()):
             return  # other rows: the identity alone decides
         difference = largest_difference(before, self._probe_values.cpu())
         if difference > self.tolerance:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The server's model {self.where} has changed since the checkpoint was written: on the same rows a "
                 f"token's log-probability differs by {difference:.3g} nats (allowed {self.tolerance:.0e}). Serve the "
                 "model that the run was started with."
             )
 
     def _consistent(self, probe: ScoringBatch, vocabulary: int) -> Tensor:
-        values = self.score(probe)
+        values = self.score(probe).token_logps
         row = max(sequences(probe), key=len).tolist()
         half = max(2, len(row) // 2)
         whole, part, _ = self._server.token_logps([row, row[:half], [row[0], vocabulary - 1]])
         ahead = max(abs(a - b) for a, b in zip(whole, part, strict=False))
         if ahead > self.tolerance:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The server's model {self.where} gives the first {half} tokens of a row other log-probabilities when "
                 f"more tokens follow ({ahead:.3g} nats, allowed {self.tolerance:.0e}). It is no causal model, or its "
                 "values belong to other places."

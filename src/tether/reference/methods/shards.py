@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.partitioned import gathers_itself, is_partitioned
 from tether.models.structure import unwrap
 
@@ -53,12 +53,12 @@ def local_part(parameter: Tensor) -> Tensor:
     """The values that this process holds; the parameter itself where it is whole.
 
     Raises:
-        ReferenceError: DeepSpeed has put the values on a disk, or keeps a second copy of them.
+        ReferencePolicyError: DeepSpeed has put the values on a disk, or keeps a second copy of them.
     """
     if is_away(parameter):
         shard: Any = getattr(parameter, "ds_tensor")  # noqa: B009
         if shard.status.name != "AVAILABLE" or getattr(parameter, "ds_secondary_tensor", None) is not None:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 "DeepSpeed keeps the policy's shards on a disk (`offload_param` to nvme) or twice "
                 "(`zero_hpz_partition_size`), where a snapshot cannot be exchanged. Leave that out of its "
                 "configuration, or use a reference that needs no snapshot: an adapter (adapter_off), `ref_model`, or "

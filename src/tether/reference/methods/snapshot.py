@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tether.errors import ReferenceError
-from tether.reference.base import SAME, Scorer, frozen_pass
+from tether.errors import ReferencePolicyError
+from tether.reference.base import Reference, Scorer, scored
 from tether.reference.methods.shards import (
     gather_shards,
     local_part,
@@ -23,14 +23,14 @@ from tether.reference.methods.shards import (
 )
 from tether.reference.methods.spill import Spill
 from tether.reference.spec import Keep, Sync
-from tether.types import ReferenceIdentity, ScoringBatch
+from tether.types import ReferenceIdentity, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 # A snapshot up to this share of the model is small: it travels in each checkpoint and stays in memory.
 SMALL_SHARE = 0.25
 
 
-class SnapshotReference:
+class SnapshotReference(Reference):
     """The policy with its trainable tensors as they were when this object was made, or as they were moved since.
 
     The reference pass must come before the policy's forward of a step, so that no saved activation sees the swap.
@@ -48,8 +48,6 @@ class SnapshotReference:
         spill: folder that takes the values of a large snapshot while nothing needs them; None keeps them in memory.
     """
 
-    tolerance = SAME
-
     def __init__(
         self,
         policy: nn.Module,
@@ -65,14 +63,13 @@ class SnapshotReference:
     ) -> None:
         self._policy, self._scorer, self.identity = policy, scorer, identity
         self._around, self._keep, self._fingerprint, self.sync = around, keep, fingerprint, sync
-        self.moves = 0
         self._spill = Spill(spill) if spill is not None else None
         self._start = {plain_name(name): self._kept(tensor.detach().clone()) for name, tensor in tensors.items()}
 
-    def score(self, batch: ScoringBatch) -> Tensor:
+    def score(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> Scores:
         """See `Reference.score`. The policy's own values come back bit for bit, also after an error."""
-        with self.swapped(), frozen_pass(self._policy), self._around():
-            return self._scorer(self._policy, batch).token_logps
+        with self.swapped(), self._around():
+            return scored(self._scorer, self._policy, batch, outputs)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -139,6 +136,11 @@ class SnapshotReference:
         live = self._live()
         return {name: gather_shards(kept, live[name]) for name, kept in self._start.items()}
 
+    @property
+    def travels(self) -> bool:
+        """A snapshot that is most of the model and has not moved is the start model itself."""
+        return bool(self.moves) or self.is_small()
+
     def size(self) -> int:
         """Numbers in `state()`."""
         return sum(map(whole_size, self._live().values()))
@@ -151,13 +153,13 @@ class SnapshotReference:
         """Take values from a checkpoint; the identity becomes theirs.
 
         Raises:
-            ReferenceError: names or shapes are not those of the trainable tensors.
+            ReferencePolicyError: names or shapes are not those of the trainable tensors.
         """
         ours = {name: tuple(tensor.shape) for name, tensor in self._start.items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if ours != theirs:
             odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The checkpoint's snapshot of the reference does not fit this model: {len(odd)} tensors differ, "
                 f"such as {odd[0]!r} ({theirs.get(odd[0])} in the checkpoint, {ours.get(odd[0])} here). "
                 "Resume with the same model, adapter and trainable tensors."
@@ -179,7 +181,7 @@ class SnapshotReference:
         found = {plain_name(name): parameter for name, parameter in self._policy.named_parameters()}
         missing = self._start.keys() - found.keys()
         if missing:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"{len(missing)} tensors of the snapshot are no longer in the policy, such as {min(missing)!r}: it was "
                 "rebuilt after the trainer was made. Change the model before the trainer is made."
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.errors import ReferenceError
+from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import fingerprint
 
 # Left free on the disk: checkpoints and logs of the run need room too.
@@ -70,7 +70,7 @@ class Spill:
         """The values, on the CPU.
 
         Raises:
-            ReferenceError: they are not those that were written.
+            ReferencePolicyError: they are not those that were written.
         """
         found = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in self._layout.items()}
         problem = "nothing was written"
@@ -84,7 +84,7 @@ class Spill:
             except OSError as error:
                 problem = str(error)
         if problem:
-            raise ReferenceError(
+            raise ReferencePolicyError(
                 f"The snapshot of the reference was on disk in {self._folder} and cannot come back: {problem}. Check "
                 "that disk, and resume from the last checkpoint."
             )

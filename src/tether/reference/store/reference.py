@@ -5,36 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tether.errors import ConfigError, StoreError
-from tether.reference.base import Reference
+from tether.reference.base import Reference, log_probs, require_log_probs_only
 from tether.reference.store.parts import Namespace
 from tether.reference.store.store import Store
 from tether.scoring import pack
 from tether.scoring.layout.proof import TOLERANCE
-from tether.types import Example, ReferenceIdentity, ScoringBatch
+from tether.types import Example, ReferenceIdentity, Scores, ScoringBatch
 
 # A value kept in float16 is off by a 2048th part, and few tokens are less likely than e^-30.
 _HALF_ROUNDING = 2e-2
 # Of the largest difference that is allowed for one token, what all may differ by on average.
 MEAN_SHARE = 0.1
-
-
-@runtime_checkable
-class Releasable(Protocol):
-    """A live reference whose weights can be let go, and come back when something is scored."""
-
-    resident: bool
-    may_release: bool
-
-    def release(self) -> None:
-        """Let the weights go."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class StoreCheck:
         return {**asdict(self), "passed": self.passed}
 
 
-class StoredReference:
+class StoredReference(Reference):
     """Reads through: a completion that is not stored is computed by `live` and added.
 
     Args:
@@ -88,7 +76,7 @@ class StoredReference:
                 "identifies its weights, so that what is stored could be another model's. Leave the store out, or name "
                 "the model so that it is hashed here: `start` or `base` by a server, or a model in a folder."
             )
-        self.live, self._path, self._numerics, self._dtype, self._agree = live, path, numerics, dtype, agree
+        self._live, self._path, self._numerics, self._dtype, self._agree = live, path, numerics, dtype, agree
         self.tolerance, self.device = live.tolerance, device
         self.forwards = 0  # passes of the live reference
         self.computed = 0  # completions that were missing
@@ -98,8 +86,14 @@ class StoredReference:
         self.identity = replace(self.live.identity, means="store")
         return Store(self._path, Namespace(self.identity.fingerprint, self._numerics, self._dtype))
 
-    def score(self, batch: ScoringBatch) -> Tensor:
+    @property
+    def live(self) -> Reference:
+        """The reference that computes what is missing."""
+        return self._live
+
+    def score(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> Scores:
         """See `Reference.score`."""
+        require_log_probs_only(outputs, "a store")
         self.follow_identity()
         lengths = torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()
         values = self._stored(batch.keys, lengths)
@@ -115,7 +109,8 @@ class StoredReference:
                 f"{len(values) - len(found)} of {len(values)} log-probabilities that were just put into the store "
                 f"'{self._path}' cannot be read back. Check its disk with `tether store verify`."
             )
-        return torch.from_numpy(np.concatenate(found)).to(batch.input_ids.device)
+        token_logps = torch.from_numpy(np.concatenate(found)).to(batch.input_ids.device)
+        return Scores(token_logps, batch.completion_index, batch.num_completions)
 
     def _stored(self, keys: Sequence[bytes], lengths: list[int]) -> list[np.ndarray | None]:
         values = self.store.get(keys)
@@ -128,7 +123,7 @@ class StoredReference:
         return values
 
     def _compute(self, batch: ScoringBatch, lengths: list[int]) -> None:
-        values = self.live.score(batch).float().cpu().numpy()
+        values = log_probs(self.live, batch).float().cpu().numpy()
         self.forwards += 1
         self.computed += int((~self.store.holds(batch.keys)).sum())
         self.store.put(batch.keys, np.split(values, np.cumsum(lengths)[:-1]))
@@ -159,7 +154,7 @@ class StoredReference:
         if kept:
             batch = pack(kept).to(self.device)
             lengths = torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()
-            live = np.split(self.live.score(batch).float().cpu().numpy(), np.cumsum(lengths)[:-1])
+            live = np.split(log_probs(self.live, batch).float().cpu().numpy(), np.cumsum(lengths)[:-1])
             for key, stored, value in zip(batch.keys, self._stored(batch.keys, lengths), live, strict=True):
                 if stored is not None:
                     found[key] = np.abs(stored - value)
@@ -196,26 +191,25 @@ class StoredReference:
         """See `Reference.state`."""
         return self.live.state()
 
+    def flush(self) -> None:
+        """Write what is pending."""
+        self.store.flush()
+
     def settle(self, *, release: bool) -> None:
         """Write what is pending, find what others wrote, and on request let the reference's weights go."""
         self.store.flush()
         self.store.refresh()
         if release and self.may_release:
-            cast(Releasable, self.live).release()
+            self.live.release()
 
     @property
     def may_release(self) -> bool:
-        """Whether the reference has weights of its own that can go and come back."""
-        return isinstance(self.live, Releasable) and self.live.may_release
+        """Whether the live reference's weights can go and come back."""
+        return self.live.may_release
 
 
 def _incomplete(values: Sequence[np.ndarray | None]) -> bool:
     return any(value is None for value in values)
-
-
-def live_reference(reference: Reference) -> Reference:
-    """What computes: the reference itself, or the one that fills its store. Guards compare with this one."""
-    return reference.live if isinstance(reference, StoredReference) else reference
 
 
 def numerics_class(identity: ReferenceIdentity, device: str) -> str:

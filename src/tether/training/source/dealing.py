@@ -20,6 +20,7 @@ import pyarrow as pa
 from tether.data.prepare.prefetch import Ahead
 from tether.data.prepare.stream import Chunk, PreparedStream
 from tether.errors import ConfigError, DataError, TetherError
+from tether.training.step import Filler
 
 POSITION = "stream.json"
 Item = TypeVar("Item")
@@ -367,7 +368,7 @@ class StreamLoader:
             now.rounds += 1
             self.exhausted = following is None and error is None
             batch = self.collate(self.stream.rows_of(pa.concat_tables(rows, promote_options="default")))
-            yield {**batch, "repeated": True} if repeated else batch
+            yield Filler(batch) if repeated else batch
         if error is not None:
             raise error
 

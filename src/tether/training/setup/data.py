@@ -16,11 +16,9 @@ from tether.data import (
     Prepared,
     Report,
     chat_template,
-    example_from_row,
     is_origin,
     is_split,
     load_rows,
-    longest_row,
     overlap,
     prepare_cached,
     split_rows,
@@ -32,7 +30,7 @@ from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError
 from tether.models.gguf import cache_root
 from tether.training.arguments import PreferenceConfig
-from tether.types import Example
+from tether.training.source import RowSource, Source, StreamSource
 
 logger = logging.getLogger("tether")
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -40,7 +38,6 @@ _AUDITED_ROWS = 2000
 # Findings of the sample that are worth a line, above this share; the others are in the run folder.
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
 _TELLING = 0.05
-_FRONT = 32
 Rows = Dataset | IterableDataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
 
 
@@ -60,9 +57,9 @@ class RunData:
 
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
-    arrange: Callable[[Prepared, Any], Prepared] = field(default=lambda prepared, _: prepared)
+    arrange: Callable[[Prepared], Prepared] = field(default=lambda prepared: prepared)
     encoder_decoder: bool = False
-    arrange_chunks: Callable[[Any], Arrange] = field(default=lambda _: lambda table: table)
+    arrange_chunks: Callable[[], Arrange] = field(default=lambda: lambda table: table)
     reports: dict[str, Any] = field(default_factory=dict)
     evaluated: dict[str, tuple[set[bytes], set[bytes]]] = field(default_factory=dict)
 
@@ -84,7 +81,7 @@ class RunData:
             encoder_decoder=self.encoder_decoder,
             name=name,
         )
-        prepared = self.arrange(prepared, self.args)
+        prepared = self.arrange(prepared)
         self.reports[name] = prepared.report.to_dict()
         if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
             self.reports[name]["audit"] = self._audit(name, data)
@@ -105,7 +102,7 @@ class RunData:
             self.encoder_decoder,
         )
         source = RowStream(cast(Any, rows), args.kind, name)
-        stream = PreparedStream(source, self.tokenizer, options, arrange=lambda: self.arrange_chunks(args))
+        stream = PreparedStream(source, self.tokenizer, options, arrange=self.arrange_chunks)
         self.reports[name] = stream.report.to_dict()
         if args.process_index == 0:  # see `prepare`
             self.reports[name]["audit"] = self._audit(name, stream.sample)
@@ -130,13 +127,11 @@ class RunData:
         shares = {finding: one.share for finding, one in found.findings.items()}
         return {"sampled_rows": found.rows, **shares, **found.length_bias}
 
-    def prepare_all(
-        self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None
-    ) -> tuple[Dataset | PreparedStream, Any]:
+    def prepare_all(self, train: Rows, evaluation: Rows | Mapping[str, Rows] | None) -> tuple[Source, Any]:
         """Prepare the training set and the evaluation sets, and count training rows inside each of the latter.
 
         Returns:
-            The training set, and the evaluation set, a dictionary of them, or None.
+            The training rows, and the evaluation set, a dictionary of them, or None.
         """
         streamed = self.args.dataset_streaming or is_streamed(train)
         if streamed:
@@ -146,10 +141,10 @@ class RunData:
             asked, kind = cast(Mapping[str, Any], evaluation), self.args.kind
             train, evaluation = split_rows(load_rows(train, kind=kind, name="train"), asked, kind=kind)
         training = self.prepare_stream("train", train) if streamed else self.prepare("train", train)
-        rows = training if isinstance(training, PreparedStream) else training.dataset
+        source = StreamSource(training) if isinstance(training, PreparedStream) else RowSource(training.dataset)
         self._keep_template(training.report)
         if evaluation is None:
-            return rows, None
+            return source, None
         named = isinstance(evaluation, Mapping) and not is_origin(evaluation)
         sets = cast(Mapping[str, Rows], evaluation if named else {"": evaluation})
         parts = {f"eval_{name}" if named else "eval": rows for name, rows in sets.items()}
@@ -161,8 +156,8 @@ class RunData:
             shared = overlap(training, part)
             self.say_overlap(name, shared.rows, shared.prompts, shared.train_rows)
         if named:
-            return rows, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
-        return rows, prepared["eval"].dataset
+            return source, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
+        return source, prepared["eval"].dataset
 
     def say_overlap(self, name: str, rows: int, prompts: int, train_rows: int) -> None:
         """Keep and say how many training rows, and rows with its prompts, are in an evaluation set."""
@@ -172,11 +167,6 @@ class RunData:
                 f"{name}: {rows} of {train_rows} training rows are in this evaluation set word for "
                 f"word, and {prompts} share a prompt with it; its figures are too good by as much."
             )
-
-
-def known_rows(rows: Any) -> Dataset:
-    """Prepared rows that are there before training: all of a set in memory, the first ones of a stream."""
-    return rows.first if isinstance(rows, PreparedStream) else rows
 
 
 def _refuse_split(evaluation: Any) -> None:
@@ -192,17 +182,3 @@ def cache_folder(setting: str | None) -> Path | None:
     if setting is None:
         return None
     return cache_root() / "prepared" if setting == "auto" else Path(setting).expanduser()
-
-
-def probe_examples(rows: Dataset | PreparedStream, count: int, *, longest: bool = False) -> list[Example]:
-    """A few real rows for a check: the shortest near the front, so that it is cheap; with a long one on request.
-
-    Args:
-        rows: a prepared set; of a stream, its first rows are taken.
-        count: how many, at least 2 with `longest`.
-        longest: begin with the longest row of all, for what depends on length, such as sliding windows.
-    """
-    rows = known_rows(rows)
-    front = [example_from_row(rows[i]) for i in range(min(_FRONT, len(rows)))]
-    front.sort(key=lambda example: len(example.prompt_ids) + sum(len(ids) for ids in example.completion_ids))
-    return [example_from_row(rows[longest_row(rows)]), *front[: count - 1]] if longest else front[:count]

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,18 +15,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.data import example_from_row
-from tether.data.prepare.stream import PreparedStream
 from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
 from tether.reference.methods.shards import is_sharded
 from tether.scoring import pack
 from tether.training.arguments import PreferenceConfig
-from tether.training.datasets import known_rows
 from tether.training.progress import counted
+from tether.training.source import Source
+from tether.training.source.dealing import Order
 from tether.types import Example
-
-if TYPE_CHECKING:
-    from tether.training.trainer import TetherTrainer
 
 logger = logging.getLogger("tether")
 FOLDER = "reference_store"
@@ -36,8 +33,8 @@ _CHUNK = 256
 
 def with_store(
     resolved: Resolved, args: PreferenceConfig, accelerator: Accelerator, policy: Callable[[], nn.Module]
-) -> Resolved:
-    """Put the store that the arguments ask for in front of a reference; without one, the reference as it is.
+) -> tuple[StoredReference | None, str]:
+    """The store that the arguments ask for, in front of a reference, or None; and the line that says what that is.
 
     Args:
         resolved: the reference.
@@ -49,12 +46,11 @@ def with_store(
         ConfigError: the store cannot be reached, or the reference has nothing to keep.
     """
     if not args.wants_store():
-        return resolved
+        return None, resolved.line
     path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
     stored = open_store(resolved.reference, path, args, accelerator, policy)
-    numerics = stored.store.namespace.numerics
-    held = f"{len(stored.store)} completions of this reference in {numerics}"
-    return Resolved(stored, f"{resolved.line}; kept in the store {path}, which has {held}")
+    held = f"{len(stored.store)} completions of this reference in {stored.store.namespace.numerics}"
+    return stored, f"{resolved.line}; kept in the store {path}, which has {held}"
 
 
 def open_store(
@@ -80,30 +76,23 @@ def open_store(
     return StoredReference(live, path, numerics, **options)
 
 
-def install_store(trainer: TetherTrainer, stored: Reference) -> None:
-    """Verify a trainer's store, if it has one, and look after it during the run."""
-    rows = cast(Any, trainer.train_dataset)
-    if isinstance(stored, StoredReference):
-        verify_store(stored, known_rows(rows))
-        trainer.add_callback(StoreCallback(stored, rows, trainer.accelerator))
-
-
-def prepare_store(trainer: TetherTrainer, *, resumed: bool) -> None:
-    """Before the first step: verify again what a checkpoint changed, and fill the store where that was asked for."""
-    stored = trainer.resolved.reference
-    if not isinstance(stored, StoredReference):
-        return
-    if resumed:
-        verify_store(stored, known_rows(trainer.train_dataset))
-    if trainer.args.precompute_ref_log_probs:
-        precompute(trainer)
-
-
-def precompute(trainer: TetherTrainer) -> Filled:
+def fill_ahead(
+    stored: StoredReference | None,
+    source: Source,
+    evaluation: Any,
+    args: PreferenceConfig,
+    accelerator: Accelerator,
+    order: Order,
+) -> Filled:
     """Compute what the store lacks of the training set and every evaluation set.
 
     Args:
-        trainer: its processes each take their share of the rows.
+        stored: the run's reference with its store; the processes each take their share of the rows.
+        source: the training rows.
+        evaluation: the prepared evaluation rows, or several sets by name.
+        args: of the run.
+        accelerator: of the run.
+        order: how training rows become batches.
 
     Returns:
         How many completions were there already, and how many were computed, over all processes.
@@ -111,31 +100,21 @@ def precompute(trainer: TetherTrainer) -> Filled:
     Raises:
         ConfigError: the run has no store.
     """
-    stored, args = trainer.resolved.reference, trainer.args
-    if not isinstance(stored, StoredReference):
+    if stored is None:
         raise ConfigError("There is no store to fill. Set `reference_store` (in a run file `reference.store`).")
-    sets: dict[str, Any] = {**data_sets(trainer)}
-    if isinstance(sets["train"], PreparedStream):
-        sets["train"] = trainer.planned_examples(sets["train"])
+    planned = source.planned(order, args.max_steps * args.gradient_accumulation_steps)
+    sets: dict[str, Any] = {"train": planned, **evaluation_sets(evaluation)}
     sizes = dict.fromkeys(sets, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
     sizes["train"] = args.precompute_ref_batch_size or args.per_device_train_batch_size
-    filled = fill_store(stored, sets, trainer.accelerator, sizes)
+    filled = fill_store(stored, sets, accelerator, sizes)
     logger.info(f"store: {filled.present} completions were there, {filled.computed} were computed")
     return filled
 
 
-def data_sets(trainer: TetherTrainer) -> dict[str, Dataset]:
-    """A run's prepared rows: `train`, and `eval` or `eval NAME` for each evaluation set."""
-    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    sets: dict[str, Any] = {"train": trainer.train_dataset}
-    sets |= {f"eval {name}".strip(): rows for name, rows in evaluation.items() if rows is not None}
-    return sets
-
-
-def flush_store(reference: Reference) -> None:
-    """Write what a store has not written yet; nothing for a reference without one."""
-    if isinstance(reference, StoredReference):
-        reference.store.flush()
+def evaluation_sets(prepared: Any) -> dict[str, Dataset]:
+    """A run's prepared evaluation rows: `eval`, or `eval NAME` for each set."""
+    named = prepared if isinstance(prepared, dict) else {"": prepared}
+    return {f"eval {name}".strip(): rows for name, rows in named.items() if rows is not None}
 
 
 def verify_store(stored: StoredReference, rows: Dataset) -> StoreCheck | None:
@@ -245,20 +224,21 @@ class StoreCallback(TrainerCallback):
 
     Args:
         stored: the reference with its store.
-        rows: the training set; of a stream no one knows whether the store has it all, before its first pass ends.
+        source: the training rows; of a stream no one knows whether the store has it all, before its first pass ends.
         accelerator: of the run.
     """
 
-    def __init__(self, stored: StoredReference, rows: Dataset | PreparedStream, accelerator: Accelerator) -> None:
-        self._stored, self._rows, self._accelerator = stored, rows, accelerator
+    def __init__(self, stored: StoredReference, source: Source, accelerator: Accelerator) -> None:
+        self._stored, self._source, self._accelerator = stored, source, accelerator
         self._full = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """A store that has every training row needs no weights; the guards have run."""
-        if self._stored.may_release and isinstance(self._rows, Dataset):
+        if self._stored.may_release and self._source.complete:
+            rows = self._source.known
             self._full = all(
                 self._stored.store.holds([key for example in examples for key in example.keys]).all()
-                for examples in _chunks(self._rows, range(len(self._rows)))
+                for examples in _chunks(rows, range(len(rows)))
             )
         self._stored.settle(release=self._full)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -19,11 +22,19 @@ from tether.models.load import check_source
 from tether.models.partitioned import whole_weights
 from tether.models.spec import ModelSpec
 from tether.models.structure import transformers_model, unwrap
-from tether.reference import ReferenceSpec, refuse_other_tokenizer
+from tether.reference import (
+    GuardResult,
+    Reference,
+    ReferenceSpec,
+    compare_with_start,
+    refuse_other_tokenizer,
+    require_start_equality,
+)
+from tether.reference.base import Scorer
 from tether.reference.methods.model import may_move
 from tether.training.arguments import PreferenceConfig
-from tether.training.setup import source_of
-from tether.types import Meaning
+from tether.training.setup.policy import source_of
+from tether.types import Meaning, ScoringBatch
 
 logger = logging.getLogger("tether")
 _ADAPTER = "reference"
@@ -71,7 +82,7 @@ def reference_spec(
 
     Raises:
         ConfigError: what is named cannot be loaded.
-        ReferenceError: another tokenizer than the policy's.
+        ReferencePolicyError: another tokenizer than the policy's.
     """
     source, reload = policy_source, None
     if isinstance(ref_model, (str, Path)):
@@ -174,3 +185,57 @@ def _require_same_base(folder: Path, policy: nn.Module) -> None:
     ours = source_of(policy)
     if theirs and theirs != ours:
         logger.warning(f"reference: the adapter {folder} was made on {theirs!r} and the policy comes from {ours!r}")
+
+
+def check_start(policy: nn.Module, reference: Reference, scorer: Scorer, probe: ScoringBatch) -> GuardResult | None:
+    """Compare the policy with a `start` reference before the first step; None for another meaning.
+
+    Raises:
+        ReferencePolicyError: the policy is not at its reference.
+    """
+    if reference.identity.meaning != "start":
+        return None
+    found = compare_with_start(policy, reference, scorer, probe, reference.tolerance)
+    logger.info(
+        f"start equality: at most {found.max_difference:.1e} nats between policy and reference on "
+        f"{found.rows} rows, {found.tokens} tokens (allowed {reference.tolerance:.0e})"
+    )
+    require_start_equality(found, reference)
+    return found
+
+
+# What only a model in training needs.
+_OF_TRAINING = ("optimizer", "scheduler")
+
+
+def shard_reference(reference: Reference, accelerator: Accelerator) -> None:
+    """Cut a reference model as this run's policy is cut; nothing for another reference, or for a run without shards.
+
+    One that is quantised, or spread over devices by a map, stays as it was loaded.
+
+    Args:
+        reference: the resolved one, whole until now, since it was hashed and proved.
+        accelerator: of the run, after the policy was prepared.
+    """
+    put = _shards_of(accelerator)
+    if put is not None:
+        reference.place(put)
+
+
+def _shards_of(accelerator: Accelerator) -> Any:
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.is_fsdp2:
+        return partial(fsdp2_prepare_model, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin: Any = accelerator.state.deepspeed_plugin
+        return partial(_by_deepspeed, plugin.deepspeed_config) if plugin.zero_stage == 3 else None
+    return None
+
+
+def _by_deepspeed(config: dict[str, Any], model: nn.Module) -> nn.Module:
+    """An engine of its own without an optimizer, which gathers the weights of a layer for its forward."""
+    own = {name: value for name, value in copy.deepcopy(config).items() if name not in _OF_TRAINING}
+    own["zero_optimization"].pop("offload_optimizer", None)
+    # Not a dependency: whoever trains with it has it.
+    engine, *_ = importlib.import_module("deepspeed").initialize(model=model, config=own)
+    engine.eval()
+    return engine

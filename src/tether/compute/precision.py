@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from tether.compute.cpu_matmul import has_onednn, onednn_product, use_products
 from tether.errors import ConfigError
 from tether.models.structure import dtype_of, transformers_model
-from tether.training.arguments import PreferenceConfig
 
 logger = logging.getLogger("tether")
 PRECISION = "precision.json"
@@ -29,20 +29,22 @@ _LIBRARY = {"default": "torch's default products", "onednn": "oneDNN's products"
 _FLAGS = ("avx512_bf16", "amx_bf16")
 
 
-def choose_precision(args: PreferenceConfig, model: nn.Module) -> None:
+def choose_precision(args: TrainingArguments, model: nn.Module, *, cpu_matmul: str, on_cpu: bool) -> None:
     """Decide what `bf16` and `cpu_matmul` left open, for all processes alike, and say it in one line.
 
     Mixed precision, not bfloat16 weights: trainable tensors, their optimizer, softmax and log-probs stay in float32.
 
     Args:
-        args: `cpu_matmul="auto"` means: oneDNN's float32 products, where one of the model's own shapes is measured to
-            be 1.3 times as fast by it on the threads of this run. `bf16` unset means: on, where such a product is
-            1.3 times as fast again in bfloat16, and the processor has instructions for it.
+        args: `bf16` unset means: on, where a product of the model's own shapes is measured to be 1.3 times as fast in
+            bfloat16, and the CPU has instructions for it.
         model: the policy.
+        cpu_matmul: `auto` means: oneDNN's float32 products, where such a product is measured to be 1.3 times as fast by
+            it on the threads of this run.
+        on_cpu: whether the run computes on a CPU and may still decide.
     """
     # A launcher may have set it in the environment.
     is_open = args.bf16 is None and args.mixed_precision == "no"
-    decision = [_decide(args, model, is_open) if args.process_index == 0 else Decision()]
+    decision = [_decide(model, cpu_matmul, on_cpu, is_open) if args.process_index == 0 else Decision()]
     if args.world_size > 1:
         broadcast_object_list(decision)
     (decided,) = decision
@@ -57,7 +59,7 @@ def choose_precision(args: PreferenceConfig, model: nn.Module) -> None:
     logger.info(f"precision: {_name(args, model)}{f' ({said})' if said else ''}")
 
 
-def _name(args: PreferenceConfig, model: nn.Module) -> str:
+def _name(args: TrainingArguments, model: nn.Module) -> str:
     mixed = {"bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
     return mixed.get(args.mixed_precision) or str(dtype_of(model)).removeprefix("torch.")
 
@@ -71,10 +73,10 @@ class Decision(NamedTuple):
     library_reason: str = ""
 
 
-def _decide(args: PreferenceConfig, model: nn.Module, bf16_is_open: bool) -> Decision:
-    library_is_open = args.cpu_matmul == "auto"
-    forced = Decision() if library_is_open else Decision(False, "", args.cpu_matmul, f"by {_LIBRARY[args.cpu_matmul]}")
-    if not bf16_is_open and not (library_is_open and args.computes_on_cpu()):
+def _decide(model: nn.Module, cpu_matmul: str, on_cpu: bool, bf16_is_open: bool) -> Decision:
+    library_is_open = cpu_matmul == "auto"
+    forced = Decision() if library_is_open else Decision(False, "", cpu_matmul, f"by {_LIBRARY[cpu_matmul]}")
+    if not bf16_is_open and not (library_is_open and on_cpu):
         return forced
     weight = widest_weight(model)
     if dtype_of(model) != torch.float32:
@@ -152,21 +154,21 @@ def product_seconds(weight: Tensor) -> dict[str, float]:
     return best
 
 
-def write_precision(folder: Path, args: PreferenceConfig) -> None:
+def write_precision(folder: Path, mixed_precision: str) -> None:
     """Keep in a checkpoint what its run computed in."""
-    (folder / PRECISION).write_text(json.dumps({"mixed_precision": args.mixed_precision}) + "\n", encoding="utf-8")
+    (folder / PRECISION).write_text(json.dumps({"mixed_precision": mixed_precision}) + "\n", encoding="utf-8")
 
 
-def require_same_precision(folder: Path, args: PreferenceConfig) -> None:
+def require_same_precision(folder: Path, mixed_precision: str) -> None:
     """A resumed run computes as before, on another machine too.
 
     Raises:
         ConfigError: the checkpoint's run computed in another precision.
     """
     path = folder / PRECISION
-    before = json.loads(path.read_text(encoding="utf-8"))["mixed_precision"] if path.is_file() else args.mixed_precision
-    if before != args.mixed_precision:
+    before = json.loads(path.read_text(encoding="utf-8"))["mixed_precision"] if path.is_file() else mixed_precision
+    if before != mixed_precision:
         raise ConfigError(
             f"The checkpoint {folder} was trained with mixed precision {before!r}, and this run has "
-            f"{args.mixed_precision!r}. Set bf16={before == 'bf16'} and fp16={before == 'fp16'} to go on as it began."
+            f"{mixed_precision!r}. Set bf16={before == 'bf16'} and fp16={before == 'fp16'} to go on as it began."
         )

@@ -1,4 +1,4 @@
-"""Split the examples of a step into as few micro-batches as fit a budget of tokens, on every process alike."""
+"""How many tokens a forward may have, and the split of batches into as few micro-batches as fit."""
 
 from __future__ import annotations
 
@@ -12,26 +12,43 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
+from tether.compute.memory import token_budget
+from tether.errors import ConfigError
 from tether.scoring import pack
+from tether.training.step import MicroBatch
 from tether.types import ScoringBatch, Tree
 
 logger = logging.getLogger("tether")
 Cost = Callable[[Sequence[Tree]], int]
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward computes.
+def choose_budget(
+    setting: int | str | None, args: TrainingArguments, model: nn.Module, *, coupled: bool, padded: bool
+) -> TokenBudget:
+    """The budget of a run, said in one line.
 
     Args:
-        batch: some examples of a step.
-        repeated: they are computed a second time, only so that every process makes the same number of forwards; they
-            add nothing to the gradient and to what is reported.
-    """
+        setting: `max_tokens_per_forward`.
+        args: device and checkpointing.
+        model: the policy, on its device.
+        coupled: the loss of an example depends on the others of its micro-batch, which must then stay whole.
+        padded: whether rows are padded.
 
-    batch: ScoringBatch
-    repeated: bool = False
+    Raises:
+        ConfigError: a budget was asked for where batches must stay whole.
+    """
+    if coupled and isinstance(setting, int):
+        raise ConfigError(
+            f"max_tokens_per_forward is {setting}, but the loss of an example depends on the others of its "
+            "micro-batch, so that another split is another loss. Leave it out, and set the micro-batch with "
+            "per_device_train_batch_size."
+        )
+    checkpointing = bool(args.gradient_checkpointing)
+    tokens, line = token_budget(None if coupled else setting, model, args.device, checkpointing=checkpointing)
+    logger.info(line)
+    return TokenBudget(tokens, padded=padded)
 
 
 @dataclass
@@ -69,7 +86,7 @@ class TokenBudget:
         if len(groups) == 1 and not repeats:
             return [MicroBatch(batch)]
         parts = [MicroBatch(_some(batch, group)) for group in groups]
-        return parts + [MicroBatch(_some(batch, group), repeated=True) for group in repeats]
+        return parts + [MicroBatch(_some(batch, group), counts=False) for group in repeats]
 
     def _say_what_is_over(self, trees: Sequence[Tree], cost: Cost) -> None:
         longest = max(cost([tree]) for tree in trees)
@@ -195,28 +212,6 @@ def accumulate_only(accelerator: Accelerator, model: nn.Module) -> Iterator[None
             yield
     finally:
         state._set_sync_gradients(before)
-
-
-def without_repeated_rows(batch: ScoringBatch, accelerator: Accelerator) -> MicroBatch:
-    """A process' share of a step without rows of other steps, with which accelerate fills the last batches of an epoch.
-
-    Every process must get a batch in every step, so that accelerate gives rows of the epoch's beginning once more where
-    the last ones do not suffice. They would count twice.
-
-    Args:
-        batch: of the last of the data loader's rounds so far.
-        accelerator: knows whether that is the last of the epoch, and how many rows its processes have together.
-
-    Returns:
-        The batch's own rows, which come first; where it has none, one that does not count.
-    """
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return MicroBatch(batch)
-    own = state.remainder - accelerator.process_index * batch.num_examples
-    if own >= batch.num_examples:
-        return MicroBatch(batch)
-    return MicroBatch(_some(batch, range(max(own, 1))), repeated=own <= 0)
 
 
 Item = TypeVar("Item")

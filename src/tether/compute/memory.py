@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tether.errors import ConfigError
 from tether.models.structure import trainable_tensors, transformers_model
-from tether.training.arguments import PreferenceConfig
-from tether.training.batching import TokenBudget
-
-logger = logging.getLogger("tether")
 
 # A forward with more tokens than this is no faster for each of them, so a budget is never larger: the split of a step
 # then depends on the machine only where memory is short.
@@ -25,31 +19,6 @@ _LEAST = 1024
 # Of the memory that is left, this share is for activations; kernels, fragments and the head's chunks need the rest.
 _SHARE = 0.5
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def choose_budget(args: PreferenceConfig, model: nn.Module, *, coupled: bool, padded: bool) -> TokenBudget:
-    """The budget of a run, said in one line.
-
-    Args:
-        args: `max_tokens_per_forward`, device and checkpointing.
-        model: the policy, on its device.
-        coupled: the loss of an example depends on the others of its micro-batch, which must then stay whole.
-        padded: whether rows are padded.
-
-    Raises:
-        ConfigError: a budget was asked for where batches must stay whole.
-    """
-    setting = args.max_tokens_per_forward
-    if coupled and isinstance(setting, int):
-        raise ConfigError(
-            f"max_tokens_per_forward is {setting}, but the loss of an example depends on the others of its "
-            "micro-batch, so that another split is another loss. Leave it out, and set the micro-batch with "
-            "per_device_train_batch_size."
-        )
-    checkpointing = args.gradient_checkpointing
-    tokens, line = token_budget(None if coupled else setting, model, args.device, checkpointing=checkpointing)
-    logger.info(line)
-    return TokenBudget(tokens, padded=padded)
 
 
 def token_budget(

@@ -1,0 +1,1 @@
+"""One file for each algorithm: what it needs, its loss, its trainer."""

@@ -1,0 +1,173 @@
+"""What an algorithm says of itself; the trainer asks, and does all that algorithms share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import pyarrow as pa
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from tether.data import Prepared
+from tether.errors import DataError
+from tether.scoring import score
+from tether.scoring.layout.proof import LOG_PROBS, Measures
+from tether.training.arguments import PreferenceConfig
+from tether.training.setup.policy import policy_spec
+from tether.training.step import Context, MicroBatch, Step
+from tether.types import LossOutput, Scores, ScoringBatch
+
+# What the policy's pass gives: `Scores`, or the rewards of completions.
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm needs of the rows and of the two passes over them.
+
+    Args:
+        columns: columns of numbers that the loss makes use of; see `tether.types.Preference`.
+        policy: what scoring the policy gives besides log-probabilities.
+        reference: the same of the reference.
+        prompts: the prompts are scored too.
+        whole_batch: the loss of an example depends on the others that it is computed with, so that batches stay whole.
+    """
+
+    columns: tuple[str, ...] = ()
+    policy: tuple[str, ...] = ("entropy", "top1", "mean_logits")
+    reference: tuple[str, ...] = ()
+    prompts: bool = False
+    whole_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What an algorithm may ask of a run before the micro-batches of a step are computed.
+
+    Args:
+        policy: scores of a batch by the policy as it is, without gradient.
+        reference: the same by the reference; None where there is none.
+        total: sum of a tensor over all processes; each has to call.
+    """
+
+    policy: Callable[[ScoringBatch], Scores]
+    reference: Callable[[ScoringBatch], Scores | None]
+    total: Callable[[Tensor], Tensor]
+
+
+class Algorithm(ABC, Generic[Answer]):
+    """`loss` and `describe` must be defined; the rest may be.
+
+    Args:
+        args: the run's configuration.
+        model_config: the configuration of the model.
+    """
+
+    config: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+    # The function that scores a batch by the policy, and what its layout is proved by.
+    scoring: Callable[..., Any] = staticmethod(score)
+    measures: Measures = LOG_PROBS
+
+    def __init__(self, args: Any, model_config: Any) -> None:
+        self.args, self.model_config = args, model_config
+
+    @property
+    def needs(self) -> Needs:
+        """What it needs of rows and passes."""
+        return Needs()
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return type(self).__name__
+
+    # -- before a run ------------------------------------------------------------------------------------------------
+
+    def check_model(self, model: str | Path | nn.Module) -> None:
+        """Refuse a model that cannot be trained so, by its configuration, before rows are read or weights load."""
+
+    def rows(self, prepared: Prepared) -> Prepared:
+        """Change prepared rows before they are packed."""
+        return prepared
+
+    def chunks(self) -> Callable[[pa.Table], pa.Table]:
+        """The same for a stream: what changes the rows of one pass over it, a chunk after the other."""
+        return lambda table: table
+
+    def load_model(self, source: str) -> nn.Module:
+        """Load a policy that was named by a string."""
+        return policy_spec(source, self.args).load_base()
+
+    def adapter(self, peft_config: PeftConfig | None) -> PeftConfig | None:
+        """The adapter that was asked for, changed where it has to be."""
+        return peft_config
+
+    def prepare_model(self, model: nn.Module, tokenizer: Any) -> None:
+        """Set what the model's forward depends on; before it is proved."""
+
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """Refuse rows that the loss cannot use as they are, by the first few of the training set."""
+        ignored = sorted(set(batch.values) - set(self.needs.columns))
+        if ignored:
+            used = ", ".join(f"`{name}`" for name in self.needs.columns) or "no such column"
+            raise DataError(
+                f"The rows have a column `{ignored[0]}`, which {self.name} would ignore; it uses {used}. Remove the "
+                "column."
+            )
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the objective is and what its options mean, in one line."""
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """How many losses `loss` will give in a term over tokens: the step's denominator, known before scoring."""
+        return 0
+
+    def trained_tokens(self, batch: ScoringBatch) -> int:
+        """Tokens that count as trained on: a prompt with each of its completions, as TRL counts `num_tokens`."""
+        return sum(batch.sequence_lengths)
+
+    def begin_step(self, step: Step, passes: Passes) -> Context:
+        """See all micro-batches of this process' share in an optimizer step, before the first is computed."""
+        return Context()
+
+    @abstractmethod
+    def loss(self, policy: Answer, reference: Scores | None, part: MicroBatch, context: Context) -> LossOutput:
+        """Combine the policy's scores with the reference's.
+
+        Args:
+            policy: of the micro-batch.
+            reference: of the same; None where there is none.
+            part: the micro-batch, on the run's device.
+            context: what `begin_step`, or `begin_evaluation`, returned.
+        """
+
+    def end_step(self, context: Context, passes: Passes) -> None:
+        """The last micro-batch of a step was computed."""
+
+    def complete(self, means: dict[str, float]) -> dict[str, float]:
+        """Add to the means of a log or an evaluation what follows from them."""
+        return means
+
+    def begin_evaluation(self, passes: Passes) -> Context:
+        """See that an evaluation begins."""
+        return Context()
+
+    def end_evaluation(self, context: Context, means: dict[str, float]) -> dict[str, float]:
+        """Change the means of an evaluation by what only its end tells."""
+        return means
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, float]:
+        """What it has learnt besides weights; a checkpoint holds it."""
+        return {}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Take `state` of a checkpoint; empty for a fresh start."""

@@ -1,0 +1,63 @@
+"""Contrastive preference optimization, SimPO and AlphaPO: pairs without a reference."""
+
+from __future__ import annotations
+
+from tether.objectives.contrast import contrast_loss
+from tether.training.algorithms.base import Algorithm, Needs
+from tether.training.reference_free_arguments import CPOConfig
+from tether.training.step import Context, MicroBatch
+from tether.training.trainer import ReferenceFreeTrainer
+from tether.types import LossOutput, Scores, ScoringBatch
+
+
+class CPO(Algorithm[Scores]):
+    """See `CPOTrainer`."""
+
+    config = CPOConfig
+    args: CPOConfig
+
+    @property
+    def needs(self) -> Needs:
+        """Pairs, which may have weights."""
+        return Needs(columns=("weight",))
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """Tokens of chosen completions, where they count."""
+        return int((batch.completion_index % 2 == 0).sum()) if self.args.cpo_alpha else 0
+
+    def loss(self, policy: Scores, reference: Scores | None, part: MicroBatch, context: Context) -> LossOutput:
+        """The configured contrast, and the likelihood of the chosen completions."""
+        return contrast_loss(
+            policy,
+            loss=self.args.loss_type,
+            pairs=part.batch.num_examples,
+            likelihood=self.args.cpo_alpha,
+            alpha=self.args.alpha,
+            values=part.batch.values,
+            **self.args.objective_options(),
+        )
+
+    def describe(self) -> str:
+        """What the options mean."""
+        options = {**self.args.objective_options(), "cpo_alpha": self.args.cpo_alpha, "alpha": self.args.alpha}
+        shown = ", ".join(f"{name} {value:g}" for name, value in options.items())
+        level = "averaged over" if self.args.loss_type in ("ipo", "simpo") else "summed over"
+        return (
+            f"objective: cpo, {self.args.loss_type} ({shown}): log-probs {level} completion tokens; cpo_alpha times "
+            "the likelihood, averaged over the chosen tokens of a step"
+        )
+
+
+class CPOTrainer(ReferenceFreeTrainer):
+    """Contrastive preference optimization, SimPO and AlphaPO: pairs without a reference, beside a likelihood.
+
+    Args:
+        model: the policy; see `DPOTrainer` for all arguments. There is no reference.
+
+    Reference:
+        Xu et al., Contrastive Preference Optimization, arXiv:2401.08417; Meng et al., SimPO: Simple Preference
+        Optimization with a Reference-Free Reward, arXiv:2405.14734.
+    """
+
+    args: CPOConfig  # type: ignore[override]
+    algorithm_class = CPO

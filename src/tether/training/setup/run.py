@@ -1,0 +1,244 @@
+"""A run, put together: what a trainer holds, built in the one order in which each part finds what it needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from tether.compute.cpu_matmul import compute_by_products
+from tether.compute.precision import choose_precision
+from tether.data import text_tokenizer
+from tether.errors import ConfigError
+from tether.models.spec import add_tokens, embed_tokens
+from tether.models.structure import evaluation_mode, transformers_model
+from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
+from tether.reference.base import Scorer
+from tether.scoring import Layout, choose_layout, pack
+from tether.scoring.batch import with_prompts
+from tether.training.algorithms.base import Algorithm
+from tether.training.arguments import PreferenceConfig
+from tether.training.budget import TokenBudget, choose_budget
+from tether.training.setup.data import Rows, RunData
+from tether.training.setup.policy import (
+    at_the_start,
+    check_arguments,
+    check_policy,
+    config_of,
+    learning_tokens,
+    make_audible,
+    policy_spec,
+    router_coefficient,
+    source_of,
+    with_adapter,
+)
+from tether.training.setup.reference import declared_meaning, reference_spec
+from tether.training.source import Source
+from tether.training.step import MicroBatch, Step, own_rows
+from tether.training.store import with_store
+from tether.types import ScoringBatch
+
+logger = logging.getLogger("tether")
+_PROBE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a trainer's constructor was given; see `DPOTrainer`."""
+
+    model: str | Path | nn.Module
+    ref_model: str | Path | nn.Module | None
+    args: PreferenceConfig | None
+    train_dataset: Rows | None
+    eval_dataset: Any
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+    quantization_config: Any
+    peft_config: PeftConfig | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last.
+
+    Args:
+        algorithm: what is learnt, and how.
+        data: prepares rows and keeps the reports on them.
+        source: gives the batches.
+        probe: a few training rows, on the run's device, for proofs and guards.
+        layout: in which the policy is scored, as was proved.
+        scorer: the scoring function in that layout and the run's precision.
+        budget: splits batches into micro-batches.
+        router_weight: of the load-balancing loss; 0 for none.
+        reference: the reference, with its store where it has one.
+        line: what the reference is and why, in one line.
+        stored: the reference's store; None without one.
+        proof: that something trains.
+    """
+
+    algorithm: Algorithm[Any]
+    data: RunData
+    source: Source
+    probe: ScoringBatch
+    layout: Layout
+    scorer: Scorer
+    budget: TokenBudget
+    router_weight: float
+    reference: Reference
+    line: str
+    stored: StoredReference | None
+    proof: TrainingProof
+
+    def scored(self, batch: ScoringBatch) -> ScoringBatch:
+        """A batch with all that the algorithm has scored of it."""
+        return with_prompts(batch) if self.algorithm.needs.prompts else batch
+
+
+# Hands policy and rows to transformers, which makes the accelerator: configuration, policy, training rows, evaluation
+# rows, tokenizer.
+Start = Callable[[Any, nn.Module, Any, Any, Any], Accelerator]
+
+
+def build_run(
+    algorithm_class: type[Algorithm[Any]], given: Given, start: Start, policy_now: Callable[[], nn.Module]
+) -> Run:
+    """Check, load and prove everything that comes before the first step.
+
+    Args:
+        algorithm_class: of the trainer.
+        given: what its constructor was given.
+        start: called once, when policy and rows are ready.
+        policy_now: the model in training as it is at the time, which sharding may exchange.
+
+    Raises:
+        ConfigError, DataError: before any weights are loaded, where that is possible.
+        ReferencePolicyError: the reference is wrong, or nothing would train.
+    """
+    args = check_arguments(
+        given.args, algorithm_class.config, given.train_dataset, given.eval_dataset, given.quantization_config
+    )
+    make_audible(args)
+    model, ref_model = given.model, given.ref_model
+    named = isinstance(model, (str, Path))
+    source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
+    # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
+    check_policy(model, ref_model, args, given.peft_config)
+    meaning = declared_meaning(args, ref_model)
+    algorithm = algorithm_class(args, config_of(model, args))
+    algorithm.check_model(model)
+    tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
+    new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
+    data = RunData(tokenizer, args, algorithm.rows, bool(algorithm.model_config.is_encoder_decoder), algorithm.chunks)
+    source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
+    # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
+    # which needs its shapes.
+    policy = algorithm.load_model(source_name) if named else cast(nn.Module, model)
+    embed_tokens(policy, new_tokens)
+    peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
+    policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
+    algorithm.prepare_model(policy, tokenizer)
+    choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
+    proof = TrainingProof(policy)
+    accelerator = start(args, policy, source.rows, evaluation, tokenizer)
+    # Proofs on real rows: the layout, then the reference by that layout.
+    probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
+    algorithm.check_rows(probe)
+    router_weight = router_coefficient(args, policy)
+    prove = _Prover(algorithm, args, source, accelerator)
+    layout, scorer = prove(policy, "")
+    padded, whole = layout != "tree", algorithm.needs.whole_batch
+    budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
+    if args.disable_dropout:
+        prove.determinism(policy, probe)
+    spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer))
+    resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
+    stored, line = with_store(resolved, args, accelerator, policy_now)
+    logger.info(line)
+    logger.info(algorithm.describe())
+    reference = resolved.reference if stored is None else stored
+    return Run(algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof)
+
+
+class _Prover:
+    """Chooses the layout of a model by real rows, and binds the scoring function to it."""
+
+    def __init__(self, algorithm: Algorithm[Any], args: PreferenceConfig, source: Source, accelerator: Accelerator):
+        self._algorithm, self._args, self._accelerator = algorithm, args, accelerator
+        self._examples = source.probe(2, longest=True)
+        self._options: dict[str, Any] = {}
+
+    def __call__(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
+        """A model's layout, proved, and the scoring function in it, in the run's precision everywhere."""
+        compute_by_products(model)
+        with self._proving():
+            choice = choose_layout(
+                model,
+                self._examples,
+                requested=self._args.scoring_layout,
+                backend=self._args.attention_backend,
+                measures=self._algorithm.measures,
+            )
+        logger.info(f"{whose}{choice.line}")
+        self._options = choice.options
+        autocast, scoring = self._accelerator.autocast, self._algorithm.scoring
+
+        def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
+            with autocast():
+                return scoring(model, batch, outputs=outputs, **choice.options)
+
+        return choice.layout, scorer
+
+    def _proving(self) -> AbstractContextManager[Any]:
+        """The precision of a proof: the weights' own, as rounding under autocast would hide small mistakes."""
+        # FlashAttention knows no float32.
+        return self._accelerator.autocast() if self._args.attention_backend == "flash" else nullcontext()
+
+    def determinism(self, policy: nn.Module, probe: ScoringBatch) -> None:
+        """With dropout disabled, training mode must compute what evaluation mode does.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        packed = self._algorithm.measures.packed
+        with torch.no_grad(), self._accelerator.autocast():
+            policy.train()
+            training = packed(policy, probe, **self._options)
+            with evaluation_mode(policy):
+                difference = (training - packed(policy, probe, **self._options)).abs().max().item()
+        if difference > SAME:
+            raise ConfigError(
+                f"With dropout disabled, {type(transformers_model(policy)).__name__} still differs between training "
+                f"and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to keep its randomness."
+            )
+
+
+def build_step(inputs: list[Any], run: Run, accelerator: Accelerator, device: torch.device) -> Step:
+    """This process' share in an optimizer step; a collective call, since all processes split theirs alike.
+
+    Args:
+        inputs: batches of the data loader, as the collator returned them.
+        run: its budget, and what its algorithm has scored and counted.
+        accelerator: of the run.
+        device: of the totals.
+    """
+    shares = []
+    for place, one in enumerate(inputs):
+        own = own_rows(one, accelerator, last=place == len(inputs) - 1)
+        parts = run.budget.split(own.batch, accelerator)
+        shares.append(tuple(MicroBatch(run.scored(part.batch), part.counts and own.counts) for part in parts))
+    counted = [part.batch for share in shares for part in share if part.counts]
+    totals = [
+        sum(batch.num_examples for batch in counted),
+        sum(len(batch.branches) for batch in counted),
+        sum(map(run.algorithm.loss_tokens, counted)),
+    ]
+    whole = accelerator.reduce(torch.tensor(totals, device=device), reduction="sum")
+    return Step(tuple(shares), cast(torch.Tensor, whole))

@@ -1,0 +1,7 @@
+"""Where the batches of a run come from: rows in memory, or a stream of them."""
+
+from tether.training.source.base import Source
+from tether.training.source.rows import RowSource
+from tether.training.source.stream import StreamSource
+
+__all__ = ["RowSource", "Source", "StreamSource"]
