@@ -112,7 +112,7 @@ def warm_store(setting):
     """Filled by one means, read by another that must not run."""
     with StoredReference(setting.resolved(means="model"), setting.folder, "float32").store as store:
         filler = StoredReference(setting.resolved(means="model"), setting.folder, "float32")
-        filler.score(PROBE).token_logps
+        filler.score(PROBE)
         filler.store.flush()
         assert store.namespace == filler.store.namespace
     live = setting.resolved()

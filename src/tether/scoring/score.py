@@ -66,7 +66,7 @@ def score(
     """
     inner = transformers_model(model)
     _check_request(inner, outputs, layout, virtual_tokens(model))
-    head, routed = head_of(inner), "aux_loss" in outputs
+    head, routed, kept = head_of(inner), "aux_loss" in outputs, "hidden" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     if "forest" in inputs:
@@ -87,8 +87,7 @@ def score(
     return Scores(
         completion_index=batch.completion_index,
         num_completions=batch.num_completions,
-        hidden=hidden if "hidden" in outputs else None,
-        head=head.logits if "hidden" in outputs else None,
+        **({"hidden": hidden, "head": head.logits} if kept else {}),
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
         **found._asdict(),
     )
