@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tether.compat.transformers import commit_of
 from tether.errors import ConfigError
 from tether.models import load_tokenizer
 from tether.models.load import check_source
@@ -89,7 +90,7 @@ def reference_spec(
             meaning = "model"
             del found["adapter"]
     described = policy if ref_model is None else ref_model
-    revision = getattr(transformers_model(described).config, "_commit_hash", None)
+    revision = commit_of(transformers_model(described))
     return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, reload=reload, **found)
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import nn
 
+from tether.compat.accelerate import shard_by_fsdp2, stage3_settings, uses_fsdp2
+from tether.compat.deepspeed import inference_engine
 from tether.reference import Reference, live_reference
 from tether.reference.methods.model import ModelReference
 from tether.reference.methods.moving import MovingModelReference
-
-# What only a model in training needs.
-_OF_TRAINING = ("optimizer", "scheduler")
 
 
 def shard_reference(reference: Reference, accelerator: Accelerator) -> None:
@@ -36,19 +31,7 @@ def shard_reference(reference: Reference, accelerator: Accelerator) -> None:
 
 
 def _shards_of(accelerator: Accelerator) -> Any:
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.is_fsdp2:
-        return partial(fsdp2_prepare_model, accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin: Any = accelerator.state.deepspeed_plugin
-        return partial(_by_deepspeed, plugin.deepspeed_config) if plugin.zero_stage == 3 else None
-    return None
-
-
-def _by_deepspeed(config: dict[str, Any], model: nn.Module) -> nn.Module:
-    """An engine of its own without an optimizer, which gathers the weights of a layer for its forward."""
-    own = {name: value for name, value in deepcopy(config).items() if name not in _OF_TRAINING}
-    own["zero_optimization"].pop("offload_optimizer", None)
-    # Not a dependency: whoever trains with it has it.
-    engine, *_ = importlib.import_module("deepspeed").initialize(model=model, config=own)
-    engine.eval()
-    return engine
+    if accelerator.distributed_type == DistributedType.FSDP and uses_fsdp2(accelerator):
+        return partial(shard_by_fsdp2, accelerator)
+    settings = stage3_settings(accelerator) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return None if settings is None else partial(inference_engine, config=settings)
