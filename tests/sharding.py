@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from tether import DPOTrainer
-from tether.models.partitioned import is_partitioned
+from tether.compat.deepspeed import is_partitioned
 from tether.reference.methods.shards import release_gathered
 
 _WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}

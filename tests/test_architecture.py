@@ -23,19 +23,25 @@ PACKAGE = ROOT / "src" / "tether"
 # A room may import rooms of a lower rank and itself. Rooms of one rank do not know each other.
 RANKS = {
     **dict.fromkeys(("types", "errors"), 0),
-    **dict.fromkeys(("models", "data"), 1),
-    "compute": 2,
-    "scoring": 3,
-    **dict.fromkeys(("reference", "objectives"), 4),
-    "rollout": 5,
-    "training": 6,
-    **dict.fromkeys(("evaluate", "plan", "report"), 7),
-    "config": 8,
-    "cli": 9,
-    "__main__": 10,
+    "compat": 1,
+    **dict.fromkeys(("models", "data"), 2),
+    "compute": 3,
+    "scoring": 4,
+    **dict.fromkeys(("reference", "objectives"), 5),
+    "rollout": 6,
+    "training": 7,
+    **dict.fromkeys(("evaluate", "plan", "report"), 8),
+    "config": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Rooms that may import only what is named here and the standard library.
 CLOSED = {"errors": set(), "types": {"torch"}, "objectives": {"torch", "tether.types"}}
+
+# The one room that may touch private names of libraries.
+PRIVATE_ROOM = "compat"
+# Underscored and documented all the same.
+DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit"}  # of named tuples; `os._exit`
 
 # Where a package is imported by another name than it is installed by; pydantic pins its core.
 DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
@@ -214,6 +220,68 @@ def repeated_lines(folder: Path) -> tuple[float, list[str]]:
     return len(repeated) / max(total, 1), places
 
 
+def is_private(name: str) -> bool:
+    """Whether a name says that it is nobody else's."""
+    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
+
+
+def members(tree: ast.Module) -> set[str]:
+    """Private names that classes of a module define: methods, fields, and what a method sets on `self`."""
+    found: set[str] = set()
+    for node in (inner for kind in ast.walk(tree) if isinstance(kind, ast.ClassDef) for inner in ast.walk(kind)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_name(node.value, "self"):
+            found.add(node.attr)
+    return set(filter(is_private, found))
+
+
+def is_name(node: ast.AST, *names: str) -> bool:
+    """Whether a node is one of some plain names."""
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def private_uses(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """`(line, private name, whether it is of this object or class)` of each attribute used, `getattr` included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            holder, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and is_name(node.func, "getattr", "hasattr", "setattr", "delattr"):
+            holder, value = node.args[0], node.args[1]
+            name = value.value if isinstance(value, ast.Constant) else ""
+        else:
+            continue
+        if is_private(name):
+            yield node.lineno, name, is_name(holder, "self", "cls")
+
+
+def foreign_privates(folder: Path) -> list[str]:
+    """Private names of libraries that are used outside `PRIVATE_ROOM`.
+
+    A class of the package may use its own and those of the classes it derives from in the package; others may use those
+    of classes in their own file.
+    """
+    trees, complaints = parse(folder), []
+    own = set().union(*map(members, trees.values()))
+    for module, tree in trees.items():
+        if room_of(module) == PRIVATE_ROOM:
+            continue
+        here = members(tree)
+        complaints += [
+            f"{module}:{line} uses {name}"
+            for line, name, of_itself in private_uses(tree)
+            if name not in (own if of_itself else here)
+        ]
+        complaints += [
+            f"{module}:{line} imports {source}.{name}".rstrip(".")
+            for line, source, name in imports(tree, module)
+            if source.split(".")[0] != folder.name and any(map(is_private, [*source.split("."), name]))
+        ]
+    return complaints
+
+
 def tracked_files(folder: Path) -> list[Path]:
     """What git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -345,6 +413,37 @@ def test_what_is_said_twice_is_caught(tmp_path: Path) -> None:
     assert (share, len(places)) == (1.0, 1)
     shorter = "\n".join(body.splitlines()[:-1])
     assert repeated_lines(plant(tmp_path / "short", models__a=shorter, data__b=shorter)) == (0.0, [])
+
+
+def test_private_names_of_libraries_are_used_in_one_room() -> None:
+    assert foreign_privates(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x):\n    return x._hidden",
+        "def f(x):\n    x._hidden = 1",
+        "class A(Base):\n    def f(self):\n        return self._inherited()",
+        "def f(x):\n    return getattr(x, '_hidden', None)",
+        "from torch._dynamo import config",
+        "def late():\n    from torch.nn.modules.dropout import _DropoutNd",
+        "import torch._inductor",
+    ],
+)
+def test_a_private_name_of_a_library_is_caught(tmp_path: Path, text: str) -> None:
+    package = plant(tmp_path, models__a=text)
+    assert len(foreign_privates(package)) == 1
+    assert foreign_privates(plant(tmp_path / "room", compat__a=text)) == []
+
+
+def test_private_names_of_the_package_may_be_used(tmp_path: Path) -> None:
+    own = "class A:\n    _kept: int\n    def _half(self):\n        self._set, x = 1, 2\n"
+    uses = "def f(a):\n    return a._kept, a._half(), a._set, getattr(a, '_set'), a.__class__, a._asdict()\n"
+    derived = "class B(A):\n    def f(self):\n        return self._half()\n"
+    assert foreign_privates(plant(tmp_path / "one", models__a=own + uses)) == []
+    assert foreign_privates(plant(tmp_path / "two", models__a=own, models__b=derived)) == []
+    assert len(foreign_privates(plant(tmp_path / "other", models__a=own, models__b=uses))) == 4
 
 
 def test_tracked_files_are_small_and_name_no_machine() -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from tether.compat.deepspeed import is_away, whole_size
 from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import fingerprint
 from tether.models.partitioned import whole_weights
-from tether.reference.methods.shards import is_away, local_part, sums, whole_size
+from tether.reference.methods.shards import local_part, sums
 
 
 class Shard(nn.Parameter):

@@ -170,8 +170,9 @@ def _adapters(loaded: Any) -> list[str]:
 
 def _bytes(tensor: Any) -> int:
     """What a tensor takes; torchao's are made of several."""
-    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return sum(_bytes(getattr(tensor, name)) for name in parts) or tensor.numel() * tensor.element_size()
+    from tether.compat.torch import inner_tensors
+
+    return sum(map(_bytes, inner_tensors(tensor))) or tensor.numel() * tensor.element_size()
 
 
 def examine(loaded: Any, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
@@ -193,9 +194,10 @@ def examine(loaded: Any, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
 
 
 def _trains(loaded: Any) -> list[Finding]:
+    from tether.compat.transformers import is_quantized
     from tether.models.structure import trainable_tensors
 
-    if getattr(loaded, "is_quantized", False) and not hasattr(loaded, "peft_config"):
+    if is_quantized(loaded) and not hasattr(loaded, "peft_config"):
         return [Finding("problem", "the weights are quantised and there is no adapter, so nothing could train")]
     if not trainable_tensors(loaded):
         return [Finding("problem", "nothing would train: no parameter requires a gradient")]

@@ -9,17 +9,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from tether.compat.messages import NO_PINNED_MEMORY, SPECIAL_TOKENS, TOO_LONG
 from tether.training.progress import console
 
 # Messages of libraries that are right in general and mean nothing here, each with its reason.
-_NOISE = (
-    # Tether tells padding by its mask; a tokenizer's tokens are the ones that count.
-    "The tokenizer has new PAD/BOS/EOS tokens",
-    # Tether checks lengths itself, after truncation.
-    "Token indices sequence length is longer than the specified maximum",
-    # What the CPU has no use for.
-    "'pin_memory' argument is set as true but no accelerator is found",
-)
+_NOISE = (SPECIAL_TOKENS, TOO_LONG, NO_PINNED_MEMORY)
 
 
 class _Lines(logging.Handler):

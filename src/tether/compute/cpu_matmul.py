@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tether.compat.torch import has_onednn, onednn_linear
 from tether.errors import ConfigError
 
 LIBRARIES = ("auto", "default", "onednn")
@@ -20,11 +21,6 @@ LIBRARIES = ("auto", "default", "onednn")
 LEAST_WORK = 2**21
 _PLAIN = (Tensor, nn.Parameter)
 _setting = {"library": "default"}
-
-
-def has_onednn() -> bool:
-    """Whether this build of torch offers oneDNN's float32 products."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def use_products(library: str) -> None:
@@ -83,7 +79,7 @@ def onednn_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """`product` by oneDNN, without a derivative; float32 on a processor only."""
     # For a matrix with gaps between its rows oneDNN has no kernel but its reference, which is hundreds of times slower.
     matrix = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(inputs, matrix, bias, "none", [], "")
+    return onednn_linear(inputs, matrix, bias)
 
 
 class OneDnnLinear(nn.Linear):

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from tether.compat.messages import ADAPTER_INCOMPLETE
+from tether.compat.peft import set_active
 from tether.errors import ConfigError
 from tether.models.structure import unwrap
 
@@ -89,7 +91,7 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     kinds = {_kind(one) for one in saved}
     if any(map(rewrites_base, [*saved, config])):
         raise ConfigError(
-            f"Of the adapters over '{base.config._name_or_path}', one begins by writing into the base weights (PiSSA, "
+            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (PiSSA, "
             "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
             "with merge_and_unload() and name the result."
         )
@@ -250,13 +252,13 @@ def _read(folder: Path) -> PeftConfig:
 
 
 def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
-    theirs, ours = _read(folder).base_model_name_or_path, base.config._name_or_path
+    theirs, ours = _read(folder).base_model_name_or_path, base.config.name_or_path
     if theirs and ours and theirs != ours:
         logger.warning(f"adapter: '{folder}' was made on {theirs!r} and is put on {ours!r}")
     _make_room(base, folder)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
+            warnings.filterwarnings("error", ADAPTER_INCOMPLETE)
             return PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
@@ -287,7 +289,6 @@ def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftCo
 
 def _activate(policy: PeftModel, beneath: list[str]) -> None:
     """Everything in effect, and of it only `default` training."""
-    tuner: Any = policy.base_model
     policy.active_adapter = TRAINED
-    tuner.set_adapter([TRAINED, *beneath])
-    tuner.set_requires_grad(beneath, False)
+    set_active(policy, [TRAINED, *beneath], trains=True)
+    policy.set_requires_grad(beneath, False)

@@ -12,13 +12,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tether.compat.deepspeed import is_partitioned
+from tether.compat.peft import ADDED, is_original
+from tether.compat.torch import inner_tensors
+from tether.compat.transformers import PRIVATE_CONFIG
 from tether.errors import ReferencePolicyError
-from tether.models.partitioned import is_partitioned
 from tether.models.structure import transformers_model, unwrap
 
 THREADS = max(2, min(16, os.cpu_count() or 2))
@@ -29,10 +30,7 @@ Entry = tuple[str, str, list[int], Callable[[], bytes]]
 # What may differ between two copies of one policy: where it came from, how it is run, what generation and training
 # do with it. Token ids are here because trainers fill in the missing ones.
 _VOLATILE_CONFIG = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_model_name_or_path",
-    "_name_or_path",
+    *PRIVATE_CONFIG,
     "architectures",
     "attn_implementation",
     "bos_token_id",
@@ -189,20 +187,14 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _name_without_adapters(model: nn.Module, name: str) -> str | None:
     """The tensor's name before PEFT put layers around layers; None for what PEFT added."""
-    module: nn.Module | None = model
+    module: Any = model
     kept = []
     for part in name.split("."):
-        if isinstance(module, BaseTunerLayer):
-            wrapped = part == "base_layer"
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            # The second name is of single trained tokens, where the original lies one layer further down.
-            wrapped = part in ("original_module", "token_adapter")
-        else:
-            wrapped = True
+        if not isinstance(module, ADDED):
             kept.append(part)
-        if not wrapped:
+        elif not is_original(module, part):
             return None
-        module = getattr(module, "_modules", {}).get(part)
+        module = getattr(module, part, None)
     return ".".join(kept)
 
 
@@ -244,11 +236,9 @@ def digest_of(tensor: Tensor) -> bytes:
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     """The values in order, as contiguous vectors of at most about `CHUNK` bytes; only scattered ones are copied."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        # A tensor made of several, as of quantised values and their scales.
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        for name in names:
-            yield from _chunks(getattr(tensor, name))
+    if parts := inner_tensors(tensor):
+        for part in parts:
+            yield from _chunks(part)
         return
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tether.compat.transformers import kept_in_float32
 from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import Entry, as_bytes, base_tensors, combined, computation, digest_of
 
@@ -70,9 +70,9 @@ def checkpoint_fingerprint(folder: str | Path, *, dtype: torch.dtype | None = No
 
 def _refuse_changes(folder: Path, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     quantised = getattr(model.config, "quantization_config", None) is not None
-    kept: Any = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    kept = kept_in_float32(model)
     if quantised or (kept and dtype not in (None, torch.float32)):
-        why = "quantises" if quantised else f"keeps {sorted(kept)} in float32"
+        why = "quantises" if quantised else f"keeps {kept} in float32"
         raise ReferencePolicyError(
             f"{type(model).__name__} from {folder} {why} on loading, so its files are not its weights. Load the model "
             "and take `model_fingerprint`."

@@ -7,19 +7,10 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.integrations import deepspeed as integration
+from torch import nn
 
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's stage 3 keeps a parameter in shards, gathered for the moment or not."""
-    return getattr(parameter, "ds_tensor", None) is not None
-
-
-def gathers_itself(module: nn.Module) -> bool:
-    """Whether an engine of DeepSpeed's stage 3 gathers a module's weights for each forward, on all processes."""
-    # The engine numbers the modules that it watches.
-    return hasattr(module, "ds_id") and any(map(is_partitioned, module.parameters()))
+from tether.compat.deepspeed import gather, gathers_itself, is_partitioned, partition
+from tether.compat.transformers import loading_whole
 
 
 @contextmanager
@@ -33,20 +24,13 @@ def whole_weights(*models: Any) -> Iterator[None]:
         models: what is not a model, or not in shards, or gathered by an engine already, stays as it is.
     """
     mine = [model for model in models if isinstance(model, nn.Module) and not gathers_itself(model)]
-    shards: Any = list({id(p): p for model in mine for p in model.parameters() if is_partitioned(p)}.values())
-    settings = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        if shards:
-            shards[0].all_gather(param_list=shards)
-        yield
-    finally:
-        # Making an accelerator inside sets it again, to the same with its numbers filled in.
-        if integration._hf_deepspeed_config_weak_ref is None:
-            integration._hf_deepspeed_config_weak_ref = settings
-        if shards:
-            # An adapter such as PiSSA writes into the weights, alike on every process.
-            shards[0].partition(param_list=shards, has_been_updated=True)
+    shards = list({id(p): p for model in mine for p in model.parameters() if is_partitioned(p)}.values())
+    with loading_whole():
+        gather(shards)
+        try:
+            yield
+        finally:
+            partition(shards)  # an adapter such as PiSSA writes into the weights
 
 
 def on_whole_weights(construct: Callable[..., None]) -> Callable[..., None]:

@@ -6,18 +6,17 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
+from tether.compat.bitsandbytes import keep_quantized_layout
+from tether.compat.messages import BIAS_STAYS
+from tether.compat.peft import added_parameters, set_active
+from tether.compat.torch import DropoutLayer, compiled_module
 from tether.errors import ConfigError
-from tether.models.quantized import keep_quantized_layout
 
 # Names of rates that make a forward in training mode random.
 _RANDOM = re.compile("drop|jitter")
@@ -26,7 +25,7 @@ _RANDOM = re.compile("drop|jitter")
 def unwrap(model: nn.Module) -> PreTrainedModel | PeftModel:
     """The model inside the wrappers of data parallelism and compilation."""
     while not isinstance(model, (PreTrainedModel, PeftModel)):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        inner = getattr(model, "module", compiled_module(model))
         if inner is None:
             raise ConfigError(f"{type(model).__name__} is neither a transformers model nor a PEFT model around one.")
         model = inner
@@ -55,16 +54,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{path}.{name}" if path else name: parameter
         for path, module in inner.named_modules()
-        for name, parameter in _added_by_adapter(module)
+        for name, parameter in added_parameters(module)
     }
-
-
-def _added_by_adapter(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        owned = tuple(f"{name}." for name in module.adapter_layer_names)
-        for name, parameter in module.named_parameters():
-            if f"{name}.".startswith(owned):
-                yield name, parameter
 
 
 @contextmanager
@@ -79,8 +70,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             with warnings.catch_warnings():
-                # PEFT warns of trained biases, which stay in effect; whoever calls this takes care of them.
-                warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+                warnings.filterwarnings("ignore", BIAS_STAYS)
                 stack.enter_context(inner.disable_adapter())
             yield
     finally:
@@ -96,13 +86,12 @@ def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
         known = ", ".join(map(repr, inner.peft_config)) if isinstance(inner, PeftModel) else "none"
         raise ConfigError(f"The model has no adapter {name!r}; it has {known}.")
     required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
-    tuner: Any = inner.base_model
     before = list(inner.active_adapters)
     try:
-        tuner.set_adapter(name, inference_mode=True)
+        set_active(inner, [name], trains=False)
         yield
     finally:
-        tuner.set_adapter(before if len(before) > 1 else before[0], inference_mode=True)
+        set_active(inner, before, trains=False)
         for parameter, value in required:
             parameter.requires_grad_(value)
 
@@ -123,7 +112,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def disable_dropout(model: nn.Module) -> None:
     """Set every rate of dropout, layer drop and router jitter to 0, in modules and in configurations."""
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, DropoutLayer):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else ():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tether.compat.accelerate import plain_optimizer
+from tether.compat.deepspeed import parameter_groups
 from tether.errors import ReferencePolicyError
 from tether.models.structure import trainable_tensors
 from tether.reference.base import Reference, Scorer, frozen_pass, log_probs
@@ -133,10 +135,8 @@ class TrainingProof:
         Raises:
             ReferencePolicyError: nothing that the optimizer steps requires a gradient.
         """
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        groups = [group["params"] for group in optimizer.param_groups]
-        # DeepSpeed's optimizers step flat partitions; these are the parameters that they are made of.
-        groups += [*getattr(optimizer, "bit16_groups", ()), *getattr(optimizer, "fp16_groups", ())]
+        optimizer = plain_optimizer(optimizer)
+        groups = [*(group["params"] for group in optimizer.param_groups), *parameter_groups(optimizer)]
         held = {id(parameter) for group in groups for parameter in group}
         tensors = trainable_tensors(self._policy)
         if not any(id(parameter) in held for parameter in tensors.values()):

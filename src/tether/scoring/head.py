@@ -21,8 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from tether.compat.deepspeed import gathers_itself
+from tether.compat.torch import class_under_fsdp, has_forward_hooks
 from tether.compute.cpu_matmul import product
-from tether.models.partitioned import gathers_itself
 
 CHUNK = 256
 OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
@@ -45,12 +46,11 @@ class Head:
         """Whether the module is exactly a linear layer, so that its weight may be used directly."""
         if isinstance(self.module, FSDPModule):
             # Gathered by the forward that has just run, and kept until the backward; its hooks are FSDP's own.
-            plain = nn.Linear in type(self.module).__bases__  # FSDP puts its class over the module's own
-            return plain and not isinstance(self.module.weight, DTensor)
+            return class_under_fsdp(self.module) is nn.Linear and not isinstance(self.module.weight, DTensor)
         if type(self.module) is not nn.Linear or not self.module.weight.is_floating_point():
             return False
         # DeepSpeed's hooks are how it gathers; anyone else's may change what the module returns.
-        return not self.module._forward_hooks or self.is_partitioned
+        return not has_forward_hooks(self.module) or self.is_partitioned
 
     @property
     def is_partitioned(self) -> bool:

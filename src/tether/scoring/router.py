@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tether.compat.transformers import router_loss
 from tether.errors import ConfigError
-
-_FUNCTION = "load_balancing_loss_func"
 
 
 def has_router(model: PreTrainedModel) -> bool:
@@ -35,11 +31,9 @@ def load_balancing_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...
     Reference:
         Fedus et al., Switch Transformers, equations 4 to 6, arXiv:2101.03961.
     """
-    modules = [sys.modules[kind.__module__] for kind in type(model).__mro__]
-    function: Any = next((found for m in modules if (found := getattr(m, _FUNCTION, None))), None)
-    experts, chosen = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
-    if function is None or experts is None or chosen is None:
+    loss = router_loss(model)
+    if loss is None:
         raise ConfigError(
             f"{type(model).__name__} has no load-balancing loss that is known here. Set router_aux_loss_coef to 0."
         )
-    return function(router_logits, experts, chosen, attention_mask=weights)
+    return loss(router_logits, attention_mask=weights)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tether.compat.transformers import carries_state, logits_bias
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import virtual_tokens
 from tether.models.structure import transformers_model
@@ -132,8 +133,7 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     # BART adds a bias of its own to the logits; its head is a linear layer without one.
-    bias = getattr(model, "final_logits_bias", None)
-    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None), bias)
+    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None), logits_bias(model))
 
 
 def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tensor:
@@ -162,7 +162,7 @@ def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], 
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if chunk:
         raise ScoringError(f"{type(model).__name__} attends in chunks of {chunk} tokens along the row")
-    if model._is_stateful:
+    if carries_state(model):
         raise ScoringError(f"{type(model).__name__} carries state along the row, which would run through the branches")
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}

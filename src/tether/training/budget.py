@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from tether.compat.accelerate import step_incomplete
 from tether.compute.memory import token_budget
 from tether.errors import ConfigError
 from tether.scoring import pack
@@ -198,20 +199,11 @@ def even_out(
 def accumulate_only(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Inside, a backward adds to this process' gradients; those of all processes are not combined, and no step is made.
 
-    DeepSpeed combines them when it is told that a step is complete, which the state below decides too.
+    DeepSpeed combines them when it is told that a step is complete, which `step_incomplete` decides too.
     """
-    state = accelerator.gradient_state
-    before = state.sync_gradients
-    state._set_sync_gradients(False)
-    try:
-        with (
-            nullcontext()
-            if accelerator.distributed_type == DistributedType.DEEPSPEED
-            else accelerator.no_sync(model=model)
-        ):
-            yield
-    finally:
-        state._set_sync_gradients(before)
+    by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    with step_incomplete(accelerator), nullcontext() if by_deepspeed else accelerator.no_sync(model=model):
+        yield
 
 
 Item = TypeVar("Item")

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from tether.compat.accelerate import rows_of_last_round
 from tether.data import example_from_row
 from tether.errors import ConfigError
 from tether.scoring import pack
@@ -113,10 +114,10 @@ def own_rows(inputs: Any, accelerator: Accelerator, *, last: bool) -> MicroBatch
         return inputs
     if isinstance(inputs, Filler):
         return MicroBatch(batch_of(inputs.inputs), counts=False)
-    batch, state = batch_of(inputs), accelerator.gradient_state
-    if not last or accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    batch, rows = batch_of(inputs), rows_of_last_round(accelerator)
+    if not last or accelerator.num_processes == 1 or rows is None:
         return MicroBatch(batch)
-    own = state.remainder - accelerator.process_index * batch.num_examples
+    own = rows - accelerator.process_index * batch.num_examples
     if own >= batch.num_examples:
         return MicroBatch(batch)
     return MicroBatch(pack(batch.examples[: max(own, 1)]), counts=own > 0)

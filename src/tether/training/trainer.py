@@ -16,6 +16,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from tether.compat.accelerate import uneven_batches
+from tether.compat.trainer import (
+    announce_prediction_step,
+    checkpoint_folder,
+    deepspeed_engine,
+    expect_summed_loss,
+    keeps_shards,
+    save_checkpoint,
+    train_batch_size,
+    wrapped_for_evaluation,
+)
 from tether.compute.precision import require_same_precision, write_precision
 from tether.data.prepare.report import write_reports
 from tether.errors import ConfigError, DataError
@@ -81,7 +92,7 @@ class TetherTrainer(Trainer):
             model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
         )
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
-        self.model_accepts_loss_kwargs = True  # the loss is a share of the whole step's, not to be divided again
+        expect_summed_loss(self)
         self._sums = MetricSums()
         self._new_tokens = 0
         self.guard: GuardResult | None = None
@@ -219,7 +230,7 @@ class TetherTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Mean loss and metrics over real rows, in memory that does not grow with the data."""
-        model = self._wrap_model(cast(nn.Module, self.model), training=False)
+        model = wrapped_for_evaluation(self)
         model.eval()
         context = self.run.algorithm.begin_evaluation(self._passes())
 
@@ -240,16 +251,12 @@ class TetherTrainer(Trainer):
         for inputs in dataloader:
             for part in self.run.budget.split(batch_of(inputs)):
                 yield MicroBatch(self.run.scored(part.batch))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            announce_prediction_step(self)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Rows are shared among processes without repeating some to even them out: each counts once."""
-        settings = self.accelerator.dataloader_config
-        before, settings.even_batches = settings.even_batches, False
-        try:
+        with uneven_batches(self.accelerator):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            settings.even_batches = before
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
         """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
@@ -299,9 +306,10 @@ class TetherTrainer(Trainer):
     def _begin(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
         run = self.run
-        if self.deepspeed is not None:
+        engine = deepspeed_engine(self)
+        if engine is not None:
             # Made by now; it gathers what a forward needs.
-            held_by(self.policy, cast(nn.Module, self.deepspeed))
+            held_by(self.policy, engine)
         shard_reference(run.reference.live, self.accelerator)
         if state.global_step == 0:
             self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe) or self.guard
@@ -351,7 +359,7 @@ class TetherTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
         super()._save_checkpoint(model, trial)
-        folder, main = self._checkpoint_folder(trial), self.is_world_process_zero()
+        folder, main = checkpoint_folder(self, trial), self.is_world_process_zero()
         self._record(folder)
         write_tensors(folder, self.run.reference.live, write=main)
         if main:
@@ -359,17 +367,13 @@ class TetherTrainer(Trainer):
             write_objective(folder, self.run.algorithm.state())
             self.run.source.save(folder)
 
-    def _checkpoint_folder(self, trial: Any = None) -> Path:
-        return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-
     def _kept_steps(self) -> str:
         """Save the last finished step, where that was not done already, and say so."""
-        folder = self._checkpoint_folder()
+        folder = checkpoint_folder(self)
         if not self.state.global_step:
             return ""
         if not folder.is_dir():
-            self._save_checkpoint(cast(nn.Module, self.model), None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            save_checkpoint(self)
         steps = self.state.global_step
         return f" The {steps} steps before it are kept in {folder}: correct the row and resume from there."
 
@@ -379,16 +383,14 @@ class TetherTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         inner = model or cast(nn.Module, self.model)
-        if self._is_cut or not load_checkpoint(inner, resume_from_checkpoint):
+        if keeps_shards(self) or not load_checkpoint(inner, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._is_cut or not load_checkpoint(cast(nn.Module, self.model), str(self.state.best_model_checkpoint)):
+        if keeps_shards(self) or not load_checkpoint(
+            cast(nn.Module, self.model), str(self.state.best_model_checkpoint)
+        ):
             super()._load_best_model()
-
-    @property
-    def _is_cut(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with save_model(cast(nn.Module, self.model), output_dir or str(self.args.output_dir), self.args):
@@ -397,7 +399,7 @@ class TetherTrainer(Trainer):
     def _order(self) -> Any:
         return self.run.source.order(
             self.args,
-            cast(int, self._train_batch_size),
+            train_batch_size(self),
             self.accelerator.num_processes,
             split_batches=self.accelerator.split_batches,
         )

@@ -30,6 +30,8 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from tether.compat.datasets import arrow_table
+from tether.compat.tokenizers import description
 from tether.data.images.inputs import reads_images
 from tether.data.prepare.prepare import Prepared, prepare
 from tether.data.prepare.report import Report
@@ -224,7 +226,7 @@ def tokenizer_state(processing_class: PreTrainedTokenizerBase | ProcessorMixin) 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {**state, "files": _saved(tokenizer)}
-    model = json.loads(backend.to_str())
+    model = description(backend)
     # What the last call asked for stays in these two; `prepare` asks for neither.
     model = {name: value for name, value in model.items() if name not in ("truncation", "padding")}
     return {**state, "model": model, "as_text": bool(backend.encode_special_tokens)}
@@ -264,7 +266,7 @@ def _write(prepared: Prepared, path: Path) -> None:
     for left in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that died; this one holds the lock
         left.unlink(missing_ok=True)
     digests = [pa.array(one, pa.binary(16)) for one in (prepared.row_digests, prepared.prompt_digests)]
-    table = cast(pa.Table, prepared.dataset.data.table)
+    table = arrow_table(prepared.dataset)
     for column, values in zip(_DIGESTS, digests, strict=True):
         table = table.append_column(column, values)
     note = json.dumps({"report": prepared.report.to_dict(), "digests": _sum(prepared)})

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from tether.compat.datasets import arrow_table
 from tether.data.images.inputs import table_digest as images_digest
 from tether.data.rows.schema import VALUES
 from tether.types import Example
@@ -42,7 +43,7 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
 
 def longest_row(dataset: Dataset) -> int:
     """Index of the row of `Prepared.dataset` whose prompt and longest completion have the most tokens together."""
-    prompts, completions = lengths_of(dataset.data.table)
+    prompts, completions = lengths_of(arrow_table(dataset))
     longest = np.array([max(lengths, default=0) for lengths in completions])
     return int((prompts + longest).argmax())
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from tether.compat.datasets import arrow_table
 from tether.data.rows.columns import BATCH_ROWS
 from tether.data.rows.formats import convert, detected
 from tether.data.sources.files import expand, stream_file
@@ -95,7 +96,7 @@ class RowStream:
                 layout = detected(columns, self.kind)
             if layout is not None:
                 rows = convert(plain_rows(rows), layout, self.kind, name=name, first=first)
-            table = table_of(rows, name, first) if isinstance(rows, list) else cast(pa.Table, rows.data.table)
+            table = table_of(rows, name, first) if isinstance(rows, list) else arrow_table(rows)
             if origin.weight != 1:
                 table = table.take(occurrences(count, origin.weight, first))
             first += count

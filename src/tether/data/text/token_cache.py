@@ -7,13 +7,14 @@ are those of its parts between such places, and most parts of a text have been s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from tether.compat.tokenizers import description
 
 Encode = Callable[[list[str]], list[list[int]]]
 # The space itself is taken out, so that what follows can be looked up as it is.
@@ -125,7 +126,7 @@ def tokens_apart(backend: Any) -> tuple[str, ...]:
     """
     if backend.encode_special_tokens:
         return ()
-    added = cast(dict[str, Any], json.loads(backend.to_str())).get("added_tokens", ())
+    added = description(backend).get("added_tokens", ())
     return tuple(token["content"] for token in added if token["content"] and not token["normalized"])
 
 
@@ -135,7 +136,7 @@ def cuts_at_words(backend: Any) -> bool:
     It must merge inside pieces only and in one way (byte-level BPE without dropout), change no letters before that,
     know no added token that such a place may be inside of or that takes spaces around it, and cut the probes there.
     """
-    made_of = cast(dict[str, Any], json.loads(backend.to_str()))
+    made_of = description(backend)
     model, normalizer, cutter = (made_of.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer"))
     pieces = cutter.get("pretokenizers", [cutter])
     byte_level = [piece for piece in pieces if piece.get("type") == "ByteLevel"]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from tether.compat.peft import values_of_few_tokens
 from tether.models.adapters import rewrites_base
 from tether.models.structure import adapter_tensors, trainable_tensors, unwrap
 
@@ -18,21 +14,7 @@ from tether.models.structure import adapter_tensors, trainable_tensors, unwrap
 def learnt_for_some_tokens(policy: nn.Module) -> str:
     """Path of an adapter part that has learnt and acts on few tokens, which a probe may lack; empty for none."""
     for path, module in unwrap(policy).named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            original, active = list(module.original_module.parameters()), module.active_adapters
-            pairs = [(copied, original) for name, copied in module.modules_to_save.items() if name in active]
-            differs = any(
-                not torch.equal(*pair) for copied, base in pairs for pair in zip(copied.parameters(), base, strict=True)
-            )
-        elif isinstance(module, TrainableTokensLayer):
-            originals: Any = module.trainable_tokens_original
-            deltas = module.trainable_tokens_delta.items()
-            differs = any(not torch.equal(delta, originals[name]) for name, delta in deltas)
-        elif isinstance(module, LoraEmbedding):
-            differs = any(bool(module.get_delta_weight(name).any()) for name in module.active_adapters)
-        else:
-            continue
-        if differs:
+        if any(not torch.equal(learnt, start) for learnt, start in values_of_few_tokens(module)):
             return path
     return ""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tether.compat.transformers import is_quantized
 from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import model_fingerprint
 from tether.models.partitioned import whole_weights
@@ -89,7 +90,7 @@ class ModelReference(Reference):
 def may_move(model: nn.Module) -> bool:
     """Whether a model's weights may go to another device: quantised ones, and those spread over several, stay."""
     inner = transformers_model(model)
-    return getattr(inner, "hf_device_map", None) is None and not getattr(inner, "is_quantized", False)
+    return getattr(inner, "hf_device_map", None) is None and not is_quantized(inner)
 
 
 def refuse_wrong_model(policy: nn.Module, reference: nn.Module) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tether.compat.peft import ADDED, layer_under, merged_layer
+from tether.compat.transformers import is_quantized
 from tether.errors import ReferencePolicyError
 from tether.models.fingerprint import computation
 from tether.models.structure import transformers_model, unwrap
@@ -22,7 +20,6 @@ from tether.reference.methods.shards import gather_shards, local_part, plain_nam
 from tether.reference.spec import Sync
 from tether.types import ReferenceIdentity
 
-_ADDED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 # How long a row may be; where that is more than a limit, the shape of a tensor says so.
 _LIMITS = {"max_position_embeddings", "n_positions"}
 
@@ -104,7 +101,7 @@ def refuse_unmixable(policy: nn.Module, model: nn.Module) -> None:
             "and cannot be mixed with them. Merge it (merge_and_unload) and give the merged model."
         )
     for whose, one in (("reference", theirs), ("policy", transformers_model(policy))):
-        if getattr(one, "is_quantized", False):
+        if is_quantized(one):
             raise ReferencePolicyError(
                 f"sync was asked for with a quantised {whose}, whose weights cannot be mixed. Leave its quantisation "
                 "out, or use reference: start, where the adapter alone moves."
@@ -137,40 +134,24 @@ def policy_weights(policy: nn.Module, *, merge: bool = True) -> Iterator[tuple[s
         Name and value.
     """
     base, seen = transformers_model(policy), set()
-    added = {path: module for path, module in base.named_modules() if isinstance(module, _ADDED)}
+    added = {path: module for path, module in base.named_modules() if isinstance(module, ADDED)}
     outermost = {path for path in added if not any(path.startswith(f"{other}.") for other in added)}
     for name, parameter in base.named_parameters():
         if not any(name.startswith(f"{path}.") for path in outermost):
             seen.add(id(parameter))
             yield plain_name(name), parameter.detach()
     for path in outermost:
-        layer = _merged(added[path]) if merge else _under(added[path])
+        layer = merged_layer(added[path]) if merge else layer_under(added[path])
         for name, parameter in layer.named_parameters():
             if id(parameter) not in seen:
                 yield plain_name(f"{path}.{name}"), parameter.detach()
-
-
-def _merged(layer: Any) -> nn.Module:
-    """A plain layer with an adapter's layer merged into it; what was given stays as it is."""
-    twin: Any = copy.deepcopy(layer)
-    if hasattr(twin, "unload_and_optionally_merge_module"):
-        return twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-    twin.merge(safe_merge=False)
-    return twin.get_base_layer()
-
-
-def _under(layer: Any) -> nn.Module:
-    """The plain layer that an adapter was put around."""
-    while isinstance(layer, _ADDED):
-        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
-    return layer
 
 
 def _tied_under_adapter(policy: nn.Module) -> str:
     """Path of a layer with an adapter, one of whose weights belongs to another layer too; empty for none."""
     owners: dict[int, set[str]] = {}
     base = transformers_model(policy)
-    added = {path: module for path, module in base.named_modules() if isinstance(module, _ADDED)}
+    added = {path: module for path, module in base.named_modules() if isinstance(module, ADDED)}
     for path, module in base.named_modules():
         for parameter in module.parameters(recurse=False):
             inside = [outer for outer in added if f"{path}.".startswith(f"{outer}.")]

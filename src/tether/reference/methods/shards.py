@@ -11,12 +11,21 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tether.compat.deepspeed import (
+    gathers_itself,
+    is_away,
+    is_only_copy,
+    is_partitioned,
+    process_group,
+    shard_of,
+    shard_size,
+    whole_shape,
+    whole_size,
+)
+from tether.compat.torch import WRAPPER_NAMES, end_forward
 from tether.errors import ReferencePolicyError
-from tether.models.partitioned import gathers_itself, is_partitioned
 from tether.models.structure import unwrap
 
-# What wrappers of activation checkpointing and compilation put between the names of a module and its child.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 # DeepSpeed keeps count of what it has gathered in its engine, which nothing in the model leads to. The engine holds the
 # model, so that a strong reference would keep both for ever.
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -24,7 +33,7 @@ _ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref
 
 def plain_name(name: str) -> str:
     """A parameter's name without the wrappers that a distributed run adds."""
-    for part in _WRAPPERS:
+    for part in WRAPPER_NAMES:
         name = name.replace(part, "")
     return name
 
@@ -39,16 +48,6 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or gathers_itself(unwrap(model))
 
 
-def is_away(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's stage 3 keeps a parameter in shards and has not gathered it, so that it looks empty."""
-    return is_partitioned(parameter) and getattr(parameter, "ds_status").name != "AVAILABLE"  # noqa: B009
-
-
-def whole_size(parameter: Tensor) -> int:
-    """Numbers in a parameter over all processes."""
-    return getattr(parameter, "ds_numel") if is_partitioned(parameter) else parameter.numel()  # noqa: B009
-
-
 def local_part(parameter: Tensor) -> Tensor:
     """The values that this process holds; the parameter itself where it is whole.
 
@@ -56,22 +55,21 @@ def local_part(parameter: Tensor) -> Tensor:
         ReferencePolicyError: DeepSpeed has put the values on a disk, or keeps a second copy of them.
     """
     if is_away(parameter):
-        shard: Any = getattr(parameter, "ds_tensor")  # noqa: B009
-        if shard.status.name != "AVAILABLE" or getattr(parameter, "ds_secondary_tensor", None) is not None:
+        if not is_only_copy(parameter):
             raise ReferencePolicyError(
                 "DeepSpeed keeps the policy's shards on a disk (`offload_param` to nvme) or twice "
                 "(`zero_hpz_partition_size`), where a snapshot cannot be exchanged. Leave that out of its "
                 "configuration, or use a reference that needs no snapshot: an adapter (adapter_off), `ref_model`, or "
                 "a filled store."
             )
-        return shard.detach()[: _real_numbers(parameter)]
+        return shard_of(parameter)[: _real_numbers(parameter)]
     return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def _real_numbers(parameter: Any) -> int:
     """Numbers of this process' shard without the padding that makes DeepSpeed's shards equally long."""
-    size = parameter.ds_tensor.ds_numel
-    return max(0, min(size, parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * size))
+    size = shard_size(parameter)
+    return max(0, min(size, whole_size(parameter) - dist.get_rank(process_group(parameter)) * size))
 
 
 def shard_like(values: Tensor, parameter: Any) -> Tensor:
@@ -81,7 +79,7 @@ def shard_like(values: Tensor, parameter: Any) -> Tensor:
         cut = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         return cut.to_local().clone()
     if is_away(parameter):
-        shard, start = local_part(parameter), dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+        shard, start = local_part(parameter), dist.get_rank(process_group(parameter)) * shard_size(parameter)
         cut = values.flatten()[start : start + len(shard)]
         return cut.to(device=shard.device, dtype=shard.dtype, copy=True)
     return values.to(device=parameter.device, dtype=parameter.dtype)
@@ -101,14 +99,14 @@ def gather_shards(values: Tensor, parameter: Any) -> Tensor:
 
 
 def _gather_flat(values: Tensor, parameter: Any) -> Tensor:
-    if values.shape == parameter.ds_shape != local_part(parameter).shape:
+    if values.shape == whole_shape(parameter) != local_part(parameter).shape:
         return values
-    mine = torch.zeros(parameter.ds_tensor.ds_numel, dtype=values.dtype, device=parameter.device)
+    mine = torch.zeros(shard_size(parameter), dtype=values.dtype, device=parameter.device)
     mine[: len(values)] = values
-    group = parameter.ds_process_group
+    group = process_group(parameter)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    return torch.cat(parts)[: whole_size(parameter)].view(whole_shape(parameter))
 
 
 def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +115,7 @@ def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         value: Any = tensor.detach()
         if is_partitioned(tensor):
-            value = getattr(tensor, "ds_tensor").detach()[: _real_numbers(tensor)]  # noqa: B009
+            value = shard_of(tensor)[: _real_numbers(tensor)]
         total = torch.stack(
             [value.sum(dtype=torch.float64), torch.linalg.vector_norm(value, dtype=torch.float64).square()]
         )
@@ -125,7 +123,7 @@ def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     cut = [name for name, tensor in tensors.items() if is_partitioned(tensor)]
     if cut:
         table = torch.stack([found[name] for name in cut])
-        dist.all_reduce(table, group=getattr(tensors[cut[0]], "ds_process_group"))  # noqa: B009
+        dist.all_reduce(table, group=process_group(tensors[cut[0]]))
         found |= dict(zip(cut, table, strict=True))
     return found
 
@@ -134,10 +132,8 @@ def release_gathered(model: nn.Module) -> None:
     """Give up what was gathered for a forward, so that parameters are shards and the next forward reads them."""
     wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in wrapped[:1]:
-        # A head that is called in chunks after the forward leaves its group in the middle of one; this ends it. Before
-        # the first forward of all, as in a resumed run, there is nothing to end, and no root.
-        if module._get_fsdp_state()._is_root:
-            module.reset_iter_state()
+        # A head that is called in chunks after the forward leaves its group in the middle of one.
+        end_forward(module)
     for module in wrapped:
         module.reshard()
     if gathers_itself(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tether.compat.deepspeed import whole_size
 from tether.errors import ReferencePolicyError
 from tether.reference.base import Reference, Scorer, scored
 from tether.reference.methods.shards import (
@@ -19,7 +20,6 @@ from tether.reference.methods.shards import (
     plain_name,
     release_gathered,
     shard_like,
-    whole_size,
 )
 from tether.reference.methods.spill import Spill
 from tether.reference.spec import Keep, Sync

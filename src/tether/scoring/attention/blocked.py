@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tether.compat.torch import softmax_backward
 from tether.compute.cpu_matmul import batched_product
 
 BLOCK = 96
@@ -73,7 +74,7 @@ class _Blocked(torch.autograd.Function):
             weights = _weights(rows[:, lines], keys[:, seen], heads, ctx.window) if found is None else found
             _add_product(grad_values[:, seen], weights.transpose(1, 2), grads[:, lines])
             grad_weights = batched_product(grads[:, lines], values[:, seen])
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = softmax_backward(grad_weights, weights)
             grad_rows[:, lines] = batched_product(grad_scores, keys[:, seen].transpose(1, 2))
             _add_product(grad_keys[:, seen], grad_scores.transpose(1, 2), rows[:, lines])
         grad_query = _as_heads(grad_rows.mul_(ctx.scaling), heads)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+from tether.compat.messages import FLEX_UNCOMPILED
 from tether.errors import ScoringError
 from tether.scoring.attention.sdpa import Options
 from tether.types import Forest
@@ -64,7 +65,7 @@ def _kernel() -> Callable[..., Any]:
 def _in_plain_operations(query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         # It warns that this form materialises the scores; compiling for a CPU takes most of a minute for each shape.
-        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        warnings.filterwarnings("ignore", FLEX_UNCOMPILED)
         return flex_attention(query, key, value, **arguments)
 
 

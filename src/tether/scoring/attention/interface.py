@@ -7,7 +7,6 @@ own code) goes to the implementation that the model had before, unchanged.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,9 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tether.compat.transformers import (
+    attention_of,
+    eager_attention,
+    registered_attention,
+    registered_mask,
+    set_attention,
+)
 from tether.errors import ConfigError, ScoringError
 from tether.scoring.attention.flash import flash_attention, flash_problem
 from tether.scoring.attention.flex import flex_tree_attention
@@ -44,33 +48,26 @@ def install_tree_attention(model: PreTrainedModel) -> None:
     Raises:
         ScoringError: the architecture does not take its attention function from transformers' attention interface.
     """
-    inner = model.config.get_text_config()._attn_implementation
+    inner = attention_of(model)
     if inner is None or inner.startswith(PREFIX):
         return
     name = PREFIX + inner
     if inner == "eager":
         AttentionInterface.register(name, _over_eager)
     else:
-        AttentionInterface.register(name, _over(ALL_ATTENTION_FUNCTIONS[inner]))
-    AttentionMaskInterface.register(name, _mask_over(ALL_MASK_ATTENTION_FUNCTIONS[inner]))
+        AttentionInterface.register(name, _over(registered_attention(inner)))
+    AttentionMaskInterface.register(name, _mask_over(registered_mask(inner)))
     try:
-        _set_text_attention(model, name)
+        set_attention(model, name)
     except (ValueError, KeyError) as error:
         raise ScoringError(f"{type(model).__name__} does not accept tree attention: {error}") from error
 
 
 def remove_tree_attention(model: PreTrainedModel) -> None:
     """Give `model` back the attention implementation it had before `install_tree_attention`."""
-    name = model.config.get_text_config()._attn_implementation or ""
+    name = attention_of(model) or ""
     if name.startswith(PREFIX):
-        _set_text_attention(model, name.removeprefix(PREFIX))
-
-
-def _set_text_attention(model: PreTrainedModel, name: str) -> None:
-    """Set the attention of the layers that read tokens; a vision tower keeps its own."""
-    text = model.config.get_text_config()
-    own = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
-    model.set_attn_implementation(name if own is None else {own: name})
+        set_attention(model, name.removeprefix(PREFIX))
 
 
 @contextmanager
@@ -109,11 +106,10 @@ def _over(inner: Any) -> Any:
 
 
 def _over_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
-    # Each architecture keeps its own eager function in its own file; it is the one that this module would have used.
     forest = kwargs.pop("forest", None)
     if forest is not None:
         return tree_attention(module, query, key, value, forest, **kwargs), None
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = eager_attention(module)
     if eager is None:
         raise ScoringError(f"{type(module).__name__} has no eager attention function; load the model with sdpa.")
     return eager(module, query, key, value, attention_mask, **kwargs)

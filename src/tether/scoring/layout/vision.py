@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tether.compat.transformers import image_positions
 from tether.errors import ScoringError
 from tether.scoring.batch import sequences, trees_of_examples
 from tether.types import ImageInputs, ScoringBatch
@@ -32,8 +33,8 @@ def tree_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str, A
         if images is not None:
             types[0, tree.start : tree.start + tree.trunk] = images.token_types
     found = {**inputs, **_joined(batch.images, types)}
-    if _counts_positions_by_image(model):
-        found["position_ids"] = _image_positions(model, batch)
+    if image_positions(model) is not None:
+        found["position_ids"] = _packed_positions(model, batch)
     return found
 
 
@@ -47,7 +48,7 @@ def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str,
         if images is not None:
             types[row, : len(images.token_types)] = images.token_types
     found = {**inputs, **_joined(repeated, types)}
-    if _counts_positions_by_image(model):
+    if image_positions(model) is not None:
         del found["position_ids"]  # the model's own code derives them from the images
     return found
 
@@ -91,21 +92,16 @@ def _joined(images: Sequence[ImageInputs | None], types: Tensor) -> dict[str, Te
     return joined | {name: types for name in present[0].type_names}
 
 
-def _counts_positions_by_image(model: PreTrainedModel) -> bool:
-    """Whether positions have parts for time, height and width (Qwen2-VL and its kin)."""
-    return hasattr(model.base_model, "get_rope_index")
-
-
-def _image_positions(model: PreTrainedModel, batch: ScoringBatch) -> Tensor:
+def _packed_positions(model: PreTrainedModel, batch: ScoringBatch) -> Tensor:
     """Positions `[3, 1, T]`: of each trunk as the model counts them; a branch goes on after the trunk's largest."""
     parts: list[Tensor] = []
-    index: Any = model.base_model
+    count: Any = image_positions(model)
     for tree, images in zip(batch.forest.trees, batch.images, strict=True):
         ids = batch.input_ids[:, tree.start : tree.start + tree.trunk]
         if images is None:
             trunk = torch.arange(tree.trunk, device=ids.device).expand(3, 1, -1)
         else:
-            trunk, _ = index.get_rope_index(ids, **_joined([images], images.token_types[None]))
+            trunk, _ = count(ids, **_joined([images], images.token_types[None]))
         after = trunk.amax() + 1
         branches = [after + torch.arange(length, device=ids.device).expand(3, 1, -1) for length in tree.branches]
         parts += [trunk, *branches]

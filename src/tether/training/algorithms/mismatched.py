@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from tether.compat.datasets import arrow_table
 from tether.data import Prepared
 from tether.data.images.parts import identities
 from tether.data.rows.columns import BATCH_ROWS
@@ -104,7 +105,7 @@ def with_mismatched(prepared: Prepared, max_length: int | None) -> Prepared:
     Raises:
         DataError: see `mismatched_rows`.
     """
-    table: pa.Table = prepared.dataset.with_format(None).data.table
+    table: pa.Table = arrow_table(prepared.dataset.with_format(None))
     blocks = np.asarray(table["source_row"].to_numpy()) // BATCH_ROWS
     bounds = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(table)]
     pairing = Mismatching(max_length, prepared.report.name)

@@ -111,7 +111,7 @@ def config_of(model: str | Path | nn.Module, args: PreferenceConfig) -> Any:
 
 def source_of(model: nn.Module) -> str:
     config = transformers_model(model).config
-    return getattr(config, "_name_or_path", "") or "object in memory"
+    return getattr(config, "name_or_path", "") or "object in memory"
 
 
 def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:

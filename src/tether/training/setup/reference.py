@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tether.compat.accelerate import shard_by_fsdp2, stage3_settings, uses_fsdp2
+from tether.compat.deepspeed import inference_engine
+from tether.compat.transformers import commit_of
 from tether.errors import ConfigError
 from tether.models import load_tokenizer
 from tether.models.load import check_source
@@ -100,7 +101,7 @@ def reference_spec(
             meaning = "model"
             del found["adapter"]
     described = policy if ref_model is None else ref_model
-    revision = getattr(transformers_model(described).config, "_commit_hash", None)
+    revision = commit_of(transformers_model(described))
     return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, reload=reload, **found)
 
 
@@ -204,10 +205,6 @@ def check_start(policy: nn.Module, reference: Reference, scorer: Scorer, probe: 
     return found
 
 
-# What only a model in training needs.
-_OF_TRAINING = ("optimizer", "scheduler")
-
-
 def shard_reference(reference: Reference, accelerator: Accelerator) -> None:
     """Cut a reference model as this run's policy is cut; nothing for another reference, or for a run without shards.
 
@@ -223,19 +220,7 @@ def shard_reference(reference: Reference, accelerator: Accelerator) -> None:
 
 
 def _shards_of(accelerator: Accelerator) -> Any:
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.is_fsdp2:
-        return partial(fsdp2_prepare_model, accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin: Any = accelerator.state.deepspeed_plugin
-        return partial(_by_deepspeed, plugin.deepspeed_config) if plugin.zero_stage == 3 else None
-    return None
-
-
-def _by_deepspeed(config: dict[str, Any], model: nn.Module) -> nn.Module:
-    """An engine of its own without an optimizer, which gathers the weights of a layer for its forward."""
-    own = {name: value for name, value in copy.deepcopy(config).items() if name not in _OF_TRAINING}
-    own["zero_optimization"].pop("offload_optimizer", None)
-    # Not a dependency: whoever trains with it has it.
-    engine, *_ = importlib.import_module("deepspeed").initialize(model=model, config=own)
-    engine.eval()
-    return engine
+    if accelerator.distributed_type == DistributedType.FSDP and uses_fsdp2(accelerator):
+        return partial(shard_by_fsdp2, accelerator)
+    settings = stage3_settings(accelerator) if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return None if settings is None else partial(inference_engine, config=settings)

@@ -1,0 +1,68 @@
+"""Places of accelerate that it does not document; read in accelerate 1.15.0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+
+
+@contextmanager
+def step_incomplete(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, everything that asks takes a backward for one that does not end a step; DeepSpeed's engine asks.
+
+    `accumulate` would count steps by itself; the trainer sets this too, by the same method.
+    """
+    state = accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        yield
+    finally:
+        state._set_sync_gradients(before)
+
+
+@contextmanager
+def uneven_batches(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, data loaders are prepared without repeating rows; the setting is read when one is prepared."""
+    settings = accelerator.dataloader_config
+    before, settings.even_batches = settings.even_batches, False
+    try:
+        yield
+    finally:
+        settings.even_batches = before
+
+
+def rows_of_last_round(accelerator: Accelerator) -> int | None:
+    """Rows of its own that all processes have together in an epoch's last round of batches.
+
+    None before that round, and where it is full: `remainder` is 0 then, and -1 where no one knows.
+    """
+    state = accelerator.gradient_state
+    return state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+
+
+def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, which has its groups and not what DeepSpeed adds to them."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def uses_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether this run cuts models by FSDP's second version."""
+    return bool(accelerator.is_fsdp2)
+
+
+def shard_by_fsdp2(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Cut a model as this run's policy is cut; `prepare` would take it for a second model to train, and refuse it."""
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def stage3_settings(accelerator: Accelerator) -> dict[str, Any] | None:
+    """DeepSpeed's configuration of this run with its numbers filled in; None unless it is stage 3."""
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return plugin.deepspeed_config if plugin is not None and plugin.zero_stage == 3 else None

@@ -1,0 +1,88 @@
+"""Places of PEFT that it does not document: how adapters lie in a model; read in peft 0.21.2."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+# What PEFT puts around a layer: to adapt it, or to train a copy of it or some of its rows. Not exported at its top.
+ADDED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def added_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name, inside the module, and parameter of what an adapter has added to it itself."""
+    if isinstance(module, ADDED):
+        owned = tuple(f"{name}." for name in module.adapter_layer_names)
+        for name, parameter in module.named_parameters():
+            if f"{name}.".startswith(owned):
+                yield name, parameter
+
+
+def is_original(module: Any, child: str) -> bool:
+    """Whether a child of what PEFT put around a layer leads to the layer, and not to what was added."""
+    if isinstance(module, BaseTunerLayer):
+        return child == "base_layer"
+    # The second name is of single trained tokens, where the original lies one layer further down.
+    return child in ("original_module", "token_adapter")
+
+
+def layer_under(layer: Any) -> nn.Module:
+    """The plain layer that adapters were put around."""
+    while isinstance(layer, ADDED):
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+    return layer
+
+
+def merged_layer(layer: Any) -> nn.Module:
+    """A plain layer with an adapter's layer merged into it; what was given stays as it is.
+
+    `merge_and_unload` merges a whole model, of which this makes no second one.
+    """
+    twin: Any = copy.deepcopy(layer)
+    if hasattr(twin, "unload_and_optionally_merge_module"):
+        return twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    twin.merge(safe_merge=False)
+    return twin.get_base_layer()
+
+
+def values_of_few_tokens(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values that an adapter has learnt, and what is in their place without it, where they act on few tokens only.
+
+    That is in layers that are trained whole, in single trained tokens, and in embeddings with an adapter on them.
+    """
+    if isinstance(module, ModulesToSaveWrapper):
+        copies = [kept for name, kept in module.modules_to_save.items() if name in module.active_adapters]
+        original = list(module.original_module.parameters())
+        for kept in copies:
+            yield from zip(kept.parameters(), original, strict=True)
+    elif isinstance(module, TrainableTokensLayer):
+        originals: Any = module.trainable_tokens_original
+        yield from ((delta, originals[name]) for name, delta in module.trainable_tokens_delta.items())
+    elif isinstance(module, LoraEmbedding):
+        for delta in map(module.get_delta_weight, module.active_adapters):
+            yield delta, torch.zeros_like(delta)
+
+
+def set_active(model: PeftModel, names: Sequence[str], *, trains: bool) -> None:
+    """Have the named adapters in effect, and no other.
+
+    `PeftModel.set_adapter` takes one name; several, and frozen ones, are taken by the tuner inside.
+
+    Args:
+        model: with these adapters on it.
+        names: of the adapters.
+        trains: whether they begin to train; else nothing of them does.
+    """
+    tuner: Any = model.base_model
+    # The tuner remembers what it is given, and PEFT writes one name where it is given one.
+    tuner.set_adapter(list(names) if len(names) > 1 else names[0], inference_mode=not trains)

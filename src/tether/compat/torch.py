@@ -1,0 +1,69 @@
+"""Places of torch that it does not document; read in torch 2.13.0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.dropout import _DropoutNd
+
+# What every dropout layer derives from (plain, by channel, alpha); torch exports only the layers themselves.
+DropoutLayer = _DropoutNd
+# What `checkpoint_wrapper` and `torch.compile` put before the names of what they wrap.
+WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch offers oneDNN's float32 products, see `onednn_linear`."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`inputs @ weight.T + bias` by oneDNN: the operator that torch's own compiler puts in the place of linear layers.
+
+    Torch has no other way to ask for oneDNN's float32 products where it was built with MKL. No derivative.
+    """
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """Gradient by the scores, from the one by `weights`, their softmax over the last dimension.
+
+    The operator that autograd calls; written out it would make two more tensors of the size of the scores.
+    """
+    return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether anyone has hooked a module's forward; torch can add and remove such hooks, and not list them."""
+    return bool(module._forward_hooks)
+
+
+def compiled_module(model: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` has wrapped; None for any other model."""
+    return getattr(model, "_orig_mod", None)
+
+
+def class_under_fsdp(module: FSDPModule) -> type:
+    """The class that a module had before `fully_shard`, which puts a class of its own over it, first `FSDPModule`."""
+    return type(module).__bases__[1]
+
+
+def end_forward(root: FSDPModule) -> None:
+    """End what is left of FSDP2's forward, of a module called alone after it; before the first, there is no root yet.
+
+    `reshard` frees what is gathered, and leaves the states of a forward that was not followed by a backward.
+    """
+    if root._get_fsdp_state()._is_root:  # type: ignore[attr-defined]
+        root.reset_iter_state()  # type: ignore[attr-defined]
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """What a tensor of a class of its own is made of, such as quantised values and their scales; none for a plain one.
+
+    `__tensor_flatten__` is how torch's compiler takes such tensors apart.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return []
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [getattr(tensor, name) for name in names]
