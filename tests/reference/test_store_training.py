@@ -146,7 +146,7 @@ def test_what_changes_the_number_reuses_no_wrong_entry(name, tmp_path):
 
 def poison(path, run, rows, by):
     """Put wrong values under right keys, with right checksums, as a program with a fault would."""
-    for part in path.rglob("*.parquet"):
+    for part in path.rglob("*.arrow"):
         part.unlink()
     stored = run.resolved.reference
     with Store(path, stored.store.namespace) as store:
@@ -172,7 +172,7 @@ def test_poisoned_entries_change_the_loss(tmp_path, monkeypatch):
     path = tmp_path / "store"
     right = trainer(tmp_path / "one", reference_store=str(path), peft_config=lora(), num_train_epochs=1)
     right.train()
-    for part in path.rglob("*.parquet"):
+    for part in path.rglob("*.arrow"):
         part.unlink()
     with Store(path, right.resolved.reference.store.namespace) as store:
         for row in right.train_dataset:
