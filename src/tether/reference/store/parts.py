@@ -100,7 +100,7 @@ def part_name() -> str:
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(6)}{SUFFIX}"
 
 
-def crc_of(key: bytes, values: np.ndarray) -> int:
+def crc_of(key: bytes, values: Any) -> int:
     """Checksum of one row; the key is in it, so that values cannot pass under another key."""
     return zlib.crc32(values, zlib.crc32(key))
 
@@ -185,7 +185,7 @@ def _as_store_errors() -> Iterator[None]:
         raise StoreError(f"it is no readable part ({first})") from error
 
 
-def _checksum(namespace: Namespace, tokens: int, keys: bytes | np.ndarray, crcs: np.ndarray) -> str:
+def _checksum(namespace: Namespace, tokens: int, keys: Any, crcs: Any) -> str:
     """Of the whole part: the values are in it through their own checksums."""
     digest = blake2b(namespace.digest, digest_size=KEY_BYTES)
     for piece in (str(tokens).encode(), keys, crcs):

@@ -70,7 +70,7 @@ def describe_store(path: str | Path, *, values: bool = False) -> StoreReport:
     folder = _existing(path)
     report = StoreReport(folder.path, leftovers=folder.leftovers())
     found: dict[Namespace, tuple[NamespaceReport, KeyIndex]] = {}
-    for number, (name, size, part) in enumerate(_parts(folder, report.damaged, values=values)):
+    for number, (_, size, part) in enumerate(_parts(folder, report.damaged, values=values)):
         one, index = found.setdefault(part.namespace, (NamespaceReport(part.namespace), KeyIndex()))
         index.add([(number, part)])
         one.parts, one.file_bytes = one.parts + 1, one.file_bytes + size
