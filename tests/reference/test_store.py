@@ -152,6 +152,12 @@ def test_a_part_is_an_ordinary_arrow_file(tmp_path, dtype):
         assert found[row].dtype == dtype
 
 
+def test_a_part_of_completions_without_tokens_is_read(path):
+    with Store(path, SPACE) as store:
+        store.put([b"k" * 16], [np.empty(0)])
+    assert [value.tolist() for value in Store(path, SPACE).get([b"k" * 16])] == [[]]
+
+
 def test_opening_a_remote_store_does_not_fetch_its_values(monkeypatch):
     """A part is read by column: of a thousand completions of 1000 tokens, 4 MB, no more than the keys come."""
     path, fetched = f"memory://{uuid.uuid4().hex}", []

@@ -79,7 +79,7 @@ class PartValues:
     """The log-probabilities of a part by row, as views of its file; whoever takes one compares its `crc_of`.
 
     Args:
-        source: the bytes of a part, or an open file; a mapped one may be closed afterwards.
+        source: the bytes of a part, or an open file; what is mapped stays so when the file is closed.
 
     Raises:
         StoreError: it is torn, damaged, or no part of a store.
@@ -88,7 +88,8 @@ class PartValues:
     def __init__(self, source: Any) -> None:
         with _as_store_errors():
             column = _read(source)[1].column("token_logps")
-            self._offsets, self._floats = column.offsets.to_numpy(), column.values.to_numpy()
+            # Without a copy, and without `to_numpy`, which imports pandas.
+            self._offsets, self._floats = np.from_dlpack(column.offsets), np.from_dlpack(column.values)
 
     def __getitem__(self, row: int) -> np.ndarray:
         # A slice of numpy ends where the array ends, whatever offsets a damaged file has.
@@ -147,7 +148,7 @@ def decode_part(source: Any) -> PartIndex:
     """
     with _as_store_errors():
         header, batch = _read(source, [0, 1])
-        column, crcs = batch.column("key"), batch.column("crc").to_numpy()
+        column, crcs = batch.column("key"), np.from_dlpack(batch.column("crc"))
         keys = np.frombuffer(column.buffers()[1], np.uint8, len(column) * KEY_BYTES, column.offset * KEY_BYTES)
         namespace = Namespace(header["fingerprint"], header["numerics"], header["dtype"])
         if header["format"] != _FORMAT or header["checksum"] != _checksum(namespace, header["tokens"], keys, crcs):
