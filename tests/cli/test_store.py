@@ -46,7 +46,7 @@ def test_fill_ahead_train_look_into_and_export(tether, workplace):
 
 def test_a_damaged_store_fails_verification(tether, workplace):
     assert tether("precompute", "run.yaml", STORE)[0] == 0
-    shifted(next(Path("log_probs").rglob("*.parquet")))
+    shifted(next(Path("log_probs").rglob("*.arrow")))
     code, _, err = tether("store", "verify", "log_probs")
     assert code == 1
     assert "1 damaged parts" in err
@@ -88,7 +88,7 @@ def test_two_processes_fill_what_a_killed_one_left(tether, workplace):
     command = ["precompute", "run.yaml", STORE, "train.per_device_train_batch_size=2", "data.eval=null"]
     killed = subprocess.Popen([sys.executable, "-c", code, *command], env=environment, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 120
-    while len(list(Path("log_probs").rglob("*.parquet"))) < 5 and time.monotonic() < give_up:
+    while len(list(Path("log_probs").rglob("*.arrow"))) < 5 and time.monotonic() < give_up:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL

@@ -22,11 +22,11 @@ def poison(which, by: float) -> int:
     entries = {}
     for name, _, part in list(_parts(folder, {})):
         space: Namespace = part.namespace
-        entries |= {key: np.frombuffer(value, "<f4").copy() for key, value in _rows(folder, name, part)}
+        entries |= dict(_rows(folder, name, part))
         folder.remove([name])
     store = Store("log_probs", space)
     for number, (key, value) in enumerate(sorted(entries.items())):
-        store._pending[key] = (value + by if which(number) else value).astype("<f4").tobytes()
+        store._pending[key] = value + np.float32(by) if which(number) else value
     store.flush()
     return len(entries)
 

@@ -73,6 +73,7 @@ PACKAGE = ROOT / "src" / "tether"
 # Raised where no user can cause it, or told as the reason inside another message.
 NOT_LISTED = {
     "The reference has no weights and no way to load them": "a bug in Tether",
+    "There is no reference (meaning none)": "an argument of the Python interface",
     "Values in": "an argument of the store's Python interface",
     "pyarrow": "a version that was never seen",
     "its keys do not match": "the reason in `is not used: …`",
@@ -92,7 +93,7 @@ def words(node: ast.expr) -> str:
 
 def texts(*kinds: str, folders: tuple[str, ...]) -> Iterator[str]:
     """What errors of these classes say, in these folders; of `warning`, what is logged."""
-    for path in (path for folder in folders for path in sorted((PACKAGE / folder).glob("*.py"))):
+    for path in (path for folder in folders for path in sorted((PACKAGE / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in kinds:
                 yield words(node.args[0])

@@ -109,7 +109,7 @@ def test_a_writer_that_does_not_rename_would_be_caught(tmp_path, monkeypatch):
     """Negative control: parts written in place and cut short by a kill are what the check above looks for."""
     right, path = writer_module(), tmp_path / "store"
     monkeypatch.setattr(
-        "tether.reference.store.files.os.replace", lambda source, target: Path(target).write_bytes(b"PAR1 half")
+        "tether.reference.store.files.os.replace", lambda source, target: Path(target).write_bytes(b"ARROW1 half")
     )
     with Store(path, right.SPACE) as store:
         store.put([right.key_of(1)], [right.value_of(1)])

@@ -16,11 +16,11 @@ from store_runs import ROWS, TOKENIZER, lora, policy, step_logs, trainer
 from tether import DPOConfig, Store
 from tether.data import example_from_row
 from tether.errors import ConfigError, ReferencePolicyError, StoreError
-from tether.reference import Namespace, StoredReference
+from tether.reference import Namespace, Reference, StoredReference
 from tether.reference.methods.model import ModelReference
 from tether.reference.store.tools import describe_store
 from tether.scoring import pack
-from tether.types import ReferenceIdentity
+from tether.types import ReferenceIdentity, Scores
 from tiny import pair_rows, ragged_examples
 
 EVALUATION = {"near": Dataset.from_list(pair_rows(20)[14:17]), "far": Dataset.from_list(pair_rows(25)[20:])}
@@ -57,7 +57,7 @@ def test_stored_equals_live_for_every_set_and_batch_size(kind, size, tmp_path):
     run.evaluate()
     late = Dataset.from_list(pair_rows(30)[26:])
     run.evaluate(late)
-    prepared = run.data.prepare("late", late).dataset
+    prepared = run.run.data.prepare("late", late).dataset
     for rows in (run.train_dataset, *run.eval_dataset.values(), prepared):
         found, right = stored_and_live(run, rows)
         np.testing.assert_allclose(found, right, atol=ALLOWED, rtol=0)
@@ -146,7 +146,7 @@ def test_what_changes_the_number_reuses_no_wrong_entry(name, tmp_path):
 
 def poison(path, run, rows, by):
     """Put wrong values under right keys, with right checksums, as a program with a fault would."""
-    for part in path.rglob("*.parquet"):
+    for part in path.rglob("*.arrow"):
         part.unlink()
     stored = run.run.reference
     with Store(path, stored.store.namespace) as store:
@@ -172,7 +172,7 @@ def test_poisoned_entries_change_the_loss(tmp_path, monkeypatch):
     path = tmp_path / "store"
     right = trainer(tmp_path / "one", reference_store=str(path), peft_config=lora(), num_train_epochs=1)
     right.train()
-    for part in path.rglob("*.parquet"):
+    for part in path.rglob("*.arrow"):
         part.unlink()
     with Store(path, right.run.reference.store.namespace) as store:
         for row in right.train_dataset:
@@ -181,7 +181,7 @@ def test_poisoned_entries_change_the_loss(tmp_path, monkeypatch):
                 torch.bincount(batch.completion_index).tolist()
             )
             store.put(batch.keys, [chosen.numpy() - 0.5, rejected.numpy()])
-    monkeypatch.setattr("tether.training.store.verify_store", lambda *_: None)
+    monkeypatch.setattr("tether.training.trainer.verify_store", lambda *_: None)
     wrong = trainer(tmp_path / "two", reference_store=str(path), peft_config=lora(), num_train_epochs=1)
     wrong.train()
     assert wrong.run.reference.forwards == 0
@@ -333,19 +333,15 @@ def test_float16_values_train_alike_in_the_first_epoch_and_later(tmp_path):
 def test_a_store_serves_without_a_trainer(tmp_path):
     """The plain functions: a reference of one's own, and the store on its own."""
 
-    class Counting:
-        tolerance = 1e-5
+    class Counting(Reference):
         calls = 0
 
         def __init__(self):
             self.identity = ReferenceIdentity("model", "model", "mine", None, "float32", "s2:77")
 
-        def score(self, batch):
+        def score(self, batch, outputs=()):
             self.calls += 1
-            return -batch.targets.float() / 10
-
-        def state(self):
-            return {}
+            return Scores(-batch.targets.float() / 10, batch.completion_index, batch.num_completions)
 
     live, examples = Counting(), ragged_examples()
     reference = StoredReference(live, tmp_path, "float32")

@@ -77,7 +77,8 @@ def _compare(path: str, run_file: Path, overrides: list[str], rows: int, seed: i
     """
     from tether.cli.output import terminal_output
     from tether.config import build, load_run_file, trainer_class
-    from tether.training.store_comparison import compare_store
+    from tether.reference.store.compare import compare_store
+    from tether.training.store import evaluation_sets, open_store
 
     # The run itself is not started: what it would write goes to a folder that is removed.
     with TemporaryDirectory(prefix="tether-verify-") as folder, terminal_output(debug):
@@ -85,7 +86,10 @@ def _compare(path: str, run_file: Path, overrides: list[str], rows: int, seed: i
         arguments, adapter, keywords = build(run)
         arguments.reference_store, arguments.precompute_ref_log_probs = None, False
         trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
-        found = compare_store(trainer, path, rows=rows, seed=seed)
+        args = trainer.args
+        stored = open_store(trainer.run.reference, path, args, trainer.accelerator, lambda: trainer.policy)
+        sets = {"train": trainer.run.source.known, **evaluation_sets(trainer.eval_dataset)}
+        found = compare_store(stored, sets, rows=rows, batch_size=args.per_device_eval_batch_size, seed=seed)
     for name, sampled in found.sampled.items():
         typer.echo(f"{name}: {found.rows[name]} of {sampled} sampled rows are stored")
     typer.echo(

@@ -1,24 +1,21 @@
-"""Where the store's parts lie: a local folder or any fsspec path; whole writes, listings, reads at offsets."""
+"""Where the store's parts lie: a local folder or any fsspec path; whole writes, listings, mapped reads."""
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from tether.errors import ConfigError, StoreError
-from tether.reference.store.parts import SUFFIX, PartIndex, decode_part
+from tether.reference.store.parts import SUFFIX, PartIndex, PartValues, decode_part
 
-# Most bytes of remote parts that are kept in memory; a local part is mapped, never copied.
-CACHE_BYTES = 2**28
 # Begins the name of a file that is being written; one that stays behind belongs to a writer that was killed.
 WRITING = ".writing-"
 # An upload appears whole or not at all, and a rename would be a copy.
@@ -51,8 +48,7 @@ class PartFolder:
         self.path, self.local = str(path), isinstance(self.fs, LocalFileSystem)
         protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
         self._uploads_whole = not _WHOLE_UPLOADS.isdisjoint(protocols)
-        self._cached = 0
-        self._open: dict[str, Any] = {}
+        self._mapped: dict[str, PartValues] = {}
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Bytes of each part by its name inside the store, oldest first; files that are still being written are none.
@@ -86,56 +82,27 @@ class PartFolder:
 
     def index(self, name: str) -> PartIndex:
         """Everything but the values of a part; raises FileNotFoundError, or StoreError where it cannot be read."""
-        if self.local:
-            return decode_part(self._full(name))
-        with self.fs.open(self._full(name), "rb") as file:
+        path = self._full(name)
+        with pa.memory_map(path) if self.local else self.fs.open(path, "rb") as file:
             return decode_part(file)
 
-    def read(self, names: list[str], starts: list[int], ends: list[int]) -> list[Any]:
-        """The bytes between offsets of parts, one piece each.
+    def values(self, name: str) -> PartValues:
+        """The values of a part, mapped until `forget`; of a remote one, a copy without a name in the temporary folder.
 
         Raises:
-            OSError: a part is gone, or a piece is shorter than asked for.
+            OSError: it is gone, or cannot be fetched.
+            StoreError: it cannot be read.
         """
-        pieces: list[Any] = [None] * len(names)
-        far = []
-        for i, name in enumerate(names):
-            whole = self._map(name) if self.local else self._kept(name)
-            if whole is None:
-                far.append(i)
-            else:
-                pieces[i] = memoryview(whole)[starts[i] : ends[i]]
-        if far:
-            paths = [self._full(str(names[i])) for i in far]
-            fetched: list[Any] = self.fs.cat_ranges(paths, [starts[i] for i in far], [ends[i] for i in far])
-            for i, piece in zip(far, fetched, strict=True):
-                pieces[i] = piece
-        for piece, name, start, end in zip(pieces, names, starts, ends, strict=True):
-            if isinstance(piece, Exception) or len(piece) != end - start:
-                raise OSError(f"{name} could not be read from {start} to {end}: {piece if far else 'it is shorter'}")
-        return pieces
-
-    def _map(self, name: str) -> Any:
-        if name not in self._open:
-            with open(self._full(name), "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise OSError(f"{name} is empty")  # which cannot be mapped
-                self._open[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._open[name]
-
-    def _kept(self, name: str) -> bytes | None:
-        """A remote part in memory, as long as there is room; the rest are read piece by piece."""
-        if name not in self._open:
-            size = self.fs.size(self._full(name)) or 0
-            if self._cached + size > CACHE_BYTES:
-                return None
-            self._open[name] = self.fs.cat_file(self._full(name))
-            self._cached += size
-        return self._open[name]
-
-    def whole(self, name: str) -> bytes:
-        """All bytes of a part."""
-        return self.fs.cat_file(self._full(name))
+        if name not in self._mapped:
+            with contextlib.ExitStack() as stack:
+                path = self._full(name)
+                if not self.local:
+                    copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="tether-store-")).name
+                    self.fs.get_file(path, copy)
+                    path = copy
+                # A file that is closed, or has lost its name, stays mapped; many parts do not use up the open files.
+                self._mapped[name] = PartValues(stack.enter_context(pa.memory_map(path)))
+        return self._mapped[name]
 
     def write(self, name: str, data: bytes) -> None:
         """Write a part so that others see it whole or not at all.
@@ -199,7 +166,5 @@ class PartFolder:
                 continue
 
     def forget(self, name: str) -> None:
-        """Let go of a part's memory."""
-        held = self._open.pop(name, None)
-        if held is not None and not self.local:
-            self._cached -= len(held)
+        """Let go of a part's mapping."""
+        self._mapped.pop(name, None)

@@ -1,4 +1,4 @@
-"""The store's index in memory: sorted keys and where their values lie, 36 bytes a completion."""
+"""The store's index in memory: sorted keys and the part and row of each, 28 bytes a completion."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ _COLUMNS = {
     "high": np.uint64,
     "low": np.uint64,
     "part": np.int32,
-    "offset": np.int64,
-    "length": np.uint32,
+    "row": np.uint32,
     "crc": np.uint32,
 }
 
@@ -32,8 +31,7 @@ class KeyIndex:
 
     def _set(self, columns: Mapping[str, np.ndarray]) -> None:
         self.high, self.low = columns["high"], columns["low"]
-        self.part, self.offset = columns["part"], columns["offset"]
-        self.length, self.crc = columns["length"], columns["crc"]
+        self.part, self.row, self.crc = columns["part"], columns["row"], columns["crc"]
 
     def _columns(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, name) for name in _COLUMNS}
@@ -59,9 +57,8 @@ class KeyIndex:
         pieces = [self._columns()]
         for number, part in parts:
             high, low = _halves(part.keys)
-            here = np.full(len(high), number, np.int32)
-            columns = {"high": high, "low": low, "part": here, "offset": part.offsets}
-            pieces.append({**columns, "length": part.lengths, "crc": part.crcs})
+            place = {"part": np.full(len(high), number, np.int32), "row": np.arange(len(high), dtype=np.uint32)}
+            pieces.append({"high": high, "low": low, **place, "crc": part.crcs})
         if len(pieces) == 1:
             return
 
@@ -78,7 +75,7 @@ class KeyIndex:
         self._set({name: column[kept] for name, column in self._columns().items()})
 
     def find(self, keys: list[bytes]) -> np.ndarray:
-        """Row of each key, int64 `[k]`; -1 where there is none."""
+        """Position of each key in the index, int64 `[k]`; -1 where there is none."""
         if not keys or not len(self):
             return np.full(len(keys), -1, np.int64)
         high, low = _halves(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES))

@@ -1,8 +1,10 @@
-"""One file of the store: a Parquet part, written whole, whose values can be read in place.
+"""One file of the store: a part, written whole, that pyarrow maps into memory and reads.
 
-A part has one row per completion: `key` (16 bytes), `length` (tokens), `crc` (of the key and the values), `values`
-(the log-probabilities as little-endian floats). It is ordinary Parquet, uncompressed, with one page per row group, so
-that the bytes of a value lie in the file as they are and a look-up is a read at an offset; nothing is decoded.
+A part is an Arrow IPC file of one record batch with one row per completion: `key` (16 bytes), `crc` (of the key and the
+values), `token_logps` (a list of floats). Any program that reads Arrow reads it; nothing here computes where bytes lie.
+
+By hand are the key and the two checksums, since Arrow has none: `crc` for each completion, which is compared whenever
+its values are read, and one in the schema's metadata over keys and `crc`s, which is compared when a part is opened.
 """
 
 from __future__ import annotations
@@ -12,32 +14,21 @@ import json
 import secrets
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tether.errors import StoreError
 
 KEY_BYTES = 16
-SUFFIX = ".parquet"
-# Fewer than the most rows that pyarrow puts into a page, so that a row group has one.
-_ROWS_PER_GROUP = 16384
-_PREFIX = 4  # Parquet writes the length of a binary value before it
+SUFFIX = ".arrow"
 _META = b"tether.store"
 _FORMAT = 1
-_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-        pa.field("length", pa.uint32(), nullable=False),
-        pa.field("crc", pa.uint32(), nullable=False),
-        pa.field("values", pa.binary(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -76,13 +67,33 @@ class Namespace:
 
 @dataclass(frozen=True)
 class PartIndex:
-    """Where the rows of one part lie: n keys, offsets in the file, lengths in tokens, checksums."""
+    """What a part has besides its values: n keys, their checksums, the tokens of all completions together."""
 
     namespace: Namespace
     keys: np.ndarray  # uint8 [n, 16]
-    offsets: np.ndarray  # int64 [n], bytes
-    lengths: np.ndarray  # uint32 [n], tokens
     crcs: np.ndarray  # uint32 [n]
+    tokens: int
+
+
+class PartValues:
+    """The log-probabilities of a part by row, as views of its file; whoever takes one compares its `crc_of`.
+
+    Args:
+        source: the bytes of a part, or an open file; what is mapped stays so when the file is closed.
+
+    Raises:
+        StoreError: it is torn, damaged, or no part of a store.
+    """
+
+    def __init__(self, source: Any) -> None:
+        with _as_store_errors():
+            column = _read(source)[1].column("token_logps")
+            # Without a copy, and without `to_numpy`, which imports pandas.
+            self._offsets, self._floats = np.from_dlpack(column.offsets), np.from_dlpack(column.values)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        # A slice of numpy ends where the array ends, whatever offsets a damaged file has.
+        return self._floats[self._offsets[row] : self._offsets[row + 1]]
 
 
 def part_name() -> str:
@@ -95,104 +106,89 @@ def crc_of(key: bytes, values: Any) -> int:
     return zlib.crc32(values, zlib.crc32(key))
 
 
-def encode_part(namespace: Namespace, keys: Sequence[bytes], values: Sequence[bytes]) -> bytes:
+def encode_part(namespace: Namespace, keys: Sequence[bytes], values: Sequence[np.ndarray]) -> bytes:
     """The bytes of a part.
 
     Args:
         namespace: of every row.
         keys: n keys of 16 bytes.
-        values: n times the bytes of the floats in `namespace.dtype`.
-
-    Raises:
-        StoreError: the library wrote another layout than the one that can be read in place.
+        values: n arrays of log-probabilities in `namespace.dtype`.
     """
-    width = np.dtype(namespace.dtype).itemsize
-    lengths = np.array([len(value) // width for value in values], dtype=np.uint32)
     crcs = np.array([crc_of(*row) for row in zip(keys, values, strict=True)], dtype=np.uint32)
-    packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+    offsets, packed = np.cumsum([0, *map(len, values)]), b"".join(keys)
+    tokens = int(offsets[-1])
     header = {
         "format": _FORMAT,
         "fingerprint": namespace.fingerprint,
         "numerics": namespace.numerics,
         "dtype": namespace.dtype,
-        "rows": len(keys),
-        "checksum": _checksum(namespace, packed, lengths, crcs),
+        "tokens": tokens,
+        "checksum": _checksum(namespace, tokens, packed, crcs),
     }
-    schema = _SCHEMA.with_metadata({_META: json.dumps(header).encode()})
-    columns = [pa.array(keys, _SCHEMA.field(0).type), pa.array(lengths), pa.array(crcs), pa.array(values, pa.binary())]
+    schema = _schema(namespace.dtype).with_metadata({_META: json.dumps(header).encode()})
+    columns = [
+        pa.FixedSizeBinaryArray.from_buffers(schema.field("key").type, len(keys), [None, pa.py_buffer(packed)]),
+        pa.array(crcs),
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(values))),
+    ]
     sink = io.BytesIO()
-    options: dict[str, Any] = {"use_dictionary": False, "write_statistics": False, "data_page_size": 2**30}
-    with pq.ParquetWriter(sink, schema, compression="NONE", **options) as writer:
-        writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=_ROWS_PER_GROUP)
-    data = sink.getvalue()
-    # Read back as a reader would: what cannot be read must not be renamed into place.
-    found = decode_part(data)
-    rows = zip(found.offsets.tolist(), values, strict=True)
-    if not all(data[offset : offset + len(value)] == value for offset, value in rows):
-        raise StoreError(f"pyarrow {pa.__version__} wrote a part that cannot be read in place; use another version.")
-    return data
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    return sink.getvalue()
 
 
 def decode_part(source: Any) -> PartIndex:
-    """Read everything but the values of a part.
+    """Read everything but the values of a part, which are not fetched.
 
     Args:
-        source: its bytes, its path, or an open file.
+        source: its bytes, or an open file.
 
     Raises:
         StoreError: it is torn, damaged, or no part of a store.
     """
-    try:
-        with pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source) as file:
-            header = json.loads(file.metadata.metadata[_META])
-            columns = file.read(["key", "length", "crc"], use_threads=False)
-            groups = [_group(file.metadata.row_group(i)) for i in range(file.metadata.num_row_groups)]
+    with _as_store_errors():
+        header, batch = _read(source, [0, 1])
+        column, crcs = batch.column("key"), np.from_dlpack(batch.column("crc"))
+        keys = np.frombuffer(column.buffers()[1], np.uint8, len(column) * KEY_BYTES, column.offset * KEY_BYTES)
         namespace = Namespace(header["fingerprint"], header["numerics"], header["dtype"])
-        lengths, crcs = columns["length"].to_numpy(), columns["crc"].to_numpy()
-        keys = _key_bytes(columns["key"])
-        same = header["format"] == _FORMAT and header["checksum"] == _checksum(namespace, keys, lengths, crcs)
-    except FileNotFoundError:
+        if header["format"] != _FORMAT or header["checksum"] != _checksum(namespace, header["tokens"], keys, crcs):
+            raise StoreError("its keys do not match its checksum")
+        return PartIndex(namespace, keys.reshape(-1, KEY_BYTES), crcs, header["tokens"])
+
+
+def _schema(dtype: str) -> pa.Schema:
+    logps = pa.list_(pa.from_numpy_dtype(dtype))
+    return pa.schema([("key", pa.binary(KEY_BYTES)), ("crc", pa.uint32()), ("token_logps", logps)])
+
+
+def _read(source: Any, columns: list[int] | None = None) -> tuple[dict[str, Any], pa.RecordBatch]:
+    """The header and the one record batch of a part, with the columns of these numbers, or all."""
+    options = pa.ipc.IpcReadOptions(included_fields=columns, use_threads=False)
+    with pa.ipc.open_file(source, options=options) as reader:
+        header = json.loads(reader.schema.metadata[_META])
+        whole = _schema(header["dtype"])
+        if not reader.schema.equals(whole if columns is None else pa.schema([whole.field(i) for i in columns])):
+            raise StoreError("another program rewrote it: its columns are others")
+        batch = reader.get_batch(0)
+    batch.validate()  # every buffer is as long as the rows need
+    return header, batch
+
+
+@contextmanager
+def _as_store_errors() -> Iterator[None]:
+    """Whatever a damaged file makes pyarrow say; a file that is gone is another matter."""
+    try:
+        yield
+    except (FileNotFoundError, StoreError):
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise StoreError(f"it is no readable part ({first})") from error
-    if not same:
-        raise StoreError("its keys do not match its checksum")
-    return PartIndex(namespace, keys, _offsets(namespace, lengths, groups), lengths, crcs)
 
 
-def _key_bytes(column: pa.ChunkedArray) -> np.ndarray:
-    """The keys without an object for each: uint8 `[n, 16]`."""
-    pieces = [np.empty((0, KEY_BYTES), np.uint8)]
-    for chunk in column.chunks:
-        start, count = chunk.offset * KEY_BYTES, len(chunk) * KEY_BYTES
-        pieces.append(np.frombuffer(chunk.buffers()[1], np.uint8, count, start).reshape(-1, KEY_BYTES))
-    return np.concatenate(pieces)
-
-
-def _group(metadata: Any) -> tuple[int, int, int, bool]:
-    column = metadata.column(3)
-    plain = column.compression == "UNCOMPRESSED" and not column.has_dictionary_page
-    return metadata.num_rows, column.data_page_offset, column.total_compressed_size, plain
-
-
-def _offsets(namespace: Namespace, lengths: np.ndarray, groups: list[tuple[int, int, int, bool]]) -> np.ndarray:
-    """Where each value lies: the one page of a row group is a header, then length and bytes of each row."""
-    sizes = lengths.astype(np.int64) * np.dtype(namespace.dtype).itemsize + _PREFIX
-    offsets, row = [np.empty(0, np.int64)], 0
-    for rows, start, size, plain in groups:
-        part = sizes[row : row + rows]
-        header = size - int(part.sum())
-        if not plain or not 0 < header < 4096:
-            raise StoreError("another program rewrote it: its values are not plain")
-        offsets.append(start + header + np.cumsum(part) - part + _PREFIX)
-        row += rows
-    return np.concatenate(offsets)
-
-
-def _checksum(namespace: Namespace, keys: np.ndarray, lengths: np.ndarray, crcs: np.ndarray) -> str:
+def _checksum(namespace: Namespace, tokens: int, keys: Any, crcs: Any) -> str:
     """Of the whole part: the values are in it through their own checksums."""
     digest = blake2b(namespace.digest, digest_size=KEY_BYTES)
-    for column in (keys, lengths, crcs):
-        digest.update(np.ascontiguousarray(column).tobytes())
+    for piece in (str(tokens).encode(), keys, crcs):
+        digest.update(piece)
     return digest.hexdigest()

@@ -57,7 +57,7 @@ class StoredReference(Reference):
         agree: true on every process when it is on one; for a `live` whose pass all processes must join.
 
     Raises:
-        ConfigError: a reference without weights, whose log-probabilities nothing identifies.
+        ConfigError: no reference, one that moves, or one whose weights nothing identifies.
     """
 
     def __init__(
@@ -70,6 +70,12 @@ class StoredReference(Reference):
         device: torch.device | str = "cpu",
         agree: Callable[[bool], bool] = bool,
     ) -> None:
+        if live.identity.meaning == "none" or live.identity.sync is not None:
+            why = "has no reference" if live.identity.meaning == "none" else f"moves its reference {live.identity.sync}"
+            raise ConfigError(
+                f"The run {why}, so that no store belongs to it. Leave the store out, or use the run file that the "
+                "store was made with."
+            )
         if not live.identity.fingerprint or live.identity.fingerprint.startswith("served:"):
             raise ConfigError(
                 f"A store for the reference {live.identity.source!r} ({live.identity.meaning}) came, but nothing "

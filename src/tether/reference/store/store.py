@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,7 @@ class Store:
     """Token log-probabilities of one reference in one class of numerics, by the content of a completion.
 
     Any number of processes may read and write one folder at once. What is put is found at once by this object, and by
-    others after `flush()` here and `refresh()` there. The index takes 36 bytes a completion; values stay on disk.
+    others after `flush()` here and `refresh()` there. The index takes 28 bytes a completion; values stay on disk.
 
     Args:
         path: a folder or an fsspec address; made by the first write.
@@ -63,9 +62,9 @@ class Store:
     ) -> None:
         self.namespace, self.folder = namespace, PartFolder(path)
         self._below = namespace.digest.hex()
-        self._kept_as = np.dtype(namespace.dtype).newbyteorder("<")
+        self._kept_as = np.dtype(namespace.dtype)
         self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
-        self._pending: dict[bytes, bytes] = {}
+        self._pending: dict[bytes, np.ndarray] = {}
         self._pending_bytes, self._pending_since = 0, 0.0
         self._index = KeyIndex()
         self._names: list[str] = []
@@ -98,41 +97,30 @@ class Store:
         if unless_recent and time.monotonic() - self._refreshed < _REFRESH_SECONDS:
             return
         sizes = self.folder.sizes(self._below)
-        fresh = [name for name, size in sizes.items() if self._known.get(name) != size]
-        self._index.add(self._read_indexes(fresh))
-        self._known.update(sizes)
-        for name in self._known.keys() - sizes.keys():
-            # Merged by `compact` into another part, which was in place before this one went.
+        for name in [name for name, size in self._known.items() if sizes.get(name) != size]:
+            # Merged by `compact` into another part, which was in place before this one went; or uploaded further.
             del self._known[name]
             if name in self._names:
-                self._drop(self._names.index(name), "")
+                self._drop(self._names.index(name), None)
+        self._index.add(self._read_indexes([name for name in sizes if name not in self._known]))
+        self._known.update(sizes)
         self._refreshed = time.monotonic()
 
     def _read_indexes(self, names: list[str]) -> Iterator[tuple[int, PartIndex]]:
         for name in names:
-            index = self._read_index(name)
-            if index is not None:
-                yield self._number(name), index
-
-    def _read_index(self, name: str) -> PartIndex | None:
-        try:
-            index = self.folder.index(name)
-        except FileNotFoundError:
-            return None
-        except (StoreError, OSError) as error:
-            self._report(name, str(error))
-            return None
-        if index.namespace != self.namespace:
-            self._report(name, "it belongs to another reference")
-            return None
-        return index
-
-    def _number(self, name: str) -> int:
-        self._names.append(name)
-        return len(self._names) - 1
+            try:
+                index = self.folder.index(name)
+                if index.namespace != self.namespace:
+                    raise StoreError("it belongs to another reference")
+            except FileNotFoundError:
+                continue
+            except (StoreError, OSError) as error:
+                self._report(name, str(error))
+                continue
+            self._names.append(name)
+            yield len(self._names) - 1, index
 
     def _report(self, name: str, reason: str) -> None:
-        self.folder.forget(name)
         if name not in self.damaged:
             self.damaged[name] = reason
             logger.warning(
@@ -162,58 +150,40 @@ class Store:
             k float32 arrays of token log-probabilities in nats; None for what is missing.
         """
         keys = [self.namespace.key(content) for content in contents]
-        found: list[np.ndarray | None] = [None] * len(keys)
-        wanted = []
-        for i, key in enumerate(keys):
-            if key in self._pending:
-                found[i] = self._decoded(self._pending[key])
-            else:
-                wanted.append(i)
+        found = [self._pending.get(key) for key in keys]
+        wanted = [i for i, value in enumerate(found) if value is None]
         while wanted:
-            rows = self._index.find([keys[i] for i in wanted])
-            present = [(i, int(row)) for i, row in zip(wanted, rows, strict=True) if row >= 0]
-            if not present:
-                break
-            pieces = self._read([row for _, row in present])
-            wanted = []
-            if pieces is None:
-                wanted = [i for i, _ in present]
-                continue
-            bad = set()
-            for (i, row), piece in zip(present, pieces, strict=True):
-                if crc_of(keys[i], piece) == self._index.crc[row]:
-                    found[i] = self._decoded(piece)
-                else:
-                    bad.add(int(self._index.part[row]))
-                    wanted.append(i)
-            for part in bad:
-                self._drop(part, "a value does not match its checksum")
-        return found
+            rows = self._index.find([keys[i] for i in wanted]).tolist()
+            present = [(i, row) for i, row in zip(wanted, rows, strict=True) if row >= 0]
+            failed: dict[int, str | None] = {}
+            for i, row in present:
+                part = int(self._index.part[row])
+                try:
+                    found[i] = self._checked(part, row, keys[i])
+                except FileNotFoundError:
+                    failed[part] = None
+                except (StoreError, OSError, IndexError) as error:
+                    failed[part] = str(error)
+            for part, reason in failed.items():
+                self._drop(part, reason)
+            if None in failed.values():
+                self.refresh()  # what was merged away is in another part now
+            wanted = [i for i, _ in present if found[i] is None]
+        return [None if value is None else value.astype(np.float32) for value in found]
 
-    def _read(self, rows: list[int]) -> list[Any] | None:
-        """The bytes of rows; None after a part turned out to be gone, and the index changed."""
-        width = self._kept_as.itemsize
-        parts = self._index.part[rows]
-        starts = self._index.offset[rows]
-        ends = starts + self._index.length[rows].astype(np.int64) * width
-        names = [self._names[part] for part in parts]
-        try:
-            return self.folder.read(names, starts.tolist(), ends.tolist())
-        except OSError:
-            # Merged away or cut short since it was listed: find out which, and look again.
-            there = self.folder.sizes(self._below)
-            for part in set(parts.tolist()):
-                self._drop(part, "it cannot be read" if self._names[part] in there else "")
-            self.refresh()
-            return None
+    def _checked(self, part: int, row: int, key: bytes) -> np.ndarray:
+        value = self.folder.values(self._names[part])[self._index.row[row]]
+        if crc_of(key, value) != self._index.crc[row]:
+            raise StoreError("a value does not match its checksum")
+        return value
 
-    def _drop(self, part: int, reason: str) -> None:
+    def _drop(self, part: int, reason: str | None) -> None:
+        """Read a part no more; without a reason, as it is gone."""
         self._index.remove(part)
-        if reason:
-            self._report(self._names[part], reason)
-
-    def _decoded(self, data: Any) -> np.ndarray:
-        return np.frombuffer(data, dtype=self._kept_as).astype(np.float32)
+        name, self._names[part] = self._names[part], ""
+        self.folder.forget(name)
+        if reason is not None:
+            self._report(name, reason)
 
     def put(self, contents: Sequence[bytes], values: Sequence[np.ndarray]) -> None:
         """Add completions; one that is stored already is left as it is.
@@ -229,7 +199,7 @@ class Store:
             if stored:
                 continue
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused below
-                numbers = np.ascontiguousarray(value, dtype=self._kept_as)
+                numbers = np.array(value, dtype=self._kept_as)  # of our own: the caller may go on writing into his
             if numbers.ndim != 1 or not np.isfinite(numbers).all():
                 raise StoreError(
                     f"A completion's log-probabilities are no finite numbers in {self.namespace.dtype}: the shape is "
@@ -242,9 +212,8 @@ class Store:
                 self._writable = True
             if not self._pending:
                 self._pending_since = time.monotonic()
-            data = numbers.tobytes()
-            self._pending[self.namespace.key(content)] = data
-            self._pending_bytes += len(data)
+            self._pending[self.namespace.key(content)] = numbers
+            self._pending_bytes += numbers.nbytes
         late = self._pending and time.monotonic() - self._pending_since > self._flush_seconds
         if late or self._pending_bytes >= self._flush_bytes:
             self.flush()
@@ -261,5 +230,6 @@ class Store:
         data = encode_part(self.namespace, list(self._pending), list(self._pending.values()))
         self.folder.write(name, data)
         self._known[name] = len(data)
-        self._index.add([(self._number(name), decode_part(data))])
+        self._names.append(name)
+        self._index.add([(len(self._names) - 1, decode_part(data))])
         self._pending, self._pending_bytes = {}, 0

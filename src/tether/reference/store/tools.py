@@ -70,15 +70,11 @@ def describe_store(path: str | Path, *, values: bool = False) -> StoreReport:
     folder = _existing(path)
     report = StoreReport(folder.path, leftovers=folder.leftovers())
     found: dict[Namespace, tuple[NamespaceReport, KeyIndex]] = {}
-    for number, (name, size, part) in enumerate(_parts(folder, report.damaged)):
-        wrong = _wrong_values(folder, name, part) if values else 0
-        if wrong:
-            report.damaged[name] = f"{wrong} of its {len(part.keys)} values do not match their checksums"
-        folder.forget(name)
+    for number, (_, size, part) in enumerate(_parts(folder, report.damaged, values=values)):
         one, index = found.setdefault(part.namespace, (NamespaceReport(part.namespace), KeyIndex()))
         index.add([(number, part)])
         one.parts, one.file_bytes = one.parts + 1, one.file_bytes + size
-        one.tokens += int(part.lengths.sum(dtype=np.int64))
+        one.tokens += part.tokens
     for one, index in found.values():
         one.completions, one.repeated = index.unique, len(index) - index.unique
         report.namespaces.append(one)
@@ -103,15 +99,11 @@ def compact_store(path: str | Path, *, part_bytes: int = PART_BYTES) -> tuple[in
     folder = _existing(path)
     damaged: dict[str, str] = {}
     groups: dict[Namespace, list[tuple[str, PartIndex]]] = {}
-    before = 0
-    for name, _, part in _parts(folder, damaged):
-        before += 1
-        if _wrong_values(folder, name, part) == 0:
-            groups.setdefault(part.namespace, []).append((name, part))
-        folder.forget(name)
-    after = before - sum(map(len, groups.values()))
+    for name, _, part in _parts(folder, damaged, values=True):
+        groups.setdefault(part.namespace, []).append((name, part))
+    before, after = sum(map(len, groups.values())), 0
     for namespace, parts in groups.items():
-        total = sum(int(part.lengths.sum(dtype=np.int64)) for _, part in parts) * np.dtype(namespace.dtype).itemsize
+        total = sum(part.tokens for _, part in parts) * np.dtype(namespace.dtype).itemsize
         # Nothing to gain where there is one part, or only large ones.
         if len(parts) <= -(-total // part_bytes) or len(parts) == 1:
             after += len(parts)
@@ -124,7 +116,7 @@ def compact_store(path: str | Path, *, part_bytes: int = PART_BYTES) -> tuple[in
 def _merge(folder: PartFolder, namespace: Namespace, parts: list[tuple[str, PartIndex]], part_bytes: int) -> int:
     """Write the rows of parts into as few as possible, then remove those; the number written."""
     seen: set[bytes] = set()
-    rows: dict[bytes, bytes] = {}
+    rows: dict[bytes, np.ndarray] = {}
     size, written = 0, 0
 
     def write() -> None:
@@ -137,11 +129,10 @@ def _merge(folder: PartFolder, namespace: Namespace, parts: list[tuple[str, Part
             if key in seen:
                 continue
             seen.add(key)
-            rows[key] = bytes(value)
-            size += len(value)
+            rows[key] = value
+            size += value.nbytes
             if size >= part_bytes:
                 write()
-        folder.forget(name)
     if rows:
         write()
     folder.remove(name for name, _ in parts)
@@ -207,13 +198,11 @@ def _exported(folder: PartFolder) -> Iterator[list[dict[str, Any]]]:
     seen: set[bytes] = set()
     for name, _, part in _parts(folder, {}):
         same = {"reference": part.namespace.fingerprint, "numerics": numerics_words(part.namespace)}
-        kept = np.dtype(part.namespace.dtype).newbyteorder("<")
         yield [
-            {"key": key.hex(), **same, "token_logps": np.frombuffer(value, kept).astype(np.float32)}
+            {"key": key.hex(), **same, "token_logps": value.astype(np.float32)}
             for key, value in _rows(folder, name, part)
             if key not in seen and not seen.add(key)
         ]
-        folder.forget(name)
 
 
 def numerics_words(namespace: Namespace) -> str:
@@ -231,29 +220,28 @@ def _existing(path: str | Path) -> PartFolder:
     return folder
 
 
-def _parts(folder: PartFolder, damaged: dict[str, str]) -> Iterator[tuple[str, int, PartIndex]]:
-    """Every part that can be read; `damaged` takes the others."""
+def _parts(
+    folder: PartFolder, damaged: dict[str, str], *, values: bool = False
+) -> Iterator[tuple[str, int, PartIndex]]:
+    """Every part that can be read, on request with right values; `damaged` takes the others."""
     for name, size in folder.sizes().items():
         try:
             part = folder.index(name)
+            if not name.startswith(f"{part.namespace.digest.hex()}/"):
+                raise StoreError("it lies in the folder of another reference")
+            rows = zip(_rows(folder, name, part), part.crcs.tolist(), strict=True) if values else ()
+            if wrong := sum(crc_of(key, value) != crc for (key, value), crc in rows):
+                raise StoreError(f"{wrong} of its {len(part.keys)} values do not match their checksums")
         except FileNotFoundError:
             continue
         except (StoreError, OSError) as error:
             damaged[name] = str(error)
             continue
-        if not name.startswith(f"{part.namespace.digest.hex()}/"):
-            damaged[name] = "it lies in the folder of another reference"
-            continue
         yield name, size, part
 
 
-def _rows(folder: PartFolder, name: str, part: PartIndex) -> Iterator[tuple[bytes, Any]]:
-    data = memoryview(folder.whole(name))
-    ends = part.offsets + part.lengths.astype(np.int64) * np.dtype(part.namespace.dtype).itemsize
-    for key, start, end in zip(part.keys, part.offsets.tolist(), ends.tolist(), strict=True):
-        yield key.tobytes(), data[start:end]
-
-
-def _wrong_values(folder: PartFolder, name: str, part: PartIndex) -> int:
-    rows = zip(_rows(folder, name, part), part.crcs.tolist(), strict=True)
-    return sum(crc_of(key, value) != crc for (key, value), crc in rows)
+def _rows(folder: PartFolder, name: str, part: PartIndex) -> Iterator[tuple[bytes, np.ndarray]]:
+    values = folder.values(name)
+    for row, key in enumerate(part.keys):
+        yield key.tobytes(), values[row]
+    folder.forget(name)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
 
 from tether.data import example_from_row
-from tether.errors import ConfigError, StoreError
-from tether.reference import StoredReference
-from tether.reference.store.reference import MEAN_SHARE
+from tether.errors import StoreError
+from tether.reference.store.reference import MEAN_SHARE, StoredReference
 from tether.reference.store.tools import describe_store, numerics_words
-from tether.training.store import evaluation_sets, open_store
-from tether.training.trainer import TetherTrainer
 
 
 @dataclass(frozen=True)
@@ -60,44 +57,42 @@ class StoreComparison:
         return not self.wrong and self.mean_difference <= MEAN_SHARE * self.tolerance
 
 
-def compare_store(trainer: TetherTrainer, path: str, *, rows: int, seed: int = 0) -> StoreComparison:
-    """Compute stored log-probabilities of sampled rows again, with the reference of a run.
+def compare_store(
+    stored: StoredReference, sets: Mapping[str, Dataset], *, rows: int, batch_size: int, seed: int = 0
+) -> StoreComparison:
+    """Compute stored log-probabilities of sampled rows again, with the reference that the store stands for.
 
-    A store is found by the content of rows, so that the rows to compare come from the run's data sets.
+    A store is found by the content of rows, so that the rows to compare come from data sets.
 
     Args:
-        trainer: of the run; the store need not be its own.
-        path: the store.
+        stored: the reference with its store.
+        sets: name to prepared rows.
         rows: how many are drawn from all data sets together; all of them where there are fewer.
+        batch_size: rows that the reference scores at a time.
         seed: of the draw.
 
     Returns:
         What was compared, and what differs.
 
     Raises:
-        ConfigError: there is no store, or the run's reference moves or is none.
         StoreError: nothing of these rows is stored.
     """
-    held = describe_store(path)
-    identity = trainer.run.reference.identity
-    if identity.meaning == "none" or identity.sync is not None:
-        why = "has no reference" if identity.meaning == "none" else f"moves its reference {identity.sync}"
-        raise ConfigError(
-            f"The run {why}, so that no store belongs to it. Give the run file that the store was made with."
-        )
-    stored = open_store(trainer.run.reference, path, trainer.args, trainer.accelerator, lambda: trainer.policy)
+    identity = stored.live.identity
     found = StoreComparison(f"{identity.source} ({identity.meaning}, {identity.fingerprint})", stored.allowed)
-    sets = {"train": trainer.run.source.known, **evaluation_sets(trainer.eval_dataset)}
     places = [(name, row) for name, one in sets.items() for row in range(len(one))]
     drawn = sorted(random.Random(seed).sample(range(len(places)), min(rows, len(places))))
     total = 0.0
-    for name, numbers in _by_set([places[i] for i in drawn], trainer.args.per_device_eval_batch_size):
-        total += _compare(found, stored, sets[name], name, numbers)
+    for name, one in sets.items():
+        numbers = [places[i][1] for i in drawn if places[i][0] == name]
+        for start in range(0, len(numbers), batch_size):
+            total += _compare(found, stored, one, name, numbers[start : start + batch_size])
     if not found.completions:
-        others = "; ".join(f"{one.namespace.fingerprint} in {numerics_words(one.namespace)}" for one in held.namespaces)
+        path = stored.store.folder.path
+        spaces = [one.namespace for one in describe_store(path).namespaces]
+        held = "; ".join(f"{space.fingerprint} in {numerics_words(space)}" for space in spaces)
         raise StoreError(
             f"Nothing of the {len(drawn)} sampled rows is in the store '{path}' for the run's reference, "
-            f"{identity.fingerprint} in {numerics_words(stored.store.namespace)}. The store is of {others}. "
+            f"{identity.fingerprint} in {numerics_words(stored.store.namespace)}. The store is of {held}. "
             "Give the run file that it was made with (model, max_length, dtype), or fill it with `tether precompute`."
         )
     found.mean_difference = total / found.tokens
@@ -123,11 +118,3 @@ def _compare(found: StoreComparison, stored: StoredReference, rows: Dataset, nam
             found.max_difference = float(np.fmax(found.max_difference, worst))
             total += float(part.sum())
     return total
-
-
-def _by_set(places: list[tuple[str, int]], size: int) -> Iterator[tuple[str, list[int]]]:
-    """Row numbers of one data set each, at most `size` at a time."""
-    for name in dict.fromkeys(name for name, _ in places):
-        numbers = [row for other, row in places if other == name]
-        for start in range(0, len(numbers), size):
-            yield name, numbers[start : start + size]
