@@ -1,25 +1,22 @@
-"""95 % intervals for what an evaluation reports: shares, and differences of means."""
+"""95 % intervals for what an evaluation reports, by scipy: shares, and differences of means."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from tether.errors import ConfigError
 
-Z95 = 1.959963984540054
 _NUMBERS_AT_ONCE = 4_000_000
 
 
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     r"""Wilson's 95 % interval of a share; right for small samples and for shares near 0 and 1 too.
 
-    $(p + z^2/2n \pm z\sqrt{p(1-p)/n + z^2/4n^2}) / (1 + z^2/n)$ with $p$ = successes / n.
-
     Args:
-        successes: how many of the trials; a tie may count one half.
+        successes: how many of the trials.
         n: how many trials.
 
     Returns:
@@ -40,11 +37,8 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
         raise ConfigError(f"{successes} successes of {n} trials. Allowed: from 0 to the number of trials.")
     if n == 0:
         return 0.0, 1.0
-    share = successes / n
-    scale = 1 + Z95**2 / n
-    center = (share + Z95**2 / (2 * n)) / scale
-    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2)) / scale
-    return max(0.0, center - half), min(1.0, center + half)
+    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_mean_difference(
@@ -68,34 +62,30 @@ def bootstrap_mean_difference(
         The difference, the lower and the upper end.
 
     Raises:
-        ConfigError: no values, values that are not finite, or pairs of different number.
+        ConfigError: fewer than two values, values that are not finite, or pairs of different number.
 
     Example:
         >>> bootstrap_mean_difference([0.0, 1.0], [0.5, 1.5])
         (0.5, 0.5, 0.5)
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if min(first.size, second.size) == 0 or (paired and first.size != second.size):
+    if min(first.size, second.size) < 2 or (paired and first.size != second.size):
         raise ConfigError(
-            f"There are {first.size} values before and {second.size} after. Allowed: at least one of each, and as "
+            f"There are {first.size} values before and {second.size} after. Allowed: at least two of each, and as "
             "many of the one as of the other if they are paired."
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ConfigError("Some values are not finite. A mean needs finite values: remove or repair the others.")
-    random = np.random.default_rng(seed)
-    if paired:
-        means = _resampled_means(second - first, random, resamples)
-    else:
-        means = _resampled_means(second, random, resamples) - _resampled_means(first, random, resamples)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(second.mean() - first.mean()), float(low), float(high)
+    interval = stats.bootstrap(
+        (second - first,) if paired else (second, first),
+        np.mean if paired else _difference_of_means,
+        n_resamples=resamples,
+        batch=max(1, _NUMBERS_AT_ONCE // max(first.size, second.size)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(second.mean() - first.mean()), float(interval.low), float(interval.high)
 
 
-def _resampled_means(values: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
-    rows = max(1, _NUMBERS_AT_ONCE // values.size)
-    return np.concatenate(
-        [
-            values[random.integers(values.size, size=(min(rows, resamples - start), values.size))].mean(axis=1)
-            for start in range(0, resamples, rows)
-        ]
-    )
+def _difference_of_means(after: np.ndarray, before: np.ndarray, axis: int) -> np.ndarray:
+    return after.mean(axis=axis) - before.mean(axis=axis)

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tether.errors import ConfigError
@@ -32,12 +33,11 @@ def cache_root() -> Path:
     """Folder for what Tether derives once and reads again.
 
     Returns:
-        `$TETHER_CACHE`, else `$XDG_CACHE_HOME/tether`, else `~/.cache/tether`. It may not exist yet.
+        `$TETHER_CACHE`, else `tether` in the system's folder for caches: on Linux `$XDG_CACHE_HOME`, else `~/.cache`.
+        It may not exist yet.
     """
-    if chosen := os.environ.get("TETHER_CACHE"):
-        return Path(chosen).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "tether"
+    chosen = os.environ.get("TETHER_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("tether", appauthor=False)
 
 
 def check_gguf(path: Path) -> None:
