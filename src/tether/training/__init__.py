@@ -1,6 +1,6 @@
 """Training: configurations shaped like TRL's and trainers over `transformers.Trainer`."""
 
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.dpo_arguments import DPOConfig
 from tether.training.preference import DPOTrainer
 from tether.training.reference_free import CPOTrainer, ORPOTrainer

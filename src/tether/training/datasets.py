@@ -31,7 +31,7 @@ from tether.data.prepare.stream import Arrange, PreparedStream
 from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError
 from tether.models.gguf import cache_root
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.types import Example
 
 logger = logging.getLogger("tether")

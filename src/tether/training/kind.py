@@ -14,8 +14,8 @@ from tether.data.prepare.stream import Arrange
 from tether.errors import DataError
 from tether.scoring import score
 from tether.scoring.layout.proof import LOG_PROBS, Measures
-from tether.training.arguments import PreferenceConfig
 from tether.training.batching import MicroBatch
+from tether.training.config import PreferenceConfig
 from tether.training.setup import policy_spec, with_adapter
 from tether.types import LossOutput, Scores, ScoringBatch
 

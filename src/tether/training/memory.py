@@ -12,8 +12,8 @@ from torch import nn
 
 from tether.errors import ConfigError
 from tether.models.structure import trainable_tensors, transformers_model
-from tether.training.arguments import PreferenceConfig
 from tether.training.batching import TokenBudget
+from tether.training.config import PreferenceConfig
 
 logger = logging.getLogger("tether")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tether.compute.cpu_matmul import has_onednn, onednn_product, use_products
 from tether.errors import ConfigError
 from tether.models.structure import dtype_of, transformers_model
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 
 logger = logging.getLogger("tether")
 PRECISION = "precision.json"

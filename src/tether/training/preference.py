@@ -94,7 +94,7 @@ class DPOTrainer(TetherTrainer):
         if "margin" in batch.values and not self.objective.takes("margins"):
             raise DataError(
                 f"The rows have a column `margin`, which {names} would ignore. Take it out, or use one of "
-                f"{', '.join(row.name for row in OBJECTIVES.values() if 'margins' in row.inputs)}."
+                f"{', '.join(row.name for row in OBJECTIVES['dpo'].values() if row.takes('margins'))}."
             )
 
     def couples_examples(self) -> bool:

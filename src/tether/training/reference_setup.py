@@ -21,7 +21,7 @@ from tether.models.spec import ModelSpec
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import ReferenceSpec, refuse_other_tokenizer
 from tether.reference.methods.model import may_move
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.setup import source_of
 from tether.types import Meaning
 

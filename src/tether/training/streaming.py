@@ -23,7 +23,7 @@ from tether.training.stream_loader import Order, Position, StreamLoader, Walk
 from tether.types import Example
 
 if TYPE_CHECKING:
-    from tether.training.arguments import PreferenceConfig
+    from tether.training.config import PreferenceConfig
     from tether.training.datasets import RunData
 
 logger = logging.getLogger("tether")

@@ -42,7 +42,6 @@ from tether.reference import (
 from tether.reference.methods.shards import held_by
 from tether.reference.record import restore, write_record, write_tensors
 from tether.scoring import Layout, choose_layout, pack
-from tether.training.arguments import PreferenceConfig
 from tether.training.batching import MicroBatch, accumulate_only, without_repeated_rows
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import (
@@ -51,6 +50,7 @@ from tether.training.checkpoint import (
     write_objective,
 )
 from tether.training.collate import batch_of, collate
+from tether.training.config import PreferenceConfig
 from tether.training.datasets import Rows, RunData, probe_examples
 from tether.training.kind import TrainerKind
 from tether.training.memory import choose_budget

@@ -13,8 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tether.data import Prepared
 from tether.data.prepare.stream import Arrange
-from tether.objectives.others import OTHER_OBJECTIVES
-from tether.objectives.unpaired import is_balanced, kto, suggested_weights, unpaired_loss
+from tether.objectives import OBJECTIVES
+from tether.objectives.unpaired import is_balanced, suggested_weights, unpaired_loss
 from tether.reference.base import frozen_pass
 from tether.training.batching import MicroBatch
 from tether.training.mismatched import Mismatching, with_mismatched
@@ -195,7 +195,9 @@ class KTOTrainer(TetherTrainer):
         if mode == "eval" and self.args.loss_type == "kto":
             means["kl"] = max(0.0, means["kl"])
             rows = torch.cat([torch.zeros(0, 3, device=self.args.device), *self._evaluated]).double()
-            losses = rows[:, 2] * kto(rows[:, 0], rows[:, 1] > 0.5, means["kl"], **self.args.objective_options())
+            losses = rows[:, 2] * OBJECTIVES["kto"]["kto"](
+                rows[:, 0], rows[:, 1] > 0.5, means["kl"], **self.args.objective_options()
+            )
             loss = self._mean(torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))]))
             means["loss"] = loss.item() + self._router_coefficient * means.get("aux_loss", 0.0)
         self._evaluated = []
@@ -206,7 +208,7 @@ class KTOTrainer(TetherTrainer):
     def convention(self) -> str:
         """What the objective's options mean, in one line."""
         options = ", ".join(f"{name} {value:g}" for name, value in self.args.objective_options().items())
-        return f"objective: {self.args.loss_type} ({options}): {OTHER_OBJECTIVES[self.args.loss_type].convention}"
+        return f"objective: {self.args.loss_type} ({options}): {OBJECTIVES['kto'][self.args.loss_type].convention}"
 
 
 def _mismatched(logratios: Tensor) -> Tensor:
