@@ -11,9 +11,19 @@ class TetherError(Exception):
 
 
 class ConfigError(TetherError):
-    """An option, a run file or an argument that cannot be honoured."""
+    """An option, a run file or an argument that cannot be honoured.
+
+    Args:
+        words: what is wrong; where a field is named, they follow its name.
+        field: of the trainer's configuration. A caller that calls it otherwise, as a run file does, puts its own name
+            before `words`.
+    """
 
     exit_code = 2
+
+    def __init__(self, words: str, field: str | None = None) -> None:
+        super().__init__(words if field is None else f"{field} {words}")
+        self.words, self.field = words, field
 
 
 class DataError(TetherError):

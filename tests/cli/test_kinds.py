@@ -95,8 +95,14 @@ def test_learning_rates_are_the_trainers_own(loss: str, rate: float) -> None:
         ({"objective": {"loss": "kto", "desirable_wieght": 2.0}}, "Did you mean `objective.desirable_weight`"),
         ({"objective": {"loss": "kto", "desirable_weight": "much"}}, "`objective.desirable_weight` is 'much'"),
         ({"objective": {"loss": "kto", "label_smoothing": 0.1}}, "does not apply to loss 'kto'; it takes beta"),
-        ({"objective": {"loss": "kto", "desirable_weight": -1.0}}, "`objective.desirable_weight` is -1.0"),
-        ({"objective": {"loss": "sigmoid", "desirable_weight": 2.0}}, "`objective.desirable_weight` is not known"),
+        (
+            {"objective": {"loss": "kto", "desirable_weight": -1.0}},
+            "`objective.desirable_weight` is -1.0 .a number with a fraction.; allowed is a number above 0",
+        ),
+        (
+            {"objective": {"loss": "sigmoid", "desirable_weight": 2.0}},
+            "does not apply to loss 'sigmoid'; it takes weights, beta",
+        ),
         ({"objective": {"loss": "kto"}, "train": {"desirable_weight": 2.0}}, "is said by `objective.desirable_weight`"),
         ({"objective": {"loss": "orpo"}, "reference": "start"}, "compares with no reference"),
         ({"objective": {"loss": "reward"}, "reference": {"model": "other"}}, "compares with no reference"),

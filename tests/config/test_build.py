@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tether.config import RunConfig, build, check_run, split_batch
+from tether.config.build import objective_arguments
 from tether.errors import ConfigError
 from tether.training import DPOConfig
 
@@ -21,7 +22,9 @@ def test_defaults_are_those_of_the_python_configuration() -> None:
     run, defaults = run_with(), {field.name: field.default for field in dataclasses.fields(DPOConfig)}
     assert defaults["num_train_epochs"] == run.train.epochs
     assert defaults["per_device_train_batch_size"] == run.train.batch_size
-    assert {name: defaults[name] for name in run.objective.arguments} == run.objective.arguments
+    arguments = objective_arguments(run.objective)
+    assert {name: defaults[name] for name in arguments} == arguments
+    assert arguments.keys() == {"loss_type", "loss_weights", "beta", *run.objective.further} - {"weights"}
     for name in ("learning_rate", "max_length", "max_steps"):
         assert defaults[name] == getattr(run.train, name)
 
@@ -187,20 +190,26 @@ def test_devices_are_counted_by_the_launcher(monkeypatch: pytest.MonkeyPatch) ->
     ("sections", "message"),
     [
         ({"objective": {"loss": "sigmoud"}}, "`objective.loss` 'sigmoud' is not known; did you mean sigmoid?"),
-        ({"objective": {"beta": -1}}, "`objective.beta` is -1.0;"),
-        ({"objective": {"label_smoothing": 0.7}}, "`objective.label_smoothing` is 0.7;"),
+        ({"objective": {"beta": -1}}, "run: `objective.beta` is -1 (a whole number); allowed is a number above 0."),
+        (
+            {"objective": {"label_smoothing": 0.7}},
+            "`objective.label_smoothing` is 0.7 (a number with a fraction); allowed is a number at least 0 and below",
+        ),
         ({"reference": {"meaning": "base", "means": "model"}}, "cannot compute the meaning 'base'"),
         ({"train": {"truncation_mode": "keep"}}, "`train.truncation_mode` is 'keep'"),
-        ({"train": {"max_tokens_per_forward": "much"}}, "`train.max_tokens_per_forward` is 'much'; it must be `auto`"),
+        (
+            {"train": {"max_tokens_per_forward": "much"}},
+            "`train.max_tokens_per_forward` is 'much' (text); allowed is `auto`, null or a whole",
+        ),
         ({"lora": {"dropout": 0.1}}, "`lora.dropout` is 0.1, but every dropout is switched off"),
         ({"train": {"eval_strategy": "steps"}}, "`train.eval_strategy` is steps, but there is nothing to evaluate."),
         (
             {"train": {"lr_scheduler_kwargs": "{"}},
-            "`train.lr_scheduler_kwargs` is '{', which the trainer's configuration refuses",
+            "`train.lr_scheduler_kwargs` is '{', which is not JSON",
         ),
         (
             {"train": {"load_best_model_at_end": True, "eval_strategy": "epoch"}, "data": {"train": "a", "eval": "b"}},
-            "`train.load_best_model_at_end` is True, which the trainer's configuration refuses",
+            "refuses the keys of `train` together: --load_best_model_at_end requires the save and eval",
         ),
     ],
 )

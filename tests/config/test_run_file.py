@@ -11,7 +11,7 @@ import pytest
 
 from tether.config import RunConfig, check_run, json_schema, load_run_file
 from tether.config.document import parse, write_document
-from tether.config.model_section import ADAPTERS
+from tether.config.sections import ADAPTERS
 from tether.errors import ConfigError
 
 SMALLEST = "model: tiny\ndata: {train: pairs.jsonl}\n"

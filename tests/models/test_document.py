@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tether import DPOConfig
 from tether.config.build import build
-from tether.config.load import check_run
-from tether.config.model_section import ADAPTERS, Model
+from tether.config.read import check_run
+from tether.config.sections import ADAPTERS, Model
 from tether.models.adapters import stack_adapter, write_active
 from tiny import tiny_model
 

@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 
-from tether import DPOConfig
+from tether import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, RewardConfig
 from tether.config import build, check_run
 from tether.errors import ConfigError
-from tether.objectives import OBJECTIVES
-from tether.training.dpo_arguments import LOSS_OPTIONS
+from tether.objectives import OBJECTIVES, Option, Range
 
 
 def config(**options):
@@ -18,7 +17,7 @@ def config(**options):
 
 
 REFUSED = [
-    ({"loss_type": "sigmod"}, "loss 'sigmod' is not known; did you mean sigmoid?"),
+    ({"loss_type": "sigmod"}, "loss_type 'sigmod' is not known; did you mean sigmoid?"),
     ({"loss_type": []}, "loss_type is empty"),
     ({"loss_type": ["sigmoid", "sigmoid"]}, "names a loss twice"),
     ({"loss_type": ["sigmoid", "plackett_luce"]}, "sigmoid from pair data, plackett_luce from ranked data"),
@@ -71,7 +70,7 @@ def test_what_has_no_meaning_is_refused_at_construction(options, words):
         {"loss_type": ["robust", "hinge"], "label_smoothing": 0.1},
         {"loss_type": "simpo", "reference": "none"},
         {"loss_type": "exo_pair", "label_smoothing": 1e-3},
-        *({"loss_type": name, "label_smoothing": 1e-3 * (name == "exo_pair")} for name in OBJECTIVES),
+        *({"loss_type": name, "label_smoothing": 1e-3 * (name == "exo_pair")} for name in OBJECTIVES["dpo"]),
     ],
 )
 def test_what_has_a_meaning_is_accepted(options):
@@ -94,14 +93,41 @@ def test_a_loss_gets_the_options_that_it_takes():
     )
 
 
-def test_every_option_of_every_row_has_a_field_with_its_default():
-    """One default wherever it is written; `exo_pair` must be given its smoothing, as in TRL."""
-    defaults = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
-    rows = [row for row in OBJECTIVES.values() if row.kind in ("pair", "ranked")]
-    assert {name for row in rows for name in row.options} == set(LOSS_OPTIONS)
-    for row in rows:
-        for name, default in row.defaults.items():
-            assert default == defaults[name] or (row.name, name) == ("exo_pair", "label_smoothing")
+CONFIGURATIONS = {config.algorithm: config for config in (DPOConfig, KTOConfig, ORPOConfig, CPOConfig, RewardConfig)}
+
+
+@pytest.mark.parametrize("algorithm", CONFIGURATIONS)
+def test_every_option_in_the_registry_has_a_field_with_its_default_and_text(algorithm):
+    """`exo_pair` alone has another default, which `DPOConfig` leaves for its user to say, as TRL does."""
+    fields = {field.name: field for field in dataclasses.fields(CONFIGURATIONS[algorithm])}
+    for row in OBJECTIVES[algorithm].values():
+        for option in (*row.options, *row.around):
+            field = fields[option.name]
+            assert field.default == option.default or (row.name, option.name) == ("exo_pair", "label_smoothing")
+            assert field.metadata["help"].key == f"objective.{option.name}"
+            assert f"    {option.name}: {option.text[:30]}" in CONFIGURATIONS[algorithm].__doc__
+
+
+def test_a_row_with_an_option_of_its_own_gives_a_field_and_its_check(monkeypatch):
+    """Adding a loss takes no other place than the row."""
+    zeta = Option("zeta", 2.0, Range(1), "Weight of the new term.")
+    row = dataclasses.replace(
+        OBJECTIVES["kto"]["kto"], name="new", function=lambda r, label, z0, *, zeta: r * zeta, options=(zeta,)
+    )
+    monkeypatch.setitem(OBJECTIVES["kto"], "new", row)
+
+    @dataclasses.dataclass
+    class Config(KTOConfig, algorithm="kto"):
+        """A configuration."""
+
+    arguments = Config(output_dir="unused", report_to="none", use_cpu=True, loss_type="new", zeta=3.0)
+    assert arguments.objective_options() == {"zeta": 3.0}
+    assert "zeta: Weight of the new term. Must be at least 1." in Config.__doc__
+    with pytest.raises(ConfigError, match=r"zeta is 0\.5; for loss 'new' it must be at least 1") as caught:
+        Config(output_dir="unused", report_to="none", use_cpu=True, loss_type="new", zeta=0.5)
+    assert caught.value.field == "zeta"
+    with pytest.raises(ConfigError, match="zeta does not apply to loss 'kto'; it takes beta, desirable_weight"):
+        Config(output_dir="unused", report_to="none", use_cpu=True, zeta=3.0)
 
 
 def test_the_run_file_says_the_same():

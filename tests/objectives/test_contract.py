@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
 from objectives.formulae import AT_ZERO, FLIPPED, FORMULAE
-from tether.objectives import OBJECTIVES, Combination, check_options
+from tether.objectives import OBJECTIVES, Combination, check_options, options_of
+from tether.objectives.objective import Input, of_pair
 
-NAMES = sorted(OBJECTIVES)
+ROWS = OBJECTIVES["dpo"]
+NAMES = sorted(ROWS)
 # For each option two values besides its default; a row is tried with each.
 OPTIONS = {
     "beta": (0.3, 1.5),
@@ -39,11 +42,11 @@ def numbers(row, *, count=5, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (count, 3) if row.kind == "ranked" else (count,)
     found = []
-    for name in row.inputs:
+    for one in row.inputs:
         drawn = torch.randn(shape, generator=generator, dtype=dtype)
         # Probabilities need log-probs at most 0; those of a mean over tokens are near it.
-        drawn = -drawn.abs() - 0.05 if name.endswith("logps") else 3 * drawn
-        found.append(drawn.requires_grad_(name != "margins" and (row.name, name) not in STOPPED))
+        drawn = -drawn.abs() - 0.05 if one.quantity.endswith("logps") else 3 * drawn
+        found.append(drawn.requires_grad_(one.quantity != "margins" and (row.name, one.name) not in STOPPED))
     return found
 
 
@@ -52,14 +55,14 @@ def formula(row, inputs, options):
 
 
 def test_every_row_has_a_formula():
-    assert FORMULAE.keys() == OBJECTIVES.keys()
-    assert {name for row in OBJECTIVES.values() for name in row.options} == OPTIONS.keys()
+    assert FORMULAE.keys() == ROWS.keys()
+    assert options_of("dpo").keys() == OPTIONS.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_the_formula(name):
     """INV-23: the value to 1e-10, and the gradient against central differences of the second formula."""
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     for options in settings(row):
         inputs = numbers(row)
         losses = row.function(*inputs, **options)
@@ -80,7 +83,7 @@ def test_value_and_gradient_are_the_formula(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name):
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     assert torch.autograd.gradcheck(lambda *inputs: row.function(*inputs, **row.defaults), numbers(row, seed=1))
 
 
@@ -88,26 +91,26 @@ def test_gradcheck(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_extremes_are_finite(name, dtype):
     """INV-23: log-ratios of 10,000 nats either way and at a tie, probabilities of 0 and 1; values and gradients."""
-    row = OBJECTIVES[name]
-    logps = any(one.endswith("logps") for one in row.inputs)
+    row = ROWS[name]
+    logps = any(one.quantity.endswith("logps") for one in row.inputs)
     values = [-1e4, -1e-9, 0.0] if logps else [-1e4, 0.0, 1e4]
     columns = list(zip(*itertools.product(values, repeat=3 if row.kind == "ranked" else len(row.inputs)), strict=True))
     inputs = [torch.tensor(column, dtype=dtype) for column in columns]
     if row.kind == "ranked":
         inputs = [torch.stack(inputs, dim=-1)]
-    for options in ({**row.defaults, "beta": 1.0} if "beta" in row.options else {}, row.defaults):
+    for options in ({**row.defaults, "beta": 1.0} if "beta" in row.defaults else {}, row.defaults):
         leaves = [one.clone().requires_grad_() for one in inputs]
         losses = row.function(*leaves, **options)
         losses.sum().backward()
         assert losses.isfinite().all()
-        for name, leaf in zip(row.inputs, leaves, strict=True):
-            assert (row.name, name) in STOPPED or leaf.grad.isfinite().all(), name
+        for one, leaf in zip(row.inputs, leaves, strict=True):
+            assert (row.name, one.name) in STOPPED or leaf.grad.isfinite().all(), one.name
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_order_of_the_batch(name):
     """A permutation of the examples permutes the losses; where rows are sorted, their sum stays."""
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     inputs = [one.detach() for one in numbers(row)]
     order = torch.tensor([3, 0, 4, 1, 2])
     losses = row.function(*inputs, **row.defaults)
@@ -125,7 +128,7 @@ def test_order_of_the_batch(name):
 @pytest.mark.parametrize("name", sorted(AT_ZERO))
 def test_value_at_zero_margin(name):
     """Ties, policy and reference alike: the number that the docstring names, in every setting."""
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     for options in settings(row):
         shape = (2, 3) if row.kind == "ranked" else (2,)
         zeros = [torch.zeros(shape, dtype=torch.float64) for _ in row.inputs]
@@ -135,7 +138,7 @@ def test_value_at_zero_margin(name):
 @pytest.mark.parametrize("name", sorted(FLIPPED))
 def test_smoothing_is_a_mixture_with_the_flipped_pair(name):
     """What a wrong label means: loss(e) from loss(0) of the pair and of the pair with its labels exchanged."""
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     inputs = [one.detach() for one in numbers(row)]
     if name == "sigmoid":
         inputs = inputs[:2]
@@ -152,7 +155,7 @@ def test_smoothing_is_a_mixture_with_the_flipped_pair(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_changes_the_number(name):
     """INV-24: no option is without effect."""
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     inputs = numbers(row)
     found = [row.function(*inputs, **options).sum().item() for options in settings(row)]
     assert len({round(value, 9) for value in found}) == len(found)
@@ -169,11 +172,11 @@ def test_every_name_gives_another_number():
             drawn[f"{side}_mean_{what}"] = drawn[f"{side}_{what}"] / tokens
     drawn["chosen_token_logps"] = drawn["chosen_mean_logps"]
     found = {}
-    for name, row in OBJECTIVES.items():
+    for name, row in ROWS.items():
         if row.kind == "pair":
-            inputs = [torch.tensor([drawn[one]], dtype=torch.float64) for one in row.inputs]
+            inputs = [torch.tensor([drawn[one.name]], dtype=torch.float64) for one in row.inputs]
             # Without smoothing, `robust` is DPO by definition.
-            smoothing = {"label_smoothing": 0.1} if "label_smoothing" in row.options else {}
+            smoothing = {"label_smoothing": 0.1} if "label_smoothing" in row.defaults else {}
             found[name] = round(row.function(*inputs, **{**row.defaults, **smoothing}).item(), 9)
     assert found.pop("aot") == found["aot_unpaired"], "with one pair there is nothing to sort"
     assert len(set(found.values())) == len(found), found
@@ -182,28 +185,46 @@ def test_every_name_gives_another_number():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_row_says_what_its_options_may_be(name):
     """INV-24, 27: each bound is enforced, and the convention is in words."""
-    row = OBJECTIVES[name]
+    row = ROWS[name]
     assert row.convention
     assert row.when.endswith(".")
     assert all(row.learning_rate)
-    for option, allowed in row.options.items():
-        assert check_options(name, {option: float("nan")}) is not None
-        assert check_options(name, {option: allowed.low - 1}) == (
-            f"{option} is {allowed.low - 1}; for loss {name!r} it must be {allowed.words}."
+    for option in row.options:
+        allowed = option.allowed
+        assert check_options((row,), {option.name: float("nan")}) is not None
+        assert str(check_options((row,), {option.name: allowed.low - 1})) == (
+            f"{option.name} is {allowed.low - 1}; for loss {name!r} it must be {allowed.words}."
         )
-        assert check_options(name, {option: row.defaults[option]}) is None
-        assert (check_options(name, {option: allowed.low}) is None) == allowed.low_included
-    assert "does not apply" in check_options(name, {"zeta": 1.0})
+        assert check_options((row,), {option.name: option.default}) is None
+        assert (check_options((row,), {option.name: allowed.low}) is None) == allowed.low_included
+    assert "does not apply" in str(check_options((row,), {"zeta": 1.0}))
     assert Combination((name,), options=row.defaults).problem() is None
 
 
 def test_a_row_cannot_disagree_with_its_function():
-    row = OBJECTIVES["sigmoid"]
     with pytest.raises(TypeError, match="keyword parameters"):
-        type(row)("x", row.function, "pair", {"beta": row.options["beta"]}, "", "", ("", ""))
+        dataclasses.replace(ROWS["sigmoid"], options=ROWS["sigmoid"].options[:1])
+    with pytest.raises(TypeError, match="1 inputs for 3 positional parameters"):
+        dataclasses.replace(ROWS["sigmoid"], inputs=of_pair("logratios")[:1])
+
+
+def test_whether_a_reference_is_loaded_hangs_on_what_a_row_takes_and_not_on_a_spelling():
+    """The same function, which calls its numbers log-ratios, compares with nothing where it is given log-probs."""
+    assert {name for name in ROWS if not ROWS[name].needs_reference} == {"sft", "simpo", "cpo", "orpo", "odds_ratio"}
+    assert ROWS["aot"].needs_reference
+    assert ROWS["aot"].takes("reference_logps")
+    assert [OBJECTIVES["cpo"][name].function for name in ("sigmoid", "ipo")] == [
+        ROWS[name].function for name in ("sigmoid", "ipo")
+    ]
+    assert not any(
+        row.needs_reference for name in ("cpo", "orpo", "sft", "reward") for row in OBJECTIVES[name].values()
+    )
+    assert all(row.needs_reference for row in OBJECTIVES["kto"].values())
+    assert not dataclasses.replace(ROWS["ipo"], inputs=of_pair("rewards")).needs_reference
+    assert dataclasses.replace(ROWS["sft"], inputs=(Input("reference_kl", "chosen"),)).needs_reference
 
 
 def test_two_completions_of_a_ranking_are_dpo():
     lists = torch.tensor([[0.3, -1.0], [2.0, 2.5]], dtype=torch.float64)
-    pairs = OBJECTIVES["sigmoid"].function(lists[:, 0], lists[:, 1], beta=0.4)
-    torch.testing.assert_close(OBJECTIVES["plackett_luce"].function(lists, beta=0.4), pairs)
+    pairs = ROWS["sigmoid"](lists[:, 0], lists[:, 1], beta=0.4)
+    torch.testing.assert_close(ROWS["plackett_luce"].function(lists, beta=0.4), pairs)

@@ -16,6 +16,7 @@ OPTIONS = {
     "hinge": {"beta": 0.7},
     "ipo": {"beta": 0.7},
     "simpo": {"beta": 2.0, "simpo_gamma": 0.4, "label_smoothing": 0.1},
+    "alphapo": {"beta": 2.0, "simpo_gamma": 0.4, "label_smoothing": 0.1},
     "odds_ratio": {"beta": 0.7},
 }
 
@@ -51,7 +52,7 @@ SHAPED = [(name, alpha) for name in CONTRASTS for alpha in (0.0, 0.25, -0.5) if 
 @pytest.mark.parametrize(("name", "alpha"), SHAPED)
 def test_values_are_the_formulas(name, alpha):
     """INV-23: in float64, from sums over tokens or means, through the reward's shape."""
-    level = (lambda row: sum(row) / len(row)) if CONTRASTS[name][1] else sum
+    level = (lambda row: sum(row) / len(row)) if CONTRASTS[name].per_token else sum
     rewards = [level(row) for row in TOKENS]
     if alpha:
         rewards = [(1 - math.exp(value) ** -alpha) / alpha for value in rewards]

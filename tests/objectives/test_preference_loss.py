@@ -127,7 +127,7 @@ def test_margins_come_from_their_column(name):
     margins = torch.tensor([0.4, -1.0])
     found = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=name, beta=0.7, values={"margin": margins})
     logratios = torch.tensor([1.0, -1.0]).double(), torch.tensor([-1.0, 0.0]).double()
-    expected = OBJECTIVES[name].function(*logratios, margins, beta=0.7)
+    expected = OBJECTIVES["dpo"][name](*logratios, margins, beta=0.7)
     torch.testing.assert_close(found.values(), expected)
     other = preference_loss(scores(*POLICY), scores(*REFERENCE), loss=name, beta=0.7, values={"margin": margins + 1})
     assert not torch.allclose(found.values(), other.values())
@@ -165,14 +165,14 @@ def test_metrics_do_not_depend_on_the_split():
         assert count.item() == sum(half[name][1].item() for half in halves), name
 
 
-@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.kind == "pair"])
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES["dpo"].items() if row.kind == "pair"])
 def test_a_completion_of_which_nothing_is_scored_is_finite(name):
     """A mean is over at least one token: the empty completion has a log-prob of 0, and no NaN comes of it."""
     tokens = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     policy = Scores(tokens, torch.tensor([0, 0, 3]), 4, log_collision=torch.zeros(3))
     reference = Scores(torch.tensor([-1.5, -1.5, -1.0]), policy.completion_index, 4)
-    row = OBJECTIVES[name]
-    desensitised = None if "chosen_reference_kl" in row.inputs else 0.5
+    row = OBJECTIVES["dpo"][name]
+    desensitised = None if row.takes("reference_kl") else 0.5
     mixed = Combination((name,), ld_alpha=desensitised, use_weighting=row.averaged != "micro_batch")
     output = preference_loss(policy, reference, loss=mixed, values={"margin": torch.zeros(2)}, divergence=torch.ones(3))
     total = output.values().sum() + (0 if output.values("tokens") is None else output.values("tokens").sum())

@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 
-from tether.objectives.reward import bradley_terry, reward_loss
-from tether.objectives.supervised import SUPERVISED, supervised_loss
+from tether.objectives import OBJECTIVES
+from tether.objectives.reward import reward_loss
+from tether.objectives.supervised import supervised_loss
 from tether.types import Scores
 
+bradley_terry = OBJECTIVES["reward"]["reward"]
+SUPERVISED = OBJECTIVES["sft"]
 LOGPS = [-0.1, -2.5, -1e-7, -40.0]
 
 

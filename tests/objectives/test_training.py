@@ -28,8 +28,8 @@ TOKENIZER = tiny_tokenizer()
 CHOICES = list(itertools.product(("tree", "padded"), ("adapter_off", "snapshot")))
 COMBINATIONS = {
     **{
-        name: Combination((name,), options={**row.defaults, **({"beta": 0.3} if "beta" in row.options else {})})
-        for name, row in OBJECTIVES.items()
+        name: Combination((name,), options={**row.defaults, **({"beta": 0.3} if "beta" in row.defaults else {})})
+        for name, row in OBJECTIVES["dpo"].items()
         if row.kind in ("pair", "ranked")
     },
     "MPO": Combination(("sigmoid", "bco_pair", "sft"), (0.8, 0.2, 1.0)),

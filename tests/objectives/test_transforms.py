@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tether.objectives import Combination, preference_loss
-from tether.objectives.transforms import divergence_scores, length_desensitised, likelihood_weights
+from tether.objectives.losses.transforms import divergence_scores, length_desensitised, likelihood_weights
 from tether.scoring import pack, score
 from tether.types import Example, Scores
 from tiny import ragged_examples, tiny_model

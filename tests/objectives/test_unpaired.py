@@ -10,12 +10,14 @@ import torch
 import streams
 from tether.data import prepare
 from tether.errors import DataError
-from tether.objectives.unpaired import UNPAIRED, is_balanced, suggested_weights, unpaired_loss
+from tether.objectives import OBJECTIVES
+from tether.objectives.unpaired import is_balanced, suggested_weights, unpaired_loss
 from tether.training.algorithms.mismatched import mismatched_rows, with_mismatched
 from tether.types import Scores
 from tiny import tiny_tokenizer
 
 ANCHORED = ("kto", "bco")
+UNPAIRED = OBJECTIVES["kto"]
 LOGRATIOS = [1.5, -2.0, 0.0, 0.7, -30.0, 4.0]
 LABELS = [True, True, False, False, True, False]
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tether import DPOConfig, DPOTrainer
 from tether.config.build import build
-from tether.config.load import check_run
+from tether.config.read import check_run
 from tether.reference.spec import MEANS
-from tether.training.reference_arguments import ReferenceArguments
+from tether.training.config import ReferenceArguments
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

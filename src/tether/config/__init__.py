@@ -1,10 +1,10 @@
 """The YAML run file: read strictly, checked whole, turned into what the trainer takes."""
 
 from tether.config.build import build, split_batch
-from tether.config.load import check_run, load_run_file
+from tether.config.fields import config_class, trainer_class
+from tether.config.read import check_run, load_run_file
+from tether.config.run import RunConfig
 from tether.config.schema import json_schema
-from tether.config.sections import RunConfig
-from tether.config.trainers import config_class, trainer_class
 
 __all__ = [
     "RunConfig",

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
-from tether.config.adapter import adapter_config
-from tether.config.fields import ELSEWHERE, known_fields
-from tether.config.sections import RunConfig
-from tether.config.trainers import Loss, config_class, default_of, objective_arguments, own_fields, trainer_class
+from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
+from tether.config.run import Objective, RunConfig
+from tether.config.sections import LOADING, Lora, Model, Peft, Reference, Section
 from tether.errors import ConfigError
+from tether.training import PreferenceConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from tether.training import PreferenceConfig
-
 # Pairs that are computed at once on one device where neither the run file nor a budget of tokens says how many: enough
 # to keep a device busy, as pairs are packed without padding, and few enough for a small one's memory.
 MICRO_BATCH = 4
-_PLACES = {
-    "loss": "objective.loss",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.max_steps",
-    **{name: place.strip("`") for name, place in ELSEWHERE.items() if place.startswith("`") and place.endswith("`")},
+# Keys of `lora` that PEFT has under another name.
+_LORA = {
+    "alpha": "lora_alpha",
+    "target": "target_modules",
+    "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "init": "init_lora_weights",
 }
 
 
@@ -48,7 +48,7 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, PeftConfig | None, dict[str
         "train_dataset": run.data.train_rows,
         "eval_dataset": run.data.eval_rows,
     }
-    arguments = _configuration(options, run.objective.loss)
+    arguments = _configuration(options, config_class(run.objective.loss))
     if "ref_model" not in inspect.signature(trainer_class(run.objective.loss)).parameters:
         del keywords["ref_model"]
     task = "SEQ_CLS" if run.objective.loss == "reward" else None
@@ -107,47 +107,66 @@ def _options(run: RunConfig) -> dict[str, Any]:
     options = {
         **run.train.further,
         "output_dir": run.output,
-        "dataset_cache": run.data.cache or None,
-        "dataset_streaming": run.data.streaming,
-        "dataset_buffer_size": run.data.buffer_size,
         "num_train_epochs": run.train.epochs,
         "learning_rate": run.train.learning_rate,
         "max_length": run.train.max_length,
         "max_steps": run.train.max_steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
+        **_under("data", run.data),
+        "dataset_cache": run.data.cache or None,
         **objective_arguments(run.objective),
-        **_reference(run),
-        **run.model.arguments,
+        **_reference(run.reference),
+        **_model(run.model),
     }
     _refuse_idle_options(run)
     return options
 
 
-def _reference(run: RunConfig) -> dict[str, Any]:
-    declared = run.reference
+def objective_arguments(objective: Objective) -> dict[str, Any]:
+    """The section as arguments of the trainer's configuration."""
+    fields, row = fields_under("objective", config_class(objective.loss)), row_of(objective.loss)
+    found = {name: objective.further[key] for key, name in fields.items() if key in objective.further}
+    if "loss" in fields:
+        found["loss_type"] = row.name if row else objective.loss
+    return found
+
+
+def _under(name: str, section: Section) -> dict[str, Any]:
+    """Values of the keys of a section that stand for one field each, by the field."""
+    return {field: getattr(section, key) for key, field in fields_under(name, PreferenceConfig).items()}
+
+
+def _model(model: Model) -> dict[str, Any]:
+    loading = {keyword: getattr(model, name) for name, keyword in LOADING.items()}
+    return {
+        "model_init_kwargs": {keyword: value for keyword, value in loading.items() if value not in (None, False)},
+        **_under("model", model),
+        # Of the configuration it would let the reference's repository run code too; above it is the policy's alone.
+        "trust_remote_code": False,
+    }
+
+
+def _reference(declared: Reference) -> dict[str, Any]:
+    loading = {LOADING[name]: value for name, value in declared.loading().items()}
     options: dict[str, Any] = {
+        **_under("reference", declared),
         # A reference that was left out stays unset: a model that Tether trained then asks which one is meant.
         "reference": declared.meaning if declared.model_fields_set - {"store", "store_dtype"} else None,
-        "reference_store": declared.store,
-        "reference_store_dtype": declared.store_dtype,
-        "reference_adapter": declared.adapter,
-        "reference_means": declared.means,
-        "reference_snapshot": declared.snapshot,
         "reference_remote": declared.remote.model_dump() if declared.remote else None,
-        "ref_model_init_kwargs": declared.loading() or None,
+        "ref_model_init_kwargs": loading or None,
+        "sync_ref_model": declared.sync is not None,
     }
     if declared.sync is not None:
-        options["sync_ref_model"] = True
-        options["ref_model_sync_steps"] = declared.sync.steps
-        options["ref_model_mixup_alpha"] = declared.sync.alpha
+        options |= _under("reference.sync", declared.sync)
     return options
 
 
 def _refuse_idle_options(run: RunConfig) -> None:
     """An option that cannot take effect is an error."""
     further = run.train.further
-    disabled = further.get("disable_dropout", default_of(run.objective.loss, "disable_dropout"))
+    fields = config_class(run.objective.loss).__dataclass_fields__
+    disabled = further.get("disable_dropout", fields["disable_dropout"].default)
     dropouts = {"lora.dropout": run.lora.dropout} if run.lora is not None else {}
     if run.peft is not None:
         dropouts = {f"peft.{name}": value for name, value in run.peft.further.items() if "dropout" in name}
@@ -171,37 +190,37 @@ def _refuse_idle_options(run: RunConfig) -> None:
                 )
 
 
-def _configuration(options: dict[str, Any], loss: Loss) -> PreferenceConfig:
+def _configuration(options: dict[str, Any], config: type[PreferenceConfig]) -> PreferenceConfig:
     try:
-        return config_class(loss)(**options)
+        return config(**options)
+    except ConfigError as error:
+        if error.field is None:
+            raise
+        key = keys_of(config).get(error.field, error.field)
+        raise ConfigError(f"`{key}` {error.words}") from error
     except Exception as error:
-        # transformers checks combinations and machines; the key that fails alone is the one to name.
-        known = (name for name in options if name in known_fields(loss))
-        culprit = next((name for name in known if _fails_alone(name, options[name], loss)), None)
-        message = " ".join(str(error).split())
-        if isinstance(error, ConfigError):
-            raise ConfigError(_in_run_file_words(message, loss)) from error
-        where = (
-            f"`train.{culprit}` is {options[culprit]!r}, which" if culprit else "The keys of `train` together are what"
-        )
-        raise ConfigError(f"{where} the trainer's configuration refuses: {message.rstrip('.')}.") from error
+        # transformers checks combinations and machines, and names its own fields in what it says.
+        message = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"The trainer's configuration refuses the keys of `train` together: {message}.") from error
 
 
-def _fails_alone(name: str, value: Any, loss: Loss) -> bool:
-    try:
-        config_class(loss)(**{"output_dir": "unused", name: value})
-    except Exception:
-        return True
-    return False
+def adapter_config(lora: Lora | None, peft: Peft | None, *, task: str | None) -> PeftConfig | None:
+    """The configuration of a new adapter; None for none.
 
+    Args:
+        lora: the section `lora`.
+        peft: the section `peft`.
+        task: PEFT's name of what the model does; None: as the model's class says.
 
-def _in_run_file_words(message: str, loss: Loss) -> str:
-    """Names of Python fields at the front of a message as the run file writes them."""
-
-    def rename(match: re.Match[str]) -> str:
-        name = match.group()
-        place = _PLACES.get(name) or (f"objective.{name}" if name in own_fields(loss) else None)
-        place = place or (f"train.{name}" if name in known_fields(loss) else None)
-        return f"`{place}`" if place else name
-
-    return re.sub(r"^\w+", rename, message)
+    Raises:
+        ConfigError: PEFT refuses the values together.
+    """
+    if peft is not None:
+        try:
+            return adapter_class(peft.type)(task_type=task, **peft.further)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"`peft` is what PEFT refuses: {' '.join(str(error).split())}") from error
+    if lora is None:
+        return None
+    keywords = {_LORA.get(name, name): value for name, value in lora}
+    return adapter_class("lora")(task_type=task, **keywords)

@@ -1,135 +1,114 @@
-"""The keys of `train:` and `objective:` that are fields of the trainer's configuration: which exist, and what may
-stand there."""
+"""Keys of `objective`, `train` and `peft` that are fields of a configuration: which exist and what may stand there."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import types
 import typing
-from collections.abc import Iterator
-from enum import Enum
+from functools import cache
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from tether.config.sections import ADAPTERS
+from tether.config.words import branches, describe_type, field_types, unfit
+from tether.objectives import Objective, run_file_row
+from tether.training import PreferenceConfig, TetherTrainer
+from tether.training.declared import Text
 
-from tether.config.model_section import MODEL_FIELDS
-from tether.config.sections import OBJECTIVE_FIELDS, Objective, Train
-from tether.config.trainers import Loss, config_class, own_fields
-
-# Fields that the run file says elsewhere. One place for each thing, so that no two can disagree.
-ELSEWHERE = {
-    "output_dir": "`output`",
-    **{OBJECTIVE_FIELDS.get(name, name): f"`objective.{name}`" for name in Objective.model_fields},
-    "reference": "`reference`",
-    "reference_means": "`reference.means`",
-    "reference_store": "`reference.store`",
-    "reference_store_dtype": "`reference.store_dtype`",
-    "reference_adapter": "`reference.adapter`",
-    "reference_snapshot": "`reference.snapshot`",
-    "reference_remote": "`reference.remote`",
-    "ref_model_init_kwargs": "`reference`",
-    "sync_ref_model": "`reference.sync`",
-    "ref_model_sync_steps": "`reference.sync.steps`",
-    "ref_model_mixup_alpha": "`reference.sync.alpha`",
-    "dataset_cache": "`data.cache`",
-    "dataset_streaming": "`data.streaming`",
-    "dataset_buffer_size": "`data.buffer_size`",
-    "model_init_kwargs": "`model`",
-    "trust_remote_code": "`model.trust_remote_code`",
-    **{field: f"`model.{name}`" for field, name in MODEL_FIELDS.items()},
+Loss = str | list[str]
+# Fields of transformers that a run file says elsewhere. One place for each thing, so that no two can disagree.
+_ELSEWHERE = {
+    "output_dir": "output",
+    "num_train_epochs": "train.epochs",
     "resume_from_checkpoint": "the option --resume",
     "local_rank": "the launcher (torchrun or accelerate)",
     "do_train": "the command: `tether train` trains",
     "do_eval": "`data.eval`: rows given there are evaluated",
     "do_predict": "`data.eval`: rows given there are evaluated",
 }
-_WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-    type(None): "null",
+# PEFT's fields that are said elsewhere in a run file, or filled in by PEFT and by Tether.
+_OWN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"} | {
+    "inference_mode"
 }
-_FEW = 12
+# PEFT's fields that need data, another package, or inputs of their own; a script can still give them.
+_APART = {"alora_invocation_tokens", "layer_replication", "loftq_config", "megatron_config", "megatron_core"} | {
+    "qalora_group_size",
+    "tokenizer_kwargs",
+    "use_qalora",
+    "velora_config",
+}
+_NARROWED = {"init_lora_weights": bool | Literal["gaussian", "orthogonal", "olora", "pissa"]}
+_PLAIN = (bool, int, float, str, list, dict, tuple, set)
 
 
-def known_fields(loss: Loss = "sigmoid") -> dict[str, Any]:
-    """Type by name of the fields of the configuration of a loss' trainer that a run file may set under `train`."""
-    said = {*ELSEWHERE, *Train.model_fields, *own_fields(loss)}
-    return {name: hint for name, hint in field_types(config_class(loss)).items() if name not in said}
+def row_of(loss: Loss) -> Objective | None:
+    """The row that a name alone stands for; None for several losses, and for a name that nothing has."""
+    return run_file_row(loss) if isinstance(loss, str) else None
 
 
-@functools.cache
-def field_types(config: type[Any]) -> dict[str, Any]:
-    """Type by name of the fields of a configuration."""
-    hints = typing.get_type_hints(config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
+def config_class(loss: Loss) -> type[PreferenceConfig]:
+    """The configuration of a loss' trainer; of several losses, and of an unknown one, `DPOConfig`."""
+    import tether.training
+
+    row = row_of(loss)
+    classes = [one for one in vars(tether.training).values() if isinstance(one, type)]
+    found = [one for one in classes if issubclass(one, PreferenceConfig) and one.algorithm]
+    return next(one for one in found if one.algorithm == (row.algorithm if row else "dpo"))
 
 
-def problem_with(name: str, value: Any, loss: Loss = "sigmoid") -> str | None:
-    """What is allowed for a field in place of `value`, in words; None if the value may stand.
+def trainer_class(loss: Loss) -> type[TetherTrainer]:
+    """The trainer of a loss."""
+    import tether.training
 
-    Args:
-        name: of a field of the configuration of the loss' trainer.
-        value: from the run file.
-        loss: the run file's.
-
-    Returns:
-        Words that complete "allowed is".
-    """
-    return unfit(field_types(config_class(loss))[name], value)
+    wanted = config_class(loss)
+    classes = [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, TetherTrainer)]
+    return next(one for one in classes if "algorithm_class" in vars(one) and one.algorithm_class.config is wanted)
 
 
-def unfit(hint: Any, value: Any) -> str | None:
-    """What a type allows in place of `value`, in words; None if the value may stand."""
-    choices = [choice for kind in branches(hint) for choice in _choices(kind)]
-    # A field typed `IntervalStrategy | str` takes any text for Python's sake; only the enumeration's values work.
-    if choices and isinstance(value, str) and value not in choices:
-        longer = [choice for choice in choices if value and choice.startswith(value)]
-        near = longer[:1] or difflib.get_close_matches(value, choices, n=1)
-        return _listed(choices) + (f" (did you mean {near[0]}?)" if near else "")
-    try:
-        TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
-    except ValidationError:
-        return describe_type(hint)
-    # None of these fields has a meaning below zero; transformers checks few of them.
-    if isinstance(value, (int, float)) and value < 0:
+@cache
+def keys_of(config: type[PreferenceConfig]) -> dict[str, str]:
+    """Where a run file says each field of a configuration: a dotted key, or words."""
+    found = {}
+    for field in dataclasses.fields(config):
+        text = field.metadata.get("help")
+        default = _ELSEWHERE.get(field.name, f"train.{field.name}")
+        found[field.name] = text.key if isinstance(text, Text) else default
+    return found
+
+
+def fields_under(section: str, config: type[PreferenceConfig]) -> dict[str, str]:
+    """Key of a section to the field of a configuration that it stands for, of those that stand for one alone."""
+    return {key.rpartition(".")[2]: name for name, key in keys_of(config).items() if key.rpartition(".")[0] == section}
+
+
+def problem_with(name: str, value: Any, config: type[PreferenceConfig]) -> str | None:
+    """What is allowed for a field in place of `value`, as words that complete "allowed is"; None if it may stand."""
+    hint = field_types(config)[name]
+    text = config.__dataclass_fields__[name].metadata.get("help")
+    wrong = unfit(hint, value)
+    if wrong is None and isinstance(text, Text):
+        return text.listed("null") if text.problem(value) else None
+    # No field of transformers that a run file has means anything below zero, and it checks few of them.
+    if wrong is None and isinstance(value, (int, float)) and value < 0:
         return f"{describe_type(hint)}, from 0 on"
-    return None
+    return wrong
 
 
-def describe_type(hint: Any) -> str:
-    """A type in words: `int | None` is "a whole number or null"."""
-    words: list[str] = []
-    for kind in branches(hint):
-        choices = _choices(kind)
-        if choices:
-            words.append(_listed(choices))
-        elif kind is not str or not any(_choices(other) for other in branches(hint)):
-            words.append(_WORDS.get(typing.get_origin(kind) or kind, "an object that only a script can give"))
-    return " or ".join(dict.fromkeys(words))
+@cache
+def adapter_fields(kind: str) -> dict[str, Any]:
+    """Type by name of what `peft:` takes for a kind of adapter, `type` aside: what can be written in a run file."""
+    return {
+        name: _NARROWED.get(name, hint)
+        for name, hint in field_types(adapter_class(kind)).items()
+        if name not in _OWN | _APART and any(_is_plain(branch) for branch in branches(hint))
+    }
 
 
-def _listed(choices: list[str]) -> str:
-    return ", ".join(choices[:_FEW]) + (", …" if len(choices) > _FEW else "")
+def adapter_class(kind: str) -> type[Any]:
+    """PEFT's configuration of a kind of adapter."""
+    import peft
+
+    return getattr(peft, ADAPTERS[kind])
 
 
-def branches(hint: Any) -> Iterator[Any]:
-    """The parts of a union, at any depth; of another type, the type."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for part in typing.get_args(hint):
-            yield from branches(part)
-    else:
-        yield hint
-
-
-def _choices(kind: Any) -> list[str]:
-    if typing.get_origin(kind) is Literal:
-        return [str(choice) for choice in typing.get_args(kind)]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return [str(choice.value) for choice in kind]
-    return []
+def _is_plain(branch: Any) -> bool:
+    kind = typing.get_origin(branch) or branch
+    return kind is Literal or kind in _PLAIN

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tether.config.data_section import SOURCE_TAGS
 from tether.config.document import KeyPath
-from tether.config.section import Allowed
-from tether.config.sections import RunConfig, Train
+from tether.config.run import RunConfig, Train
+from tether.config.sections import SOURCE_TAGS, Allowed
+from tether.config.words import describe_type
 
 _SHOWN = 3
 # What transformers, TRL and other tools call keys of a run file.
@@ -90,7 +90,7 @@ def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
     elif key in _OTHER_NAMES:
         hint = f"It is called `{_OTHER_NAMES[key]}` here."
     elif parent == ("train",):
-        hint = f"Allowed are {', '.join(Train.model_fields)}, and the fields of tether.DPOConfig."
+        hint = f"Allowed are {', '.join(Train.model_fields)}, and the fields of the trainer's configuration."
     else:
         hint = f"Allowed are {', '.join(known)}."
     return f"`{dotted(path)}` is not known. {hint}"
@@ -151,10 +151,11 @@ def _resolve(location: KeyPath, values: dict[str, Any]) -> tuple[KeyPath, type[B
         if part not in owner.model_fields:
             break
         field = owner.model_fields[str(part)]
-        allowed = next((item.words for item in field.metadata if isinstance(item, Allowed)), "")
         inner = _section_in(field.annotation)
-        if inner is not None:
-            allowed = allowed or f"a mapping with the keys {', '.join(inner.model_fields)}"
+        allowed = next((item.words for item in field.metadata if isinstance(item, Allowed)), "")
+        if not allowed:
+            keys = f"a mapping with the keys {', '.join(inner.model_fields)}" if inner else ""
+            allowed = keys or describe_type(field.annotation)
     return tuple(path), owner, allowed
 
 

@@ -6,21 +6,73 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from tether.config.adapter import adapter_fields
-from tether.config.fields import known_fields
-from tether.config.model_section import ADAPTERS
-from tether.config.sections import RunConfig
+from tether.config.fields import adapter_fields, config_class, fields_under
+from tether.config.run import RunConfig
+from tether.config.sections import ADAPTERS
+from tether.config.words import field_types
+from tether.objectives import OBJECTIVES, Range
+from tether.training import PreferenceConfig
+from tether.training.declared import Text, Whole
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of the run file, the fields of `tether.DPOConfig` under `train` included."""
+    """The JSON schema of the run file: `objective` for each algorithm, and every field of their configurations."""
     schema = RunConfig.model_json_schema()
+    algorithms = {name: [row.run_file_key for row in rows.values()] for name, rows in OBJECTIVES.items()}
+    configs = {name: config_class(next(filter(None, keys))) for name, keys in algorithms.items()}
+    configs["dpo"] = config_class(["sigmoid"])
     train = schema["$defs"]["Train"]
-    for name, hint in known_fields().items():
-        train["properties"][name] = _schema_of(hint)
+    for config in configs.values():
+        train["properties"] = {**_properties("train", config), **train["properties"]}
     train["additionalProperties"] = False
+    of_their_own = {key for name, keys in algorithms.items() if name != "dpo" for key in keys}
+    algorithms["dpo"] = [key for key in algorithms["dpo"] if key not in of_their_own]
+    schema["$defs"]["Objective"] = {
+        "oneOf": [_objective(configs[name], [key for key in keys if key]) for name, keys in algorithms.items()]
+    }
     schema["$defs"]["Peft"] = {"oneOf": [_adapter(kind) for kind in ADAPTERS]}
     return schema
+
+
+def _objective(config: type[PreferenceConfig], keys: list[str]) -> dict[str, Any]:
+    """A mapping of the losses of one algorithm and their options."""
+    loss: dict[str, Any] = {"enum": keys}
+    if config.algorithm == "dpo":
+        names = {"type": "array", "items": {"enum": list(OBJECTIVES["dpo"])}, "minItems": 1}
+        loss = {"anyOf": [loss, names], "default": "sigmoid"}
+    return {
+        "type": "object",
+        "properties": {**_properties("objective", config), "loss": loss},
+        "required": [] if config.algorithm == "dpo" else ["loss"],
+        "additionalProperties": False,
+    }
+
+
+def _properties(section: str, config: type[PreferenceConfig]) -> dict[str, Any]:
+    """Type, text, default and bounds of the fields that are keys of a section."""
+    found = {}
+    for key, name in fields_under(section, config).items():
+        field, made = config.__dataclass_fields__[name], _schema_of(field_types(config)[name])
+        text = field.metadata.get("help")
+        if isinstance(text, Text):
+            made = {**made, "description": str(text), "default": field.default, **_bounds(text)}
+        found[key] = made
+    return found
+
+
+def _bounds(text: Text) -> dict[str, Any]:
+    """JSON's words for one range or for nothing but constants; a mixture is left to the reader."""
+    constants = [one for one in text.allowed if not isinstance(one, (Range, Whole))]
+    if text.allowed and constants == list(text.allowed):
+        return {"enum": constants}
+    (bound,) = [one for one in text.allowed if one not in constants] or [None]
+    if isinstance(bound, Whole):
+        return {"minimum": bound.low}
+    if not isinstance(bound, Range):
+        return {}
+    low = "minimum" if bound.low_included else "exclusiveMinimum"
+    high = "maximum" if bound.high_included else "exclusiveMaximum"
+    return {name: value for name, value in ((low, bound.low), (high, bound.high)) if abs(value) != float("inf")}
 
 
 def _adapter(kind: str) -> dict[str, Any]:

@@ -1,163 +1,405 @@
 """The run file as types: every key, its default, and what is allowed for it.
 
-Defaults that `tether.DPOConfig` has too are the same there (a test holds them together), so that a run file and a
-script that say the same train the same.
+A key that stands for one field of the trainer's configuration has type, default, bounds and text from there
+(`Section`, `section=`); so have all keys of `objective` and `train` that are not named here (`tether.config.fields`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
-from tether.config.data_section import Data
-from tether.config.document import write_document
-from tether.config.model_section import Lora, Model, Peft
-from tether.config.reference_section import Reference
-from tether.config.section import Allowed, Count, Flag, Section, Text, named
-
-Number = Annotated[float, Allowed("a number")]
+from tether.config.words import describe_type, field_types
+from tether.training import PreferenceConfig
+from tether.training.declared import Text as Declaration
+from tether.types import Meaning
 
 
-class Objective(Section):
-    """`objective:` the loss, or several with weights, and the options; which loss takes which: see
-    docs/choosing_an_objective.md. What is allowed is checked by the trainer's configuration.
+@dataclass(frozen=True)
+class Allowed:
+    """What may stand at a key, in words; printed when something else came."""
 
-    Besides these keys, any field that the configuration of the loss' trainer alone has, such as `desirable_weight` of
-    `tether.KTOConfig`.
-    """
+    words: str
 
-    # The further keys are checked in `tether.config.load`.
-    model_config = ConfigDict(extra="allow")
 
-    loss: Annotated[
-        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
-        Allowed("the name of a loss, or a list of names"),
-    ] = Field(default="sigmoid", description="Name of the loss, or a list; see tether.objectives.OBJECTIVES.")
-    weights: Annotated[list[float] | None, Allowed("a list of numbers above 0, one for each loss, or null")] = Field(
-        default=None, description="Weights of several losses; null: 1 each."
-    )
-    beta: Annotated[float, Allowed("a number above 0")] = Field(
-        default=0.1, description="How strongly the policy is held to the reference, per nat."
-    )
-    label_smoothing: Annotated[float, Allowed("a number from 0 to below 0.5")] = Field(
-        default=0.0, description="Chance that a label is wrong."
-    )
-    f_divergence_type: Annotated[Text, Allowed("reverse_kl, forward_kl, js_divergence or alpha_divergence")] = Field(
-        default="reverse_kl", description="What holds the policy to the reference."
-    )
-    f_alpha_divergence_coef: Annotated[float | None, Allowed("a number, or null")] = Field(
-        default=None, description="Exponent of alpha_divergence; null: 0.5."
-    )
-    ld_alpha: Annotated[float | None, Allowed("a number from 0 to 1, or null")] = Field(
-        default=None, description="Weight of the tokens by which a completion is longer than the other; null: 1."
-    )
-    use_weighting: Flag = Field(default=False, description="Weigh pairs by how likely the policy would write them.")
-    discopop_tau: Number = Field(default=0.05, description="Temperature of discopop.")
-    dpop_lambda: Number = Field(default=50.0, description="Weight of the penalty of dpop.")
-    tdpo_alpha: Number = Field(default=0.5, description="Weight of the difference of KLs in tdpo2.")
-    rpo_eta: Number = Field(default=1.0, description="Scale of the reward gap that rpo fits.")
-    simpo_gamma: Number = Field(default=0.5, description="Lead of the reward that simpo aims at.")
-    cpo_alpha: Number = Field(default=1.0, description="Weight of the likelihood in cpo.")
+def key(default: Any, text: str, allowed: str = "", **bounds: Any) -> Any:
+    """A key of a section; `...` as its default: it must be given. `allowed` left out: what its type says."""
+    info: Any = Field(default=default, description=text, **bounds)
+    info.metadata.extend([Allowed(allowed)] if allowed else [])
+    return info
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The same by the names of `tether.DPOConfig`."""
-        return {OBJECTIVE_FIELDS.get(name, name): value for name, value in self}
+
+def declared(section: str) -> dict[str, tuple[Any, Any, Declaration]]:
+    """Type, default and declaration of each field of every configuration that is a key of a section, by that key."""
+    types = field_types(PreferenceConfig)
+    found = {}
+    for name, field in PreferenceConfig.__dataclass_fields__.items():
+        text = field.metadata.get("help")
+        if isinstance(text, Declaration) and text.key.rpartition(".")[0] == section:
+            found[text.key.rpartition(".")[2]] = (types[name], field.default, text)
+    return found
+
+
+class Section(BaseModel):
+    """A mapping of the run file: no unknown keys, no silent conversion, not changed once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def __init_subclass__(cls, section: str = "", **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name, (hint, default, text) in declared(section).items() if section else ():
+            if name in inspect.get_annotations(cls):
+                continue
+            cls.__annotations__[name] = Annotated[hint, AfterValidator(_check(text))] if text.allowed else hint
+            setattr(cls, name, key(default, str(text), text.listed("null") if text.allowed else describe_type(hint)))
 
     @property
     def further(self) -> dict[str, Any]:
-        """The keys that are not named above."""
+        """The keys that the section does not name."""
         return dict(self.model_extra or {})
 
+    if TYPE_CHECKING:  # the keys that come from the configuration
 
-# Keys of `objective` that `tether.DPOConfig` has under another name.
-OBJECTIVE_FIELDS = {"loss": "loss_type", "weights": "loss_weights"}
+        def __getattr__(self, name: str) -> Any: ...
 
 
-class Train(Section):
-    """`train:` the steps. Besides these keys, any field of the trainer's configuration by its Python name."""
+def _check(text: Declaration) -> Any:
+    def check(value: Any) -> Any:
+        if text.problem(value):
+            raise PydanticCustomError("declared", "not allowed")
+        return value
 
-    # The further keys are checked against the configuration in `tether.config.fields`.
-    model_config = ConfigDict(extra="allow")
+    return check
 
-    epochs: Annotated[float, Field(gt=0), Allowed("a number above 0")] = Field(
-        default=3.0, description="Passes over the rows."
+
+# Sections that may be written as one text: that text stands for this key of theirs.
+SHORT_FORMS = {"model": "name", "reference": "meaning"}
+
+
+def named(section: str, kind: type[Section]) -> BeforeValidator:
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {SHORT_FORMS[section]: value}
+        if not isinstance(value, (dict, Section)):
+            raise PydanticCustomError("short_form", "neither text nor a mapping")
+        return value
+
+    return BeforeValidator(expand, json_schema_input_type=str | kind)
+
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], Field(min_length=1)]
+_REVISION = "text (in quotes if it looks like a number), or null"
+_ATTENTION = "text, such as sdpa or eager, or null"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Rows(Section):
+    """One source of rows, with what its columns are called and how often each row occurs."""
+
+    path: Text | Names = key(
+        ..., "Files, a folder or a hub name.", "a path, glob, folder or hub name, or a list of paths"
     )
-    learning_rate: Annotated[float, Field(ge=0), Allowed("a number from 0, such as 5.0e-6")] = Field(
-        default=1e-6, description="Learning rate after the warm-up."
+    format: Text | None = key(
+        None,
+        "How other tools lay out their rows; null: TRL's columns, or what it plainly is.",
+        "the name of a format, such as chatml.intel; see docs/data.md",
     )
-    batch_size: Count = Field(
-        default=8,
-        description="Pairs per optimizer step over all devices. Split into micro-batches by the program: as few as fit "
-        "`max_tokens_per_forward`, or of `per_device_train_batch_size`.",
+    fields: dict[str, Text] = Field(
+        default_factory=dict, description="Name of a field to the column that holds it, as in {prompt: question}."
     )
-    max_length: Annotated[int | None, Field(ge=2), Allowed("a whole number from 2, or null")] = Field(
-        default=1024, description="Tokens of prompt and completion together; null: no truncation."
+    weight: float = key(
+        1.0, "How often each row occurs: 2 twice, 0.5 every second one.", "a number above 0", gt=0, lt=1e6
     )
-    max_steps: Annotated[int, Allowed("a whole number from 1, or -1 for no limit")] = Field(
-        default=-1, description="Optimizer steps after which the run ends whatever `epochs` says; -1: no limit."
+    split: Text = key("train", "Part of a hub data set.")
+    prompt_format: Text | None = key(
+        None,
+        "Pattern of the prompt, for the format user_defined; so for the keys below.",
+        "text with {prompt}, or null",
     )
+    chosen_format: Text | None = key(None, "", "text with {chosen} in it, or null")
+    rejected_format: Text | None = key(None, "", "text with {rejected} in it, or null")
+    completion_format: Text | None = key(None, "", "text with {completion} in it, or null")
+
+
+class Held(Section):
+    """`eval: {split: 0.05}`: rows of the training set that are set aside."""
+
+    split: int | float = key(
+        ..., "Share of the training rows, or how many of them.", "a share below 1, or a number of rows", gt=0
+    )
+    by: Literal["prompt", "row"] = key("prompt", "prompt: no prompt is on both sides.", "prompt or row")
+
+
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, str):
+        return "@text"
+    if isinstance(value, (dict, Section)):
+        keys = value.keys() if isinstance(value, dict) else type(value).model_fields.keys()
+        return "@rows" if "path" in keys else "@held" if "split" in keys else "@named"
+    return "@list"
+
+
+# What stands for rows in `data`, told apart by its shape; the tags are in the places that pydantic reports.
+SOURCE_TAGS: dict[str, type[Section] | None] = {
+    "@text": None,
+    "@rows": Rows,
+    "@held": Held,
+    "@list": None,
+    "@named": None,
+}
+_One = Annotated[Text, Tag("@text")] | Annotated[Rows, Tag("@rows")]
+_Source = Annotated[_One | Annotated[list[Text], Tag("@list")], Discriminator(_kind_of_source)]
+_Some = _One | Annotated[list[_Source], Field(min_length=1), Tag("@list")]
+Sources = Annotated[_Some, Discriminator(_kind_of_source)]
+_Named = Annotated[dict[str, Sources], Field(min_length=1), Tag("@named")]
+_Evaluated = Annotated[_Some | Annotated[Held, Tag("@held")] | _Named, Discriminator(_kind_of_source)]
+
+
+class Data(Section, section="data"):
+    """`data:` the rows; relative paths start in the current folder."""
+
+    train: Sources = key(
+        ...,
+        "Rows with prompt, chosen and rejected: path, glob, hub name, mapping, or a list.",
+        "a path, a glob or a hub name, a mapping such as {path: …, format: …}, or a list of them",
+    )
+    eval: _Evaluated | None = key(
+        None,
+        "Held-out rows, a share of the training rows, or a mapping of names to sets.",
+        "a path, a glob or a hub name, a list of them, {split: 0.05}, or a mapping of names to them",
+    )
+    check: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = key(
+        None,
+        "Largest shares of rows that `tether data check` passes; null: any.",
+        "a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md",
+    )
+    cache: Text | Literal[False] | None = key(
+        "auto",
+        "Folder where prepared rows are kept for later runs; auto: `prepared` in $TETHER_CACHE or in ~/.cache/tether; "
+        "null or false: nowhere.",
+        "a folder, auto, or null for no cache",
+    )
+
+    @property
+    def train_rows(self) -> Any:
+        """What the trainer takes as training rows."""
+        return _plain(self.train)
+
+    @property
+    def eval_rows(self) -> Any:
+        """What the trainer takes as evaluation rows."""
+        return _plain(self.eval)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump(exclude_defaults=True)
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+# How a model is loaded: key of `model` and `reference` to transformers' keyword.
+LOADING = {
+    "revision": "revision",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "device": "device_map",
+    "attention": "attn_implementation",
+    "tokenizer": "tokenizer",
+    "adapter": "adapter",
+    "trust_remote_code": "trust_remote_code",
+}
+
+
+class Model(Section, section="model"):
+    """`model:` the policy. `model: name` is short for `model: {name: name}`."""
+
+    name: Text = key(..., "Hub name, folder of a model or of an adapter, or .gguf file.")
+    dtype: Dtype = key("auto", "Type of the weights; auto: float32 without an accelerator, else the checkpoint's.")
+    revision: Text | None = key(None, "Branch, tag or commit of a hub name.", _REVISION)
+    quantization: Literal["4bit", "nf4", "8bit", "int8"] | None = key(
+        None,
+        "Quantise the weights under an adapter: 4bit, 8bit by bitsandbytes, int8 by torchao; null: not.",
+        "4bit (the same as nf4), 8bit, int8 or null",
+    )
+    device: Text | None = key(
+        None,
+        "Where the weights are loaded; null: where the run computes.",
+        "cpu, cuda, cuda:1 or another device, auto, or null",
+    )
+    attention: Text | None = key(None, "Attention implementation of transformers; null: its default.", _ATTENTION)
+    trust_remote_code: bool = key(False, "Run Python code that comes with the model's repository.")
+    tokenizer: Text | None = key(None, "Another tokenizer (hub name, folder) with the model's ids; null: its own.")
+    adapter: Text | None = key(
+        None,
+        "Folder of an adapter on the model: it trains on, or is frozen beneath the new one of `lora` or `peft`.",
+    )
+    add_tokens: Names | None = key(
+        None, "New tokens for tokenizer and model; each begins as the mean of all others.", "a list of tokens, or null"
+    )
+    train: Names | None = key(
+        None,
+        "Only parameters in whose names one is found train, beside an adapter; null: all.",
+        "a list of regular expressions, or null",
+    )
+    freeze: Names | None = key(
+        None, "Parameters in whose names one is found do not train.", "a list of regular expressions, or null"
+    )
+
+
+class Lora(Section):
+    """`lora:` a new adapter on the model. Left out: full fine-tuning, or the model's own adapter is continued."""
+
+    r: int = key(16, "Rank.", "a whole number from 1", ge=1)
+    alpha: float = key(32, "Scale; the update is multiplied by alpha / r.", "a number above 0", gt=0)
+    target: Literal["all-linear"] | Names = key(
+        "all-linear", "Modules that get an adapter.", "all-linear, or a list of module names such as [q_proj, v_proj]"
+    )
+    dropout: float = key(
+        0.0,
+        "Dropout before the adapter; takes effect with `train.disable_dropout: false` only.",
+        "a number from 0 to below 1",
+        ge=0,
+        lt=1,
+    )
+    bias: Literal["none", "all", "lora_only"] = key("none", "Biases that are trained too.")
+    rslora: bool = key(False, "Scale by alpha / sqrt(r).")
+    dora: bool = key(False, "Train magnitude and direction apart (DoRA).")
+    # Those that need nothing besides their name; EVA, CorDA and LoftQ need data or a configuration of their own.
+    init: bool | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$")] = key(
+        True,
+        "How the adapter begins; true: at zero.",
+        "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N",
+    )
+    modules_to_save: list[Text] | None = key(None, "Modules that are trained in full beside the adapter.")
+    target_parameters: Names | None = key(
+        None,
+        "Weights that get an adapter and are no linear layers, such as mlp.experts.gate_up_proj.",
+        "a list of parameter names, or null",
+    )
+
+
+# Kind of adapter in a run file to PEFT's configuration of it.
+ADAPTERS = {
+    "lora": "LoraConfig",
+    "vera": "VeraConfig",
+    "ia3": "IA3Config",
+    "loha": "LoHaConfig",
+    "lokr": "LoKrConfig",
+    "oft": "OFTConfig",
+    "hra": "HRAConfig",
+    "layer_norm": "LNTuningConfig",
+    "prompt": "PromptTuningConfig",
+    "prefix": "PrefixTuningConfig",
+}
+
+
+class Peft(Section, extra="allow"):
+    """`peft:` a new adapter of any kind in docs/models.md, by PEFT's own names: any field of its configuration."""
+
+    type: Literal["lora", "vera", "ia3", "loha", "lokr", "oft", "hra", "layer_norm", "prompt", "prefix"] = key(
+        ..., f"Name the kind of adapter: {', '.join(ADAPTERS)}."
+    )
+
+
+class Sync(Section, section="reference.sync"):
+    """`reference.sync:` a reference that moves (TR-DPO): it becomes `alpha * policy + (1 - alpha) * reference`."""
+
+
+class Remote(Section):
+    """`reference.remote:` a completions server that returns prompt log-probabilities, such as vLLM."""
+
+    url: str = key(
+        ...,
+        "Give the server's address, with or without /v1.",
+        "an address that begins with http:// or https://",
+        pattern="^https?://.",
+    )
+    model: Text | None = key(None, "Name it is served under; null: the only one there is.")
+    concurrency: int = key(8, "Requests under way at once.", "a whole number from 1", ge=1)
+    retries: int = key(5, "Further attempts after a failure that may pass.", "a whole number from 0", ge=0)
+    timeout: float = key(120.0, "Seconds one request may take.", "seconds, above 0", gt=0)
+    tolerance: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "Nats a token may differ from a computation here; null: what the dtype explains.",
+        "nats, above 0, or null",
+    )
+    api_key_env: Text | None = key(None, "Environment variable with the server's key.")
+
+
+class Reference(Section, section="reference"):
+    """`reference:` what the policy is held to. `start`, `base` and `none` are short for `{meaning: …}`.
+
+    `{model: name}` is short for `{meaning: model, model: name}`, and so are `{adapter: name}` and `{remote: {url: …}}`;
+    `{store: PATH}` alone keeps the ordinary meaning;
+    `means` forces how the reference is computed, as in `{meaning: start, means: snapshot}`.
+    """
+
+    meaning: Meaning = key(
+        "start",
+        "start: the policy before its first update; base: without adapters; model, adapter: another one.",
+        "start, base, none, {model: name} or {adapter: name}",
+    )
+    model: Text | None = key(None, "The other model (hub name, folder, .gguf file), for the meaning `model`.")
+    revision: Text | None = key(None, "Branch, tag or commit of the other model.", _REVISION)
+    dtype: Dtype | None = key(None, "Type of the other model's weights; null: as the policy's.")
+    quantization: Literal["4bit", "nf4", "8bit", "int8", "none"] | None = key(
+        None,
+        "Quantise the other model; none: not; null: as the policy's.",
+        "4bit (the same as nf4), 8bit, int8, none or null",
+    )
+    device: Text | None = key(
+        None,
+        "Where the other model is; auto: spread over devices; null: where the policy is.",
+        "cpu, cuda:1, auto or another device, or null",
+    )
+    attention: Text | None = key(
+        None, "Attention implementation of the other model; null: as the policy's.", _ATTENTION
+    )
+    trust_remote_code: bool | None = key(
+        None, "Run Python code that comes with the other model's repository; null: not."
+    )
+    sync: Sync | None = key(
+        None,
+        "Moves the reference during training; null: it stays.",
+        "a mapping such as {steps: 512, alpha: 0.6}, or null",
+    )
+    remote: Remote | None = key(None, "A server that computes the reference.", "a mapping such as {url: …}, or null")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_name_for_epochs(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "num_train_epochs" not in value:
-            return value
-        if "epochs" in value:
-            raise ValueError("`epochs` and `num_train_epochs` are two names of one thing; leave one of them out")
-        rest = dict(value)
-        return {"epochs": rest.pop("num_train_epochs"), **rest}
+    def _model_means_model(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "meaning" not in value:
+            named = {"model": "model", "adapter": "adapter", "remote": "model"}
+            meaning = next((meaning for key, meaning in named.items() if value.get(key) is not None), None)
+            return value if meaning is None else {**value, "meaning": meaning}
+        return value
 
     @model_validator(mode="after")
-    def _some_steps(self) -> Train:
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"`max_steps` is {self.max_steps}; allowed is a whole number from 1, or -1 for no limit")
+    def _model_where_it_belongs(self) -> Reference:
+        if (self.meaning == "model" and self.remote is None) != (self.model is not None):
+            raise ValueError(
+                f"its meaning is {self.meaning} and its model is {self.model or 'null'}; a model is named for the "
+                "meaning `model` and for no other, and not beside `remote`. Write {model: name}, or leave "
+                "`reference.model` out"
+            )
+        if (self.meaning == "adapter") != (self.adapter is not None):
+            raise ValueError(
+                f"its meaning is {self.meaning} and its adapter is {self.adapter or 'null'}; an adapter is named for "
+                "the meaning `adapter` and for no other. Write {adapter: name}, or leave `reference.adapter` out"
+            )
+        idle = [name for name in self.loading() if self.model is None]
+        if idle:
+            raise ValueError(f"`{idle[0]}` is of another model, and none is named. Write {{model: name, {idle[0]}: …}}")
         return self
 
-    @property
-    def further(self) -> dict[str, Any]:
-        """The keys that are not named above: fields of the trainer's configuration."""
-        return dict(self.model_extra or {})
-
-
-class RunConfig(Section):
-    """A whole run file, checked.
-
-    Args:
-        model: the policy.
-        lora: a new LoRA adapter; None trains the model as it is.
-        peft: a new adapter of another kind, in place of `lora`.
-        data: the rows.
-        reference: what the policy is held to.
-        objective: the loss.
-        train: the steps.
-        output: the run folder.
-    """
-
-    model: Annotated[
-        Model, named("model", Model), Allowed("a name, or a mapping such as {name: …, dtype: float32}")
-    ] = Field(description="Name the policy: a hub name, a folder, or a .gguf file.")
-    lora: Lora | None = Field(default=None, description="A new adapter; null: none.")
-    peft: Peft | None = Field(default=None, description="A new adapter of another kind, in place of lora; null: none.")
-    data: Data = Field(description="Name the rows, as in `data: {train: pairs.jsonl}`.")
-    reference: Annotated[
-        Reference, named("reference", Reference), Allowed("start, base, none, {model: name} or {adapter: name}")
-    ] = Reference()
-    objective: Objective = Objective()
-    train: Train = Train()
-    output: Text = Field(default="runs/run", description="The run folder; left out: runs/ and the run file's name.")
-
-    @model_validator(mode="after")
-    def _one_adapter(self) -> RunConfig:
-        if self.lora is not None and self.peft is not None:
-            raise ValueError("`lora` and `peft` are two new adapters; leave one of them out")
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, as plain values."""
-        return self.model_dump(mode="json")
-
-    def dump_yaml(self) -> str:
-        """The resolved run file; reading it gives the same run."""
-        return write_document(self.to_dict())
+    def loading(self) -> dict[str, Any]:
+        """What is said of how the other model is loaded."""
+        names = LOADING.keys() & Reference.model_fields.keys() - {"adapter"}
+        return {name: value for name in LOADING if name in names and (value := getattr(self, name)) is not None}

@@ -1,8 +1,22 @@
-"""Objectives: small pure functions of scores, and the table of their names."""
+"""Objectives: small pure functions of scores, and the one registry of them."""
 
 from tether.objectives.combination import Combination
+from tether.objectives.objective import Algorithm, Input, Objective, Option, Problem, Range
 from tether.objectives.preference import preference_loss
-from tether.objectives.row import Objective, Range
-from tether.objectives.table import OBJECTIVES, check_options
+from tether.objectives.registry import OBJECTIVES, check_options, options_of, run_file_row, unknown_loss
 
-__all__ = ["OBJECTIVES", "Combination", "Objective", "Range", "check_options", "preference_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "Algorithm",
+    "Combination",
+    "Input",
+    "Objective",
+    "Option",
+    "Problem",
+    "Range",
+    "check_options",
+    "options_of",
+    "preference_loss",
+    "run_file_row",
+    "unknown_loss",
+]

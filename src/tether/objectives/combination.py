@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 
-from tether.objectives.row import Objective
-from tether.objectives.table import OBJECTIVES, check_options
-from tether.objectives.transforms import F_DIVERGENCES
+from tether.objectives.losses.transforms import F_DIVERGENCES
+from tether.objectives.objective import Objective, Problem, Quantity
+from tether.objectives.registry import OBJECTIVES, check_options, unknown_loss
 from tether.types import Kind
 
 
@@ -17,7 +17,7 @@ class Combination:
     """A weighted sum of objectives over the same scores.
 
     Args:
-        losses: names in `OBJECTIVES`, all of one kind.
+        losses: names of the algorithm `dpo` in `OBJECTIVES`, all of one kind.
         weights: one for each; empty: 1 each.
         options: by name; each goes to every loss that takes it. Left out: the loss's own default.
         f_divergence_type: see `divergence_scores`.
@@ -28,13 +28,13 @@ class Combination:
     Example:
         >>> Combination(("sigmoid", "sft"), (1.0, 0.2), {"beta": 0.1}).problem() is None
         True
-        >>> Combination(("sft",), ld_alpha=0.5).problem()
-        "ld_alpha has no effect on 'sft': it changes the log-probs of whole completions, which 'sft' does not take."
+        >>> print(Combination(("sft",), ld_alpha=0.5).problem())
+        ld_alpha has no effect on 'sft': it changes the log-probs of whole completions, which 'sft' does not take.
     """
 
     losses: tuple[str, ...]
     weights: tuple[float, ...] = ()
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float | None] = field(default_factory=dict)
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float | None = None
     ld_alpha: float | None = None
@@ -43,7 +43,7 @@ class Combination:
     @property
     def rows(self) -> tuple[Objective, ...]:
         """The rows of the table."""
-        return tuple(OBJECTIVES[name] for name in self.losses)
+        return tuple(OBJECTIVES["dpo"][name] for name in self.losses)
 
     @property
     def kind(self) -> Kind:
@@ -63,11 +63,11 @@ class Combination:
     @property
     def takes_divergence(self) -> bool:
         """Whether any of them takes the KL between whole distributions, and not only log-probs of tokens."""
-        return self.takes("chosen_reference_kl")
+        return self.takes("reference_kl")
 
-    def takes(self, quantity: str) -> bool:
+    def takes(self, quantity: Quantity) -> bool:
         """Whether any of them takes these numbers, such as `margins`."""
-        return any(quantity in row.inputs for row in self.rows)
+        return any(row.takes(quantity) for row in self.rows)
 
     def weighted(self) -> list[tuple[Objective, float]]:
         """Each row with its weight."""
@@ -75,108 +75,114 @@ class Combination:
 
     def options_of(self, row: Objective) -> dict[str, float]:
         """The options that one of the losses is called with."""
-        return {name: self.options.get(name, default) for name, default in row.defaults.items()}
+        given = {**row.defaults, **self.options}
+        return {name: value for name in row.defaults if (value := given[name]) is not None}
 
     @property
     def beta(self) -> float:
         """What turns log-ratios into reported rewards: the first beta among the losses; 1 where none has one."""
-        return next((self.options_of(row)["beta"] for row in self.rows if "beta" in row.options), 1.0)
+        return next((self.options_of(row)["beta"] for row in self.rows if "beta" in row.defaults), 1.0)
 
-    def problem(self) -> str | None:
-        """What is wrong, as a sentence that begins with a field's name; None when nothing is."""
+    def problem(self) -> Problem | None:
+        """What is wrong, with the field that it is about; None when nothing is."""
         checks = (self._names, self._weights, self._options, self._divergence, self._desensitising, self._weighting)
         return next((found for check in checks if (found := check())), None)
 
-    def _names(self) -> str | None:
+    def _names(self) -> Problem | None:
         if not self.losses:
-            return "loss_type is empty; name at least one loss."
+            return Problem("loss_type", "is empty; name at least one loss.")
         for name in self.losses:
-            if problem := check_options(name, {}):
-                return problem
+            if name not in OBJECTIVES["dpo"]:
+                return Problem("loss_type", unknown_loss("dpo", name))
         if len(set(self.losses)) < len(self.losses):
-            return f"loss_type names a loss twice: {', '.join(self.losses)}. Give it one place and one weight."
+            return Problem(
+                "loss_type", f"names a loss twice: {', '.join(self.losses)}. Give it one place and one weight."
+            )
         kinds = {row.kind for row in self.rows}
         if len(kinds) > 1:
             each = ", ".join(f"{row.name} from {row.kind} data" for row in self.rows)
-            return f"loss_type mixes losses that learn from different data: {each}. Combine losses of one kind."
+            return Problem(
+                "loss_type", f"mixes losses that learn from different data: {each}. Combine losses of one kind."
+            )
         return None
 
-    def _weights(self) -> str | None:
+    def _weights(self) -> Problem | None:
         if self.weights and len(self.weights) != len(self.losses):
-            return (
-                f"loss_weights has {len(self.weights)} values for the losses {', '.join(self.losses)}; give one for "
-                "each, or none."
+            return Problem(
+                "loss_weights",
+                f"has {len(self.weights)} values for the losses {', '.join(self.losses)}; give one for each, or none.",
             )
         if any(not (isfinite(weight) and weight > 0) for weight in self.weights):
-            return (
-                f"loss_weights is {list(self.weights)}; each must be above 0. Leave out a loss that should not count."
+            return Problem(
+                "loss_weights",
+                f"is {list(self.weights)}; each must be above 0. Leave out a loss that should not count.",
             )
         return None
 
-    def _options(self) -> str | None:
-        for name, value in self.options.items():
-            takers = [row for row in self.rows if name in row.options]
-            if not takers:
-                known = sorted({option for row in self.rows for option in row.options})
-                takes = f"it takes {', '.join(known)}" if known else "it takes no options"
-                return f"{name} does not apply to loss {self._listed}; {takes}."
-            for row in takers:
-                if problem := check_options(row.name, {name: value}):
-                    return problem
-        return None
+    def _options(self) -> Problem | None:
+        return check_options(self.rows, self.options)
 
-    def _divergence(self) -> str | None:
+    def _divergence(self) -> Problem | None:
         kind, coefficient = self.f_divergence_type, self.f_alpha_divergence_coef
         if kind not in F_DIVERGENCES:
-            return f"f_divergence_type is {kind!r}; allowed are {', '.join(F_DIVERGENCES)}."
+            return Problem("f_divergence_type", f"is {kind!r}; allowed are {', '.join(F_DIVERGENCES)}.")
         if coefficient is not None and kind != "alpha_divergence":
-            return (
-                f"f_alpha_divergence_coef has no effect with f_divergence_type {kind!r}; it belongs to "
-                "'alpha_divergence'."
+            return Problem(
+                "f_alpha_divergence_coef",
+                f"has no effect with f_divergence_type {kind!r}; it belongs to 'alpha_divergence'.",
             )
         if coefficient is not None and not isfinite(coefficient):
-            return f"f_alpha_divergence_coef is {coefficient}; it must be a number."
+            return Problem("f_alpha_divergence_coef", f"is {coefficient}; it must be a number.")
         if kind == "reverse_kl":
             return None
         unfit = [row.name for row in self.rows if row.needs_reference and not row.f_divergence]
         if unfit:
-            fit = sorted(row.name for row in OBJECTIVES.values() if row.f_divergence)
-            return (
-                f"f_divergence_type {kind!r} has no meaning for {', '.join(unfit)}, which is derived from the reverse "
-                f"KL itself; it has for {', '.join(fit)}."
+            fit = sorted(row.name for row in OBJECTIVES["dpo"].values() if row.f_divergence)
+            return Problem(
+                "f_divergence_type",
+                f"{kind!r} has no meaning for {', '.join(unfit)}, which is derived from the reverse "
+                f"KL itself; it has for {', '.join(fit)}.",
             )
         if not self.needs_reference:
-            return f"f_divergence_type has no effect on {self._listed}: there is no reference to diverge from."
+            return Problem(
+                "f_divergence_type", f"has no effect on {self._listed}: there is no reference to diverge from."
+            )
         return None
 
-    def _desensitising(self) -> str | None:
+    def _desensitising(self) -> Problem | None:
         if self.ld_alpha is None:
             return None
         if not 0 <= self.ld_alpha <= 1:
-            return f"ld_alpha is {self.ld_alpha}; it must be at least 0 and at most 1."
+            return Problem("ld_alpha", f"is {self.ld_alpha}; it must be at least 0 and at most 1.")
         if all(row.averaged == "tokens" for row in self.rows):
-            return (
-                f"ld_alpha has no effect on {self._listed}: it changes the log-probs of whole completions, which "
-                f"{self._listed} does not take."
+            return Problem(
+                "ld_alpha",
+                f"has no effect on {self._listed}: it changes the log-probs of whole completions, which "
+                f"{self._listed} does not take.",
             )
         if self.takes_divergence:
-            return "ld_alpha has no meaning for a KL per token, which would keep the tail that log-probs lose."
+            return Problem(
+                "ld_alpha", "has no meaning for a KL per token, which would keep the tail that log-probs lose."
+            )
         for row in self.rows:
-            if any(name.endswith("mean_logps") for name in row.inputs):
-                return (
-                    f"ld_alpha has no meaning for {row.name}, whose mean log-probs are those of a policy; without the "
-                    "tail of a completion they would belong to none."
+            if any(one.quantity == "logps" and one.per_token for one in row.inputs):
+                return Problem(
+                    "ld_alpha",
+                    f"has no meaning for {row.name}, whose mean log-probs are those of a policy; without the "
+                    "tail of a completion they would belong to none.",
                 )
         return None
 
-    def _weighting(self) -> str | None:
+    def _weighting(self) -> Problem | None:
         if not self.use_weighting:
             return None
         for row in self.rows:
             if row.averaged == "micro_batch":
-                return f"use_weighting has no meaning for {row.name}, which sorts pairs apart from their weights."
+                return Problem(
+                    "use_weighting", f"has no meaning for {row.name}, which sorts pairs apart from their weights."
+                )
             if row.kind != "pair":
-                return f"use_weighting has no meaning for {row.name}: the weight is that of a pair."
+                return Problem("use_weighting", f"has no meaning for {row.name}: the weight is that of a pair.")
         return None
 
     @property

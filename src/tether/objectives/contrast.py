@@ -8,19 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tether.objectives import pairwise, reference_free
+from tether.objectives.losses.reference_free import log_odds
+from tether.objectives.losses.transforms import EXPONENT_LIMIT
 from tether.objectives.metrics import preference_metrics
-from tether.objectives.transforms import EXPONENT_LIMIT
+from tether.objectives.registry import OBJECTIVES
 from tether.types import LossOutput, LossTerm, Scores
 
-# Loss by name, and whether it takes log-probabilities per token (`True`) or summed over tokens.
-CONTRASTS = {
-    "sigmoid": (pairwise.sigmoid, False),
-    "hinge": (pairwise.hinge, False),
-    "ipo": (pairwise.ipo, True),
-    "simpo": (reference_free.simpo, True),
-    "odds_ratio": (reference_free.odds_ratio, True),
-}
+# The losses of CPO and ORPO by name.
+CONTRASTS = {**OBJECTIVES["cpo"], **OBJECTIVES["orpo"]}
 
 
 def shaped_reward(logps: Tensor, alpha: float) -> Tensor:
@@ -68,23 +63,25 @@ def contrast_loss(
     Returns:
         A term over pairs `[B]`, one over the tokens of the chosen texts `[M]`, and the metrics.
     """
-    function, by_token = CONTRASTS[loss]
+    row = CONTRASTS[loss]
     judged = _first(policy, 2 * pairs)
-    logps = judged.mean_logps if by_token else judged.logps
+    logps = judged.mean_logps if row.per_token else judged.logps
     rewards = shaped_reward(logps, alpha)
-    per_example = function(rewards[0::2], rewards[1::2], **options)
+    per_example = row(rewards[0::2], rewards[1::2], **options)
     if values and "weight" in values:
         per_example = per_example * values["weight"]
     index = policy.completion_index
     tokens = -policy.token_logps[(index % 2 == 0) | (index >= 2 * pairs)] if likelihood else None
     with torch.no_grad():
         sizes = torch.full((pairs,), 2, device=index.device)
-        metrics = preference_metrics(judged, None, logps.detach(), options["beta"] * rewards.detach(), None, sizes)
+        metrics = preference_metrics(
+            judged, None, logps.detach(), ({**row.defaults, **options}["beta"] or 0.0) * rewards.detach(), None, sizes
+        )
         count = torch.tensor(float(pairs), device=index.device)
         if tokens is not None:
             metrics["nll_loss"] = (tokens.detach().sum(), torch.tensor(float(len(tokens)), device=index.device))
-        if loss == "odds_ratio":
-            odds = reference_free.log_odds(rewards.detach())
+        if row.algorithm == "orpo":
+            odds = log_odds(rewards.detach())
             lead = odds[0::2] - odds[1::2]
             metrics["log_odds_chosen"] = (lead.sum(), count)
             metrics["log_odds_ratio"] = (torch.nn.functional.logsigmoid(lead).sum(), count)

@@ -1,4 +1,4 @@
-"""The table of objectives as Markdown, from its rows and the docstrings of their functions.
+"""The registry of objectives as Markdown, from its rows and the docstrings of their functions.
 
 `python -m tether.objectives.describe docs/choosing_an_objective.md` writes it anew between the marks in that page; a
 test fails where the page has drifted.
@@ -13,20 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tether.objectives.others import OTHER_OBJECTIVES
-from tether.objectives.row import Objective
-from tether.objectives.table import OBJECTIVES
+from tether.objectives.objective import Algorithm, Objective
+from tether.objectives.registry import OBJECTIVES
 
 BEGIN, END = "<!-- generated: python -m tether.objectives.describe -->", "<!-- end of generated -->"
-# Every row of the page.
-ROWS: tuple[Objective, ...] = (*OBJECTIVES.values(), *OTHER_OBJECTIVES.values())
-_KINDS = {
-    "pair": "Pairs: a prompt with a chosen and a rejected completion",
-    "ranked": "Ranked lists: a prompt with several completions, the best first",
-    "unpaired": "Single completions, each labelled desirable or not",
-    "completion": "Completions to imitate",
-    "prompt_only": "Prompts alone",
-}
+# Title, kind of data and algorithms of each part of the page.
+_PARTS: tuple[tuple[str, str, tuple[Algorithm, ...]], ...] = (
+    ("Pairs: a prompt with a chosen and a rejected completion", "pair", ("dpo", "reward")),
+    ("Pairs beside a likelihood: the losses of `CPOTrainer` and `ORPOTrainer`", "pair", ("cpo", "orpo")),
+    ("Ranked lists: a prompt with several completions, the best first", "ranked", ("dpo",)),
+    ("Single completions, each labelled desirable or not", "unpaired", ("kto",)),
+    ("Completions to imitate", "completion", ("sft",)),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Description:
 def describe(row: Objective) -> Description:
     """Read the docstring of a row's function.
 
-    >>> describe(OBJECTIVES["ipo"]).arguments["beta"]
+    >>> describe(OBJECTIVES["dpo"]["ipo"]).arguments["beta"]
     "the paper's tau: the difference aimed at is `1 / (2 beta)` nats per token."
     """
     text = inspect.getdoc(row.function) or ""
@@ -61,14 +59,23 @@ def describe(row: Objective) -> Description:
     )
 
 
+def every_row() -> list[Objective]:
+    """Every row of the registry."""
+    return [row for rows in OBJECTIVES.values() for row in rows.values()]
+
+
 def page() -> str:
     """All kinds of data that have an objective, each with a table and what each objective computes."""
     parts = []
-    for kind, title in _KINDS.items():
-        rows = [row for row in ROWS if row.kind == kind]
-        if rows:
-            parts += [f"## {title}", _overview(rows), *map(_details, rows)]
+    for title, kind, algorithms in _PARTS:
+        rows = [row for row in every_row() if row.kind == kind and row.algorithm in algorithms]
+        # A function that two algorithms share is described once.
+        parts += [f"## {title}", _overview(rows), *(_details(row) for row in rows if _described(row) is row)]
     return "\n\n".join(parts)
+
+
+def _described(row: Objective) -> Objective:
+    return next(one for one in every_row() if one.function is row.function)
 
 
 def _overview(rows: list[Objective]) -> str:
@@ -80,7 +87,7 @@ def _overview(rows: list[Objective]) -> str:
         lines.append(
             _cells(
                 (
-                    f"[`{row.name}`](#{row.name})",
+                    f"[`{row.name}`](#{_described(row).name})" + _in_a_run_file(row),
                     "yes" if row.needs_reference else "no",
                     said.arguments.get("beta", "has none").rstrip("."),
                     *row.learning_rate,
@@ -92,6 +99,12 @@ def _overview(rows: list[Objective]) -> str:
     return "\n".join(lines)
 
 
+def _in_a_run_file(row: Objective) -> str:
+    if row.run_file_key == row.name:
+        return ""
+    return f", in a run file `{row.run_file_key}`" if row.run_file_key else ", in Python alone"
+
+
 def _cells(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
@@ -99,9 +112,10 @@ def _cells(texts: Sequence[str]) -> str:
 def _details(row: Objective) -> str:
     said = describe(row)
     lines = [f"### {row.name}", "", said.summary, ""]
-    for name, allowed in row.options.items():
-        meaning = said.arguments.get(name, "").rstrip(".")
-        lines.append(f"- `{name}` ({allowed.words}; default {row.defaults[name]:g}): {meaning}.")
+    for option in row.options:
+        meaning = said.arguments.get(option.name, "").rstrip(".")
+        default = "unset: none" if option.default is None else f"default {option.default:g}"
+        lines.append(f"- `{option.name}` ({option.allowed.words}; {default}): {meaning}.")
     lines += [f"- Convention: {row.convention}.", f"- Paper: {said.reference}"]
     return "\n".join(lines)
 

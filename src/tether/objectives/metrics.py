@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tether.objectives.transforms import EXPONENT_LIMIT
+from tether.objectives.losses.transforms import EXPONENT_LIMIT
 from tether.types import Scores
 
 # Tokens of the longer completion at which a bucket ends.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tether.objectives.combination import Combination
+from tether.objectives.losses.transforms import divergence_scores, length_desensitised, likelihood_weights
 from tether.objectives.metrics import preference_metrics
-from tether.objectives.row import Objective
-from tether.objectives.transforms import divergence_scores, length_desensitised, likelihood_weights
+from tether.objectives.objective import Input, Objective
 from tether.types import LossOutput, LossTerm, Scores
 
 
@@ -73,11 +73,9 @@ def preference_loss(
 
 
 class Numbers:
-    """The numbers that losses take, by the names of their parameters; each is made once, when a loss asks for it.
+    """The numbers that losses take, see `tether.objectives.Input`; each is made when a loss asks for it.
 
-    `chosen_` and `rejected_` pick from pairs; `mean_` divides by the completion's tokens; `logratios` are policy minus
-    reference, through the f-divergence's derivative; `logps` are the policy's, `reference_logps` the reference's. A
-    name without `chosen_` or `rejected_` is `[B, K]`, for lists of one size.
+    Of one side of a pair it is `[B]`, of each completion of lists of one size `[B, K]`.
     """
 
     def __init__(
@@ -101,42 +99,42 @@ class Numbers:
     def losses(self, row: Objective, options: Mapping[str, float]) -> Tensor:
         """Losses of one row of the table: one per example, or per token where the row says so."""
         if row.kind == "pair":
-            given = {name: found for name in row.inputs if (found := self.of_pairs(name, row)) is not None}
-            return row.function(**given, **options)
+            return row.function(*(self.of_pairs(one, row) for one in row.inputs), **options)
         # Lists of one length at a time: a row of a tensor each, without padding.
         losses = self.logps.new_zeros(len(self._sizes))
         starts = self._sizes.cumsum(0) - self._sizes
         for size in self._sizes.unique().tolist():
             (lists,) = torch.nonzero(self._sizes == size, as_tuple=True)
             completions = starts[lists][:, None] + torch.arange(size, device=starts.device)
-            given = {name: self._each(name)[completions] for name in row.inputs}
-            losses = losses.index_add(0, lists, row.function(**given, **options))
+            given = [self._each(one)[completions] for one in row.inputs]
+            losses = losses.index_add(0, lists, row.function(*given, **options))
         return losses
 
-    def of_pairs(self, name: str, row: Objective) -> Tensor | None:
+    def of_pairs(self, wanted: Input, row: Objective) -> Tensor | None:
         """A number of each pair, `[B]`; None for margins that are not there and need not be."""
-        if name == "margins":
-            if "margin" not in self._values and row.requires_margins:
+        if wanted.quantity == "margins":
+            if "margin" not in self._values and not wanted.optional:
                 raise ValueError(f"Loss {row.name!r} needs the margin of each pair; add a column `margin` to the rows.")
             return self._values.get("margin")
-        side, _, quantity = name.partition("_")
-        first = ("chosen", "rejected").index(side)
-        if quantity == "token_logps":
+        first = 1 if wanted.of == "rejected" else 0
+        if wanted.quantity == "token_logps":
             return self._policy.token_logps[self._policy.completion_index % 2 == first]
-        return self._each(quantity)[first::2]
+        return self._each(wanted)[first::2]
 
-    def _each(self, quantity: str) -> Tensor:
+    def _each(self, wanted: Input) -> Tensor:
         """A number of each completion, `[K]`."""
-        if quantity.startswith("mean_"):
-            return self._each(quantity.removeprefix("mean_")) / self._policy.lengths.clamp(min=1)
-        if quantity == "logps":
+        found = self._whole(wanted)
+        return found / self._policy.lengths.clamp(min=1) if wanted.per_token else found
+
+    def _whole(self, wanted: Input) -> Tensor:
+        if wanted.quantity == "logps":
             return self.logps
-        if quantity == "reference_logps":
+        if wanted.quantity == "reference_logps":
             return self._reference_logps
-        if quantity == "reference_kl" and self._divergence is not None:
+        if wanted.quantity == "reference_kl" and self._divergence is not None:
             return self._policy.sum_by_completion(self._divergence)
-        if quantity != "logratios":
-            raise ValueError(f"A loss takes {quantity!r}, which a batch of pairs or lists does not have.")
+        if wanted.quantity != "logratios":
+            raise ValueError(f"A loss takes {wanted.name!r}, which a batch of pairs or lists does not have.")
         coefficient = self._combination.f_alpha_divergence_coef
         kind = self._combination.f_divergence_type
         return divergence_scores(self.logps - self._reference_logps, kind, 0.5 if coefficient is None else coefficient)
@@ -145,7 +143,7 @@ class Numbers:
         """What rewards are reported of: log-ratios, per token where the objective's own reward is a mean log-prob."""
         logratios = (self.logps - self._reference_logps).detach()
         row = self._combination.rows[0]
-        own = not row.needs_reference and row.level == "mean" and "chosen_logps" not in row.inputs
+        own = not row.needs_reference and row.per_token
         return logratios / self._policy.lengths.clamp(min=1) if own else logratios
 
     def scale(self) -> Tensor | None:

@@ -1,122 +1,16 @@
-"""Losses of single judged completions: a log-ratio and whether it is desirable, to one value per row."""
+"""From the scores of single judged completions to their losses, and the weights of the two classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tether.objectives.registry import OBJECTIVES
 from tether.types import LossOutput, LossTerm, Scores
 
 # Ratio of the two classes' total weight that the KTO paper recommends, eq. 8: from 1 to 4/3 for desirable over
 # undesirable.
 _BALANCE = (1.0, 4 / 3)
-
-
-def kto(
-    logratios: Tensor,
-    desirable: Tensor,
-    baseline: Tensor | float,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """The KTO loss, `w (1 - s(d))` with `d = beta (logratio - baseline)` for a desirable row, its negative for another.
-
-    Args:
-        logratios: `[B]` nats, log-probability of the completion under the policy minus under the reference.
-        desirable: bool `[B]`.
-        baseline: nats, the paper's z0: an estimate of the KL divergence from the reference, at least 0.
-        beta: how strongly the policy is held to the reference, per nat.
-        desirable_weight: w of desirable rows.
-        undesirable_weight: w of the others.
-
-    Returns:
-        `[B]` between 0 and w; half of w at the baseline.
-
-    Reference:
-        Ethayarajh et al., KTO: Model Alignment as Prospect Theoretic Optimization, eq. 7 and 8, arXiv:2402.01306.
-
-    Example:
-        >>> kto(torch.tensor([3.0, 3.0]), torch.tensor([True, False]), 3.0, undesirable_weight=2.0)
-        tensor([0.5000, 1.0000])
-    """
-    # 1 - s(d) as s(-d), which keeps its digits where s(d) is almost 1.
-    losses = torch.sigmoid(-_signed(logratios - baseline, desirable, beta))
-    return _weighted(losses, desirable, desirable_weight, undesirable_weight)
-
-
-def apo_zero_unpaired(
-    logratios: Tensor,
-    desirable: Tensor,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """APO-zero on single completions, `w (1 - s(d))` with `d = beta logratio`, its negative for an undesirable row.
-
-    It raises the likelihood of desirable completions and lowers that of others, whatever the divergence so far.
-
-    Args:
-        logratios: `[B]` nats.
-        desirable: bool `[B]`.
-        beta: how strongly the policy is held to the reference, per nat.
-        desirable_weight: w of desirable rows.
-        undesirable_weight: w of the others.
-
-    Returns:
-        `[B]` between 0 and w; half of w at a log-ratio of 0.
-
-    Reference:
-        D'Oosterlinck et al., Anchored Preference Optimization, eq. 7, arXiv:2408.06266; unpaired as in TRL 1.16.
-    """
-    losses = torch.sigmoid(-_signed(logratios, desirable, beta))
-    return _weighted(losses, desirable, desirable_weight, undesirable_weight)
-
-
-def bco(
-    logratios: Tensor,
-    desirable: Tensor,
-    baseline: Tensor | float,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """The BCO loss, `-w log s(d)` with `d = beta (logratio - baseline)` for a desirable row, its negative for another.
-
-    Args:
-        logratios: `[B]` nats.
-        desirable: bool `[B]`.
-        baseline: nats; `beta` times it is the paper's reward shift, a running mean of rewards.
-        beta: how strongly the policy is held to the reference, per nat.
-        desirable_weight: w of desirable rows.
-        undesirable_weight: w of the others.
-
-    Returns:
-        `[B]` nats; `w log 2` at the baseline.
-
-    Reference:
-        Jung et al., Binary Classifier Optimization for Large Language Model Alignment, eq. 10, arXiv:2404.04656.
-        Matching of the classes' prompt distributions (UDM) is not part of this.
-    """
-    losses = -F.logsigmoid(_signed(logratios - baseline, desirable, beta))
-    return _weighted(losses, desirable, desirable_weight, undesirable_weight)
-
-
-UNPAIRED: dict[str, Callable[..., Tensor]] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired, "bco": bco}
-
-
-def _signed(logratios: Tensor, desirable: Tensor, beta: float) -> Tensor:
-    return beta * torch.where(desirable.bool(), logratios, -logratios)
-
-
-def _weighted(losses: Tensor, desirable: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
-    return losses * torch.where(desirable.bool(), desirable_weight, undesirable_weight).to(losses)
 
 
 def unpaired_loss(
@@ -137,7 +31,7 @@ def unpaired_loss(
             `mean_logits` are reported where they are there.
         reference: scores of the same completions under the reference; None: a flat one, whose log-probs are 0.
         desirable: bool `[B]`.
-        loss: a name in `UNPAIRED`.
+        loss: a loss of the algorithm `kto`.
         baseline: nats, for the losses that have one.
         branches: completions of each prompt.
         weights: `[B]`, factor of the loss of each row; None for 1.
@@ -148,11 +42,13 @@ def unpaired_loss(
     """
     desirable = desirable.bool()
     logratios = log_ratios(policy, reference)[::branches]
-    anchored = () if loss == "apo_zero_unpaired" else (baseline,)
-    per_example = UNPAIRED[loss](logratios, desirable, *anchored, **options)
+    row = OBJECTIVES["kto"][loss]
+    per_example = row(logratios, desirable, *((baseline,) if row.takes("baseline") else ()), **options)
     per_example = per_example if weights is None else per_example * weights
     with torch.no_grad():
-        metrics = _metrics(policy, options.get("beta", 0.1) * logratios.detach(), desirable, branches)
+        metrics = _metrics(
+            policy, ({**row.defaults, **options}["beta"] or 0.0) * logratios.detach(), desirable, branches
+        )
     return LossOutput((LossTerm(per_example),), metrics)
 
 

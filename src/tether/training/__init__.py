@@ -6,7 +6,7 @@ from tether.training.algorithms.kto import KTO, KTOTrainer
 from tether.training.algorithms.orpo import ORPO, ORPOTrainer
 from tether.training.algorithms.reward import Reward, RewardTrainer
 from tether.training.algorithms.sft import SFT, SFTTrainer
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.dpo_arguments import DPOConfig
 from tether.training.reference_free_arguments import CPOConfig, ORPOConfig
 from tether.training.reward_arguments import RewardConfig

@@ -19,7 +19,7 @@ from tether.errors import ConfigError
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
 from tether.reference.methods.shards import is_sharded
 from tether.scoring import pack
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.progress import counted
 from tether.training.source import Source
 from tether.training.source.dealing import Order

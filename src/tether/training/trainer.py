@@ -37,10 +37,10 @@ from tether.reference.base import frozen_pass
 from tether.reference.methods.shards import held_by, is_sharded
 from tether.reference.record import restore, write_record, write_tensors
 from tether.training.algorithms.base import Algorithm, Passes
-from tether.training.arguments import PreferenceConfig
 from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import load_checkpoint, read_objective, resume_folder, save_model, write_objective
+from tether.training.config import PreferenceConfig
 from tether.training.evaluation import evaluate, prepare_unseen
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress

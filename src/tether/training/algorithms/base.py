@@ -16,7 +16,7 @@ from tether.data import Prepared
 from tether.errors import DataError
 from tether.scoring import score
 from tether.scoring.layout.proof import LOG_PROBS, Measures
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.setup.policy import policy_spec
 from tether.training.step import Context, MicroBatch, Step
 from tether.types import LossOutput, Scores, ScoringBatch

@@ -53,7 +53,7 @@ class DPO(Algorithm[Scores]):
         if "margin" in batch.values and "margin" not in self.needs.columns:
             raise DataError(
                 f"The rows have a column `margin`, which {self.name} would ignore. Remove it, or use one of "
-                f"{', '.join(row.name for row in OBJECTIVES.values() if 'margins' in row.inputs)}."
+                f"{', '.join(row.name for row in OBJECTIVES['dpo'].values() if row.takes('margins'))}."
             )
 
     def loss_tokens(self, batch: ScoringBatch) -> int:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tether.data import Prepared
-from tether.objectives.others import OTHER_OBJECTIVES
-from tether.objectives.unpaired import is_balanced, kto, log_ratios, suggested_weights, unpaired_loss
+from tether.objectives import OBJECTIVES
+from tether.objectives.unpaired import is_balanced, log_ratios, suggested_weights, unpaired_loss
 from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.algorithms.mismatched import Mismatching, with_mismatched
 from tether.training.step import Context, MicroBatch, Step
@@ -179,7 +179,8 @@ class KTO(Algorithm[Scores]):
         if self._is_kto:
             means["kl"] = max(0.0, means["kl"])
             rows = torch.cat([torch.zeros(0, 3, device=self.args.device), *context.seen]).double()
-            losses = rows[:, 2] * kto(rows[:, 0], rows[:, 1] > 0.5, means["kl"], **self._options)
+            loss = OBJECTIVES["kto"]["kto"]
+            losses = rows[:, 2] * loss(rows[:, 0], rows[:, 1] > 0.5, means["kl"], **self._options)
             before = context.total(torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))]))
             means["loss"] = _mean(before).item()
         return means
@@ -187,7 +188,7 @@ class KTO(Algorithm[Scores]):
     def describe(self) -> str:
         """What the objective's options mean."""
         options = ", ".join(f"{name} {value:g}" for name, value in self._options.items())
-        return f"objective: {self.args.loss_type} ({options}): {OTHER_OBJECTIVES[self.args.loss_type].convention}"
+        return f"objective: {self.args.loss_type} ({options}): {OBJECTIVES['kto'][self.args.loss_type].convention}"
 
     def _say_balance(self, labels: Any) -> None:
         self._balance_said = True

@@ -29,7 +29,7 @@ from tether.data.prepare.stream import Arrange, PreparedStream
 from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError
 from tether.models.gguf import cache_root
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.source import RowSource, Source, StreamSource
 
 logger = logging.getLogger("tether")

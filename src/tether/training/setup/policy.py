@@ -25,8 +25,8 @@ from tether.models.spec import ModelSpec, select_trainable
 from tether.models.structure import disable_dropout, transformers_model
 from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router
-from tether.training.arguments import PreferenceConfig
 from tether.training.checkpoint import refuse_silent_reanchoring
+from tether.training.config import PreferenceConfig
 
 logger = logging.getLogger("tether")
 _NOTHING_TRAINS = (

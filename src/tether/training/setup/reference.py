@@ -33,7 +33,7 @@ from tether.reference import (
 )
 from tether.reference.base import Scorer
 from tether.reference.methods.model import may_move
-from tether.training.arguments import PreferenceConfig
+from tether.training.config import PreferenceConfig
 from tether.training.setup.policy import source_of
 from tether.types import Meaning, ScoringBatch
 

@@ -26,8 +26,8 @@ from tether.reference.base import Scorer
 from tether.scoring import Layout, choose_layout, pack
 from tether.scoring.batch import with_prompts
 from tether.training.algorithms.base import Algorithm
-from tether.training.arguments import PreferenceConfig
 from tether.training.budget import TokenBudget, choose_budget
+from tether.training.config import PreferenceConfig
 from tether.training.setup.data import Rows, RunData
 from tether.training.setup.policy import (
     at_the_start,

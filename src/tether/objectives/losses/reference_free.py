@@ -36,9 +36,9 @@ def simpo(
     chosen_mean_logps: Tensor,
     rejected_mean_logps: Tensor,
     *,
-    beta: float = 0.1,
-    simpo_gamma: float = 0.5,
-    label_smoothing: float = 0.0,
+    beta: float,
+    simpo_gamma: float,
+    label_smoothing: float,
 ) -> Tensor:
     """Mean log-probs with a target margin: `-(1 - e) log s(d) - e log s(-d)`, `d = beta (chosen - rejected) - gamma`.
 
@@ -64,9 +64,9 @@ def cpo(
     rejected_logps: Tensor,
     chosen_mean_logps: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    cpo_alpha: float = 1.0,
+    beta: float,
+    label_smoothing: float,
+    cpo_alpha: float,
 ) -> Tensor:
     """DPO with a flat reference, and a likelihood: `-(1 - e) log s(d) - e log s(-d) - alpha mean log p(chosen)`.
 
@@ -91,7 +91,7 @@ def cpo(
     return contrast - cpo_alpha * chosen_mean_logps
 
 
-def odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float = 0.1) -> Tensor:
+def odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float) -> Tensor:
     """ORPO's preference part alone: `-beta log s(log odds(chosen) - log odds(rejected))`, `odds(p) = p / (1 - p)`.
 
     Args:
@@ -108,7 +108,7 @@ def odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: 
     return -beta * F.logsigmoid(log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps))
 
 
-def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float = 0.1) -> Tensor:
+def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float) -> Tensor:
     """Likelihood and odds ratio: `-mean log p(chosen) - beta log s(log odds(chosen) - log odds(rejected))`.
 
     The likelihood is per token of each completion, then averaged over pairs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def plackett_luce(logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def plackett_luce(logratios: Tensor, *, beta: float) -> Tensor:
     """DPO for a whole ranking: `-sum_k log(exp(r_k) / sum_{j >= k} exp(r_j))`, with the rewards `r = beta logratios`.
 
     Args:
@@ -20,7 +20,7 @@ def plackett_luce(logratios: Tensor, *, beta: float = 0.1) -> Tensor:
 
     Example:
         >>> import torch
-        >>> plackett_luce(torch.zeros(1, 3))
+        >>> plackett_luce(torch.zeros(1, 3), beta=0.1)
         tensor([1.7918])
     """
     rewards = beta * logratios

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """Noise contrastive alignment of a pair: `-log s(c) - log s(-c) / 2 - log s(-r) / 2`, the rewards `c` and `r`.
 
     Args:
@@ -28,7 +28,7 @@ def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """A binary classifier of pairs: `-log s(c) - log s(-r)`, the rewards `c` and `r`, without a shift.
 
     Args:
@@ -46,7 +46,7 @@ def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
 
 
-def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """Self-play with certain wins: `(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2`.
 
     Args:
@@ -65,7 +65,7 @@ def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: flo
     return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
 
 
-def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """Chosen up and rejected down, each from the reference: `s(-c) + s(r)`, the rewards `c` and `r`.
 
     Args:
@@ -83,7 +83,7 @@ def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
 
 
-def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
     """Both down, the rejected more: `s(c) + s(-(c - r))`, the rewards `c` and `r`.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tether.objectives.transforms import EXPONENT_LIMIT
+from tether.objectives.losses.transforms import EXPONENT_LIMIT
 
 
 def sigmoid(
@@ -19,8 +19,8 @@ def sigmoid(
     rejected_logratios: Tensor,
     margins: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: float,
+    label_smoothing: float,
 ) -> Tensor:
     """The DPO loss: `-(1 - e) log s(d) - e log s(-d)`, with `d = beta (chosen - rejected) - margin`.
 
@@ -40,7 +40,7 @@ def sigmoid(
         Offset, arXiv:2402.10571.
 
     Example:
-        >>> sigmoid(torch.tensor([2.0]), torch.tensor([2.0]))
+        >>> sigmoid(torch.tensor([2.0]), torch.tensor([2.0]), beta=0.1, label_smoothing=0.0)
         tensor([0.6931])
     """
     logits = beta * (chosen_logratios - rejected_logratios)
@@ -48,7 +48,7 @@ def sigmoid(
 
 
 def sigmoid_norm(
-    chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+    chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
     """DPO with log-ratios averaged over tokens: `-(1 - e) log s(d) - e log s(-d)`, `d = beta (chosen - rejected)`.
 
@@ -69,7 +69,7 @@ def sigmoid_norm(
 
 
 def hinge(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor | None = None, *, beta: float = 0.1
+    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor | None = None, *, beta: float
 ) -> Tensor:
     """SLiC's hinge on DPO's reward: `max(0, 1 + margin - beta (chosen - rejected))`.
 
@@ -90,7 +90,7 @@ def hinge(
     return torch.relu(1 - (logits if margins is None else logits - margins))
 
 
-def ipo(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float = 0.1) -> Tensor:
+def ipo(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
     """A squared distance to a fixed lead: `(chosen - rejected - 1 / (2 beta))^2`.
 
     Log-ratios are averaged over tokens, as the authors confirmed to TRL; the paper's sum grows with length.
@@ -110,9 +110,7 @@ def ipo(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta:
     return (chosen_mean_logratios - rejected_mean_logratios - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, label_smoothing: float = 1e-3
-) -> Tensor:
+def exo_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """The reverse KL from the policy's preference to a smoothed label: `KL((s(d), s(-d)) || (1 - e, e))`.
 
     Args:
@@ -133,9 +131,7 @@ def exo_pair(
     return right + (-logits).sigmoid() * (F.logsigmoid(-logits) - smoothing.log())
 
 
-def robust(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
-) -> Tensor:
+def robust(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """DPO's loss without bias from labels flipped at a known rate: `(-(1 - e) log s(d) + e log s(-d)) / (1 - 2 e)`.
 
     Args:
@@ -155,9 +151,7 @@ def robust(
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def discopop(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, discopop_tau: float = 0.05
-) -> Tensor:
+def discopop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
     """A blend that a search discovered: `(1 - m) (-log s(d)) + m exp(-d)`, with `m = s(d / tau)`.
 
     Args:
@@ -179,9 +173,7 @@ def discopop(
     return -F.logsigmoid(logits) * (-logits / discopop_tau).sigmoid() + exponential
 
 
-def dpop(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, dpop_lambda: float = 50.0
-) -> Tensor:
+def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
     """DPO that does not let the chosen completion become less likely: `-log s(beta (d - lambda max(0, -chosen)))`.
 
     Args:
@@ -201,7 +193,7 @@ def dpop(
 
 
 def rpo(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor, *, beta: float = 0.1, rpo_eta: float = 1.0
+    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor, *, beta: float, rpo_eta: float
 ) -> Tensor:
     """Fits the reward gap that the data gives: `KL(s(eta gap) || s(beta (chosen - rejected)))`.
 
@@ -230,7 +222,7 @@ def tdpo1(
     chosen_reference_kl: Tensor,
     rejected_reference_kl: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float,
 ) -> Tensor:
     """Token-level DPO: `-log s(beta (chosen - rejected - (KL rejected - KL chosen)))`, KL(reference, policy) of tokens.
 
@@ -257,8 +249,8 @@ def tdpo2(
     chosen_reference_kl: Tensor,
     rejected_reference_kl: Tensor,
     *,
-    beta: float = 0.1,
-    tdpo_alpha: float = 0.5,
+    beta: float,
+    tdpo_alpha: float,
 ) -> Tensor:
     """Token-level DPO, weighed: `-log s(beta (chosen - rejected - alpha (KL rejected - KL chosen)))`.
 
@@ -288,8 +280,8 @@ def aot(
     chosen_reference_logps: Tensor,
     rejected_reference_logps: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: float,
+    label_smoothing: float,
 ) -> Tensor:
     """The policy's margins against the reference's, each sorted over the micro-batch (paired AOT): `-log s(beta d_i)`.
 
@@ -316,7 +308,7 @@ def aot(
 
 
 def aot_unpaired(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
     """Chosen log-ratios against rejected ones, each sorted over the micro-batch (unpaired AOT): `-log s(beta d_i)`.
 

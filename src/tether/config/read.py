@@ -5,18 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from tether.config.adapter import adapter_fields
 from tether.config.document import KeyPath, parse, read_document
-from tether.config.fields import ELSEWHERE, known_fields, problem_with, unfit
+from tether.config.fields import Loss, adapter_fields, config_class, fields_under, keys_of, problem_with, row_of
 from tether.config.problems import describe, dotted, show, unknown_key, wrong_value
-from tether.config.section import SHORT_FORMS
-from tether.config.sections import Objective, RunConfig, Train
-from tether.config.trainers import Loss, default_of, own_fields
+from tether.config.run import RunConfig, Train
+from tether.config.sections import SHORT_FORMS
+from tether.config.words import unfit
 from tether.errors import ConfigError
+from tether.objectives import OBJECTIVES
+from tether.training import PreferenceConfig
+
+Place = Callable[[KeyPath], str]
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -51,7 +54,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return check_run(values, place)
 
 
-def check_run(values: dict[str, Any], place: Callable[[KeyPath], str] = lambda key: "run") -> RunConfig:
+def check_run(values: dict[str, Any], place: Place = lambda key: "run") -> RunConfig:
     """Check the contents of a run file.
 
     Args:
@@ -65,53 +68,55 @@ def check_run(values: dict[str, Any], place: Callable[[KeyPath], str] = lambda k
         ConfigError: one paragraph with the place, what came and what is allowed.
     """
     loss = _loss_in(values)
+    config = config_class(loss)
     values = _with_own_defaults(values, loss)
-    fields = list(known_fields(loss))
+    fields = [name for name in fields_under("train", config) if name not in Train.model_fields]
     try:
         run = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(describe(error, values, place, fields)) from error
-    for name, value in run.train.further.items():
-        key = ("train", name)
-        if name in ELSEWHERE:
-            raise ConfigError(
-                f"{place(key)}: `{dotted(key)}` is said by {ELSEWHERE[name]} in a run file. Write it there."
-            )
-        if name not in fields and name not in own_fields(loss):
-            raise ConfigError(f"{place(key)}: {unknown_key(key, [*Train.model_fields, *fields], fields)}")
-        if name in own_fields(loss):
-            said = f"`{dotted(key)}` is said by `objective.{name}` in a run file. Write it there."
-            raise ConfigError(f"{place(key)}: {said}")
-        allowed = problem_with(name, value, loss)
-        if allowed:
-            raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
-    _check_objective(run, fields, place)
-    _check_adapter(run, fields, place)
+    _check_train(run, config, fields, place)
+    _check_objective(run, config, fields, place)
+    if run.peft is not None:
+        known = adapter_fields(run.peft.type)
+        for name, value in run.peft.further.items():
+            if name not in known:
+                _refuse(("peft", name), unknown_key(("peft", name), ["type", *known], fields), place)
+            _require(("peft", name), value, unfit(known[name], value), place)
     return run
 
 
-def _check_adapter(run: RunConfig, fields: list[str], place: Callable[[KeyPath], str]) -> None:
-    if run.peft is None:
-        return
-    known = adapter_fields(run.peft.type)
-    for name, value in run.peft.further.items():
-        key = ("peft", name)
-        if name not in known:
-            raise ConfigError(f"{place(key)}: {unknown_key(key, ['type', *known], fields)}")
-        allowed = unfit(known[name], value)
-        if allowed:
-            raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
+def _check_train(run: RunConfig, config: type[PreferenceConfig], fields: list[str], place: Place) -> None:
+    for name, value in run.train.further.items():
+        key = ("train", name)
+        said = keys_of(config).get(name, "")
+        if said and said != dotted(key):
+            where = said if " " in said else f"`{said}`"
+            _refuse(key, f"`{dotted(key)}` is said by {where} in a run file. Write it there.", place)
+        if name not in fields:
+            _refuse(key, unknown_key(key, [*Train.model_fields, *fields], fields), place)
+        _require(key, value, problem_with(name, value, config), place)
 
 
-def _check_objective(run: RunConfig, fields: list[str], place: Callable[[KeyPath], str]) -> None:
-    loss, known = run.objective.loss, [*Objective.model_fields, *own_fields(run.objective.loss)]
+def _check_objective(run: RunConfig, config: type[PreferenceConfig], fields: list[str], place: Place) -> None:
+    known = fields_under("objective", config)
+    elsewhere = {option for rows in OBJECTIVES.values() for row in rows.values() for option in row.defaults}
     for name, value in run.objective.further.items():
         key = ("objective", name)
         if name not in known:
-            raise ConfigError(f"{place(key)}: {unknown_key(key, known, fields)}")
-        allowed = problem_with(name, value, loss)
-        if allowed:
-            raise ConfigError(f"{place(key)}: {wrong_value(key, value, allowed)}")
+            takes = ", ".join(key for key in known if key != "loss") or "no options"
+            idle = f"`{dotted(key)}` does not apply to loss {run.objective.loss!r}; it takes {takes}."
+            _refuse(key, idle if name in elsewhere else unknown_key(key, known, fields), place)
+        _require(key, value, problem_with(known[name], value, config), place)
+
+
+def _require(key: KeyPath, value: Any, allowed: str | None, place: Place) -> None:
+    if allowed:
+        _refuse(key, wrong_value(key, value, allowed), place)
+
+
+def _refuse(key: KeyPath, problem: str, place: Place) -> NoReturn:
+    raise ConfigError(f"{place(key)}: {problem}")
 
 
 def _loss_in(values: dict[str, Any]) -> Loss:
@@ -122,11 +127,17 @@ def _loss_in(values: dict[str, Any]) -> Loss:
 
 
 def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
-    """The values, with the trainer's default where it has another than the run file."""
-    train, default = values.get("train", {}), default_of(loss, "learning_rate")
-    if not isinstance(train, dict) or default == Train.model_fields["learning_rate"].default:
-        return values
-    return {**values, "train": {"learning_rate": default, **train}}
+    """The values, with the defaults of the loss' configuration, and what the loss' name stands for."""
+    row, config = row_of(loss), config_class(loss)
+    fields = config.__dataclass_fields__
+    default = {key: fields[name].default for key, name in fields_under("objective", config).items()}
+    default |= {"loss": loss, **(row.preset if row else {})}
+    rate = {"learning_rate": fields["learning_rate"].default}
+    for section, own in (("objective", default), ("train", rate)):
+        given = values.get(section, {})
+        if isinstance(given, dict):
+            values = {**values, section: {**own, **given}}
+    return values
 
 
 def _apply(values: dict[str, Any], override: str, given: dict[KeyPath, str]) -> None:

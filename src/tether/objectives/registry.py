@@ -1,0 +1,76 @@
+"""The one registry of objectives: configurations, run files, schema, documentation and tests are derived from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import get_args
+
+from tether.objectives.objective import Algorithm, Objective, Option, Problem
+from tether.objectives.rows import ROWS
+
+# Algorithm to name to row.
+OBJECTIVES: dict[Algorithm, dict[str, Objective]] = {
+    algorithm: {row.name: row for row in ROWS if row.algorithm == algorithm} for algorithm in get_args(Algorithm)
+}
+
+
+def run_file_row(key: str) -> Objective | None:
+    """The row that a run file means by a name alone: of two algorithms that have it, the one made for it.
+
+    >>> run_file_row("simpo").algorithm, run_file_row("ipo").algorithm
+    ('cpo', 'dpo')
+    """
+    rows = [row for algorithm in OBJECTIVES.values() for row in algorithm.values()]
+    found = [row for row in rows if row.run_file_key == key]
+    return found[-1] if found else None
+
+
+def options_of(algorithm: Algorithm) -> dict[str, Option]:
+    """Every option of an algorithm's rows by name: the fields that its configuration has.
+
+    >>> options_of("kto")["desirable_weight"].default
+    1.0
+    """
+    found: dict[str, Option] = {}
+    for row in OBJECTIVES[algorithm].values():
+        for option in (*row.options, *row.around):
+            found.setdefault(option.name, option)
+    return found
+
+
+def unknown_loss(algorithm: Algorithm, name: str) -> str:
+    """Words that follow `loss_type`, with the nearest name that exists.
+
+    >>> unknown_loss("sft", "nlll")
+    "'nlll' is not known; did you mean nll? Allowed are nll, dft."
+    """
+    near = get_close_matches(name, OBJECTIVES[algorithm], n=1)
+    hint = f"did you mean {near[0]}? Allowed" if near else "allowed"
+    return f"{name!r} is not known; {hint} are {', '.join(OBJECTIVES[algorithm])}."
+
+
+def check_options(rows: Sequence[Objective], options: Mapping[str, float | None]) -> Problem | None:
+    """What is wrong with options that go to the rows that take them; None when nothing is.
+
+    Args:
+        rows: of one algorithm, at least one.
+        options: by name.
+
+    Returns:
+        The first problem: an option that no row takes, or one outside the bounds of a row that does.
+    """
+    names = ", ".join(row.name for row in rows)
+    listed = repr(names) if len(rows) == 1 else names
+    for name, value in options.items():
+        taken = [(row, option) for row in rows for option in (*row.options, *row.around) if option.name == name]
+        if not taken:
+            known = dict.fromkeys(option.name for row in rows for option in (*row.options, *row.around))
+            takes = f"it takes {', '.join(known)}" if known else "it takes no options"
+            return Problem(name, f"does not apply to loss {listed}; {takes}.")
+        for row, option in taken:
+            if value is None and option.default is None:
+                continue
+            if value is None or value not in option.allowed:
+                return Problem(name, f"is {value}; for loss {row.name!r} it must be {option.allowed.words}.")
+    return None

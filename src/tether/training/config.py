@@ -1,0 +1,378 @@
+"""Training configurations, shaped like TRL's: fields over `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from tether.compute.cpu_matmul import LIBRARIES
+from tether.data.rows.schema import TURNS, Turns
+from tether.data.text.truncate import TRUNCATION_MODES
+from tether.errors import ConfigError
+from tether.objectives import Range
+from tether.reference import ReferenceSpec, RemoteOptions, Sync
+from tether.reference.spec import Keep
+from tether.scoring import Layout
+from tether.training.declared import Declared, Whole, keywords, option
+from tether.types import Kind, Meaning, Means
+
+# Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
+_WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "the batch is made of columns that no model's forward names"),
+    "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
+    "label_smoothing_factor": (0.0, "it belongs to a loss over labels; `label_smoothing` is the objective's"),
+    "label_names": (None, "batches have no labels"),
+    "include_for_metrics": ([], "there is no compute_metrics"),
+    "batch_eval_metrics": (False, "there is no compute_metrics"),
+    "eval_accumulation_steps": (None, "no predictions are kept during evaluation"),
+    "bf16_full_eval": (False, "evaluation scores as training does"),
+    "fp16_full_eval": (False, "evaluation scores as training does"),
+    "prediction_loss_only": (False, "evaluation keeps no predictions in any case"),
+    "eval_use_gather_object": (False, "no predictions are gathered"),
+    "resume_from_checkpoint": (None, "pass it to train()"),
+    "use_liger_kernel": (False, "it would replace the model's forward, which scoring relies on"),
+}
+# Fields of TrainingArguments that take a mapping, or one as JSON text.
+_MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
+
+
+@dataclass
+class ReferenceArguments(Declared):
+    """What the reference means and, where it is forced, how it is computed; TRL's names where TRL has one.
+
+    Raises:
+        ConfigError: a value that is not allowed, or values that say different things.
+    """
+
+    reference: Meaning | None = option(
+        None,
+        "What the reference means: `start`, `base`, `model`, `adapter` or `none`; unset: `start`, or `model` or "
+        "`adapter` where one is given.",
+        key="reference.meaning",
+    )
+    reference_adapter: str | None = option(
+        None,
+        "An adapter as the reference: the name of one that is loaded on the policy, or a folder.",
+        key="reference.adapter",
+    )
+    reference_means: Means | None = option(
+        None,
+        "Force how it is computed: `adapter_off`, `adapter_on`, `snapshot`, `model` or `remote`; unset: chosen and "
+        "printed.",
+        allowed=(None, "adapter_off", "adapter_on", "snapshot", "model", "remote"),
+        key="reference.means",
+    )
+    reference_snapshot: Keep | None = option(
+        None,
+        "Where a snapshot is kept, `device` or `host`; unset: by free memory.",
+        allowed=(None, "device", "host"),
+        key="reference.snapshot",
+    )
+    reference_remote: dict[str, Any] | str | None = option(
+        None,
+        "A server as the means: `url`, and further fields of `tether.reference.RemoteOptions`.",
+        key="reference.remote",
+    )
+    reference_check_steps: int = option(
+        50, "Steps between two checks that the reference has not moved; 0: never.", allowed=(Whole(0),)
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Keywords for loading a `ref_model` that is named by a string, such as `revision`, `dtype`, `device_map`, "
+        "`attn_implementation`, or `quantization` (`4bit` or `8bit`); what is left out is as in `model_init_kwargs`, "
+        "without the policy's revision.",
+        key="reference",
+    )
+    reference_store: str | None = option(
+        None,
+        "Folder or fsspec address of a store of reference log-probs: what is there is read, what is missing is "
+        "computed and added; unset: no store.",
+        key="reference.store",
+    )
+    reference_store_dtype: str = option(
+        "float32",
+        "What the store keeps, `float32` or `float16`.",
+        allowed=("float32", "float16"),
+        key="reference.store_dtype",
+    )
+    precompute_ref_log_probs: bool = option(
+        False, "Fill the store before the first step; without `reference_store` it is in the output folder."
+    )
+    precompute_ref_batch_size: int | None = option(
+        None,
+        "Rows per pass of that; unset: those of a training or evaluation batch.",
+        allowed=(None, Whole(1)),
+    )
+    sync_ref_model: bool = option(
+        False, "Move the reference towards the policy during training (TR-DPO).", key="reference.sync"
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6,
+        "The policy's share in the reference after a move, above 0 and at most 1; 1 replaces it.",
+        allowed=(Range(0, 1, low_included=False, high_included=True),),
+        key="reference.sync.alpha",
+    )
+    ref_model_sync_steps: int = option(
+        512, "Optimizer steps between two moves.", allowed=(Whole(1),), key="reference.sync.steps"
+    )
+
+    def check_reference(self) -> None:
+        """Find what is wrong with these options before anything is loaded."""
+        moved = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+        idle = [name for name, default in moved.items() if getattr(self, name) != default]
+        if idle and not self.sync_ref_model:
+            raise ConfigError(
+                "came without sync_ref_model, so the reference would not move. Set sync_ref_model=True, or leave it "
+                "out.",
+                idle[0],
+            )
+        self._check_store()
+        for name in ("ref_model_init_kwargs", "reference_remote"):
+            setattr(self, name, keywords(name, getattr(self, name)))
+        if self.reference_remote is not None:
+            # A server alone is another model; it is the policy's start only where that is said, and then proved.
+            self.reference = self.reference or "model"
+            self.reference_means = self.reference_means or "remote"
+        if self.reference_adapter is not None:
+            if self.reference not in (None, "adapter"):
+                raise ConfigError(
+                    f"was given and reference is {self.reference!r}; the two say different things. Leave one of them "
+                    "out.",
+                    "reference_adapter",
+                )
+            self.reference = "adapter"
+        if self.reference == "adapter" and self.reference_adapter is None:
+            raise ConfigError(
+                "is 'adapter' but no reference_adapter was given. Name one that is loaded on the policy, or give the "
+                "folder of one.",
+                "reference",
+            )
+        if self.reference is not None or self.reference_means == "remote":
+            self.reference_spec()
+
+    def wants_store(self) -> bool:
+        """Whether the reference's log-probabilities are kept."""
+        return self.reference_store is not None or self.precompute_ref_log_probs
+
+    @property
+    def _store_field(self) -> str:
+        return "precompute_ref_log_probs" if self.reference_store is None else "reference_store"
+
+    def _check_store(self) -> None:
+        """An option of the store that would do nothing, or that cannot be right, is an error."""
+        if self.wants_store() and (self.reference == "none" or self.sync_ref_model):
+            why = "a moving reference is another one after each move" if self.sync_ref_model else "reference is 'none'"
+            raise ConfigError(f"came, but {why}, so there is nothing to store. Leave it out.", self._store_field)
+        if self.reference_store == "":
+            raise ConfigError("is empty; name a folder or an fsspec address, or leave it out.", "reference_store")
+        if self.reference_store_dtype != "float32" and not self.wants_store():
+            raise ConfigError("came without a store; set reference_store, or leave it out.", "reference_store_dtype")
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ConfigError(
+                f"is {self.precompute_ref_batch_size}; it needs precompute_ref_log_probs=True.",
+                "precompute_ref_batch_size",
+            )
+
+    def reference_spec(self, meaning: Meaning | None = None, **found: Any) -> ReferenceSpec:
+        """The declaration; `found` are fields that only the trainer knows, such as the other model."""
+        remote = self.reference_remote
+        try:
+            options = RemoteOptions(**remote) if isinstance(remote, dict) else None
+        except TypeError as error:
+            names = ", ".join(RemoteOptions.__dataclass_fields__)
+            raise ConfigError(f"is {remote!r}; its keys may be {names} ({error}).", "reference_remote") from error
+        return ReferenceSpec(
+            meaning=meaning or self.reference or "start",
+            means=self.reference_means,
+            keep=self.reference_snapshot,
+            remote=options,
+            sync=Sync(self.ref_model_sync_steps, self.ref_model_mixup_alpha) if self.sync_ref_model else None,
+            **found,
+        )
+
+
+@dataclass
+class PreferenceConfig(ReferenceArguments, TrainingArguments):
+    """What every preference trainer takes, on top of `transformers.TrainingArguments` and `ReferenceArguments`.
+
+    Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    gradient_checkpointing: bool = True  # type: ignore[override]
+    bf16: bool | None = option(  # type: ignore[override]
+        None,
+        "Mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be faster "
+        "on this CPU, which the trainer does when it knows the model's shapes.",
+    )
+    cpu_matmul: str = option(
+        "auto",
+        "What multiplies float32 matrices on a CPU: torch's `default` library, or `onednn`, which computes the same "
+        "with another rounding; `auto`: what is measured to be faster.",
+        allowed=LIBRARIES,
+    )
+    remove_unused_columns: bool = option(
+        False, "Stays off, the batch is made of columns that no model's forward names."
+    )
+    logging_nan_inf_filter: bool = option(False, "Stays off, a loss that is not a number must be seen.")
+    max_length: int | None = option(
+        1024,
+        "Tokens of prompt and completion together; None: no truncation.",
+        allowed=(None, Whole(2, "tokens")),
+    )
+    truncation_mode: str = option(
+        "keep_start",
+        "What is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`.",
+        allowed=TRUNCATION_MODES,
+    )
+    prompt_boundary: str = option(
+        "split",
+        "What to do when a prompt's tokens are no prefix of prompt and completion tokenised together: `split`, `drop` "
+        "or `error`.",
+        allowed=("split", "drop", "error"),
+    )
+    turns: Turns = option(
+        "all",
+        "What is scored of a completion of several turns, in conversations: `all` of it, what others say included, as "
+        "TRL does; the turns of the `assistant`; or the `last` one of these.",
+        allowed=TURNS,
+    )
+    dataset_num_proc: int | None = option(None, "Processes that prepare the data.")
+    dataset_cache: str | None = option(
+        "auto",
+        "Folder where prepared rows are kept for the other processes of a run and for later runs; `auto`: `prepared` "
+        "in `$TETHER_CACHE` or in `~/.cache/tether`; None: nowhere, and each process prepares for itself.",
+        key="data.cache",
+    )
+    dataset_streaming: bool = option(
+        False,
+        "Prepare the training rows while training goes on, and never hold them all; so it is done for a "
+        "`datasets.IterableDataset` in any case. Needs `max_steps`.",
+        key="data.streaming",
+    )
+    dataset_buffer_size: int = option(
+        1000,
+        "Rows of a stream among which each next one is drawn, as `datasets` shuffles streams; with "
+        '`train_sampling_strategy="sequential"` none is drawn and rows come in their order.',
+        allowed=(Whole(1, "row"),),
+        key="data.buffer_size",
+    )
+    disable_dropout: bool = option(True, "Set every dropout probability of the policy to 0.")
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keywords for loading models that are named by a string.", key="model"
+    )
+    trust_remote_code: bool = option(
+        False, "Run code that comes with a model repository.", key="model.trust_remote_code"
+    )
+    add_tokens: list[str] | None = option(
+        None,
+        "New tokens for tokenizer and model; each begins as the mean of all others.",
+        key="model.add_tokens",
+    )
+    train_parameters: list[str] | None = option(
+        None,
+        "Regular expressions, searched for in parameter names: only what they find trains (and an adapter); None: all.",
+        key="model.train",
+    )
+    freeze_parameters: list[str] | None = option(None, "The same for what does not train.", key="model.freeze")
+    router_aux_loss_coef: float | None = option(
+        None,
+        "Weight of the load-balancing loss of a mixture of experts; unset: what the model's configuration says; 0: "
+        "none.",
+        allowed=(None, Range(0)),
+    )
+    scoring_layout: Layout | None = option(
+        None,
+        "Force `tree` or `padded`; unset: `tree` where it is proved equal to scoring alone, and `encoder_decoder` for "
+        "a model with an encoder.",
+        allowed=(None, "tree", "padded", "encoder_decoder"),
+    )
+    max_tokens_per_forward: int | str | None = option(
+        "auto",
+        "Split the examples of a device's batch into as few micro-batches as hold at most this many tokens (a prompt "
+        "counted once with all its completions), with the gradient of the whole batch; `auto`: what the memory allows, "
+        "printed; None: a batch is one forward.",
+        allowed=("auto", None, Whole(1, "token")),
+    )
+    attention_backend: str = option(
+        "auto",
+        "Force what computes a tree's attention: `blocked`, `sdpa`, `flex` or `flash`; `auto`: blocks on a CPU, "
+        "FlexAttention on CUDA where it is proved, SDPA elsewhere.",
+        allowed=("auto", "blocked", "sdpa", "flex", "flash"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and (self.fp16 or not self.computes_on_cpu()):
+            self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        limit = self.max_tokens_per_forward
+        if isinstance(limit, str) and limit.isdigit():  # from a command line
+            self.max_tokens_per_forward = int(limit)
+        self.check_declared()
+        # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ConfigError(
+                f"is {self.train_sampling_strategy!r}; allowed are random, sequential.", "train_sampling_strategy"
+            )
+        if self.dataset_streaming:
+            self.require_streamable()
+        self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
+        self.check_reference()
+        for name, (kept, reason) in _WITHOUT_EFFECT.items():
+            if getattr(self, name, kept) != kept:
+                raise ConfigError(f"is {getattr(self, name)!r}; it must stay {kept!r}: {reason}.", name)
+        for name in _MAPPINGS:
+            if isinstance(value := getattr(self, name, None), str) and value.startswith("{"):
+                setattr(self, name, keywords(name, value))
+        super().__post_init__()
+
+    def require_streamable(self) -> None:
+        """Refuse what training rows that are streamed cannot do.
+
+        Raises:
+            ConfigError: an option that needs all rows, or would do nothing.
+        """
+        if self.max_steps < 1:
+            raise ConfigError(
+                f"is {self.max_steps}, and the training rows are streamed, so that no one knows how many there are. "
+                "Set how many steps the run has (the stream begins anew when it ends), or read the rows whole.",
+                "max_steps",
+            )
+        if self.dataloader_num_workers:
+            raise ConfigError(
+                f"is {self.dataloader_num_workers}, and the training rows are streamed: they are prepared ahead in the "
+                "background already. Set dataset_num_proc to prepare them in several processes.",
+                "dataloader_num_workers",
+            )
+
+    def computes_on_cpu(self) -> bool:
+        """Whether the trainer may still decide on the precision; DeepSpeed is configured with it from the start."""
+        return (self.use_cpu or not torch.accelerator.is_available()) and self.deepspeed is None
+
+    @property
+    def kind(self) -> Kind:
+        """What the rows mean to each other."""
+        return self.objective_rows[0].kind if self.algorithm else "pair"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with a reference at all."""
+        return any(row.needs_reference for row in self.objective_rows) if self.algorithm else True
+
+    @property
+    def objective_name(self) -> str:
+        """What the objective is called, for messages."""
+        return type(self).__name__
+
+    def objective_options(self) -> dict[str, float]:
+        """Options that the objective's function is called with, by name."""
+        names = [name for row in self.objective_rows for name in row.defaults] if self.algorithm else []
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
