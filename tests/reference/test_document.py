@@ -92,7 +92,7 @@ def words(node: ast.expr) -> str:
 
 def texts(*kinds: str, folders: tuple[str, ...]) -> Iterator[str]:
     """What errors of these classes say, in these folders; of `warning`, what is logged."""
-    for path in (path for folder in folders for path in sorted((PACKAGE / folder).glob("*.py"))):
+    for path in (path for folder in folders for path in sorted((PACKAGE / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).split(".")[-1] in kinds:
                 yield words(node.args[0])
