@@ -279,7 +279,7 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
         ({"reference": "base", "reference_adapter": "sft"}, "say different things"),
         ({"ref_model_mixup_alpha": 0.3}, "came without sync_ref_model"),
         ({"sync_ref_model": True, "reference": "base"}, "What can move is a snapshot"),
-        ({"sync_ref_model": True, "ref_model_sync_steps": 0, "reference": "start"}, "it must be at least 1"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 0, "reference": "start"}, "it must be a whole number from 1"),
         ({"reference_snapshot": "disk"}, "None, device, host"),
         ({"reference_snapshot": "host", "reference": "start", "reference_means": "adapter_off"}, "keeps no snapshot"),
         ({"ref_model_init_kwargs": {"dtype": "float32"}}, "came without a ref_model"),

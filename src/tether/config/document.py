@@ -2,6 +2,10 @@
 
 PyYAML reads YAML 1.1, where `5e-6` is text, `no` is false, `010` is eight and `1:30` is ninety. Here the rules of
 YAML 1.2 hold: `5e-6` is a number, only `true` and `false` are switches, and the rest is text.
+
+PyYAML's nodes and not ruamel.yaml, which was tried: it reads `2020-01-01` as a date, `1_000` and `0o17` as numbers, and
+gives numbers of classes of its own, so that as much code would undo that as the rules below take; and it was slower (60
+keys in 66 ms, against 26 ms).
 """
 
 from __future__ import annotations
