@@ -25,7 +25,17 @@ class Rows(Section):
     weight: Annotated[float, Field(gt=0, lt=1e6), Allowed("a number above 0")] = Field(
         default=1.0, description="How often each row occurs: 2 twice, 0.5 every second one."
     )
-    split: Text = Field(default="train", description="Part of a hub data set.")
+    split: Text = Field(
+        default="train", description="Part of a hub data set, or of a folder with train and test files."
+    )
+    name: Text | None = Field(default=None, description="Configuration of a hub data set; null: its only one.")
+    revision: Annotated[Text | None, Allowed("text (in quotes if it looks like a number), or null")] = Field(
+        default=None, description="Branch, tag or commit of a hub data set."
+    )
+    data_dir: Text | None = Field(default=None, description="Folder inside a hub data set; null: all of it.")
+    data_files: Annotated[
+        Text | Annotated[list[Text], Field(min_length=1)] | None, Allowed("a path or pattern, or a list of them")
+    ] = Field(default=None, description="Files of a hub data set; null: those of the split.")
     prompt_format: Annotated[Text | None, Allowed("text with {prompt} in it, or null")] = Field(
         default=None, description="Pattern of the prompt, for the format user_defined; so for the keys below."
     )
