@@ -1,8 +1,9 @@
 """Texts that are almost alike, found by MinHash. Called by `check`.
 
-A text is the set of its runs of three words (of characters, in scripts without spaces). One hash of the set, permuted by its own low bits into bins, gives a
-signature in one pass (one-permutation hashing, Li, Owen and Zhang, arXiv:1208.1259); texts that share a band of it are
-compared set by set, so that what is reported is exact and only what is missed is chance.
+A text is the set of its runs of three words; in scripts without spaces, of three characters. One hash of the set,
+permuted by its own low bits into bins, gives a signature in one pass (one-permutation hashing, Li, Owen and Zhang,
+arXiv:1208.1259); texts that share a band of it are compared set by set, so that what is reported is exact and only
+what is missed is chance.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Report:
             f"in {moved[1]} rows the template renders the prompt otherwise alone (policy {self.boundary})": moved[1],
             f"{self.ends_added} completions got an end-of-turn token, as the template writes none": self.ends_added,
             f"not written by the chat template: {lost}": lost,
-            f"in {self.other_prompts} rows `prompt` is no message of the conversation, and is not read": self.other_prompts,
+            f"in {self.other_prompts} rows `prompt` is none of the messages, and is not read": self.other_prompts,
             f"{self.marker_rows} rows carry template markers: {', '.join(self.markers)}": self.marker_rows,
             f"not read: columns {', '.join(self.unused_columns)}": self.unused_columns,
             f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,

@@ -309,13 +309,31 @@ def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa
     for column in columns:
         values = [_portable(column, row.get(column)) for row in rows]
         try:
-            arrays[str(column)] = pa.array(values)
+            arrays[str(column)] = _array(column, values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:
                 raise DataError(explain_mixed_types(rows, name, column, error, first)) from error
             # Not read by training, but still listed among the unused columns.
             arrays[str(column)] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)
+
+
+def _array(column: str, values: list[Any]) -> pa.Array:
+    """Values as a column; content that is text in one message and in parts of text in another as text in both."""
+    try:
+        return pa.array(values)
+    except pa.ArrowException:
+        if column not in TEXTS:
+            raise
+        return pa.array([_flat_message(value) for value in values])
+
+
+def _flat_message(item: Any) -> Any:
+    if isinstance(item, list):
+        return [_flat_message(message) for message in item]
+    if isinstance(item, dict) and isinstance(item.get("content"), list):
+        return {**item, "content": joined_parts(item["content"])}
+    return item
 
 
 def _portable(column: str, value: Any) -> Any:
@@ -343,8 +361,6 @@ def _portable_image(value: Any) -> Any:
 def _portable_message(item: Any) -> Any:
     if isinstance(item, list):  # one of several completions
         return [_portable_message(message) for message in item]
-    if isinstance(item, dict) and isinstance(item.get("content"), list):
-        item = {**item, "content": joined_parts(item["content"])}
     if not isinstance(item, dict) or not isinstance(item.get("tool_calls"), list):
         return item
     return {**item, "tool_calls": json.dumps(item["tool_calls"], default=str)}

@@ -85,13 +85,18 @@ class Closings:
         place, end = min(found)
         return place + len(end)
 
+    def plain_end(self, text: str, start: int) -> int:
+        """The place after an answer in the midst of a conversation that is closed with no token."""
+        said = self.said
+        return start + said.kept if not said.end and text.startswith(said.tail, start) else start
+
     def cut(self, message: dict[str, Any], text: str, start: int) -> tuple[int, bool]:
         """Where the last answer of a conversation is over, and whether with an end-of-turn token; see `end`."""
         end = self.end(message, text, start, last=True)
         if end is not None:
             return end, True
         if not self.said.end and text[start:] == self.said.tail:
-            return start + self.said.kept, False
+            return self.plain_end(text, start), False
         return len(text), False
 
     def _measured(self, answer: dict[str, Any], further: dict[str, Any]) -> Closing:

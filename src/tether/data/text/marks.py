@@ -14,9 +14,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tether.data.text.template import Writer
+from tether.data.text.template import Writer, as_object
 from tether.types import Messages, Preference
 
+Given = tuple[str, int, int]
 _MARK = re.compile("\ue010([0-9]+)\ue011")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT_TAGS = re.compile(r"\s*</?think>\s*")
@@ -30,12 +31,13 @@ class Marked:
 
     Args:
         text: the rendering without its marks.
-        given: for each mark, what the text before it is, and the place of its message; -1 for tools.
+        given: for each mark, what the text before it is, the place of its message (-1 for tools), and the number of
+            what it is a part of: the name and the arguments of a call are one.
         places: number of a mark to where it lies in `text`; without those that were not written.
     """
 
     text: str
-    given: list[tuple[str, int]]
+    given: list[Given]
     places: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def end(self, message: int) -> int | None:
@@ -56,7 +58,8 @@ class Marked:
 
     def lost(self) -> list[tuple[str, int]]:
         """What was not written, with the place of its message."""
-        return [given for mark, given in enumerate(self.given) if mark not in self.places]
+        written = {self.given[mark] for mark in self.places}
+        return [one[:2] for one in dict.fromkeys(self.given) if one not in written]
 
     def _of(self, message: int) -> list[int]:
         return [place for mark, places in self.places.items() if self.given[mark][1] == message for place in places]
@@ -77,12 +80,14 @@ def marked(
     Returns:
         What came of it; None where the template refuses it.
     """
-    given: list[tuple[str, int]] = []
+    given: list[Given] = []
     changed = [
         _marked_message(message, place, given) if only is None or place in only else message
         for place, message in enumerate(messages)
     ]
-    tools = record.tools if only is not None else [_marked_tool(tool, given) for tool in record.tools or ()] or None
+    tools = record.tools
+    if only is None and tools:
+        tools = [_marked_tool(tool, part, given) for part, tool in enumerate(tools)]
     text = write.attempt(replace(record, tools=tools), changed, opened)
     if text is None:
         return None
@@ -136,43 +141,51 @@ def _name(message: Mapping[str, Any]) -> str:
     return _BY_ROLE.get(message["role"], f"{message['role']} messages")
 
 
-def _marked_message(message: Mapping[str, Any], place: int, given: list[tuple[str, int]]) -> dict[str, Any]:
+def _marked_message(message: Mapping[str, Any], place: int, given: list[Given]) -> dict[str, Any]:
     changed = dict(message)
     for name in (*_THOUGHTS, "content"):
         if isinstance(message.get(name), str) and message[name].strip():
-            changed[name] = _behind(message[name], "thoughts" if name in _THOUGHTS else _name(message), place, given)
+            what = "thoughts" if name in _THOUGHTS else _name(message)
+            changed[name] = _behind(message[name], (what, place, 0), given)
     if message.get("tool_calls"):
-        changed["tool_calls"] = [_marked_call(call, place, given) for call in message["tool_calls"]]
+        changed["tool_calls"] = [
+            _marked_call(call, ("tool calls", place, part), given) for part, call in enumerate(message["tool_calls"])
+        ]
     return changed
 
 
-def _marked_call(call: Mapping[str, Any], place: int, given: list[tuple[str, int]]) -> dict[str, Any]:
+def _marked_call(call: Mapping[str, Any], what: Given, given: list[Given]) -> dict[str, Any]:
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _marked_call(call["function"], place, given)}
+        return {**call, "function": _marked_call(call["function"], what, given)}
     changed = dict(call)
     for name in ("name", "arguments"):
         if name in call:
-            changed[name] = _leaves(call[name], place, given)
+            changed[name] = _leaves(as_object(call[name]) if name == "arguments" else call[name], what, given)
     return changed
 
 
-def _leaves(value: Any, place: int, given: list[tuple[str, int]]) -> Any:
+def _leaves(value: Any, what: Given, given: list[Given]) -> Any:
     if isinstance(value, str):
-        return _behind(value, "tool calls", place, given) if value.strip() else value
+        return _behind(value, what, given) if value.strip() else value
     if isinstance(value, Mapping):
-        return {key: _leaves(item, place, given) for key, item in value.items()}
-    return [_leaves(item, place, given) for item in value] if isinstance(value, list) else value
+        return {_key(key, item, what, given): _leaves(item, what, given) for key, item in value.items()}
+    return [_leaves(item, what, given) for item in value] if isinstance(value, list) else value
 
 
-def _marked_tool(tool: Mapping[str, Any], given: list[tuple[str, int]]) -> dict[str, Any]:
+def _key(key: str, value: Any, what: Given, given: list[Given]) -> str:
+    """A key with a mark, for a number or a truth value, which cannot have one."""
+    return key if isinstance(value, (str, Mapping, list)) else _behind(key, what, given)
+
+
+def _marked_tool(tool: Mapping[str, Any], part: int, given: list[Given]) -> dict[str, Any]:
     if isinstance(tool.get("function"), Mapping):
-        return {**tool, "function": _marked_tool(tool["function"], given)}
+        return {**tool, "function": _marked_tool(tool["function"], part, given)}
     name = tool.get("name")
-    return {**tool, "name": _behind(name, "tools", -1, given)} if isinstance(name, str) else dict(tool)
+    return {**tool, "name": _behind(name, ("tools", -1, part), given)} if isinstance(name, str) else dict(tool)
 
 
-def _behind(text: str, kind: str, place: int, given: list[tuple[str, int]]) -> str:
+def _behind(text: str, what: Given, given: list[Given]) -> str:
     """A text with a mark behind it; before white space at its end, which templates trim."""
-    given.append((kind, place))
+    given.append(what)
     said = text.rstrip()
     return f"{said}\ue010{len(given) - 1}\ue011{text[len(said) :]}"

@@ -114,16 +114,16 @@ class Writer:
         except Exception:  # a template is a program written by others: it may raise anything
             return None
 
-    def generated(self, record: Preference, messages: Messages) -> tuple[str, list[tuple[int, int]]] | None:
-        """The text of a conversation and the parts that the template itself marks as the assistant's; None where it
-        marks none (`{% generation %}`)."""
+    def generated(self, record: Preference, messages: Messages) -> list[tuple[int, int]] | None:
+        """The parts of a conversation that the template itself marks as the assistant's; None where it marks none
+        (`{% generation %}`)."""
         options = self._options(record, "")
         if not _GENERATION.search(options["chat_template"]):
             return None
         options |= {"return_assistant_tokens_mask": True}
         own = {name: value for name, value in self.tokenizer.special_tokens_map.items() if name not in options}
-        texts, marks = render_jinja_template([self._callable(messages)], **own, **options)
-        return texts[0], [(start, end) for start, end in marks[0] if end > start]
+        _, marks = render_jinja_template([self._callable(messages)], **own, **options)
+        return [(start, end) for start, end in marks[0] if end > start]
 
     def _options(self, record: Preference, opened: str) -> dict[str, Any]:
         template = self.with_tools if record.tools else self.template
@@ -154,7 +154,7 @@ class Writer:
         """Messages whose tool calls have arguments in the form that the template writes."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
-        form = _as_text if self._wants_text else _as_object
+        form = _as_text if self._wants_text else as_object
         return [
             {**message, "tool_calls": [_with_arguments(call, form) for call in message["tool_calls"]]}
             if message.get("tool_calls")
@@ -176,7 +176,7 @@ class Writer:
             except Exception:  # see above
                 return None
 
-        from_object = written(_as_object)
+        from_object = written(as_object)
         return (from_object is None or "{'probing'" in from_object) and written(_as_text) is not None
 
 
@@ -186,7 +186,7 @@ def _with_arguments(call: Mapping[str, Any], form: Any) -> dict[str, Any]:
     return {**call, "arguments": form(call["arguments"])} if "arguments" in call else dict(call)
 
 
-def _as_object(arguments: Any) -> Any:
+def as_object(arguments: Any) -> Any:
     """JSON text that holds an object, which is how most data write arguments, as that object."""
     if not isinstance(arguments, str):
         return arguments
@@ -197,8 +197,9 @@ def _as_object(arguments: Any) -> Any:
     return found if isinstance(found, dict) else arguments
 
 
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _as_text(arguments: Any) -> Any:
+    found = as_object(arguments)
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 
 def _arguments(record: Preference) -> str:

@@ -1,9 +1,9 @@
 """Where in a rendered conversation the turns lie that are scored. Called by `render`.
 
-A template that marks what the assistant says itself (`{% generation %}`) is taken at its word. For others, the
-conversation is rendered with marks behind every text, and up to each answer as the model is asked for it: an answer
-begins where that prompt ends, and ends with the end-of-turn token behind its own last text. The result is proved for
-every turn: it must hold all marks of its message and none of another one, or the row is not used.
+The conversation is rendered with marks behind every text, and up to each answer as the model is asked for it: an
+answer begins where that prompt ends, and ends with the end-of-turn token behind its own last text. The result is proved
+for every turn: it must hold all marks of its message and none of another one, or the row is not used. Of a template
+that marks itself what the assistant says (`{% generation %}`), only what it marks is scored.
 """
 
 from __future__ import annotations
@@ -66,9 +66,6 @@ class _Turns:
         one = self.one
         places = [k for k, message in enumerate(one.messages) if message["role"] == "assistant" and k >= self.first]
         places = places[-1:] if turns == "last" else places
-        own = self.write.generated(one.record, one.messages)
-        if own is not None:
-            return self._generated(*own, places[0] if turns == "last" and places else None)
         found = self._marked(places)
         if found is None:
             return ()
@@ -78,7 +75,8 @@ class _Turns:
             if span is None or not found.holds_only(place, *span):
                 return ()
             spans.append(span)
-        return tuple(spans)
+        own = self.write.generated(one.record, one.messages)
+        return tuple(spans) if own is None else _within(own, spans)
 
     def _marked(self, places: Sequence[int]) -> Marked | None:
         """The conversation with its marks; with the fewest that tell, where all of them change what is written."""
@@ -101,7 +99,9 @@ class _Turns:
             return start, max(one.cut, stop)
         end = self.closings.end(one.messages[place], one.text, stop, last=False)
         limit = found.end(place + 1)
-        return start, stop if end is None or (limit is not None and end > limit) else end
+        if end is None or (limit is not None and end > limit):
+            return start, self.closings.plain_end(one.text, stop)
+        return start, end
 
     def _start(self, place: int, found: Marked) -> int | None:
         """Where an answer begins: where the prompt that asks for it ends."""
@@ -119,13 +119,8 @@ class _Turns:
         whole, prompt = found.end_before(place), before.end_before(place)
         return whole + shared_length(one.text[whole:], before.text[prompt:])
 
-    def _generated(self, text: str, parts: Sequence[tuple[int, int]], last: int | None) -> Spans:
-        one = self.one
-        if text != one.text:
-            return ()
-        start = shared_length(one.prompt, text)
-        if last is not None and last > self.first:
-            asked = self.write.attempt(one.record, one.messages[:last], "add_generation_prompt")
-            start = max(start, shared_length(asked or "", text))
-        spans = ((max(begin, start), min(end, one.cut)) for begin, end in parts)
-        return tuple((begin, end) for begin, end in spans if end > begin)
+
+def _within(parts: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Spans:
+    """What lies in both."""
+    both = ((max(part[0], span[0]), min(part[1], span[1])) for span in spans for part in parts)
+    return tuple((start, end) for start, end in both if end > start)
