@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from data.samples import assistant, pair, user
 from tether.data import load_rows, preferences, read_preferences
-from tether.data.rows.formats import FORMATS, detected
+from tether.data.rows.conversion import detected
+from tether.data.rows.formats import FORMATS
 from tether.data.split import split_rows
 from tether.errors import ConfigError, DataError
 

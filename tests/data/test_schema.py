@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from data.samples import assistant, chat, pair, user
 from tether.data import Schema, load_rows, preferences, read_preferences
-from tether.data.rows.schema import split_prompt
+from tether.data.rows.shared import split_prompt
 from tether.errors import DataError
 
 
@@ -54,8 +54,8 @@ def test_a_text_prompt_beside_whole_conversations_is_recognised_and_reported() -
     whole = {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant("B")]}
     schema = check([{"prompt": "Hi", **whole}])
     assert (schema.shared_prompt, schema.unused_columns) == (True, ("prompt",))
-    with pytest.raises(DataError, match="row 1: `prompt` is text and none of the messages"):
-        check([{"prompt": "Another", **whole}])
+    for other in ("Another", None):
+        assert check([{"prompt": other, **whole}]).unused_columns == ("prompt",)
 
 
 def test_source_rows_count_from_0_and_parts_can_be_read() -> None:
@@ -70,13 +70,12 @@ def test_columns_and_message_fields_that_are_not_read_are_listed() -> None:
     assert schema.message_fields == ("weight",)
 
 
-def test_a_missing_column_lists_what_was_found_and_the_nearest_name() -> None:
+def test_a_missing_column_lists_what_was_found() -> None:
     with pytest.raises(DataError) as caught:
         check([{"prompt": "a", "choosen": "b", "rejected": "c"}])
     assert str(caught.value) == (
         "train: the column `chosen` is missing. Columns found: prompt, choosen, rejected. A preference row has "
-        "`chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns "
-        "(`choosen` looks like `chosen`)."
+        "`chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns."
     )
     with pytest.raises(DataError, match=r"the columns `chosen` and `rejected` are missing\. Columns found: text"):
         check([{"text": "a"}])
@@ -99,7 +98,7 @@ def test_a_prompt_under_another_name_is_not_guessed_from_shared_text() -> None:
         ),
         (
             pair([user("Hi")], [{"from": "gpt", "value": "A"}], [{"from": "gpt", "value": "B"}]),
-            "message 1 of `chosen` has the keys from, value; it must have `role` and `content`",
+            "message 1 of `chosen` has the keys from, value, as ShareGPT's rows do; it must have `role` and `content`",
         ),
         (
             pair([user("Hi")], [assistant("A")], [user("B")]),

@@ -157,7 +157,7 @@ def test_other_wrong_sources_are_refused(tmp_path: Path) -> None:
         load_rows([pair(), 3])  # type: ignore[list-item]
     with pytest.raises(DataError, match="no split `test`; there are `train`"):
         load_rows(DatasetDict(train=Dataset.from_list(ROWS)), split="test")
-    with pytest.raises(DataError, match="files have no splits"):
+    with pytest.raises(DataError, match="not named after parts"):
         load_rows(write(tmp_path / "pairs.jsonl", ROWS), split="test")
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tether.data import Report
     from tether.data.audit.audit import Check
     from tether.data.show import Token
+    from tether.models.spec import ModelSpec
+    from tether.training import PreferenceConfig
     from tether.types import Kind
 
 app = typer.Typer(help="Look at preference data before it is trained on.", no_args_is_help=True)
@@ -33,6 +35,9 @@ KindName = Annotated[
     typer.Option("--kind", help="pair, ranked, unpaired, completion or prompt_only; left out: as the columns say."),
 ]
 Page = Annotated[Path | None, typer.Option("--html", help="Write a page that needs nothing beside it.")]
+Split = Annotated[
+    str | None, typer.Option("--split", help="Part of a hub data set, or of a folder with train and test files.")
+]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="The run's limit in tokens.", min=2)]
 
 
@@ -45,6 +50,7 @@ def check(
     tokenizer: TokenizerName = None,
     layout: FormatName = None,
     kind: KindName = None,
+    split: Split = None,
     max_length: MaxLength = None,
     sample: Annotated[int | None, typer.Option(help="Look at about this many rows only.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -59,6 +65,7 @@ def check(
         tokenizer: a model's name or folder.
         layout: format of the rows.
         kind: what the rows are.
+        split: which part of them.
         max_length: in tokens.
         sample: how many rows to look at.
         as_json: print JSON.
@@ -70,7 +77,7 @@ def check(
     """
     from tether.cli.output import terminal_output
 
-    asked = _Asked(files, tokenizer, layout, kind, max_length, evaluation)
+    asked = _Asked(files, tokenizer, layout, kind, split, max_length, evaluation)
     with terminal_output(debug):
         found = asked.checks(sample)
     over = [line for one in found for line in one.passed(asked.limits)]
@@ -97,6 +104,7 @@ def show(
     tokenizer: TokenizerName = None,
     layout: FormatName = None,
     kind: KindName = None,
+    split: Split = None,
     max_length: MaxLength = None,
     row: Annotated[int, typer.Option("--row", help="Which row, counted from 1.", min=1)] = 1,
     turns: Annotated[
@@ -115,6 +123,7 @@ def show(
         tokenizer: a model's name or folder.
         layout: format of the rows.
         kind: what the rows are.
+        split: which part of them.
         max_length: in tokens.
         row: number of the row, from 1.
         turns: what is scored.
@@ -128,7 +137,7 @@ def show(
     from tether.cli.data_tables import print_tokens
     from tether.cli.output import terminal_output
 
-    asked = _Asked(files, tokenizer, layout, kind, max_length, None)
+    asked = _Asked(files, tokenizer, layout, kind, split, max_length, None)
     with terminal_output(debug):
         shown, report = asked.shown(row, turns, truncation)
     for parts in shown:
@@ -150,73 +159,91 @@ class _Asked:
         tokenizer: str | None,
         layout: str | None,
         kind: str | None,
+        split: str | None,
         max_length: int | None,
         evaluation: list[str] | None,
     ) -> None:
         self.limits: dict[str, float] = {}
-        self.kind, self.layout = kind, layout
+        self.kind, self.layout, self.split = kind, layout, split
         self.train: Any = files
         self.evaluation: Any = evaluation
-        self._tokenizer, self.max_length, self.remote_code = tokenizer, max_length, False
-        self.revision: str | None = None
-        self.truncation, self.turns = "keep_start", "all"
+        self._tokenizer, self._model, self.max_length = tokenizer, "", max_length
+        self.run: PreferenceConfig | None = None
+        self.truncation, self.turns, self.boundary = "keep_start", "all", "split"
         if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
             self._read_run_file(files[0])
 
     def _read_run_file(self, file: str) -> None:
-        from tether.config import load_run_file
+        """All that decides how a run reads its rows, from the configuration that its trainer gets."""
+        from tether.config import build, load_run_file
 
         run = load_run_file(file)
+        self.run, _, _ = build(run)
         self.train = run.data.train_rows
         self.evaluation = self.evaluation or run.data.eval_rows
         self.limits = run.data.check or {}
-        self.max_length = self.max_length or run.train.max_length
-        self.truncation = run.train.further.get("truncation_mode", self.truncation)
-        self.turns = run.train.further.get("turns", self.turns)
-        if self._tokenizer is None:
-            self._tokenizer, self.revision = run.model.name, run.model.revision
-            self.remote_code = run.model.trust_remote_code
+        self.kind = self.kind or self.run.kind
+        self.max_length = self.max_length or self.run.max_length
+        self.truncation, self.turns = self.run.truncation_mode, self.run.turns
+        self.boundary = self.run.prompt_boundary
+        self._model = run.model.name
 
     def tokenizer(self) -> Any:
-        """The tokenizer that was named, or the processor where its model sees images; None without one."""
-        from tether.models import load_processing, load_tokenizer
+        """The tokenizer that was named, or the processor where its model sees images; None without one.
 
-        if self._tokenizer is None:
+        With a run file it is the run's, with the tokens that the run adds.
+        """
+        from tether.data import text_tokenizer
+        from tether.models import load_processing, load_tokenizer
+        from tether.models.spec import add_tokens
+
+        if self._tokenizer is not None:
+            try:
+                return load_processing(self._tokenizer)
+            except ConfigError:  # a folder of a tokenizer alone has no configuration of a model
+                return load_tokenizer(self._tokenizer)
+        if self.run is None:
             return None
-        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.remote_code}
-        try:
-            return load_processing(self._tokenizer, **options)
-        except ConfigError:  # a folder of a tokenizer alone has no configuration of a model
-            return load_tokenizer(self._tokenizer, **options)
+        made = self._spec().load_processing()
+        add_tokens(text_tokenizer(made), self.run.add_tokens or ())
+        return made
 
     def encoder_decoder(self) -> bool:
-        """Whether the model beside the tokenizer reads prompts in an encoder; a tokenizer may stand alone."""
+        """Whether the model reads prompts in an encoder; a tokenizer may stand alone."""
         from tether.models import load_config
 
         if self._tokenizer is None:
-            return False
+            return self.run is not None and bool(self._spec().load_config().is_encoder_decoder)
         try:
-            config = load_config(self._tokenizer, revision=self.revision, trust_remote_code=self.remote_code)
+            return bool(load_config(self._tokenizer).is_encoder_decoder)
         except ConfigError:
             return False
-        return bool(config.is_encoder_decoder)
+
+    def _spec(self) -> ModelSpec:
+        """The policy of the run file."""
+        from tether.training.setup.policy import policy_spec
+
+        assert self.run is not None
+        return policy_spec(self._model, self.run)
 
     def rows(self, source: Any, kind: Kind | None = None, name: str = "data") -> tuple[Any, Kind]:
-        """Rows, and what they are."""
-        from tether.data import kind_of, load_rows
+        """Rows, and what they are: as was asked for, or as the run reads them, or as their columns say."""
+        from tether.data import load_rows
         from tether.data.rows.columns import KINDS
+        from tether.data.sources.load import load_of_kind
 
         wanted = kind or self.kind
         if wanted is not None and wanted not in KINDS:
             raise ConfigError(f"--kind is {wanted}; it must be {', '.join(KINDS)}.")
         if isinstance(source, list) and len(source) == 1:
             source = source[0]
-        if self.layout is not None:
-            source = {"path": source, "format": self.layout}
-        if wanted is not None:
-            return load_rows(source, kind=cast(Any, wanted), name=name), cast(Any, wanted)
-        rows = load_rows(source, name=name)
-        return rows, kind_of(rows.column_names) or "pair"
+        said = {"format": self.layout, "split": self.split}
+        if any(said.values()):
+            given = source if isinstance(source, dict) else {"path": source}
+            source = {**given, **{key: value for key, value in said.items() if value is not None}}
+        if wanted is None:
+            return load_of_kind(source, name=name)
+        return load_rows(source, kind=cast(Any, wanted), name=name), cast(Any, wanted)
 
     def shown(self, row: int, turns: str | None, truncation: str | None) -> tuple[list[list[list[Token]]], Report]:
         """The tokens of a row, counted from 1, and what was done to it."""
@@ -236,6 +263,7 @@ class _Asked:
             kind=own_kind,
             turns=cast(Any, turns or self.turns),
             truncation_mode=cast(Any, truncation or self.truncation),
+            boundary=self.boundary,
             encoder_decoder=self.encoder_decoder(),
         )
 

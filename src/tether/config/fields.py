@@ -59,8 +59,9 @@ def trainer_class(loss: Loss) -> type[TetherTrainer]:
     import tether.training
 
     wanted = config_class(loss)
-    classes = [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, TetherTrainer)]
-    return next(one for one in classes if "algorithm_class" in vars(one) and one.algorithm_class.config is wanted)
+    classes = [one for one in vars(tether.training).values() if isinstance(one, type)]
+    trainers = [one for one in classes if issubclass(one, TetherTrainer)]
+    return next(one for one in trainers if "algorithm_class" in vars(one) and one.algorithm_class.config is wanted)
 
 
 @cache

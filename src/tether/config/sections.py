@@ -115,7 +115,15 @@ class Rows(Section):
     weight: float = key(
         1.0, "How often each row occurs: 2 twice, 0.5 every second one.", "a number above 0", gt=0, lt=1e6
     )
-    split: Text = key("train", "Part of a hub data set.")
+    split: Text = key("train", "Part of a hub data set, or of a folder with train and test files.")
+    name: Text | None = key(None, "Configuration of a hub data set; null: its only one.")
+    revision: Text | None = key(
+        None, "Branch, tag or commit of a hub data set.", "text (in quotes if it looks like a number), or null"
+    )
+    data_dir: Text | None = key(None, "Folder inside a hub data set; null: all of it.")
+    data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = key(
+        None, "Files of a hub data set; null: those of the split.", "a path or pattern, or a list of them"
+    )
     prompt_format: Text | None = key(
         None,
         "Pattern of the prompt, for the format user_defined; so for the keys below.",

@@ -1,12 +1,14 @@
 """Texts that are almost alike, found by MinHash. Called by `check`.
 
-A text is the set of its runs of three words. One hash of the set, permuted by its own low bits into bins, gives a
-signature in one pass (one-permutation hashing, Li, Owen and Zhang, arXiv:1208.1259); texts that share a band of it are
-compared set by set, so that what is reported is exact and only what is missed is chance.
+A text is the set of its runs of three words; in scripts without spaces, of three characters. One hash of the set,
+permuted by its own low bits into bins, gives a signature in one pass (one-permutation hashing, Li, Owen and Zhang,
+arXiv:1208.1259); texts that share a band of it are compared set by set, so that what is reported is exact and only
+what is missed is chance.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from hashlib import blake2b
 from zlib import crc32
@@ -20,6 +22,22 @@ _COMPARED = 4  # members of a bucket that a text is compared with; more of one k
 _SEEDS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+# Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character is a word.
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
+)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case; of scripts without spaces, the characters.
+
+    Example:
+        >>> words_of("The sky"), words_of("天空 is 蓝")
+        (['the', 'sky'], ['天', '空', 'is', '蓝'])
+    """
+    return (text if text.isascii() else _UNSPACED.sub(r" \1 ", text)).lower().split()
 
 
 class NearDuplicates:
@@ -72,7 +90,7 @@ class NearDuplicates:
 
     def shingles(self, text: str, apart: str = "") -> np.ndarray:
         """Hashes of the distinct runs of three words, sorted: uint64 `[S]`, at least one; others for each `apart`."""
-        words = list(map(self._words.__getitem__, text.lower().split())) or [0]
+        words = list(map(self._words.__getitem__, words_of(text))) or [0]
         row = np.array([*words, *[0] * (3 - len(words))], dtype=np.uint64)
         with np.errstate(over="ignore"):
             runs = row[:-2] * _SEEDS[0] + row[1:-1] * _SEEDS[1] + row[2:] * _SEEDS[2]

@@ -18,6 +18,7 @@ from tether.data.rows.schema import (
     Schema,
     Turns,
     preferences,
+    python_rows,
     read_preferences,
     unpaired,
 )
@@ -139,7 +140,7 @@ class Job:
         stop = min(start + BATCH_ROWS, len(self.rows))
         turns = self.options.turns
         records = preferences(self.rows, self.schema, start, stop, turns=turns, first=self.first)
-        tally = Tally()
+        tally = Tally(other_prompts=self._other_prompts(records, start, stop))
         for record in records:
             self._look(record, tally)
         records = [record for record in records if not self._drop(_raw_fault(record), tally)]
@@ -154,6 +155,9 @@ class Job:
             turns=turns,
             name=self.name,
         )
+        for row in rendered:
+            tally.unwritten.update(row.lost)
+        rendered = [row for row in rendered if not _drop(row.fault, tally)]
         kept: list[tuple[Rendered, Tokenized]] = []
         for row, ids in zip(rendered, self._tokenize(rendered), strict=True):
             tally.boundaries[ids.boundary] += 1
@@ -205,6 +209,15 @@ class Job:
         prompt = record.prompt
         repeats = isinstance(prompt, str) and prompt.strip() and all(text.startswith(prompt) for text in completions)
         tally.repeated_prompts += bool(repeats) and not self.schema.shared_prompt
+
+    def _other_prompts(self, records: list[Preference], start: int, stop: int) -> int:
+        """Rows with a prompt of text beside whole conversations, of which no message says the same."""
+        if not self.schema.shared_prompt or "prompt" not in self.schema.columns:
+            return 0
+        said = (row["prompt"] for row in python_rows(self.rows, ("prompt",), start, stop))
+        return sum(
+            bool(text) and text not in texts_of(record.prompt) for record, text in zip(records, said, strict=True)
+        )
 
     def _cut(self, ids: Tokenized, tally: Tally) -> Tokenized | None:
         """Truncate, and count it."""

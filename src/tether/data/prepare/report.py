@@ -24,6 +24,8 @@ REPORT = "data.json"
 DROPS = {
     "identical": "chosen equal to rejected",
     "empty_completion": "an empty completion",
+    "unwritten": "a completion that the chat template does not write",
+    "turns": "turns that cannot be told apart",
     "boundary": "no exact prompt boundary",
     "empty_prompt": "a prompt of no tokens",
     "prompt_too_long": "a prompt that fills max_length",
@@ -82,6 +84,9 @@ class Report:
         boundary: the policy for prompts whose ids are no prefix of the whole's.
         boundaries: kind of boundary to number of rows that came to be tokenised, see `Tokenized`.
         ends_added: completions that got an end-of-turn token because the template writes none.
+        unwritten: what rows give and the chat template does not write, to the number of rows.
+        other_prompts: rows with a `prompt` of text that is none of the messages which both completions begin with;
+            those messages are the prompt.
         marker_rows: rows whose text carries template markers or special tokens.
         markers: marker to number of rows with it.
         tokens: of all kept rows, with each prompt counted once.
@@ -113,6 +118,8 @@ class Report:
     boundary: str
     boundaries: dict[str, int]
     ends_added: int
+    unwritten: dict[str, int]
+    other_prompts: int
     marker_rows: int
     markers: dict[str, int]
     tokens: int
@@ -136,6 +143,7 @@ class Report:
         head += f"; median length: {middle}"
         dropped = ", ".join(f"{count} with {DROPS[reason]}" for reason, count in self.dropped.items() if count)
         moved = self.boundaries.get("split", 0), self.boundaries.get("template", 0)
+        lost = ", ".join(f"{what} (of {count:,} rows)" for what, count in self.unwritten.items())
         desirable = self.values.get("label", 0.0)
         notes = {
             f"{desirable:.1%} labelled desirable": "label" in self.values,
@@ -151,6 +159,8 @@ class Report:
             f"{moved[0]} rows have no exact prompt boundary (policy {self.boundary})": moved[0],
             f"in {moved[1]} rows the template renders the prompt otherwise alone (policy {self.boundary})": moved[1],
             f"{self.ends_added} completions got an end-of-turn token, as the template writes none": self.ends_added,
+            f"not written by the chat template: {lost}": lost,
+            f"in {self.other_prompts} rows `prompt` is none of the messages, and is not read": self.other_prompts,
             f"{self.marker_rows} rows carry template markers: {', '.join(self.markers)}": self.marker_rows,
             f"not read: columns {', '.join(self.unused_columns)}": self.unused_columns,
             f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,
@@ -165,6 +175,8 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     boundaries: Counter[str] = field(default_factory=Counter)
     markers: Counter[str] = field(default_factory=Counter)
+    unwritten: Counter[str] = field(default_factory=Counter)
+    other_prompts: int = 0
     marker_rows: int = 0
     repeated_prompts: int = 0
     ends_added: int = 0
@@ -195,6 +207,10 @@ def nothing_left(tally: Tally, name: str, rows: int, max_length: int | None) -> 
         advice.append("give prompts that are not empty, or a tokenizer with a BOS token")
     if tally.dropped["nothing_scored"]:
         advice.append(f"raise max_length (now {max_length}), or score further turns")
+    if tally.dropped["unwritten"]:
+        advice.append("set a chat template that writes tool calls (tokenizer.chat_template), or remove them")
+    if tally.dropped["turns"]:
+        advice.append("leave `turns` at `all`, or set a chat template with `{% generation %}` marks")
     if tally.dropped["boundary"]:
         advice.append("allow such rows with boundary `split`")
     return f"{name}: none of the {rows} rows can be used: {reasons}. To do: {'; '.join(advice)}."

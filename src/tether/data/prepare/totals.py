@@ -99,6 +99,8 @@ class Totals:
             boundary=options.boundary,
             boundaries=dict(sorted(tally.boundaries.items())),
             ends_added=tally.ends_added,
+            other_prompts=tally.other_prompts,
+            unwritten=dict(sorted(tally.unwritten.items())),
             marker_rows=tally.marker_rows,
             markers=dict(sorted(tally.markers.items())),
             tokens=prompt_tokens + completion_tokens,

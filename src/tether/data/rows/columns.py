@@ -28,6 +28,13 @@ BATCH_ROWS = 1000
 # Columns that change what a model sees. Images are taken out before (see `image_parts`); what is left is refused.
 IMAGE_COLUMNS = ("images", "image")
 _UNSUPPORTED = (*IMAGE_COLUMNS, "videos", "video", "audios", "audio")
+# Which of two answers is preferred is never guessed from how a column is spelt, nor what a label means; words that say
+# it are known, with the preferred one first.
+_UNGUESSED = ("chosen", "rejected", "completions", "label")
+_OPPOSED = (
+    *(("better", "worse"), ("best", "worst"), ("good", "bad"), ("preferred", "dispreferred"), ("accepted", "refused")),
+    *(("winner", "loser"), ("win", "lose"), ("positive", "negative"), ("pos", "neg"), ("accept", "reject")),
+)
 _NEEDS = {
     "pair": "A preference row has `chosen` and `rejected`, and `prompt` unless both begin with it",
     "ranked": "A ranked row has `prompt` and `completions`, a list with the best first (or with `scores`)",
@@ -89,16 +96,23 @@ def _missing_columns(found: list[str], kind: Kind, name: str) -> str:
     missing = [
         column for column in min(LAYOUTS[kind], key=lambda one: len(set(one) - set(found))) if column not in found
     ]
-    hints = []
+    hints = [
+        f"`{one}` says `{column}`" for pair in _OPPOSED if set(pair) <= set(found) for one, column in _answers(pair)
+    ]
     for column in missing:
-        near = difflib.get_close_matches(column, [f for f in found if f not in TEXTS], n=1, cutoff=0.5)
-        hints += [f"`{near[0]}` looks like `{column}`"] if near else []
+        if column not in _UNGUESSED:
+            near = difflib.get_close_matches(column, [f for f in found if f not in TEXTS], n=1, cutoff=0.5)
+            hints += [f"`{near[0]}` looks like `{column}`"] if near else []
     other = kind_of(found)
     hint = f"; these columns speak for rows of kind `{other}`" if other not in (None, kind, "prompt_only") else ""
     return (
         f"{name}: {_named(missing)} missing. Columns found: {', '.join(found) or 'none'}. "
         f"{_NEEDS[kind]}; rename the columns{' (' + ', '.join(hints) + ')' if hints else ''}{hint}."
     )
+
+
+def _answers(pair: tuple[str, str]) -> list[tuple[str, str]]:
+    return list(zip(pair, ("chosen", "rejected"), strict=True))
 
 
 def _named(columns: Sequence[str]) -> str:

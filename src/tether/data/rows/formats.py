@@ -9,14 +9,13 @@ model's own chat template writes, so that no model is trained on the markers of 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tether.data.rows.columns import IMAGE_COLUMNS
 from tether.data.rows.fields import (
     FieldFault,
-    Reading,
     answer,
     conversation,
     first_of,
@@ -25,17 +24,16 @@ from tether.data.rows.fields import (
     optional,
     text,
     transcript,
-    with_image_parts,
 )
-from tether.data.rows.values import Faults, described
-from tether.errors import ConfigError, DataError
+from tether.data.rows.values import described
+from tether.errors import ConfigError
 from tether.types import Kind, Messages
 
 Row = Mapping[str, Any]
 _PROMPT_NAMES = ("prompt", "input", "question", "instruction")
 # Columns of a row that mean the same in every format.
-_LABELS = frozenset({"label", "kto_tag"})
-_KEPT = ("weight", "margin", "chat_template_kwargs", "tools", *IMAGE_COLUMNS)
+LABELS = frozenset({"label", "kto_tag"})
+KEPT = ("weight", "margin", "chat_template_kwargs", "tools", *IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -336,62 +334,3 @@ def patterned(wording: Wording) -> Format:
             "prompt_only": lambda row: {},
         },
     )
-
-
-def detected(columns: Iterable[str], kind: Kind) -> Format | None:
-    """The format of columns that can be no other; None where they are TRL's already, or where several fit.
-
-    Example:
-        >>> detected(["conversations", "chosen", "rejected"], "pair").name
-        'sharegpt'
-        >>> detected(["question", "chosen", "rejected"], "pair") is None
-        True
-    """
-    found = set(columns)
-    if "conversations" in found and not found & {"prompt", "messages", "text"}:
-        name = "sharegpt"
-    elif kind == "pair" and {"messages", "rejected"} <= found and not found & {"chosen", "prompt"}:
-        name = "messages_rejected"
-    else:
-        return None
-    return FORMATS[name] if kind in FORMATS[name].answers else None
-
-
-def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first: int = 0) -> list[dict[str, Any]]:
-    """Turn rows into rows with TRL's columns.
-
-    Args:
-        rows: plain dictionaries.
-        layout: their format.
-        kind: what they are to be read as.
-        name: what to call them in messages.
-        first: number of the first row, from 0.
-
-    Returns:
-        As many rows, in order. Columns that the format does not read stay beside TRL's, so that they can be listed.
-
-    Raises:
-        ConfigError: the format has no such kind.
-        DataError: fields are not what the format needs; the message names rows and fields.
-    """
-    build, as_pair = layout.answers.get(kind), layout.answers.get("pair") if kind == "unpaired" else None
-    if build is None and as_pair is None:
-        raise ConfigError(
-            f"{name}: rows of the format `{layout.name}` cannot be read as `{kind}`; they can be read as "
-            f"{', '.join(f'`{one}`' for one in layout.answers)}."
-        )
-    faults, converted, total = Faults(), [], 0
-    for total, row in enumerate(rows, 1):
-        try:
-            reading = Reading(row)
-            # Pairs are read as labelled completions, too, two each.
-            paired = as_pair if build is None or (row.get("rejected") is not None and _LABELS.isdisjoint(row)) else None
-            done = {"prompt": layout.prompt(reading), **(paired or build)(reading)}  # type: ignore[misc]
-        except FieldFault as fault:
-            faults.add(first + total, str(fault))
-            continue
-        done |= {column: reading[column] for column in _KEPT if reading.get(column) not in (None, "", [])}
-        converted.append(done | reading.unread(done))
-    if faults.total:
-        raise DataError(faults.message(f"{name} (format {layout.name})", total))
-    return with_image_parts(converted)

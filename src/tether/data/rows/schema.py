@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 from datasets import Dataset
 
-from tether.data.rows.columns import BATCH_ROWS, EXTRAS, KINDS, TEXTS, VALUES, columns_to_read
+from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, KINDS, TEXTS, VALUES, columns_to_read
+from tether.data.rows.conversion import fitting
+from tether.data.rows.shared import split_prompt, told
 from tether.data.rows.values import (
     Faults,
     Form,
@@ -29,7 +31,6 @@ from tether.data.rows.values import (
     clean,
     cleaned,
     decoded,
-    described,
     extra_faults,
     form_of,
     list_faults,
@@ -45,7 +46,8 @@ Turns = Literal["all", "assistant", "last"]
 TURNS: tuple[Turns, ...] = ("all", "assistant", "last")
 # Columns that hold the prompt under another name; with them in place a prompt is not guessed from shared text.
 _PROMPT_LIKE = ("question", "instruction", "input", "query", "context", "problem", "prompts")
-Sequential = TypeVar("Sequential", str, list)
+# Columns that are a part of the prompt beside one of these.
+_BESIDE = (*_PROMPT_LIKE, "system", "history")
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,16 @@ def read_preferences(
     if turns != "all" and schema.form == "standard":
         raise ConfigError(f"{name}: turns is `{turns}`, but the rows are text, which has no turns. Set turns to `all`.")
     faults, fields = Faults(), set()
+    broken: int | None = None
     for number, row in enumerate(python_rows(rows, schema.columns), first + 1):
         for fault in row_faults(row, schema, turns):
             faults.add(number, fault)
+        broken = number - first - 1 if broken is None and faults.total else broken
         if schema.form == "conversational" and not faults.total:
             fields |= {key for message in _messages_in(row, schema) for key in clean(message)}
     if faults.total:
-        raise DataError(faults.message(name, len(rows)))
+        hint = "" if broken is None else _format_hint(rows, broken, kind)
+        raise DataError(faults.message(name, len(rows)) + hint)
     return replace(schema, message_fields=tuple(sorted(fields - {"role", "content"})))
 
 
@@ -133,7 +138,20 @@ def schema_of(rows: Dataset, kind: Kind, name: str = "data") -> Schema:
     """
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}; it must be {', '.join(f'`{one}`' for one in KINDS)}.")
-    return _form_of(rows, columns_to_read(rows, kind, name), kind)
+    try:
+        columns = columns_to_read(rows, kind, name)
+    except DataError as error:
+        hint = _format_hint(rows, 0, kind)
+        raise DataError(f"{error}{hint}") from error
+    return _form_of(rows, columns, kind)
+
+
+def _format_hint(rows: Dataset, number: int, kind: Kind) -> str:
+    """The format of another tool that reads a row which cannot be read as it is."""
+    columns = [column for column in rows.column_names if column not in IMAGE_COLUMNS]
+    row = next(python_rows(rows, columns, number, number + 1), None)
+    found = None if row is None else fitting(row, kind)
+    return f" The row can be read as it is with `format: {found}`, which reads all that belongs to it." if found else ""
 
 
 def preferences(
@@ -199,35 +217,6 @@ def unpaired(pair: Preference) -> list[Preference]:
     ]
 
 
-def split_prompt(chosen: Sequential, rejected: Sequential) -> tuple[Sequential, Sequential, Sequential]:
-    """Take what two completions begin with together as their prompt, as TRL's `extract_prompt` does.
-
-    In text, one space before the place where they differ goes to the completions. Where one is the beginning of the
-    other, its last message (or character) stays in the completion, so that none is empty.
-
-    Args:
-        chosen: text or messages, prompt included.
-        rejected: the same.
-
-    Returns:
-        The prompt and the two completions without it; an empty prompt when they share nothing.
-
-    Example:
-        >>> split_prompt("The sky is blue.", "The sky is green.")
-        ('The sky is', ' blue.', ' green.')
-    """
-    shorter = min(len(chosen), len(rejected))
-    low, high = 0, shorter
-    while low < high:  # slices compare in C; a loop over characters would dominate the whole preparation
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if chosen[:middle] == rejected[:middle] else (low, middle - 1)
-    if low == shorter:
-        low = max(shorter - 1, 0)
-    elif low and isinstance(chosen, str) and chosen[low - 1] == " ":
-        low -= 1
-    return chosen[:low], chosen[low:], rejected[low:]
-
-
 def explain_mixed_types(
     rows: Sequence[Mapping[str, Any]], name: str, column: str, error: Exception, first: int = 0
 ) -> str:
@@ -254,16 +243,26 @@ def explain_mixed_types(
             for fault in check(own, row.get(own), form):
                 faults.add(number, fault)
     if not faults.total:
+        for number, row in enumerate(rows, first + 1):
+            if reason := _unstorable([row.get(column)]):
+                faults.add(number, f"`{column}` cannot be stored ({reason})")
+    if not faults.total:
         example = next(row[column] for row in rows if row.get(column) is not None)
         for number, row in enumerate(rows, first + 1):
-            try:
-                pa.array([example, row.get(column)])
-            except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
-                said = (str(reason).splitlines() or [type(reason).__name__])[0]
-                faults.add(number, f"`{column}` cannot be stored beside the others ({said})")
+            if reason := _unstorable([example, row.get(column)]):
+                faults.add(number, f"`{column}` cannot be stored beside the others ({reason})")
     if faults.total:
         return faults.message(name, len(rows))
     return f"{name}: values of `{column}` do not fit one type ({error}). Give every message the same field types."
+
+
+def _unstorable(values: list[Any]) -> str | None:
+    """Why values do not fit into one column; None where they do."""
+    try:
+        pa.array(values)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
+        return (str(reason).splitlines() or [type(reason).__name__])[0]
+    return None
 
 
 def python_rows(
@@ -306,11 +305,17 @@ def _form_of(rows: Dataset, columns: tuple[str, ...], kind: Kind) -> Schema:
         sample = next((value for value in _samples(row) if isinstance(value, (str, list))), None)
         if sample is None:
             continue
-        # Some data sets repeat the last user message in a `prompt` column of text beside whole conversations.
-        if held == "pair" and isinstance(sample, list) and isinstance(row.get("prompt"), str):
+        # Some data sets repeat a message, or all of them, in a `prompt` of text beside whole conversations.
+        if held == "pair" and isinstance(sample, list) and "prompt" in columns and _is_text(rows, "prompt"):
             return replace(whole, form="conversational", shared_prompt=True, unused_columns=("prompt", *unused))
         return replace(whole, form=form_of(sample))
     return whole
+
+
+def _is_text(rows: Dataset, column: str) -> bool:
+    """Whether a column holds text, or nothing; told from its type, so that no row decides for the others."""
+    kind = rows.features.arrow_schema.field(column).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
 
 def _samples(row: Mapping[str, Any]) -> Iterator[Any]:
@@ -361,17 +366,14 @@ def _pair_faults(row: Mapping[str, Any], schema: Schema) -> Iterator[str]:
     chosen, rejected = cleaned(row["chosen"]), cleaned(row["rejected"])
     if schema.shared_prompt:
         prompt, *_ = split_prompt(chosen, rejected)
-        repeated = "prompt" in row
         if not prompt:
             yield "`chosen` and `rejected` do not begin alike, so no prompt can be told; add a `prompt` column"
-        elif repeated and row["prompt"] not in [message["content"] for message in prompt]:
-            said = f"`prompt` is {described(row['prompt']) if not isinstance(row['prompt'], str) else 'text'}"
-            yield (
-                f"{said} and none of the messages that `chosen` and `rejected` begin with says it; make it a "
-                "list of messages, or remove it"
-            )
         near = [column for column in schema.unused_columns if column.lower() in (*_PROMPT_LIKE, "prompt")]
         if isinstance(chosen, str) and near:
-            yield f"there is no `prompt`, but a column `{near[0]}`; rename it to `prompt`, or remove it"
-    elif isinstance(chosen, list) and (prompt := cleaned(row["prompt"])) == chosen[: len(prompt)]:
+            beside = [column for column in schema.unused_columns if column.lower() in _BESIDE and column != near[0]]
+            advice = "rename it to `prompt`, or remove it"
+            if beside:  # they would be lost
+                advice = f"`{beside[0]}` belongs to it, so name the format that reads both"
+            yield f"there is no `prompt`, but a column `{near[0]}`; {advice}"
+    elif isinstance(chosen, list) and told(prompt := cleaned(row["prompt"])) == told(chosen[: len(prompt)]):
         yield "`chosen` repeats the messages of `prompt`; leave them out of one of the two"

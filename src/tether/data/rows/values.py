@@ -156,12 +156,14 @@ def _message_faults(message: Any) -> Iterator[str]:
         yield "has `function_call`, the older form of a tool call; write it as `tool_calls`"
     elif "tool_calls" in filled and not _are_calls(filled["tool_calls"]):
         yield f"has `tool_calls` that is {described(filled['tool_calls'])}; it must be a list of objects"
+    elif {"from", "value"} <= filled.keys():
+        yield "has the keys from, value, as ShareGPT's rows do; it must have `role` and `content`"
     elif not {"role", "content"} <= filled.keys():
         yield f"has the keys {', '.join(map(str, filled)) or 'none'}; it must have `role` and `content`"
     elif not isinstance(filled["role"], str):
         yield f"has a `role` that is {described(filled['role'])}; it must be text"
     elif isinstance(filled["content"], list):
-        yield "has `content` in parts (a list), which Tether does not read yet; it must be text"
+        yield "has `content` in parts that are not all text, which a model of text does not read; it must be text"
     elif not isinstance(filled["content"], str):
         yield f"has `content` that is {described(filled['content'])}; it must be text"
 
@@ -192,12 +194,28 @@ def clean(message: Any) -> dict[str, Any]:
     """A message without the empty fields that Arrow adds where other messages have a value, and its tool calls as
     objects. A message that only calls tools has no content; it gets an empty one, as templates add it to text."""
     kept = {key: value for key, value in message.items() if value is not None}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = joined_parts(kept["content"])
     if "tool_calls" not in kept:
         return kept
     calls = decoded(kept.pop("tool_calls"))
     if not calls:
         return kept
     return {**({} if "content" in kept else {"content": ""}), **kept, "tool_calls": calls}
+
+
+def joined_parts(content: list[Any]) -> Any:
+    """Content in parts (`{"type": "text", "text": …}`) as the text that they are together; others as they are.
+
+    Example:
+        >>> joined_parts([{"type": "text", "text": "The sky "}, {"type": "text", "text": "is blue."}])
+        'The sky is blue.'
+    """
+    filled = [
+        {key: item for key, item in part.items() if item is not None} for part in content if isinstance(part, dict)
+    ]
+    plain = [part["text"] for part in filled if part.get("type") == "text" and isinstance(part.get("text"), str)]
+    return "".join(plain) if len(plain) == len(content) else content
 
 
 def cleaned(value: Any) -> Any:

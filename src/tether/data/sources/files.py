@@ -7,6 +7,8 @@ import difflib
 import glob
 import io
 import json
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,30 +18,52 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tether.data.rows.columns import BATCH_ROWS
+from tether.data.rows.columns import BATCH_ROWS, TEXTS
+from tether.data.sources.tables import readable
 from tether.errors import DataError
 
+logger = logging.getLogger("tether")
 # Rows as they were written, or as a table.
 Part = list[dict[str, Any]] | pa.Table
 Reader = TypeVar("Reader", bound=Callable[[Path, str], Any])
 _FIELD_BYTES = min(sys.maxsize, 2**31 - 1)  # csv's own limit of 128 KiB per field is shorter than a long conversation
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# What `datasets` takes for the name of a part of a data set, and for a file of one in several.
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+_SPLITS |= {"evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS |= {"dev": "validation"}
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
-def expand(source: str, name: str) -> list[Path]:
+def expand(source: str, name: str, split: str = "train") -> list[Path]:
     """The files that a path, glob or folder stands for, sorted.
+
+    Args:
+        source: what was given.
+        name: what to call the rows in messages.
+        split: which files of a folder whose files are named after parts of a data set (`train.jsonl`, `test/a.jsonl`,
+            `data/train-00000-of-00002.parquet`); a folder of other files has no parts.
 
     Raises:
         DataError: there is none.
     """
+    if _ADDRESS.match(source):
+        raise DataError(
+            f"{name}: `{source}` is an address, and addresses are not read. Fetch the file and give its path; a hub "
+            "data set is read by its name, `owner/name`, with `data_files` for some of its files."
+        )
     path = Path(source).expanduser()
     if path.is_dir():
-        if found := sorted(item for item in path.rglob("*") if item.is_file() and kind_of_file(item) in READERS):
-            return found
-        raise DataError(f"{name}: the folder `{source}` has no file ending in {listed(READERS)}. Name another one.")
+        return _files_of(path, name, split)
     if path.exists():
+        _refuse_split(split, name)
         return [path]
     if found := sorted(glob.glob(str(path), recursive=True)):
-        return [Path(item) for item in found]
+        _refuse_split(split, name)
+        folders = {item for item in found if Path(item).is_dir()}
+        nested = [_files_of(Path(item), name, split) if item in folders else [Path(item)] for item in found]
+        return list(dict.fromkeys(file for files in nested for file in files))
     if any(mark in source for mark in "*?["):
         raise DataError(f"{name}: no file matches `{source}`, looked for from {Path.cwd()}. Correct the pattern.")
     folder = path.parent
@@ -48,6 +72,55 @@ def expand(source: str, name: str) -> list[Path]:
     near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1)
     hint = f" Did you mean `{folder / near[0]}`?" if near else " Correct the path."
     raise DataError(f"{name}: there is no file `{path.name}` in {folder.absolute()}.{hint}")
+
+
+def _files_of(folder: Path, name: str, split: str) -> list[Path]:
+    """The files of a folder: hidden ones are no data, and of those named after parts of a data set one part."""
+    found = sorted(
+        item
+        for item in folder.rglob("*")
+        if item.is_file()
+        and kind_of_file(item) in READERS
+        and item.name not in _NO_ROWS
+        and not any(part.startswith((".", "__")) for part in item.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"{name}: the folder `{folder}` has no file ending in {listed(READERS)}. Name another one.")
+    parts = {item: _split_of(item.relative_to(folder)) for item in found}
+    if set(parts.values()) <= {None} or set(parts.values()) == {"train"} == {split}:
+        _refuse_split(split, name)
+        return found
+    chosen = [item for item in found if parts[item] == split]
+    if split == "train":  # files that are named after no part are rows to train on, too
+        chosen = [item for item in found if parts[item] in ("train", None)]
+    there = sorted({part for part in parts.values() if part is not None})
+    if not chosen:
+        raise DataError(
+            f"{name}: the folder `{folder}` has files of the parts {listed(there)}, and none of `{split}`. Set "
+            "`split` to one of them, or name the files."
+        )
+    left = [str(item.relative_to(folder)) for item in found if item not in chosen]
+    shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    if left:
+        logger.info(f"{name}: of the folder {folder}, the files of `{split}` are read; left out: {shown}")
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The part of a data set that a file is named after."""
+    stem = path.name.split(".")[0]
+    if shard := _SHARD.fullmatch(stem):
+        return _SPLITS.get(shard[1], shard[1])
+    words = (word for part in (stem, *reversed(path.parts[:-1])) for word in re.split(r"[\W_]+", part.lower()))
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+
+
+def _refuse_split(split: str, name: str) -> None:
+    if split != "train":
+        raise DataError(
+            f"{name}: split=`{split}` was given with files that are not named after parts. Give the files of that "
+            "split, or leave split out."
+        )
 
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -83,6 +156,11 @@ def _json_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
             f"{name}: `{path}` is one JSON list, which cannot be streamed: it must be read whole to be understood. "
             "Write one object a line (.jsonl), or read it without streaming."
         )
+    if first.strip() in ("{", ""):
+        raise DataError(
+            f"{name}: `{path}` is one JSON object over several lines, which cannot be streamed. Write one object a "
+            "line (.jsonl), or read it without streaming."
+        )
     yield from _jsonl_rows(path, name)
 
 
@@ -90,7 +168,9 @@ def _read_json(path: Path, name: str) -> Part:
     with _opened(path) as file:
         text = "".join(_decoded(file, path, name))
     if not text.lstrip().startswith("["):
-        return _read_jsonl(path, name)  # JSON lines under the wrong ending are common
+        whole = _one_object(text)
+        # JSON lines under the wrong ending are common
+        return _read_jsonl(path, name) if whole is None else _rows_in(whole, path, name)
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -101,6 +181,33 @@ def _read_json(path: Path, name: str) -> Part:
                 f"{name}: row {number} of `{path}` is of type {type(row).__name__}; every row must be an object."
             )
     return rows
+
+
+def _one_object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _rows_in(whole: dict[str, Any], path: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a file that is one object: itself, or the one list of objects in it (`{"data": [...]}`)."""
+    lists = {
+        key: value
+        for key, value in whole.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    }
+    messages = any({"content", "value"} & item.keys() for value in lists.values() for item in value)
+    if whole.keys() & set(TEXTS) or messages:
+        return [whole]
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    raise DataError(
+        f"{name}: `{path}` is one JSON object with the keys {listed(map(str, whole))}, and "
+        f"{'none' if not lists else 'more than one'} of them holds a list of rows. Write the rows as one list, or one "
+        "object a line."
+    )
 
 
 def _read_csv(path: Path, name: str) -> Part:
@@ -134,18 +241,18 @@ def _csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
 
 def _read_parquet(path: Path, name: str) -> Part:
     with _arrow_errors(path, name, "Parquet"):
-        return pq.read_table(path)
+        return readable(pq.ParquetFile(path).read(), f"{name}: `{path}`")
 
 
 def _parquet_tables(path: Path, name: str) -> Iterator[pa.Table]:
     with _arrow_errors(path, name, "Parquet"), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
+            yield readable(pa.Table.from_batches([batch]), f"{name}: `{path}`")
 
 
 def _read_arrow(path: Path, name: str) -> Part:
     with _arrow_errors(path, name, "Arrow"), _arrow_reader(path) as reader:
-        return reader.read_all()
+        return readable(reader.read_all(), f"{name}: `{path}`")
 
 
 def _arrow_tables(path: Path, name: str) -> Iterator[pa.Table]:
@@ -153,7 +260,7 @@ def _arrow_tables(path: Path, name: str) -> Iterator[pa.Table]:
         count = getattr(reader, "num_record_batches", None)
         batches = iter(reader) if count is None else map(reader.get_batch, range(count))
         for batch in batches:
-            yield pa.Table.from_batches([batch])
+            yield readable(pa.Table.from_batches([batch]), f"{name}: `{path}`")
 
 
 @contextmanager

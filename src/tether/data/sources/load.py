@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,102 +20,18 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tether.data.images.parts import references_of
-from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, TEXTS
-from tether.data.rows.formats import (
-    FORMAT_NAMES,
-    FORMATS,
-    PATTERNED,
-    PLAIN,
-    Format,
-    Wording,
-    convert,
-    detected,
-    patterned,
-)
+from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, KINDS, TEXTS, kind_of
+from tether.data.rows.conversion import convert, detected, reads
+from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
+from tether.data.rows.values import joined_parts
 from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file
+from tether.data.sources.origin import Origin, Source, is_origin, names_of, origins_of
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
-Source = Dataset | DatasetDict | IterableDataset | IterableDatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
-
-
-@dataclass(frozen=True)
-class Origin:
-    """One source of rows, as a mapping in a run file says it: `{path: pairs.jsonl, format: chatml.intel}`.
-
-    Args:
-        path: a path, glob, folder or hub name, or a list of paths; or rows in memory.
-        format: name of the layout of its rows (`tether.data.rows.formats`); None: TRL's columns, or what it plainly is.
-        fields: name of a field as the format reads it to the name of the column that holds it.
-        weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
-        split: which part of a hub data set.
-        prompt_format: pattern of the prompt, for the format `user_defined`; so for the other parts of a row.
-        chosen_format: see `prompt_format`.
-        rejected_format: see `prompt_format`.
-        completion_format: see `prompt_format`.
-    """
-
-    path: Any
-    format: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    weight: float = 1.0
-    split: str = "train"
-    prompt_format: str | None = None
-    chosen_format: str | None = None
-    rejected_format: str | None = None
-    completion_format: str | None = None
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any], name: str) -> Origin:
-        """Read a mapping.
-
-        Raises:
-            ConfigError: a key is not known, or a value is not allowed.
-        """
-        known = [one.name for one in fields(cls)]
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"Known are {listed(known)}."
-                raise ConfigError(f"{name}: a source has the key `{key}`, which is not known. {hint}")
-        origin = cls(**{key: value for key, value in given.items() if value is not None})
-        weight = origin.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
-            raise ConfigError(f"{name}: weight is {weight!r}; it must be a number above 0.")
-        renamed = origin.fields
-        if not isinstance(renamed, Mapping) or not all(isinstance(one, str) for kv in renamed.items() for one in kv):
-            raise ConfigError(f"{name}: fields is {renamed!r}; it must be a mapping such as {{prompt: question}}.")
-        return origin
-
-    def layout(self, name: str) -> Format | None:
-        """The format that is named.
-
-        Raises:
-            ConfigError: there is none of this name, or patterns stand beside another one.
-        """
-        patterns = {
-            part: pattern
-            for part in ("prompt", "chosen", "rejected", "completion")
-            if (pattern := getattr(self, f"{part}_format")) is not None
-        }
-        if patterns and self.format not in PATTERNED:
-            first = next(iter(patterns))
-            raise ConfigError(
-                f"{name}: {first}_format is given with the format `{self.format}`, which does not read it. Set "
-                "`format: user_defined`, or leave it out."
-            )
-        if self.format is None or self.format in PLAIN:
-            return None
-        if self.format in PATTERNED:
-            return patterned(Wording(patterns))
-        if self.format not in FORMATS:
-            near = difflib.get_close_matches(str(self.format), FORMAT_NAMES, n=1, cutoff=0.5)
-            hint = f"Did you mean `{near[0]}`? " if near else ""
-            raise ConfigError(f"{name}: there is no format `{self.format}`. {hint}There are {', '.join(FORMAT_NAMES)}.")
-        return FORMATS[self.format]
 
 
 def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name: str = "data") -> Dataset:
@@ -142,32 +58,51 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
         ['prompt', 'chosen', 'rejected']
     """
     origins = origins_of(source, split, name)
-    parts = [_load(origin, kind, f"{name} ({origin.path})" if len(origins) > 1 else name) for origin in origins]
-    rows = parts[0] if len(parts) == 1 else _joined(parts, [str(origin.path) for origin in origins], name)
+    said = names_of(origins)
+    several = len(origins) > 1
+    parts = [
+        _load(origin, kind, f"{name} ({own})" if several else name) for origin, own in zip(origins, said, strict=True)
+    ]
+    rows = parts[0] if len(parts) == 1 else _joined(parts, said, name)
     if len(rows) == 0:
         shown = f" ({source})" if isinstance(source, (str, Path)) else ""
         raise DataError(f"{name}: there are no rows{shown}; at least one preference pair is needed.")
     return rows
 
 
-def is_origin(value: Any) -> bool:
-    """Whether a value is a mapping that names a source, and not a row or a mapping of names to sources."""
-    return isinstance(value, Mapping) and "path" in value
+def load_of_kind(source: Source, *, split: str = "train", name: str = "data") -> tuple[Dataset, Kind]:
+    """Rows as `load_rows` gives them, as the kind that their own columns speak for; see there.
 
-
-def origins_of(source: Source, split: str, name: str) -> list[Origin]:
-    if is_origin(source):
-        return [Origin.of(cast(Mapping[str, Any], source), name)]
-    if isinstance(source, Sequence) and not isinstance(source, str) and any(map(is_origin, source)):
-        mixed: list[Mapping[str, Any]] = [item if is_origin(item) else {"path": item} for item in source]
-        return [Origin.of(item, name) for item in mixed]
-    return [Origin(source, split=split)]
+    Example:
+        >>> load_of_kind([{"prompt": "2 + 2 =", "completion": " 4"}])[1]
+        'completion'
+    """
+    origin = origins_of(source, split, name)[0]
+    layout = origin.layout(name)
+    rows = renamed(_read(origin.path, origin.split, name, origin.hub), origin.fields, name)
+    columns = (
+        rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
+    )
+    kind = kind_of(columns) if layout is None else None
+    if kind is None or (kind == "prompt_only" and layout is None):
+        sample = list(islice(plain_rows(rows), 1))
+        formats = {one: layout or (None if origin.format else detected(columns, one)) for one in KINDS}
+        read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
+        kind = read[0] if read else kind or "pair"
+    if is_origin(source) or len(origins_of(source, split, name)) == 1:
+        return _with_layout(rows, origin, layout, kind, name), kind
+    return load_rows(source, kind=kind, split=split, name=name), kind
 
 
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
     layout = origin.layout(name)
-    rows = _read(origin.path, origin.split, name)
-    rows = renamed(rows, origin.fields, name)
+    rows = renamed(_read(origin.path, origin.split, name, origin.hub), origin.fields, name)
+    return _with_layout(rows, origin, layout, kind, name)
+
+
+def _with_layout(
+    rows: Dataset | list[dict[str, Any]], origin: Origin, layout: Format | None, kind: Kind, name: str
+) -> Dataset:
     if layout is None and origin.format is None:
         columns = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(key for row in rows for key in row)
         layout = detected(columns, kind)
@@ -233,15 +168,16 @@ def occurrences(count: int, weight: float, first: int = 0) -> list[int]:
     ]
 
 
-def _read(source: Any, split: str, name: str) -> Dataset | list[dict[str, Any]]:
+def _read(source: Any, split: str, name: str, hub: Mapping[str, Any] | None = None) -> Dataset | list[dict[str, Any]]:
+    if isinstance(source, (str, Path)):
+        return _from_text(str(source), split, name, hub or {})
+    refuse_hub_keys(hub or {}, name)
     if isinstance(source, Dataset):
         return source
     if isinstance(source, (DatasetDict, IterableDatasetDict)):
         return _read(part_of(source, split, name), split, name)
     if isinstance(source, IterableDataset):
         return list(streamed_rows(source))
-    if isinstance(source, (str, Path)):
-        return _from_text(str(source), split, name)
     if isinstance(source, Sequence):
         return _from_list(source, split, name)
     raise DataError(
@@ -272,17 +208,21 @@ def _from_list(source: Sequence[Any], split: str, name: str) -> Dataset | list[d
                 f"{name}: item {number} of the list is of type {type(item).__name__}; a list must hold dictionaries, "
                 "one per row, or paths, one per file."
             )
-    refuse_split(split, name)
-    return _from_files([path for item in source for path in expand(str(item), name)], name)
+    paths = list(map(str, source))
+    if not any(map(is_saved, paths)):
+        return _from_files([path for item in paths for path in expand(item, name, split)], name)
+    parts = [_from_text(item, split, name, {}) for item in paths]
+    whole = [part if isinstance(part, Dataset) else Dataset(table_of(part, name)) for part in parts]
+    return whole[0] if len(whole) == 1 else _joined(whole, paths, name)
 
 
-def _from_text(source: str, split: str, name: str) -> Dataset | list[dict[str, Any]]:
+def _from_text(source: str, split: str, name: str, hub: Mapping[str, Any]) -> Dataset | list[dict[str, Any]]:
     if is_hub_name(source):
-        return from_hub(source, split, name)
+        return from_hub(source, split, name, **hub)
+    refuse_hub_keys(hub, name)
     if is_saved(source):
         return from_saved(source, split, name)
-    refuse_split(split, name)
-    return _from_files(expand(source, name), name)
+    return _from_files(expand(source, name, split), name)
 
 
 def is_hub_name(source: str) -> bool:
@@ -297,11 +237,11 @@ def is_saved(source: str) -> bool:
     return path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json"))
 
 
-def refuse_split(split: str, name: str) -> None:
-    if split != "train":
-        raise DataError(
-            f"{name}: split=`{split}` was given with a path, and files have no splits. Give the files of that split, "
-            "or leave split out."
+def refuse_hub_keys(hub: Mapping[str, Any], name: str) -> None:
+    if hub:
+        raise ConfigError(
+            f"{name}: `{next(iter(hub))}` is given with rows that are no hub data set. Leave it out, or give the "
+            "data set as `owner/name`."
         )
 
 
@@ -316,15 +256,15 @@ def from_saved(source: str, split: str, name: str) -> Dataset:
     return part_of(saved, split, name) if isinstance(saved, DatasetDict) else saved
 
 
-def from_hub(source: str, split: str, name: str, *, streaming: bool = False) -> Any:
-    """A hub data set; with `streaming` an `IterableDataset`."""
-    further: dict[str, Any] = {"streaming": True} if streaming else {}
+def from_hub(source: str, split: str, rows: str, *, streaming: bool = False, **further: Any) -> Any:
+    """A hub data set; with `streaming` an `IterableDataset`. `further` is what `Origin.hub` says of it."""
+    further |= {"streaming": True} if streaming else {}
     try:
         return datasets.load_dataset(source, split=split, **further)
     except Exception as error:  # the hub client raises errors of many libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{name}: no file `{source}` was found in {Path.cwd()}, and the hub data set `{source}`, split `{split}`, "
+            f"{rows}: no file `{source}` was found in {Path.cwd()}, and the hub data set `{source}`, split `{split}`, "
             f"could not be fetched: {reason.rstrip('.')}. Correct the path, or check the name and the connection."
         ) from error
 
@@ -369,13 +309,31 @@ def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa
     for column in columns:
         values = [_portable(column, row.get(column)) for row in rows]
         try:
-            arrays[str(column)] = pa.array(values)
+            arrays[str(column)] = _array(column, values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:
                 raise DataError(explain_mixed_types(rows, name, column, error, first)) from error
             # Not read by training, but still listed among the unused columns.
             arrays[str(column)] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)
+
+
+def _array(column: str, values: list[Any]) -> pa.Array:
+    """Values as a column; content that is text in one message and in parts of text in another as text in both."""
+    try:
+        return pa.array(values)
+    except pa.ArrowException:
+        if column not in TEXTS:
+            raise
+        return pa.array([_flat_message(value) for value in values])
+
+
+def _flat_message(item: Any) -> Any:
+    if isinstance(item, list):
+        return [_flat_message(message) for message in item]
+    if isinstance(item, dict) and isinstance(item.get("content"), list):
+        return {**item, "content": joined_parts(item["content"])}
+    return item
 
 
 def _portable(column: str, value: Any) -> Any:

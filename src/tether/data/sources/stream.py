@@ -17,25 +17,23 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tether.compat.datasets import arrow_table
 from tether.data.rows.columns import BATCH_ROWS
-from tether.data.rows.formats import convert, detected
+from tether.data.rows.conversion import convert, detected
 from tether.data.sources.files import expand, stream_file
 from tether.data.sources.load import (
-    Origin,
-    Source,
     concatenated,
     from_hub,
     from_saved,
     is_hub_name,
     is_saved,
     occurrences,
-    origins_of,
     part_of,
     plain_rows,
-    refuse_split,
+    refuse_hub_keys,
     renamed,
     streamed_rows,
     table_of,
 )
+from tether.data.sources.origin import Origin, Source, names_of, origins_of
 from tether.errors import DataError
 from tether.types import Kind
 
@@ -72,7 +70,7 @@ class RowStream:
             DataError: see `load_rows`; where a row cannot be read, those before it have come.
         """
         origins = origins_of(self.source, "train", self.name)
-        names = [str(origin.path) for origin in origins]
+        names = names_of(origins)
         several = len(origins) > 1
         waiting: list[pa.Table] = []
         for origin, said in zip(origins, names, strict=True):
@@ -88,7 +86,7 @@ class RowStream:
     def _tables(self, origin: Origin, name: str, epoch: int) -> Iterator[pa.Table]:
         """The rows of one source with their format's columns, as often as its weight says."""
         layout, first = origin.layout(name), 0
-        for part in _batches(_parts(origin.path, origin.split, name, epoch)):
+        for part in _batches(_parts(origin, name, epoch)):
             count = len(part)
             rows = renamed(part if isinstance(part, list) else Dataset(part), origin.fields, name)
             if first == 0 and layout is None and origin.format is None:
@@ -121,37 +119,45 @@ def _batches(parts: Iterator[Part]) -> Iterator[list[dict[str, Any]] | pa.Table]
             yield from _batches(iter([table]))
 
 
-def _parts(source: Any, split: str, name: str, epoch: int) -> Iterator[Part]:
+def _parts(origin: Origin, name: str, epoch: int) -> Iterator[Part]:
     """What a source gives, one after another."""
+    source: Any = origin.path
+    split = origin.split
+    if not isinstance(source, (str, Path)):
+        refuse_hub_keys(origin.hub, name)
     if isinstance(source, (DatasetDict, IterableDatasetDict)):
         source = part_of(source, split, name)
     if isinstance(source, (str, Path)):
-        source = _opened(str(source), split, name)
+        if is_hub_name(str(source)):
+            source = from_hub(str(source), split, name, streaming=True, **origin.hub)
+        else:
+            refuse_hub_keys(origin.hub, name)
+            source = from_saved(str(source), split, name) if is_saved(str(source)) else [source]
     if isinstance(source, IterableDataset):
         source.set_epoch(epoch)
         return streamed_rows(source)
     if isinstance(source, Dataset):
-        plain = source.with_format("arrow")
-        return (cast(pa.Table, plain[start : start + BATCH_ROWS]) for start in range(0, len(plain), BATCH_ROWS))
+        return _tables_of(source)
     if isinstance(source, Sequence) and all(isinstance(item, Mapping) for item in source):
         return (dict(row) for row in source)
     if isinstance(source, Sequence) and all(isinstance(item, (str, Path)) for item in source):
-        refuse_split(split, name)
-        return chain.from_iterable(stream_file(path, name) for item in source for path in expand(str(item), name))
+        return chain.from_iterable(_parts_of_path(str(item), split, name) for item in source)
     raise DataError(
         f"{name}: a {type(source).__name__} came; streamed rows must be a datasets.IterableDataset or Dataset, a list "
         "of dictionaries or of paths, a path or a hub name."
     )
 
 
-def _opened(source: str, split: str, name: str) -> Any:
-    """A data set of the hub or on disk, or the paths of files."""
-    if is_hub_name(source):
-        return from_hub(source, split, name, streaming=True)
-    if is_saved(source):
-        return from_saved(source, split, name)
-    refuse_split(split, name)
-    return expand(source, name)
+def _tables_of(rows: Dataset) -> Iterator[pa.Table]:
+    plain = rows.with_format("arrow")
+    return (cast(pa.Table, plain[start : start + BATCH_ROWS]) for start in range(0, len(plain), BATCH_ROWS))
+
+
+def _parts_of_path(path: str, split: str, name: str) -> Iterator[Part]:
+    """The rows of a path of a list: of files, or of a folder that `Dataset.save_to_disk` wrote."""
+    if is_saved(path):
+        return _tables_of(from_saved(path, split, name))
+    return chain.from_iterable(stream_file(file, name) for file in expand(path, name, split))
 
 
 def is_streamed(source: Any) -> bool:

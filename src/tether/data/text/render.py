@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows.schema import Turns
+from tether.data.text.closing import Closings, cut_of, is_plainly_closed
+from tether.data.text.marks import lost_texts, marked, needs_marks
 from tether.data.text.template import Writer, conversation, opening
-from tether.data.text.turns import scored_spans
+from tether.data.text.turns import Written, scored_spans
 from tether.types import Messages, Preference
 
 
@@ -26,13 +28,16 @@ class Rendered:
 
     Args:
         prompt: what the model is given.
-        texts: prompt and completion together, one text per completion.
+        texts: prompt and completion together, one text per completion; through a template, up to its end of turn.
         source_row: number of the row in the data it came from, from 0.
         templated: a chat template wrote the text, so special tokens are already in it.
         given_boundary: the data says where the prompt ends; False where the prompt is only what completions share.
         whole: there is no prompt; the first token stands for it, since nothing predicts it.
         values: numbers of the row, see `Preference`.
         scored: for each text, the `(start, end)` characters of the turns that are scored; None for all of it.
+        closed: for each text, whether the template ended it with an end-of-turn token; empty without a template.
+        lost: what the row gives and the template does not write, see `marks`.
+        fault: why the row cannot be used: a completion that is not written, or turns that cannot be told apart.
     """
 
     prompt: str
@@ -43,6 +48,9 @@ class Rendered:
     whole: bool = False
     values: Mapping[str, float] = field(default_factory=dict)
     scored: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    closed: tuple[bool, ...] = ()
+    lost: tuple[str, ...] = ()
+    fault: Literal["unwritten", "turns"] | None = None
 
     @property
     def round_trips(self) -> bool:
@@ -88,18 +96,79 @@ def render(
             for p, cs, r in plain
         ]
     write = Writer(tokenizer, template, name)
+    closings = Closings(write)
     prompts = write([(r, cast(Messages, r.prompt), opening(r)) for r in records])
     whole = [(r, conversation(r, k), "") for r in records for k in range(len(r.completions))]
-    written = iter(write(whole))
-    rows = [
-        Rendered(prompt, tuple(next(written) for _ in r.completions), r.source_row, True, True, _whole(r), r.values)
-        for r, prompt in zip(records, prompts, strict=True)
-    ]
-    if turns == "all":
-        return rows
-    parts = [(row.prompt, text) for row in rows for text in row.texts]
-    spans = iter(scored_spans([(r, messages) for r, messages, _ in whole], parts, write, turns))
-    return [replace(row, scored=tuple(next(spans) for _ in row.texts)) for row in rows]
+    written = zip(whole, write(whole), strict=True)
+    rows = []
+    for record, prompt in zip(records, prompts, strict=True):
+        own = [_Text.of(record, next(written), prompt, write, closings) for _ in record.completions]
+        lost = {name for one in own for name in one.lost} if own else _lost(record, prompt, write)
+        row = Rendered(
+            prompt,
+            tuple(one.text for one in own),
+            record.source_row,
+            True,
+            True,
+            _whole(record),
+            record.values,
+            closed=tuple(one.closed for one in own),
+            lost=tuple(sorted(lost)),
+            fault="unwritten" if any(one.unwritten for one in own) else None,
+        )
+        rows.append(row if turns == "all" or row.fault else _with_turns(row, own, write, closings, turns))
+    return rows
+
+
+def _with_turns(row: Rendered, own: Sequence[_Text], write: Writer, closings: Closings, turns: Turns) -> Rendered:
+    spans = tuple(scored_spans([one.written for one in own], write, closings, turns))
+    return replace(row, scored=spans) if all(spans) else replace(row, fault="turns")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One conversation as text up to its end of turn, and what became of what it gives."""
+
+    written: Written
+    closed: bool
+    lost: frozenset[str]
+    unwritten: bool
+
+    @property
+    def text(self) -> str:
+        return self.written.text[: self.written.cut]
+
+    @classmethod
+    def of(
+        cls,
+        record: Preference,
+        rendered: tuple[tuple[Preference, Messages, str], str],
+        prompt: str,
+        write: Writer,
+        closings: Closings,
+    ) -> _Text:
+        (_, messages, _), text = rendered
+        lost = lost_texts(messages, text)
+        found = None
+        if lost or needs_marks(record, messages) or not is_plainly_closed(closings, messages[-1], text):
+            found = marked(write, record, messages)
+            lost += found.lost() if found is not None else []
+        cut, closed = cut_of(closings, messages, text, found)
+        first = len(record.prompt)
+        # An answer without its tool call, or without all of its words, is another one than was given.
+        gone = {place for name, place in lost if place >= first and name in ("tool calls", "assistant messages")}
+        return cls(
+            Written(record, messages, prompt, text, cut), closed, frozenset(name for name, _ in lost), bool(gone)
+        )
+
+
+def _lost(record: Preference, prompt: str, write: Writer) -> set[str]:
+    """What is lost of a prompt alone."""
+    messages = cast(Messages, record.prompt)
+    lost = lost_texts(messages, prompt)
+    if (lost or needs_marks(record, messages)) and (found := marked(write, record, messages, opening(record))):
+        lost += found.lost()
+    return {name for name, _ in lost}
 
 
 def _whole(record: Preference) -> bool:

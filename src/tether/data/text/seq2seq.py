@@ -47,7 +47,7 @@ def tokenize_seq2seq(rows: Sequence[Rendered], encoder: Encoder) -> list[Tokeniz
     found = []
     for row, own in zip(rows, completions, strict=True):
         prompt = _between(ids[row.prompt], source)
-        ended = [encoder.ended(_between(ids[text], (target[0], [])), row.templated) for text in own]
+        ended = encoder.all_ended(row, [_between(ids[text], (target[0], [])) for text in own])
         dropped = None if row.round_trips else "boundary"
         kind = "exact" if row.given_boundary else "shared"
         found.append(

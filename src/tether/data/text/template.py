@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tether.errors import DataError
 from tether.types import Messages, Preference
 
-_PROBE = "tether-probe"
+_FUNCTION = {"name": "probe", "description": "A probe.", "parameters": {"type": "object", "properties": {}}}
+PROBE_TOOLS: list[dict[str, Any]] = [{"type": "function", "function": _FUNCTION}]
+# Mistral's templates want an id of nine letters and digits.
+PROBE_CALL: dict[str, Any] = {
+    "id": "probe0001",
+    "type": "function",
+    "function": {"name": "probe", "arguments": {"probing": "it"}},
+}
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -41,27 +52,15 @@ def chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin, *,
             return inherited
         raise DataError(
             f"{name}: the rows are conversations, but the tokenizer has no chat template to write them as text. Set "
-            "tokenizer.chat_template to the model's own, take the tokenizer of an instruction-tuned model, or give "
-            "prompt, chosen and rejected as text."
+            "tokenizer.chat_template to the model's own (in a run file, `model: {tokenizer: FOLDER}` names a folder "
+            "whose tokenizer has one), take the tokenizer of an instruction-tuned model, or give prompt, chosen and "
+            "rejected as text."
         ) from error
 
 
 def template_hash(template: str) -> str:
     """A short content hash of a chat template, for reports."""
     return sha256(template.encode()).hexdigest()[:16]
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What the template writes after the content of an assistant's last message, such as `<|im_end|>` and a newline.
-
-    Empty for a template that writes nothing there, or that refuses the probe.
-    """
-    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = cast(str, tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False))
-    except Exception:  # a template is a program written by others
-        return ""
-    return text.rpartition(_PROBE)[2] if _PROBE in text else ""
 
 
 def conversation(record: Preference, k: int) -> Messages:
@@ -76,6 +75,9 @@ def conversation(record: Preference, k: int) -> Messages:
 class Writer:
     """Writes conversations through a chat template, in as few calls as their arguments allow.
 
+    A tokenizer with named templates writes rows that have tools with the one named `tool_use`, as transformers does.
+    Arguments of tool calls, which data hold as objects or as JSON text, are given in the form that the template writes.
+
     Args:
         tokenizer: whose special tokens the template uses.
         template: the chat template.
@@ -84,6 +86,9 @@ class Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, name
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        own = named.get("default") == template
+        self.with_tools: str = named.get("tool_use", template) if own else template
 
     def __call__(self, conversations: Sequence[tuple[Preference, Messages, str]]) -> list[str]:
         """The text of each conversation of a record, opened as the third item says; see `opening`.
@@ -97,24 +102,45 @@ class Writer:
             if messages:
                 groups.setdefault((opened, _arguments(record)), []).append(place)
         for (opened, _), places in groups.items():
-            members = [conversations[place][:2] for place in places]
-            first = members[0][0]
-            options = {**first.chat_template_kwargs, **({"tools": first.tools} if first.tools else {})}
-            options |= {opened: True} if opened else {}
-            for place, text in zip(places, self._apply(members, options), strict=True):
+            members = [(conversations[place][0], self._callable(conversations[place][1])) for place in places]
+            for place, text in zip(places, self._apply(members, self._options(members[0][0], opened)), strict=True):
                 texts[place] = text
         return texts
 
+    def attempt(self, record: Preference, messages: Messages, opened: str = "") -> str | None:
+        """The text of one conversation; None where the template refuses it."""
+        try:
+            return self._written(self._callable(messages), self._options(record, opened))
+        except Exception:  # a template is a program written by others: it may raise anything
+            return None
+
+    def generated(self, record: Preference, messages: Messages) -> list[tuple[int, int]] | None:
+        """The parts of a conversation that the template itself marks as the assistant's; None where it marks none
+        (`{% generation %}`)."""
+        options = self._options(record, "")
+        if not _GENERATION.search(options["chat_template"]):
+            return None
+        options |= {"return_assistant_tokens_mask": True}
+        own = {name: value for name, value in self.tokenizer.special_tokens_map.items() if name not in options}
+        _, marks = render_jinja_template([self._callable(messages)], **own, **options)
+        return [(start, end) for start, end in marks[0] if end > start]
+
+    def _options(self, record: Preference, opened: str) -> dict[str, Any]:
+        template = self.with_tools if record.tools else self.template
+        tools = {"tools": record.tools} if record.tools else {}
+        return {**record.chat_template_kwargs, **tools, "chat_template": template, **({opened: True} if opened else {})}
+
+    def _written(self, messages: Any, options: dict[str, Any]) -> Any:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
     def _apply(self, conversations: Sequence[tuple[Preference, Messages]], options: dict[str, Any]) -> list[str]:
         """Render many conversations at once; one by one only to find the row that the template refuses."""
-        options = {**options, "chat_template": self.template, "tokenize": False}
-        apply = self.tokenizer.apply_chat_template
         try:
-            return cast(list[str], apply([messages for _, messages in conversations], **options))
+            return self._written([messages for _, messages in conversations], options)
         except Exception as failure:  # a template is a program written by others: it may raise anything
             for record, messages in conversations:
                 try:
-                    apply(messages, **options)
+                    self._written(messages, options)
                 except Exception as error:
                     roles = ", ".join(message["role"] for message in messages)
                     raise DataError(
@@ -123,6 +149,57 @@ class Writer:
                         "another template."
                     ) from error
             raise DataError(f"{self.name}: the chat template failed on a batch of rows: {failure}") from failure
+
+    def _callable(self, messages: Messages) -> Messages:
+        """Messages whose tool calls have arguments in the form that the template writes."""
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        form = _as_text if self._wants_text else as_object
+        return [
+            {**message, "tool_calls": [_with_arguments(call, form) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in messages
+        ]
+
+    @cached_property
+    def _wants_text(self) -> bool:
+        """Whether the template puts arguments in as they are, so that they must be JSON text (DeepSeek-V3): it refuses
+        an object, or writes it as Python would."""
+
+        def written(form: Any) -> str | None:
+            call = _with_arguments(PROBE_CALL, form)
+            messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            options = {"tools": PROBE_TOOLS, "chat_template": self.with_tools}
+            try:
+                return self._written(messages, options)
+            except Exception:  # see above
+                return None
+
+        from_object = written(as_object)
+        return (from_object is None or "{'probing'" in from_object) and written(_as_text) is not None
+
+
+def _with_arguments(call: Mapping[str, Any], form: Any) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], form)}
+    return {**call, "arguments": form(call["arguments"])} if "arguments" in call else dict(call)
+
+
+def as_object(arguments: Any) -> Any:
+    """JSON text that holds an object, which is how most data write arguments, as that object."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    found = as_object(arguments)
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 
 def _arguments(record: Preference) -> str:

@@ -21,8 +21,9 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from tether.data.text.closing import Closings
 from tether.data.text.render import Rendered
-from tether.data.text.template import turn_end
+from tether.data.text.template import Writer
 from tether.data.text.token_cache import WordMemory
 from tether.errors import DataError
 
@@ -69,8 +70,7 @@ class Encoder:
 
     Attributes:
         prefix: ids that the tokenizer puts before a text, such as the beginning-of-sequence token.
-        end: id of the end-of-turn token.
-        tail: ids that the template writes after it.
+        end: id of the end-of-turn token that an answer gets where none is written.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, name: str = "data") -> None:
@@ -78,7 +78,7 @@ class Encoder:
         self.name = name
         self._words = WordMemory.of(tokenizer, self._plain)
         self.prefix = [] if template is not None else self._learned_prefix()
-        self.end, self.tail = self._learned_end(template)
+        self.end = self._learned_end(template)
         # SentencePiece writes a space before a text on its own ("world" gives the ids of " world").
         alone, after = self.encode(["a", _ANCHOR + "a"])
         self.needs_anchor = after[len(self.encode([_ANCHOR])[0]) :] != alone
@@ -129,14 +129,26 @@ class Encoder:
             text = text[: -len(eos)]
         return text
 
-    def ended(self, ids: list[int], templated: bool) -> tuple[list[int], bool]:
-        """Ids of a completion with exactly one end-of-turn token at its end; and whether it was missing."""
-        if templated and self.tail and ids[-len(self.tail) - 1 :] == [self.end, *self.tail]:
-            ids = ids[: -len(self.tail)]
+    def ended(self, ids: list[int], *, templated: bool, closed: bool) -> tuple[list[int], bool]:
+        """Ids of a completion with exactly one end-of-turn token at its end; and whether it was missing.
+
+        Args:
+            ids: of the completion.
+            templated: a chat template wrote it.
+            closed: its last token is an end of turn that the template wrote.
+        """
+        end = ids[-1] if closed and ids else self.end
         stop = len(ids)
-        while stop and ids[stop - 1] == self.end:
+        while stop and ids[stop - 1] == end:
             stop -= 1
-        return [*ids[:stop], self.end], templated and stop == len(ids)
+        return [*ids[:stop], end], templated and stop == len(ids)
+
+    def all_ended(self, row: Rendered, completions: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
+        """The completions of a row, each as `ended` makes it."""
+        closed = row.closed or (False,) * len(completions)
+        return [
+            self.ended(ids, templated=row.templated, closed=one) for ids, one in zip(completions, closed, strict=True)
+        ]
 
     def _learned_prefix(self) -> list[int]:
         bare = self.encode(["a"])[0]
@@ -146,12 +158,10 @@ class Encoder:
                 return full[:start]
         return full[:1] if full[:1] == [self.tokenizer.bos_token_id] else []
 
-    def _learned_end(self, template: str | None) -> tuple[int, list[int]]:
-        after = self.encode([turn_end(self.tokenizer, template)])[0] if template is not None else []
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        for position in reversed(range(len(after))):
-            if after[position] in special and str(self.tokenizer.decode([after[position]])).strip():
-                return after[position], after[position + 1 :]
+    def _learned_end(self, template: str | None) -> int:
+        end = "" if template is None else Closings(Writer(self.tokenizer, template, self.name)).said.end
+        if end:
+            return self.encode([end])[0][-1]
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
             closes = "and its chat template closes an answer with no special token" if template is not None else ""
@@ -160,7 +170,7 @@ class Encoder:
                 + ", so a model could not learn where a completion ends. Set tokenizer.eos_token to the one the model "
                 "was trained with."
             )
-        return eos, []
+        return eos
 
 
 def tokenize(rows: Sequence[Rendered], encoder: Encoder, *, boundary: Boundary = "split") -> list[Tokenized]:
@@ -217,7 +227,7 @@ def _row(
         if not isinstance(bos, int):
             return Tokenized(prompt, completions, row.source_row, kind, dropped="empty_prompt")
         prompt = [bos]
-    ended = [encoder.ended(completion, row.templated) for completion in completions]
+    ended = encoder.all_ended(row, completions)
     if masks is not None:
         masks = [
             [*mask[: len(e) - 1], mask[min(len(e), len(mask)) - 1]] for mask, (e, _) in zip(masks, ended, strict=True)
@@ -247,8 +257,6 @@ def _masks(
         mask = [False] * max(len(whole), len(completion))
         for start, end in spans:
             first, stop = (len(whole) if cut == len(text) else _common(ids[text[:cut]], whole) for cut in (start, end))
-            if encoder.tail and whole[stop - len(encoder.tail) - 1 : stop] == [encoder.end, *encoder.tail]:
-                stop -= len(encoder.tail)
             shift = len(mask) - len(whole)
             mask[first + shift : stop + shift] = [True] * max(stop - first, 0)
         masks.append(mask[len(mask) - len(completion) :])

@@ -1,84 +1,126 @@
 """Where in a rendered conversation the turns lie that are scored. Called by `render`.
 
-A template is a program, so turns are not searched for by their words: the conversation is rendered up to each turn,
-and what that has in common with the whole is where the turn begins.
+The conversation is rendered with marks behind every text, and up to each answer as the model is asked for it: an
+answer begins where that prompt ends, and ends with the end-of-turn token behind its own last text. The result is proved
+for every turn: it must hold all marks of its message and none of another one, or the row is not used. Of a template
+that marks itself what the assistant says (`{% generation %}`), only what it marks is scored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tether.data.rows.schema import Turns
-from tether.data.text.template import Writer, opening, turn_end
+from tether.data.text.closing import Closings
+from tether.data.text.marks import Marked, marked, shared_length
+from tether.data.text.template import Writer, opening
 from tether.types import Messages, Preference
 
 Spans = tuple[tuple[int, int], ...]
 
 
-def scored_spans(
-    conversations: Sequence[tuple[Preference, Messages]],
-    parts: Sequence[tuple[str, str]],
-    write: Writer,
-    turns: Turns,
-) -> list[Spans]:
+@dataclass(frozen=True)
+class Written:
+    """A conversation and what was written of it.
+
+    Args:
+        record: the row.
+        messages: prompt and completion.
+        prompt: the prompt as text.
+        text: the whole, as the template writes it.
+        cut: where the last answer is over.
+    """
+
+    record: Preference
+    messages: Messages
+    prompt: str
+    text: str
+    cut: int
+
+
+def scored_spans(conversations: Sequence[Written], write: Writer, closings: Closings, turns: Turns) -> list[Spans]:
     """The characters of each conversation that its scored turns take up, ends of turn included.
 
     Args:
-        conversations: records, and prompt and completion of each as one conversation.
-        parts: the same as text: the prompt, and the whole.
-        write: what wrote them.
+        conversations: what was written.
+        write: what wrote it.
+        closings: how it closes answers.
         turns: `assistant`, every turn of the assistant after the prompt; or `last`, the last one of them.
 
     Returns:
-        `(start, end)` of each scored turn, in order. A template that renders the beginning of a conversation otherwise
-        than as a part of the whole (one that leaves out earlier thoughts) begins a turn where the two part, and ends it
-        with the next end of turn.
+        `(start, end)` of each scored turn, in order; none for a conversation whose turns cannot be told apart.
     """
-    wanted = [_turns(record, messages, turns) for record, messages in conversations]
-    asked = [
-        one
-        for (record, messages), places in zip(conversations, wanted, strict=True)
-        for place in places
-        for one in ((record, messages[:place], "add_generation_prompt"), (record, messages[: place + 1], ""))
-    ]
-    written = iter(write(asked))
-    end_of_turn = turn_end(write.tokenizer, write.template)
-    spans = []
-    for (record, messages), places, (prompt, whole) in zip(conversations, wanted, parts, strict=True):
-        own = []
+    return [_Turns(one, write, closings).spans(turns) for one in conversations]
+
+
+class _Turns:
+    """The turns of one conversation."""
+
+    def __init__(self, one: Written, write: Writer, closings: Closings) -> None:
+        self.one, self.write, self.closings = one, write, closings
+        self.first = len(one.record.prompt) - (opening(one.record) == "continue_final_message")
+
+    def spans(self, turns: Turns) -> Spans:
+        """Of the scored turns; none where they cannot be told."""
+        one = self.one
+        places = [k for k, message in enumerate(one.messages) if message["role"] == "assistant" and k >= self.first]
+        places = places[-1:] if turns == "last" else places
+        found = self._marked(places)
+        if found is None:
+            return ()
+        spans = []
         for place in places:
-            before, through = next(written), next(written)
-            # The first turn of a completion begins where its prompt ends, which may be inside a turn.
-            start = _common(prompt if place == _first(record) else before, whole)
-            own.append((start, _end(start, place == len(messages) - 1, through, whole, end_of_turn)))
-        spans.append(tuple(own))
-    return spans
+            span = self._span(place, found)
+            if span is None or not found.holds_only(place, *span):
+                return ()
+            spans.append(span)
+        own = self.write.generated(one.record, one.messages)
+        return tuple(spans) if own is None else _within(own, spans)
+
+    def _marked(self, places: Sequence[int]) -> Marked | None:
+        """The conversation with its marks; with the fewest that tell, where all of them change what is written."""
+        one = self.one
+        needed = {near for place in places for near in (place - 1, place, place + 1)}
+        for only in (None, needed, set(places)):
+            found = marked(self.write, one.record, one.messages, only=only)
+            if found is not None and found.text == one.text:
+                return found
+        return None
+
+    def _span(self, place: int, found: Marked) -> tuple[int, int] | None:
+        one = self.one
+        start = self._start(place, found)
+        if start is None:
+            return None
+        last = place == len(one.messages) - 1
+        stop = max(found.end(place) or 0, start)
+        if last:
+            return start, max(one.cut, stop)
+        end = self.closings.end(one.messages[place], one.text, stop, last=False)
+        limit = found.end(place + 1)
+        if end is None or (limit is not None and end > limit):
+            return start, self.closings.plain_end(one.text, stop)
+        return start, end
+
+    def _start(self, place: int, found: Marked) -> int | None:
+        """Where an answer begins: where the prompt that asks for it ends."""
+        one = self.one
+        if place == self.first:
+            # It begins where the row's prompt ends, which may be inside a turn.
+            return shared_length(one.prompt, one.text)
+        asked = self.write.attempt(one.record, one.messages[:place], "add_generation_prompt")
+        if asked is not None and one.text.startswith(asked):
+            return len(asked)
+        before = marked(self.write, one.record, one.messages[:place], "add_generation_prompt")
+        if before is None or before.text != asked:
+            return None
+        # Earlier turns are written otherwise in the prompt; what follows the last of them is compared.
+        whole, prompt = found.end_before(place), before.end_before(place)
+        return whole + shared_length(one.text[whole:], before.text[prompt:])
 
 
-def _turns(record: Preference, messages: Messages, turns: Turns) -> list[int]:
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    answers = [place for place in answers if place >= _first(record)]
-    return answers[-1:] if turns == "last" else answers
-
-
-def _first(record: Preference) -> int:
-    """Place of the first message that is not of the prompt alone."""
-    return len(record.prompt) - (opening(record) == "continue_final_message")
-
-
-def _end(start: int, last: bool, through: str, whole: str, end_of_turn: str) -> int:
-    if last:
-        return len(whole)
-    if whole.startswith(through):
-        return len(through)
-    found = whole.find(end_of_turn, start) if end_of_turn else -1
-    return found + len(end_of_turn) if found >= 0 else max(start, _common(through, whole))
-
-
-def _common(text: str, whole: str) -> int:
-    """How many leading characters two texts share."""
-    low, high = 0, min(len(text), len(whole))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if text[:middle] == whole[:middle] else (low, middle - 1)
-    return low
+def _within(parts: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Spans:
+    """What lies in both."""
+    both = ((max(part[0], span[0]), min(part[1], span[1])) for span in spans for part in parts)
+    return tuple((start, end) for start, end in both if end > start)

@@ -1,0 +1,50 @@
+"""What two completions begin with together, which is their prompt where rows have none. Called by `schema`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+Sequential = TypeVar("Sequential", str, list)
+
+
+def split_prompt(chosen: Sequential, rejected: Sequential) -> tuple[Sequential, Sequential, Sequential]:
+    """Take what two completions begin with together as their prompt, as TRL's `extract_prompt` does.
+
+    Messages are alike whose role, content and tool calls are: exports give each an id or a time of its own.
+
+    In text, one space before the place where they differ goes to the completions. Where one is the beginning of the
+    other, its last message (or character) stays in the completion, so that none is empty.
+
+    Args:
+        chosen: text or messages, prompt included.
+        rejected: the same.
+
+    Returns:
+        The prompt and the two completions without it; an empty prompt when they share nothing.
+
+    Example:
+        >>> split_prompt("The sky is blue.", "The sky is green.")
+        ('The sky is', ' blue.', ' green.')
+    """
+    shorter = min(len(chosen), len(rejected))
+    low, high = 0, shorter
+    one, other = (chosen, rejected) if isinstance(chosen, str) else (told(chosen), told(rejected))
+    while low < high:  # slices compare in C; a loop over characters would dominate the whole preparation
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    if low == shorter:
+        low = max(shorter - 1, 0)
+    elif low and isinstance(chosen, str) and chosen[low - 1] == " ":
+        low -= 1
+    return chosen[:low], chosen[low:], rejected[low:]
+
+
+def told(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Of each message, what tells it from another one."""
+    return [(message.get("role"), message.get("content"), _called(message)) for message in messages]
+
+
+def _called(message: Mapping[str, Any]) -> list[Any]:
+    calls = message.get("tool_calls") or []
+    return [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]

@@ -1,0 +1,194 @@
+"""Ends and masks on the real chat templates that the installed TRL ships: all of them, by what they write.
+
+A template is a fact of another package, so nothing is expected of one by its name. What is expected holds for each: a
+completion is the assistant's own text and one end; a mask holds what the assistant says and nothing that a user, a
+system or a tool says; and what a template does not write is named. Where TRL ships a variant of a template that marks
+what the assistant says, the mask that Tether measures for the plain one covers those words.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from jinja2.exceptions import UndefinedError
+from transformers import PreTrainedTokenizerFast
+
+from data.samples import assistant, byte_level, pair, user
+from tether.data import prepare
+from tether.data.images.inputs import parts_template
+from tether.data.text.template import chat_template
+from tether.errors import DataError
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+# Control tokens are written in angle brackets; what the templates hold of them is made special, as in the models' own
+# tokenizers.
+CONTROLS = (
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    *("<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|observation|>"),
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>", "<|channel>", "<channel|>", "<|think|>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|tool_call_start|>", "<|tool_call_end|>"),
+    *(f"<\uff5c{word}\uff5c>" for word in ("User", "Assistant")),
+    *(f"<\uff5c{word}\u2581of\u2581sentence\uff5c>" for word in ("begin", "end")),
+    *(f"<\uff5ctool\u2581{word}\uff5c>" for word in ("calls\u2581begin", "call\u2581begin", "sep", "call\u2581end")),
+    "<\uff5ctool\u2581calls\u2581end\uff5c>",
+    "<|eot|>",
+    *("<end_of_utterance>", "<tool_call>", "</tool_call>", "<think>", "</think>", "[gMASK]", "<sop>"),
+)
+TALK = [user("UONE asks"), assistant("AONE says"), user("UTWO asks"), assistant("ATWO says")]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Which"}}},
+        },
+    }
+]
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": arguments}
+    return {**assistant(""), "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return byte_level(special=CONTROLS, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def use(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with a template; where it reads content in parts alone, as a processor's rows are given it."""
+    source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = source
+    try:
+        written = tokenizer.apply_chat_template(TALK[:2], tokenize=False)
+    except UndefinedError:
+        written = ""
+    if "AONE" not in str(written):
+        tokenizer.chat_template = parts_template(source)
+    return tokenizer
+
+
+@pytest.fixture(params=NAMES)
+def tokenizer(request: pytest.FixtureRequest, plain: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return use(request.param, plain)
+
+
+def texts(rows: list[dict], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[tuple[str, list[str]]]:
+    found = prepare(rows, tokenizer, max_length=None, **options).dataset.with_format(None).to_list()
+    return [(tokenizer.decode(r["prompt_ids"]), [tokenizer.decode(ids) for ids in r["completion_ids"]]) for r in found]
+
+
+def scored(rows: list[dict], tokenizer: PreTrainedTokenizerFast, turns: str) -> list[str]:
+    """The runs of scored tokens of a conversation, as text."""
+    row = prepare(rows, tokenizer, max_length=None, kind="completion", turns=turns).dataset.with_format(None)[0]
+    runs: list[list[int]] = []
+    before = False
+    for token, on in zip(row["completion_ids"][0], row["scored"][0], strict=True):
+        if on and not before:
+            runs.append([])
+        if on:
+            runs[-1].append(token)
+        before = on
+    return [tokenizer.decode(run) for run in runs]
+
+
+def ends(completion: str) -> list[str]:
+    """The control tokens behind the words of an answer."""
+    words = completion[completion.rindex("says") + len("says") :]
+    return [token for token in (*CONTROLS, "</s>") if token in words]
+
+
+def test_there_are_templates_of_many_families() -> None:
+    assert len(NAMES) >= 20
+
+
+def test_a_completion_is_the_answer_and_one_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    [(prompt, both)] = texts([pair([user("UONE asks")], [assistant("AONE says")], [assistant("ATWO says")])], tokenizer)
+    for said, completion in zip(("AONE says", "ATWO says"), both, strict=True):
+        assert said in completion
+        assert "UONE" not in completion
+        assert said not in prompt
+        behind = completion[completion.index(said) + len(said) :]
+        found = ends(completion)
+        # Cohere closes the answer and then the turn; each of the two is written once.
+        assert found
+        assert behind.count(found[-1]) == 1
+        assert behind.replace("<|END_RESPONSE|>", "").strip() in found
+
+
+@pytest.mark.parametrize("turns", ["assistant", "last"])
+def test_only_what_the_assistant_says_is_scored(tokenizer: PreTrainedTokenizerFast, turns: str) -> None:
+    runs = scored([{"messages": TALK}], tokenizer, turns)
+    whole = "".join(runs)
+    said = ["AONE says", "ATWO says"] if turns == "assistant" else ["ATWO says"]
+    assert [one for one in ("UONE", "AONE", "UTWO", "ATWO") if one in whole] == [one[:4] for one in said]
+    assert len(runs) == len(said)
+    for run, words in zip(runs, said, strict=True):
+        assert words in run
+        # No header of the next turn: nothing but the end follows the words.
+        behind = run[run.index(words) + len(words) :]
+        assert "user" not in behind.lower().replace("<|user|>", "")
+        assert "asks" not in behind
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if f"{name}_training" in NAMES])
+def test_measured_masks_cover_what_the_marked_variant_marks(name: str, plain: PreTrainedTokenizerFast) -> None:
+    runs = []
+    for one in (name, f"{name}_training"):
+        found = scored([{"messages": TALK}], use(one, plain), "assistant")
+        # Empty thoughts are where the two variants may differ, and GLM's ends, which one of them writes alone.
+        bare = ["".join(run.replace("<think>", "").replace("</think>", "").split()) for run in found]
+        runs.append([run[: run.index("says") + len("says")] for run in bare])
+    measured, marked = runs
+    assert measured == marked
+
+
+def test_a_tool_call_is_written_once_and_ends_once_or_the_row_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        pair([user("Weather?")], [call(arguments)], [assistant("It says no")], tools=TOOLS)
+        for arguments in ({"city": "PARIS"}, '{"city": "PARIS"}')
+    ]
+    try:
+        prepared = prepare(
+            [*rows, pair([user("Hi")], [assistant("A says")], [assistant("B says")])], tokenizer, max_length=None
+        )
+    except DataError as error:
+        pytest.skip(f"the template refuses tool calls: {str(error)[:80]}")
+    dropped = prepared.report.dropped["unwritten"]
+    assert dropped in (0, 2)
+    if dropped:
+        assert prepared.report.unwritten["tool calls"] == 2
+        assert any("tool calls (of 2 rows)" in line for line in prepared.report.lines())
+        return
+    found = prepared.dataset.with_format(None).to_list()
+    made = [tokenizer.decode(row["completion_ids"][0]) for row in found[:2]]
+    assert made[0] == made[1]
+    assert made[0].count("PARIS") == 1
+    assert '\\"' not in made[0]
+    behind = made[0][made[0].index("PARIS") + len("PARIS") :]
+    last = [token for token in (*CONTROLS, "</s>") if made[0].endswith(token)]
+    assert len(last) == 1
+    # Where the template ends the call in a token of its own, the tokenizer's end is not added behind it.
+    if any(token in behind for token in ("<|call|>", "<|tool_response>", "<|im_end|>", "<|eot_id|>")):
+        assert behind.count(last[0]) == 1
+        assert "</s>" not in behind
+
+
+def test_what_is_not_written_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [pair([user("Weather?")], [assistant("A says")], [assistant("B says")], tools=TOOLS)]
+    report = prepare(rows, tokenizer, max_length=None).report
+    written = tokenizer.apply_chat_template(
+        rows[0]["prompt"], tools=TOOLS, tokenize=False, chat_template=chat_template(tokenizer)
+    )
+    assert ("tools" in report.unwritten) == ("get_weather" not in written)
+    assert json.dumps(report.to_dict())
