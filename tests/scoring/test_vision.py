@@ -142,10 +142,10 @@ def test_positions_that_ignore_the_image_are_caught(monkeypatch):
     """Negative control for Qwen2-VL's positions of time, height and width."""
     model, examples = tiny_vision("qwen2_vl").eval(), vision_examples("qwen2_vl")
     batch = pack(examples)
-    positions = vision._image_positions(model, batch)
+    positions = vision._packed_positions(model, batch)
     assert positions.shape == (3, 1, batch.forest.length)
     assert not torch.equal(positions[0], positions[2])
-    monkeypatch.setattr(vision, "_counts_positions_by_image", lambda _: False)
+    monkeypatch.setattr(vision, "image_positions", lambda _: None)
     with torch.no_grad():
         difference = score(model, batch).token_logps - score_alone(model, batch)
     assert difference.abs().max() > 1e-3
