@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Sequential = TypeVar("Sequential", str, list)
 
@@ -29,7 +29,7 @@ def split_prompt(chosen: Sequential, rejected: Sequential) -> tuple[Sequential, 
     """
     shorter = min(len(chosen), len(rejected))
     low, high = 0, shorter
-    one, other = (chosen, rejected) if isinstance(chosen, str) else (told(chosen), told(rejected))
+    one, other = (chosen, rejected) if isinstance(chosen, str) else (told(cast(Any, chosen)), told(cast(Any, rejected)))
     while low < high:  # slices compare in C; a loop over characters would dominate the whole preparation
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)

@@ -88,7 +88,7 @@ def load_of_kind(source: Source, *, split: str = "train", name: str = "data") ->
         sample = list(islice(plain_rows(rows), 1))
         formats = {one: layout or (None if origin.format else detected(columns, one)) for one in KINDS}
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
-        kind = read[0] if read else kind or "pair"
+        kind = cast(Kind, read[0] if read else kind or "pair")
     if is_origin(source) or len(origins_of(source, split, name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
     return load_rows(source, kind=kind, split=split, name=name), kind

@@ -123,7 +123,8 @@ class Writer:
         options |= {"return_assistant_tokens_mask": True}
         own = {name: value for name, value in self.tokenizer.special_tokens_map.items() if name not in options}
         _, marks = render_jinja_template([self._callable(messages)], **own, **options)
-        return [(start, end) for start, end in marks[0] if end > start]
+        spans = cast(list[tuple[int, int]], marks[0])
+        return [(start, end) for start, end in spans if end > start]
 
     def _options(self, record: Preference, opened: str) -> dict[str, Any]:
         template = self.with_tools if record.tools else self.template
