@@ -244,7 +244,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         "TRL does; the turns of the `assistant`; or the `last` one of these.",
         allowed=TURNS,
     )
-    dataset_num_proc: int | None = option(None, "Processes that prepare the data.")
+    dataset_num_proc: int | None = option(None, "Processes that prepare the data.", allowed=(None, Whole(1)))
     dataset_cache: str | None = option(
         "auto",
         "Folder where prepared rows are kept for the other processes of a run and for later runs; `auto`: `prepared` "
