@@ -367,7 +367,7 @@ def test_columns_take_effect_or_are_refused(kind, tmp_path):
         ("sft", {"reference_check_steps": 10}, "compares with no reference"),
         ("cpo", {"loss_type": "kto_pair"}, "allowed are sigmoid"),
         ("cpo", {"loss_type": "hinge", "label_smoothing": 0.1}, "does not apply"),
-        ("cpo", {"simpo_gamma": 1.0}, "applies to loss 'simpo' only"),
+        ("cpo", {"simpo_gamma": 1.0}, "simpo_gamma does not apply to loss 'sigmoid'"),
         ("sft", {"loss_type": "mle"}, "allowed are nll, dft"),
         ("sft", {"assistant_only_loss": True, "completion_only_loss": False}, "Leave one of them out"),
         ("sft", {"assistant_only_loss": True}, "text, which has no turns"),

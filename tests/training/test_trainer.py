@@ -520,7 +520,7 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns is True; it must stay False"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "`label_smoothing` is the objective's"),
         ({"use_liger_kernel": True}, ConfigError, "which scoring relies on"),
-        ({"reference_check_steps": -1}, ConfigError, "0 \\(never\\) or more"),
+        ({"reference_check_steps": -1}, ConfigError, "a whole number from 0"),
         ({"rows": "missing.jsonl"}, DataError, "missing.jsonl"),
         ({"model": "no/such/model/here"}, ConfigError, "does not exist"),
         ({"eval_strategy": "steps"}, ConfigError, "no eval_dataset"),
@@ -553,7 +553,7 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
     [
         ({"data_collator": lambda rows: {"input_ids": rows}}, "dictionary with a ScoringBatch"),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, "models in memory"),
-        ({"model_init_kwargs": "{broken"}, "no JSON"),
+        ({"model_init_kwargs": "{broken"}, "not JSON"),
         ({"reference_means": "bogus"}, "adapter_off, adapter_on, snapshot, model"),
         ({"max_length": "1024"}, "whole number"),
         ({"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "could not be resumed"),
@@ -608,7 +608,7 @@ def test_the_load_balancing_loss_reaches_the_policy_and_never_the_reference(tmp_
 def test_a_load_balancing_loss_needs_experts(tmp_path):
     with pytest.raises(ConfigError, match="no experts to balance"):
         trainer(tmp_path, router_aux_loss_coef=0.1)
-    with pytest.raises(ConfigError, match="must be 0"):
+    with pytest.raises(ConfigError, match="must be None or a number at least 0"):
         config(tmp_path, router_aux_loss_coef=-1.0)
 
 
