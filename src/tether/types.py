@@ -22,7 +22,7 @@ Messages = list[dict[str, Any]]
 Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
 Meaning = Literal["start", "base", "model", "adapter", "none"]
 Over = Literal["examples", "completions", "tokens", "constant"]
-Means = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "store", "none"]
+Method = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "store", "none"]
 
 
 @dataclass(frozen=True)
@@ -389,12 +389,12 @@ class ReferenceIdentity:
 
     Args:
         meaning: what the user declared.
-        means: how it is computed.
+        method: how it is computed.
         source: name or path the weights came from, or what object they were.
         revision: commit of the source where it has one.
         dtype: dtype of the weights.
         fingerprint: content hash of the weights that define it; empty for `none`. It belongs to what the reference
-            computes and not to the means, so that two means of one meaning have one fingerprint.
+            computes and not to the method, so that two methods of one meaning have one fingerprint.
         sync: how the reference moves, in words; None for one that does not.
 
     Example:
@@ -404,7 +404,7 @@ class ReferenceIdentity:
     """
 
     meaning: Meaning
-    means: Means
+    method: Method
     source: str
     revision: str | None
     dtype: str

@@ -37,7 +37,7 @@ def test_equal_work_has_no_problems_and_targets_are_ratios():
 
 
 @pytest.mark.parametrize(
-    ("means", "wrong", "problem"),
+    ("method", "wrong", "problem"),
     [
         ("store-warm", run(passes=1), "ran the reference 1 times, not 0"),
         ("store-cold", run(passes=0), "ran the reference 0 times, not 2"),
@@ -45,8 +45,8 @@ def test_equal_work_has_no_problems_and_targets_are_ratios():
         ("store-warm", run(passes=0, losses=(math.nan, 0.6)), "apart"),
     ],
 )
-def test_unequal_work_is_a_problem(means, wrong, problem):
-    assert any(problem in line for line in benchmark.check({"adapter_off": [run()], means: [wrong]}))
+def test_unequal_work_is_a_problem(method, wrong, problem):
+    assert any(problem in line for line in benchmark.check({"adapter_off": [run()], method: [wrong]}))
 
 
 @pytest.mark.multiprocess
@@ -64,20 +64,20 @@ def test_every_means_does_the_same_work_on_a_tiny_model(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setitem(lengths.PROFILES, "hh", Profile(20, 5, 2))
     options = benchmark.parse(["--steps", "2", "--repeats", "1", "--threads", "1", "--model", str(tmp_path)])
-    for kind in benchmark.MEANS:
+    for kind in benchmark.METHODS:
         runs = benchmark.measure_steps(kind, options)
-        assert tuple(runs) == benchmark.MEANS[kind]
+        assert tuple(runs) == benchmark.METHODS[kind]
         assert benchmark.check(runs) == []
         assert "store-warm" in benchmark.show_steps(kind, runs)
         assert len(benchmark.targets(runs)) == 1 + (kind == "lora")
 
 
 def test_means_are_chosen_and_a_choice_of_none_is_refused(capsys):
-    options = benchmark.parse(["--kinds", "lora", "--means", "store-warm", "adapter_off"])
+    options = benchmark.parse(["--kinds", "lora", "--methods", "store-warm", "adapter_off"])
     assert benchmark.chosen("lora", options) == ["adapter_off", "store-warm"]
     assert benchmark.chosen("full", options) == ["store-warm"]
     with pytest.raises(SystemExit):
-        benchmark.parse(["--means", "adapter_off"])
+        benchmark.parse(["--methods", "adapter_off"])
     assert "none of those for full: snapshot, model, store-warm" in capsys.readouterr().err
 
 
@@ -90,7 +90,7 @@ def test_what_a_run_is_told(checkpointing, library, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "_setting", {"library": "default"})
     told = []
     monkeypatch.setattr(benchmark, "_run", lambda spec: told.append(spec) or {"step_seconds": [1.0]})
-    chosen = ["--kinds", "lora", "--means", "adapter_off", "--repeats", "1", "--model", str(tmp_path)]
+    chosen = ["--kinds", "lora", "--methods", "adapter_off", "--repeats", "1", "--model", str(tmp_path)]
     further = ["--checkpointing", checkpointing, "--cpu-matmul", library]
     benchmark.measure_steps("lora", benchmark.parse([*chosen, *further]))
     args = reference_worker.make_trainer({**told[0], "threads": 1, "folder": str(tmp_path / "out")}, []).args

@@ -56,14 +56,14 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_adapter_trains_and_loads_in_plain_peft(kind: str, workplace: Any, tether: Tether) -> None:
     """INV-1, 5, 38."""
-    section, written, means = KINDS[kind]
+    section, written, method = KINDS[kind]
     if not section.startswith("lora="):
         section = f"lora=null {section}"
     head, _, tail = section.partition(" peft=")
     sections = [head, f"peft={tail}"] if tail else [section]
     code, _, err = tether("train", "run.yaml", *SHORT, *sections)
     assert code == 0, err
-    assert f"reference: start, by {means}" in err
+    assert f"reference: start, by {method}" in err
     first, second = losses_of(workplace)
     assert first == pytest.approx(0.6931, abs=1e-4)
     assert second != first

@@ -38,19 +38,19 @@ def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("means", ["adapter_off", "snapshot"])
+@pytest.mark.parametrize("method", ["adapter_off", "snapshot"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_policy_trains_and_resumes(kind: str, means: str, place: Any, tether: Tether) -> None:
+def test_a_quantised_policy_trains_and_resumes(kind: str, method: str, place: Any, tether: Tether) -> None:
     """INV-1, 5, 7: the loss begins at ln 2 and falls; 4 steps are 2, a checkpoint and 2 more."""
     run = (
         "run.yaml",
         *SHORT,
         f"model={{name: model, quantization: {kind}}}",
-        f"reference={{meaning: start, means: {means}}}",
+        f"reference={{meaning: start, method: {method}}}",
     )
     code, _, err = tether("train", *run)
     assert code == 0, err
-    assert f"reference: start, by {means}" in err
+    assert f"reference: start, by {method}" in err
     lines = (place.path / "out" / "metrics.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)

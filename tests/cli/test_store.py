@@ -34,7 +34,7 @@ def test_fill_ahead_train_look_into_and_export(tether, workplace):
     assert code == 0, err
     assert "stored completions of the training set were computed again" in err
     assert "this process computed 0 of them in 0 passes of the reference" in err
-    assert json.loads(Path("out/reference.json").read_text())["identity"]["means"] == "store"
+    assert json.loads(Path("out/reference.json").read_text())["identity"]["method"] == "store"
     code, out, err = tether("store", "info", "log_probs")
     assert code == 0
     assert re.search(r"float32: 48 completions, \d+ tokens, 1 parts, [\d.]+ KiB", out)

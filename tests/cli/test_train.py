@@ -40,7 +40,7 @@ def test_a_run_folder_is_written_whole_and_a_resumed_run_ends_where_it_would_hav
     resolved = load_run_file(run / "config.yaml")
     assert resolved.to_dict() == load_run_file("run.yaml", ["train.learning_rate=2e-3"]).to_dict()
     reference = json.loads((run / "reference.json").read_text())
-    assert (reference["identity"]["meaning"], reference["identity"]["means"]) == ("start", "adapter_off")
+    assert (reference["identity"]["meaning"], reference["identity"]["method"]) == ("start", "adapter_off")
     assert reference["guard"]["passed"]
     assert set(json.loads((run / "data.json").read_text())) >= {"train", "eval"}
     logs = metrics_of(run)

@@ -56,7 +56,7 @@ def test_every_section_arrives() -> None:
                 "target_parameters": ["mlp.experts.down_proj"],
             },
             data={"train": ["a.jsonl", "b.jsonl"], "eval": {"x": "c.jsonl"}},
-            reference={"meaning": "start", "means": "snapshot"},
+            reference={"meaning": "start", "method": "snapshot"},
             objective={"beta": 0.3, "label_smoothing": 0.1},
             train={"epochs": 2, "learning_rate": 5e-6, "batch_size": 12, "max_length": 99, "logging_steps": 7},
         )
@@ -64,7 +64,7 @@ def test_every_section_arrives() -> None:
     assert (arguments.num_train_epochs, arguments.learning_rate, arguments.logging_steps) == (2, 5e-6, 7)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (12, 1)
     assert (arguments.beta, arguments.label_smoothing, arguments.max_length) == (0.3, 0.1, 99)
-    assert (arguments.reference, arguments.reference_means) == ("start", "snapshot")
+    assert (arguments.reference, arguments.reference_method) == ("start", "snapshot")
     assert arguments.model_init_kwargs == {
         "dtype": "float32",
         "attn_implementation": "eager",
@@ -108,8 +108,8 @@ def test_every_form_of_a_reference_reaches_the_configuration() -> None:
         "device_map": "cpu",
         "attn_implementation": "eager",
     }
-    arguments = build(run_with(reference={"adapter": "sft", "means": "snapshot", "snapshot": "host"}))[0]
-    assert (arguments.reference, arguments.reference_adapter, arguments.reference_means) == (
+    arguments = build(run_with(reference={"adapter": "sft", "method": "snapshot", "snapshot": "host"}))[0]
+    assert (arguments.reference, arguments.reference_adapter, arguments.reference_method) == (
         "adapter",
         "sft",
         "snapshot",
@@ -118,10 +118,10 @@ def test_every_form_of_a_reference_reaches_the_configuration() -> None:
     arguments = build(run_with(reference={"sync": {"steps": 7, "alpha": 1.0}}))[0]
     assert (arguments.sync_ref_model, arguments.ref_model_sync_steps, arguments.ref_model_mixup_alpha) == (True, 7, 1.0)
     arguments = build(run_with(reference={"remote": {"url": "http://host:1", "model": "m"}}))[0]
-    assert (arguments.reference, arguments.reference_means) == ("model", "remote")
+    assert (arguments.reference, arguments.reference_method) == ("model", "remote")
     assert arguments.reference_remote["model"] == "m"
     arguments = build(run_with(reference={"meaning": "start", "remote": {"url": "http://host:1"}}))[0]
-    assert (arguments.reference, arguments.reference_means) == ("start", "remote")
+    assert (arguments.reference, arguments.reference_method) == ("start", "remote")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_devices_are_counted_by_the_launcher(monkeypatch: pytest.MonkeyPatch) ->
             {"objective": {"label_smoothing": 0.7}},
             "`objective.label_smoothing` is 0.7 (a number with a fraction); allowed is a number at least 0 and below",
         ),
-        ({"reference": {"meaning": "base", "means": "model"}}, "cannot compute the meaning 'base'"),
+        ({"reference": {"meaning": "base", "method": "model"}}, "cannot compute the meaning 'base'"),
         ({"train": {"truncation_mode": "keep"}}, "`train.truncation_mode` is 'keep'"),
         (
             {"train": {"max_tokens_per_forward": "much"}},

@@ -66,7 +66,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "attention": None,
             "trust_remote_code": None,
             "adapter": None,
-            "means": None,
+            "method": None,
             "snapshot": None,
             "sync": None,
             "remote": None,
@@ -111,7 +111,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
         ("lora: {init: pissa_niter_4}", "lora.init", "pissa_niter_4"),
         ("reference: base", "reference.meaning", "base"),
         ("reference: {model: other}", "reference.meaning", "model"),
-        ("reference: {means: snapshot}", "reference.means", "snapshot"),
+        ("reference: {method: snapshot}", "reference.method", "snapshot"),
     ],
 )
 def test_what_is_written_is_what_is_meant(load: Load, text: str, path: str, value: Any) -> None:
@@ -272,7 +272,7 @@ def test_a_missing_run_file_is_named_with_the_nearest(tmp_path: Path) -> None:
         ("lora: {r: 4, alpha: 8}", ["lora={r: 2}"], {"lora": {"r": 2, "alpha": 32.0}}),
         ("", ["model.dtype=float32"], {"model": {"name": "tiny", "dtype": "float32"}}),
         ("", ["model=other"], {"model": {"name": "other"}}),
-        ("reference: base", ["reference.means=snapshot"], {"reference": {"meaning": "base", "means": "snapshot"}}),
+        ("reference: base", ["reference.method=snapshot"], {"reference": {"meaning": "base", "method": "snapshot"}}),
         ("", ["data.eval={a: x, b: [y, z]}"], {"data": {"eval": {"a": "x", "b": ["y", "z"]}}}),
         ("", ["output=a", "output=b=c"], {"output": "b=c"}),
     ],
@@ -308,7 +308,7 @@ def test_a_wrong_override_is_named(load: Load, override: str, message: str) -> N
 
 def test_the_resolved_file_gives_the_same_run(load: Load) -> None:
     text = SMALLEST + "lora: {target: [q_proj]}\ntrain: {run_name: '1e-5', eval_strategy: 'no', learning_rate: 5e-6}\n"
-    run = load(text, "reference.means=snapshot")
+    run = load(text, "reference.method=snapshot")
     again = load(run.dump_yaml())
     assert again.to_dict() == run.to_dict()
 

@@ -196,7 +196,7 @@ RUN = {
         "eval": {"held": "c.jsonl", "other": {"path": "d.jsonl"}},
         "check": {"identical": 0.1},
     },
-    "reference": {"meaning": "start", "means": "snapshot"},
+    "reference": {"meaning": "start", "method": "snapshot"},
     "objective": {"loss": "sigmoid", "beta": 0.1},
     "train": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "max_length": 64, "logging_steps": 1},
     "output": "out",

@@ -21,7 +21,7 @@ from completions_server import serving
 from tiny import CONFIGS, QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 # The option that forces how the reference is computed: written here only, so that it can be renamed.
-METHOD = "reference_means"
+METHOD = "reference_method"
 
 TOKENIZER = tiny_tokenizer()
 SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

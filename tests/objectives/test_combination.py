@@ -47,7 +47,7 @@ REFUSED = [
     ({"loss_type": "aot", "per_device_train_batch_size": 1}, "aot sorts the pairs of a micro-batch"),
     ({"loss_type": "simpo", "reference": "start"}, "no loss among simpo compares with one"),
     ({"loss_type": "tdpo2", "reference": "none"}, "takes the reference's whole distribution at each token"),
-    ({"loss_type": ["orpo"], "reference_means": "snapshot"}, "no loss among orpo compares with one"),
+    ({"loss_type": ["orpo"], "reference_method": "snapshot"}, "no loss among orpo compares with one"),
     *(
         ({"loss_type": name, "f_divergence_type": "js_divergence"}, f"has no meaning for {name}")
         for name in ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "dpop")

@@ -1,6 +1,6 @@
-"""Every objective through the trainer's own loss: one gradient for every split, layout and means of reference (INV-25).
+"""Every objective through the trainer's own loss: one gradient for every split, layout and reference (INV-25).
 
-One trainer for each layout and means, with an adapter that has moved from its start; objectives take turns in it.
+One trainer for each layout and method, with an adapter that has moved from its start; objectives take turns in it.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def trainer(folder, rows=None, **changes):
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
     made = {}
-    for layout, means in CHOICES:
+    for layout, method in CHOICES:
         # With a loss that takes the KL of whole distributions, so that the reference passes keep what it needs.
-        settings = {"loss_type": "tdpo1", "reference": "start", "reference_means": means}
+        settings = {"loss_type": "tdpo1", "reference": "start", "reference_method": method}
         one = trainer(tmp_path_factory.mktemp("run"), scoring_layout=layout, **settings)
         for name, parameter in one.policy.named_parameters():
             if "lora_" in name:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-        made[layout, means] = one
+        made[layout, method] = one
     return made
 
 

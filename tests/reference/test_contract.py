@@ -1,8 +1,8 @@
-"""The contract of every means of a reference: one meaning, one set of numbers, whatever computes them.
+"""The contract of every method of a reference: one meaning, one set of numbers, whatever computes them.
 
-The table `MEANS` has each means that can compute the policy's start; the laws below hold for each of them, for an
+The table `METHODS` has each method that can compute the policy's start; the laws below hold for each of them, for an
 adapter that is new, one that has learnt, and full fine-tuning, with and without gradient checkpointing, in both
-layouts, and with dropout in the policy. A means that is not in the table is noticed.
+layouts, and with dropout in the policy. A method that is not in the table is noticed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tether.data import example_from_row
 from tether.models.structure import evaluation_mode, trainable_tensors
 from tether.reference import SAME, ReferenceSpec, RemoteOptions, StoredReference, resolve
 from tether.reference.base import frozen_pass
-from tether.reference.spec import MEANS as MEANS_OF
+from tether.reference.spec import METHODS as METHODS_OF
 from tether.scoring import pack, score
 from tether.scoring.layout.proof import score_alone
 from tiny import VOCABULARY, pair_rows, ragged_examples, tiny_model
@@ -68,7 +68,7 @@ def with_twin(policy):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a means is made from."""
+    """What a method is made from."""
 
     policy: torch.nn.Module
     scorer: Callable
@@ -87,7 +87,7 @@ def adapter_on(setting):
 
 def released(setting):
     """A snapshot that is on disk before each pass, as after a full store."""
-    reference = setting.resolved(means="snapshot", spill=setting.folder)
+    reference = setting.resolved(method="snapshot", spill=setting.folder)
     scored = reference.score
 
     def score_from_disk(batch):
@@ -109,9 +109,9 @@ def cold_store(setting):
 
 
 def warm_store(setting):
-    """Filled by one means, read by another that must not run."""
-    with StoredReference(setting.resolved(means="model"), setting.folder, "float32").store as store:
-        filler = StoredReference(setting.resolved(means="model"), setting.folder, "float32")
+    """Filled by one method, read by another that must not run."""
+    with StoredReference(setting.resolved(method="model"), setting.folder, "float32").store as store:
+        filler = StoredReference(setting.resolved(method="model"), setting.folder, "float32")
         filler.score(PROBE)
         filler.store.flush()
         assert store.namespace == filler.store.namespace
@@ -121,11 +121,11 @@ def warm_store(setting):
 
 
 def remote(setting):
-    return setting.resolved(means="remote", remote=RemoteOptions(setting.url, retries=0))
+    return setting.resolved(method="remote", remote=RemoteOptions(setting.url, retries=0))
 
 
 @dataclass(frozen=True)
-class Means:
+class Method:
     """How it is made, of what it can be the start, and what else is true of it."""
 
     build: Callable
@@ -134,19 +134,19 @@ class Means:
     same_fingerprint: bool = True
 
 
-MEANS = {
-    "adapter_off": Means(lambda setting: setting.resolved(means="adapter_off"), ("lora",)),
-    "adapter_on": Means(adapter_on, ("lora", "continued lora"), same_fingerprint=False),
-    "snapshot on the device": Means(lambda setting: setting.resolved(means="snapshot", keep="device")),
-    "snapshot in host memory": Means(lambda setting: setting.resolved(means="snapshot", keep="host")),
-    "snapshot on disk": Means(released, ("full",)),
-    "model, forced": Means(lambda setting: setting.resolved(means="model")),
-    "model, given": Means(another_object, same_fingerprint=False),
-    "store, cold": Means(cold_store),
-    "store, warm": Means(warm_store),
-    "remote": Means(remote, tolerance=TWO_PROGRAMS),
+METHODS = {
+    "adapter_off": Method(lambda setting: setting.resolved(method="adapter_off"), ("lora",)),
+    "adapter_on": Method(adapter_on, ("lora", "continued lora"), same_fingerprint=False),
+    "snapshot on the device": Method(lambda setting: setting.resolved(method="snapshot", keep="device")),
+    "snapshot in host memory": Method(lambda setting: setting.resolved(method="snapshot", keep="host")),
+    "snapshot on disk": Method(released, ("full",)),
+    "model, forced": Method(lambda setting: setting.resolved(method="model")),
+    "model, given": Method(another_object, same_fingerprint=False),
+    "store, cold": Method(cold_store),
+    "store, warm": Method(warm_store),
+    "remote": Method(remote, tolerance=TWO_PROGRAMS),
 }
-CASES = [pytest.param(name, kind, id=f"{name}-{kind}") for name, means in MEANS.items() for kind in means.kinds]
+CASES = [pytest.param(name, kind, id=f"{name}-{kind}") for name, method in METHODS.items() for kind in method.kinds]
 
 
 def checkpointed(policy):
@@ -186,7 +186,7 @@ def require_the_start(reference, start, tolerance):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_means_gives_the_start_and_leaves_the_policy_alone(name, kind, checkpointing, layout, tmp_path):
     """INV-1, 2, 4, 10, 12, 21: before and after updates, with dropout on in the policy; the oracle is a frozen copy."""
-    policy, means = KINDS[kind](), MEANS[name]
+    policy, method = KINDS[kind](), METHODS[name]
     if checkpointing:
         checkpointed(policy)
     policy.train()
@@ -194,16 +194,16 @@ def test_every_means_gives_the_start_and_leaves_the_policy_alone(name, kind, che
     with frozen_pass(oracle):
         start = score_alone(oracle, PROBE)
     with evaluation_mode(policy), serving(copy.deepcopy(policy)) as server:
-        reference = means.build(Setting(policy, scorer, tmp_path, server.url))
+        reference = method.build(Setting(policy, scorer, tmp_path, server.url))
         policy.train()
         first = reference.score(PROBE).token_logps
         for _ in range(2):
             before = state_of(policy)
-            require_the_start(reference, start, max(means.tolerance, 2e-5))
-            torch.testing.assert_close(reference.score(PROBE).token_logps, first, atol=means.tolerance, rtol=0)
+            require_the_start(reference, start, max(method.tolerance, 2e-5))
+            torch.testing.assert_close(reference.score(PROBE).token_logps, first, atol=method.tolerance, rtol=0)
             assert same_state(before, state_of(policy))
             assert take_steps(policy, 1) > 1e-4
-    if means.same_fingerprint:
+    if method.same_fingerprint:
         plain = resolve(ReferenceSpec(), KINDS[kind](), PROBE, scorer, lambda _: scorer).reference
         assert reference.identity.fingerprint == plain.identity.fingerprint
 
@@ -226,9 +226,9 @@ def test_the_law_is_broken_by_a_reference_that_moves_along():
 
 
 def test_the_table_has_every_means():
-    """A means that is added to the product is added here."""
-    covered = {name.split()[0].rstrip(",") for name in MEANS}
-    assert covered == {means for meaning, allowed in MEANS_OF.items() for means in allowed if meaning != "none"} | {
+    """A method that is added to the product is added here."""
+    covered = {name.split()[0].rstrip(",") for name in METHODS}
+    assert covered == {method for meaning, allowed in METHODS_OF.items() for method in allowed if meaning != "none"} | {
         "store"
     }
 
@@ -238,9 +238,9 @@ def test_the_table_has_every_means():
 RUNS = {
     "adapter_off": {"peft_config": True},
     "snapshot": {},
-    "snapshot of an adapter": {"peft_config": True, "reference": "start", "reference_means": "snapshot"},
+    "snapshot of an adapter": {"peft_config": True, "reference": "start", "reference_method": "snapshot"},
     "snapshot in host memory": {"reference_snapshot": "host"},
-    "model, forced": {"reference": "start", "reference_means": "model"},
+    "model, forced": {"reference": "start", "reference_method": "model"},
     "model, given": {"ref_model": True},
     "model beside an adapter": {"ref_model": True, "peft_config": True},
     "remote": {"reference_remote": True, "reference": "start"},
@@ -263,7 +263,7 @@ def made(name, folder, url, **changes):
 )
 @pytest.mark.parametrize("name", RUNS)
 def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing, tmp_path):
-    """INV-2, 15: by every means, also when a full store let the weights go; nothing else that a run does moves it."""
+    """INV-2, 15: by every method, also when a full store let the weights go; nothing else that a run does moves it."""
     late = Dataset.from_list(pair_rows(30)[20:])
     with serving(policy_of_run()) as server:
         stored = {"reference_store": str(tmp_path / "store")} if store else {}

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tether import DPOConfig, DPOTrainer
 from tether.config.build import build
 from tether.config.read import check_run
-from tether.reference.spec import MEANS
+from tether.reference.spec import METHODS
 from tether.training.config import ReferenceArguments
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
@@ -58,9 +58,9 @@ def test_a_script_of_the_document_runs(script, tmp_path, monkeypatch):
 
 
 def test_the_document_has_every_means_and_every_option_it_names():
-    """A means without a row, or an option that no longer exists, is noticed."""
-    for means in {means for allowed in MEANS.values() for means in allowed} - {"none"}:
-        assert f"| `{means}` |" in TEXT, means
+    """A method without a row, or an option that no longer exists, is noticed."""
+    for method in {method for allowed in METHODS.values() for method in allowed} - {"none"}:
+        assert f"| `{method}` |" in TEXT, method
     for name in re.findall(r"`((?:reference|ref_model|sync_ref)_\w+)", TEXT):
         assert name in ReferenceArguments.__dataclass_fields__, name
     assert len(RUN_FILES) >= 9

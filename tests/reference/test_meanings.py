@@ -55,15 +55,15 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("means", [None, "snapshot", "model"])
+@pytest.mark.parametrize("method", [None, "snapshot", "model"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_is_the_reference_and_stays(name, means):
-    """INV-2, 3: the base with that adapter alone, whatever trains; one fingerprint for all its means."""
+def test_an_adapter_is_the_reference_and_stays(name, method):
+    """INV-2, 3: the base with that adapter alone, whatever trains; one fingerprint for all its methods."""
     build, chosen = ADAPTERS[name]
     policy, expected = build(), sft_alone()
     trains = set(trainable_tensors(policy))
-    reference = resolved(policy, meaning="adapter", adapter="sft", means=means)
-    assert reference.identity.means == (means or chosen)
+    reference = resolved(policy, meaning="adapter", adapter="sft", method=method)
+    assert reference.identity.method == (method or chosen)
     torch.testing.assert_close(reference.score(PROBE).token_logps, expected, atol=SAME, rtol=0)
     assert (logps(policy) - expected).abs().max() > 1e-2 or name == "the one in training"
     assert take_steps(policy) > 1e-3
@@ -78,7 +78,7 @@ def test_adapter_on_is_refused_where_it_would_move():
     """INV-4, negative control: forced, it is an error; and it really would move."""
     policy = with_sft(trains="sft")
     with pytest.raises(ReferencePolicyError, match="that it computes with would train"):
-        resolved(policy, meaning="adapter", adapter="sft", means="adapter_on")
+        resolved(policy, meaning="adapter", adapter="sft", method="adapter_on")
     start = logps(policy)
     take_steps(policy)
     with adapter_on(policy, "sft"):
@@ -111,10 +111,10 @@ def test_an_adapter_that_is_not_there_is_named():
 
 
 def test_one_start_has_one_fingerprint_under_every_means():
-    """INV-8: a run may be resumed under another means of the same start."""
+    """INV-8: a run may be resumed under another method of the same start."""
     for name, case in CASES.items():
         policy = case.build()
-        prints = {resolved(policy, means=means).identity.fingerprint for means in (None, "snapshot", "model")}
+        prints = {resolved(policy, method=method).identity.fingerprint for method in (None, "snapshot", "model")}
         assert len(prints) == 1, name
     plain = tiny_model(vocab_size=VOCABULARY + 1)
     assert resolved(with_lora()).identity.fingerprint == resolved(plain).identity.fingerprint
@@ -126,7 +126,7 @@ def test_a_reference_moves_by_the_formula(build, alpha):
     """TR-DPO, soft and hard: alpha * policy + (1 - alpha) * reference for each trainable tensor, twice."""
     policy = build()
     reference = resolved(policy, sync=Sync(1, alpha))
-    assert reference.identity.means == "snapshot"
+    assert reference.identity.method == "snapshot"
     assert reference.identity.sync == f"every 1 steps {alpha:g} of the policy"
     twin = copy.deepcopy(policy)
     for _ in range(2):
@@ -174,9 +174,9 @@ def test_the_frozen_probe_follows_a_moving_reference():
     "declared",
     [
         {"meaning": "base"},
-        {"means": "adapter_off"},
-        {"means": "model"},
-        {"meaning": "adapter", "adapter": "sft", "means": "adapter_on"},
+        {"method": "adapter_off"},
+        {"method": "model"},
+        {"meaning": "adapter", "adapter": "sft", "method": "adapter_on"},
         {"meaning": "none"},
     ],
 )
@@ -192,7 +192,7 @@ def test_a_sync_outside_its_range_is_refused(steps, alpha):
 
 
 def test_the_line_says_what_and_why():
-    """INV-3: one line with means, reason and proof."""
+    """INV-3: one line with method, reason and proof."""
     lines = {
         "lora": "reference: start, by adapter_off: 8 trainable tensors, all inside adapter 'default'; "
         "start equality 0.0e+00 nats on 4 rows",
@@ -245,7 +245,7 @@ def test_an_interrupted_swap_gives_the_policy_back(monkeypatch):
 
 def test_a_policy_rebuilt_after_the_trainer_was_made_is_named():
     policy = with_lora()
-    reference = resolved(policy, means="snapshot")
+    reference = resolved(policy, method="snapshot")
     policy.delete_adapter("default")
     with pytest.raises(ReferencePolicyError, match="no longer in the policy"):
         reference.score(PROBE)
@@ -286,7 +286,7 @@ def test_means_of_base_and_of_an_adapter_agree(layout, meaning):
     expected = logps(tiny_model(vocab_size=VOCABULARY + 1)) if meaning == "base" else logps(server_model)
     spec = partial(ReferenceSpec, meaning, adapter="sft" if meaning == "adapter" else None)
     choices = ["adapter_off", "snapshot"] if meaning == "base" else ["adapter_on", "snapshot", "model"]
-    references = [resolve(spec(means), policy, PROBE, scorer, lambda _: scorer).reference for means in choices]
+    references = [resolve(spec(method), policy, PROBE, scorer, lambda _: scorer).reference for method in choices]
     for _ in range(2):
         for reference in references:
             torch.testing.assert_close(reference.score(PROBE).token_logps, expected, atol=SAME, rtol=0)

@@ -43,7 +43,7 @@ def test_a_second_model_moves_by_the_formula(build, changes, alpha):
     """TR-DPO, soft and hard, twice: the plain weights of both sides, an adapter of the policy merged."""
     policy, twin = build(), tiny_model(seed=7, **changes)
     reference = moving(policy, tiny_model(seed=7, **changes), alpha)
-    assert (reference.identity.means, reference.identity.sync) == ("model", f"every 1 steps {alpha:g} of the policy")
+    assert (reference.identity.method, reference.identity.sync) == ("model", f"every 1 steps {alpha:g} of the policy")
     torch.testing.assert_close(reference.score(PROBE).token_logps, logps(twin), atol=SAME, rtol=0)
     for _ in range(2):
         take_steps(policy, 1)
@@ -160,7 +160,7 @@ def test_an_adapter_moves_when_it_is_the_one_in_training():
     """Then it is a snapshot that moves; factors of two different adapters stand for nothing when they are mixed."""
     policy = continued_adapter()
     reference = resolved(policy, meaning="adapter", adapter="default", sync=Sync(1, 0.5))
-    assert (reference.identity.means, reference.identity.sync) == ("snapshot", "every 1 steps 0.5 of the policy")
+    assert (reference.identity.method, reference.identity.sync) == ("snapshot", "every 1 steps 0.5 of the policy")
     kept = {name: value.clone() for name, value in trainable_tensors(policy).items()}
     take_steps(policy, 1)
     reference.move(0.5)

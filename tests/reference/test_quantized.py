@@ -44,9 +44,9 @@ def policy_on(base, **changes):
     return get_peft_model(base, LoraConfig(**settings))
 
 
-@pytest.mark.parametrize("means", ["adapter_off", "snapshot"])
+@pytest.mark.parametrize("method", ["adapter_off", "snapshot"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_policy_trains_after_a_reference_pass(kind, means, tmp_path):
+def test_the_policy_trains_after_a_reference_pass(kind, method, tmp_path):
     """The gradient after a reference pass is the gradient before it, for every trainable tensor."""
     policy = policy_on(quantized(tmp_path, kind))
     policy.train()
@@ -60,7 +60,7 @@ def test_the_policy_trains_after_a_reference_pass(kind, means, tmp_path):
     before = gradients()
     with torch.no_grad():
         start = score(policy, PROBE).token_logps
-    reference = resolve(ReferenceSpec(means=means), policy, PROBE, score, lambda model: score).reference
+    reference = resolve(ReferenceSpec(method=method), policy, PROBE, score, lambda model: score).reference
     assert compare_with_start(policy, reference, score, PROBE, SAME).passed
     after = gradients()
     for name, value in before.items():
@@ -114,7 +114,7 @@ def test_a_run_on_a_quantised_base(kind, tmp_path):
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    assert run.run.reference.identity.means == "adapter_off"
+    assert run.run.reference.identity.method == "adapter_off"
     run.train()
     losses = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)

@@ -1,4 +1,4 @@
-"""The means `remote`: what a server says is what would be computed here, or it is refused (INV-2, 3, 8, 10, 11)."""
+"""The method `remote`: what a server says is what would be computed here, or it is refused (INV-2, 3, 8, 10, 11)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def remote(server, **changes):
 
 
 def served(server, policy, meaning="model", **changes):
-    return resolved(policy, meaning=meaning, means="remote", remote=remote(server, **changes))
+    return resolved(policy, meaning=meaning, method="remote", remote=remote(server, **changes))
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -54,7 +54,7 @@ def test_a_served_model_gives_what_it_gives_here(server, ending, concurrency):
 
 @pytest.mark.parametrize("build", [tiny_model, with_lora, continued_adapter])
 def test_a_served_start_is_proved_and_stays(build):
-    """INV-1, 2: compared with the start computed here; the same fingerprint as every other means of it."""
+    """INV-1, 2: compared with the start computed here; the same fingerprint as every other method of it."""
     policy = build()
     with serving(copy.deepcopy(policy)) as server:
         found = resolve(
@@ -103,7 +103,7 @@ def test_a_shift_is_found_by_parity_too(server):
     with pytest.raises(ReferencePolicyError, match=r"differs by 0\.00"):
         served(server, tiny_model(), "start")
     server.faults.noise = 0.0
-    assert served(server, tiny_model(), "start").identity.means == "remote"
+    assert served(server, tiny_model(), "start").identity.method == "remote"
 
 
 def test_failures_that_pass_are_tried_again(server):
@@ -121,7 +121,7 @@ def test_a_server_that_is_gone_is_named():
         reference.score(PROBE)
     with pytest.raises(ReferencePolicyError, match="Check that it runs"):
         resolved(
-            tiny_model(), meaning="model", means="remote", remote=RemoteOptions(url="http://127.0.0.1:9", retries=0)
+            tiny_model(), meaning="model", method="remote", remote=RemoteOptions(url="http://127.0.0.1:9", retries=0)
         )
 
 

@@ -70,7 +70,7 @@ def test_a_released_snapshot_gives_its_values_to_a_checkpoint_and_takes_others(t
 
 def test_a_small_snapshot_and_a_moving_one_stay(tmp_path):
     small = resolve(
-        ReferenceSpec(means="snapshot", spill=tmp_path), with_lora(), PROBE, score, lambda other: score
+        ReferenceSpec(method="snapshot", spill=tmp_path), with_lora(), PROBE, score, lambda other: score
     ).reference
     full = snapshot(tiny_model(), tmp_path)
     kept_in_memory = resolve(ReferenceSpec(), tiny_model(), PROBE, score, lambda other: score).reference
@@ -170,7 +170,7 @@ def test_a_full_store_sends_the_snapshot_away_and_new_rows_bring_it_back(tmp_pat
 
 def test_the_snapshot_of_an_adapter_stays_in_memory(tmp_path):
     run = trainer(
-        tmp_path / "run", reference_store=str(tmp_path / "store"), peft_config=lora(), reference_means="snapshot"
+        tmp_path / "run", reference_store=str(tmp_path / "store"), peft_config=lora(), reference_method="snapshot"
     )
     run.train()
     assert run.run.reference.live.resident

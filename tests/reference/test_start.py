@@ -38,7 +38,7 @@ def test_the_reference_is_the_start_and_stays_there(name, checkpointing):
     with torch.no_grad():
         start = score(policy, PROBE).token_logps
     reference = resolved(policy)
-    assert reference.identity.means == CASES[name].means
+    assert reference.identity.method == CASES[name].method
     assert torch.equal(reference.score(PROBE).token_logps, start) or name == "dora"
     torch.testing.assert_close(reference.score(PROBE).token_logps, start, atol=SAME, rtol=0)
     require_start_equality(compare_with_start(policy, reference, score, PROBE, SAME), reference)
@@ -52,8 +52,8 @@ def test_the_reference_is_the_start_and_stays_there(name, checkpointing):
 def test_means_of_one_meaning_agree(name):
     """INV-4: adapter_off (where it may be used), snapshot and a separate copy, before and after updates."""
     policy = CASES[name].build()
-    allowed = ["snapshot", "model"] + (["adapter_off"] if CASES[name].means == "adapter_off" else [])
-    references = [resolved(policy, means=means) for means in allowed]
+    allowed = ["snapshot", "model"] + (["adapter_off"] if CASES[name].method == "adapter_off" else [])
+    references = [resolved(policy, method=method) for method in allowed]
     for _ in range(2):
         first, *others = (reference.score(PROBE).token_logps for reference in references)
         for other in others:
@@ -61,12 +61,12 @@ def test_means_of_one_meaning_agree(name):
         take_steps(policy, 1)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.means == "snapshot"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.method == "snapshot"])
 def test_adapter_off_is_refused_where_it_would_be_wrong(name):
     """INV-4, negative control: the wrong reference really differs, or drifts, and forcing it is an error."""
     policy = CASES[name].build()
     with pytest.raises(ReferencePolicyError, match="that would not be the start"):
-        resolved(policy, means="adapter_off")
+        resolved(policy, method="adapter_off")
     if not isinstance(policy, PeftModel) or name.startswith("continued "):
         return  # the difference of a continued part may lie on tokens that the probe lacks
     start = score(policy, PROBE).token_logps.detach()
@@ -135,8 +135,8 @@ def test_base_is_the_model_without_its_adapter():
         reference = resolved(policy, meaning="base")
         take_steps(policy)
         torch.testing.assert_close(reference.score(PROBE).token_logps, plain, atol=SAME, rtol=0)
-    assert resolved(continued_adapter(), meaning="base").identity.means == "adapter_off"
-    assert resolved(unfrozen_norms(), meaning="base").identity.means == "snapshot"
+    assert resolved(continued_adapter(), meaning="base").identity.method == "adapter_off"
+    assert resolved(unfrozen_norms(), meaning="base").identity.method == "snapshot"
 
 
 def test_base_is_refused_where_the_base_was_rewritten():
@@ -197,8 +197,8 @@ def test_policy_and_reference_are_scored_by_one_function():
         return score(model, batch, outputs=outputs)
 
     policy = with_lora()
-    for means in ("adapter_off", "snapshot", "model"):
-        reference = resolve(ReferenceSpec(means=means), policy, PROBE, counting, lambda model: counting).reference
+    for method in ("adapter_off", "snapshot", "model"):
+        reference = resolve(ReferenceSpec(method=method), policy, PROBE, counting, lambda model: counting).reference
         calls.clear()
         compare_with_start(policy, reference, counting, PROBE, SAME)
         assert len(calls) == 2

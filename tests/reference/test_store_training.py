@@ -96,8 +96,8 @@ CHANGES = {
     ),
     "a trained bias": ({"peft_config": lora(bias="all")}, ROWS),
     "full fine-tuning of the same model": ({"peft_config": None}, ROWS),
-    "forced means": ({"reference_means": "snapshot", "reference": "start"}, ROWS),
-    "a separate copy": ({"reference_means": "model", "reference": "start"}, ROWS),
+    "forced method": ({"reference_method": "snapshot", "reference": "start"}, ROWS),
+    "a separate copy": ({"reference_method": "model", "reference": "start"}, ROWS),
     "the base": ({"reference": "base"}, ROWS),
 }
 
@@ -105,7 +105,7 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_does_not_change_the_number_reuses_every_entry(name, tmp_path):
-    """INV-13, across means: the store's key is of the function that the reference computes."""
+    """INV-13, across method: the store's key is of the function that the reference computes."""
     trainer(tmp_path / "one", reference_store=str(tmp_path / "store"), peft_config=lora()).precompute_reference()
     arguments, rows = CHANGES[name]
     arguments = {"peft_config": lora(), **arguments}

@@ -1,4 +1,4 @@
-"""The means `remote` against a real vLLM server on a CPU; `make test-vllm` installs it apart and runs this.
+"""The method `remote` against a real vLLM server on a CPU; `make test-vllm` installs it apart and runs this.
 
 `TETHER_VLLM_PYTHON` names the interpreter of vLLM's own environment.
 """
@@ -74,7 +74,7 @@ def test_vllm_gives_what_is_computed_here(server):
     policy = served_model()
     expected = score(policy, PROBE).token_logps.detach()
     options = RemoteOptions(url=server, model="tiny")
-    reference = resolved(policy, meaning="start", means="remote", remote=options)
+    reference = resolved(policy, meaning="start", method="remote", remote=options)
     take_steps(policy)
     difference = (reference.score(PROBE).token_logps - expected).abs().max().item()
     print(f"largest difference {difference:.2e} nats over {len(expected)} tokens")
@@ -84,10 +84,10 @@ def test_vllm_gives_what_is_computed_here(server):
 def test_vllm_with_another_model_or_name_or_a_short_context_is_refused(server):
     other = tiny_model(vocab_size=len(TOKENIZER), hidden_size=128, intermediate_size=128, seed=1)
     with pytest.raises(ReferencePolicyError, match="is not the reference 'start'"):
-        resolved(other, meaning="start", means="remote", remote=RemoteOptions(url=server))
+        resolved(other, meaning="start", method="remote", remote=RemoteOptions(url=server))
     with pytest.raises(ReferencePolicyError, match="serves tiny, and sft was asked for"):
-        resolved(other, meaning="model", means="remote", remote=RemoteOptions(url=server, model="sft"))
-    reference = resolved(other, meaning="model", means="remote", remote=RemoteOptions(url=server))
+        resolved(other, meaning="model", method="remote", remote=RemoteOptions(url=server, model="sft"))
+    reference = resolved(other, meaning="model", method="remote", remote=RemoteOptions(url=server))
     assert torch.isfinite(reference.score(PROBE).token_logps).all()
     with pytest.raises(ReferencePolicyError, match="context holds max_length"):
         reference.score(pack(ragged_examples(8, longest=120, seed=3)))
@@ -96,4 +96,4 @@ def test_vllm_with_another_model_or_name_or_a_short_context_is_refused(server):
 def test_vllm_with_a_smaller_vocabulary_is_refused(server):
     larger = tiny_model(vocab_size=len(TOKENIZER) + 50)
     with pytest.raises(ReferencePolicyError, match="failed after 1 attempts: 400"):
-        resolved(larger, meaning="model", means="remote", remote=RemoteOptions(url=server))
+        resolved(larger, meaning="model", method="remote", remote=RemoteOptions(url=server))

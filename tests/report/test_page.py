@@ -17,7 +17,7 @@ from tether.report import write_report
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 IDENTITY = {
     "meaning": "start",
-    "means": "snapshot",
+    "method": "snapshot",
     "source": "tiny",
     "revision": None,
     "dtype": "float32",
@@ -258,7 +258,7 @@ def test_without_evaluation_the_last_evaluation_of_training_stands_in(tmp_path: 
     ("reference", "said"),
     [
         (
-            {"identity": {**IDENTITY, "meaning": "none", "means": "none"}, "guard": None},
+            {"identity": {**IDENTITY, "meaning": "none", "method": "none"}, "guard": None},
             "this objective needs no reference",
         ),
         ({"identity": {**IDENTITY, "meaning": "model"}, "guard": None}, "so the two were not compared"),

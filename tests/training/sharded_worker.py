@@ -106,7 +106,7 @@ def run(folder: Path, kind: str, how: str) -> None:
     names = ("loss", "rewards/margins", "entropy", "logps/chosen")
     found["evaluation"] = torch.tensor([metrics[f"eval_{name}"] for name in names], dtype=torch.float64)
     trainer.save_model(str(folder / "saved"))
-    (folder / f"means{trainer.args.process_index}.txt").write_text(reference.identity.means)
+    (folder / f"method{trainer.args.process_index}.txt").write_text(reference.identity.method)
     again = make_trainer(folder, kind, how, AutoModelForCausalLM.from_pretrained(mine))
     found["start"] = torch.tensor(again.evaluate()["eval_loss"], dtype=torch.float64)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))

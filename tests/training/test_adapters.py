@@ -96,7 +96,7 @@ def require_same_scores(run, again):
 def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, tmp_path):
     """INV-1, 2, 4, 5, 38: in plain peft on the base from disk."""
     policy().save_pretrained(tmp_path / "base")
-    config, means = KINDS[kind]
+    config, method = KINDS[kind]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     run = trainer(tmp_path / "run", base, peft_config=config, save_strategy="steps", save_steps=1)
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters() if p.requires_grad}
@@ -106,7 +106,7 @@ def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, 
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[1] != losses[0]
     assert any(not torch.equal(p, before[n]) for n, p in run.policy.named_parameters() if n in before)
-    assert run.run.reference.identity.means == means
+    assert run.run.reference.identity.method == method
     assert run.run.layout == ("padded" if kind in ("prefix", "prompt") else "tree")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     require_same_scores(run, PeftModel.from_pretrained(base, tmp_path / "run"))
@@ -153,7 +153,7 @@ def test_virtual_tokens_resume_and_are_continued(kind, tmp_path):
     whole.save_model()
     further = run("further", load_policy(tmp_path / "whole", dtype="float32"), reference="start")
     require_same_scores(whole, further.policy)
-    assert further.run.reference.identity.means == "snapshot"
+    assert further.run.reference.identity.method == "snapshot"
     further.train()
     losses = [log["loss"] for log in further.state.log_history if "loss" in log]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -377,7 +377,7 @@ def test_only_what_is_chosen_trains(adapter, tmp_path):
     assert any("lora" in name for name in moved) == adapter
     assert any("layers.1.mlp" in name for name in moved)
     assert not any("post_attention" in name for name in moved)
-    assert run.run.reference.identity.means == "snapshot"
+    assert run.run.reference.identity.method == "snapshot"
     if not adapter:
         run.save_model()
         require_same_scores(run, AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -57,22 +57,22 @@ def weights(run):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("adapter", "means"), [(None, "snapshot"), ("lora", "adapter_off"), ("lora", "snapshot")])
+@pytest.mark.parametrize(("adapter", "method"), [(None, "snapshot"), ("lora", "adapter_off"), ("lora", "snapshot")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dpo_starts_at_its_reference_and_learns(family, adapter, means, checkpointing, tmp_path):
+def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpointing, tmp_path):
     """INV-1, 2, 5: ln 2 at step 1, a reference that does not move, weights that do, in encoder and decoder."""
     run = trainer(
         tmp_path,
         family,
         peft_config=lora() if adapter else None,
         reference="start",
-        reference_means=means,
+        reference_method=method,
         gradient_checkpointing=checkpointing,
     )
     before = weights(run)
     run.train()
     assert run.run.layout == "encoder_decoder"
-    assert run.run.reference.identity.means == means
+    assert run.run.reference.identity.method == method
     assert run.guard.passed
     assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(run)[-1] < math.log(2)
@@ -128,7 +128,7 @@ def test_another_model_as_reference_is_scored_in_its_layout(tmp_path):
         train_dataset=Dataset.from_list(pair_rows(12)),
         processing_class=tiny_seq2seq_tokenizer("t5_tied"),
     )
-    assert other.run.reference.identity.means == "model"
+    assert other.run.reference.identity.method == "model"
     difference = (
         other.run.reference.score(run.run.probe).token_logps - run.run.reference.score(run.run.probe).token_logps
     )

@@ -1,4 +1,4 @@
-"""Laws that hold for every kind of trainer: one result for every split, layout and means of reference."""
+"""Laws that hold for every kind of trainer: one result for every split, layout and method of reference."""
 
 from __future__ import annotations
 
@@ -171,14 +171,14 @@ def test_layouts_train_alike(kind, tmp_path):
 def test_means_of_reference_train_alike(kind, tmp_path):
     """The adapter switched off, and the start values swapped in: the same numbers, exactly 0 before an update."""
     runs = []
-    for means in ("adapter_off", "snapshot"):
+    for method in ("adapter_off", "snapshot"):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         run = build(
-            tmp_path, kind, peft_config=lora, reference="start", reference_means=means, gradient_accumulation_steps=2
+            tmp_path, kind, peft_config=lora, reference="start", reference_method=method, gradient_accumulation_steps=2
         )
         run.train()
         runs.append(run)
-        assert run.run.reference.identity.means == means
+        assert run.run.reference.identity.method == method
         assert logged(run, "rewards/chosen")[0] == 0.0
         assert run.guard.max_difference == 0.0
     assert_alike(*runs)
@@ -406,5 +406,5 @@ def test_sft_then_preferences(tmp_path):
         processing_class=TOKENIZER,
     )
     second.train()
-    assert second.run.reference.identity.means == "snapshot"
+    assert second.run.reference.identity.method == "snapshot"
     assert second.guard.max_difference == 0.0

@@ -94,8 +94,8 @@ def test_an_adapter_folder_is_the_reference(kind, sft, tmp_path, caplog):
         model = PeftModel.from_pretrained(model, folder, is_trainable=True)
     with caplog.at_level(logging.INFO, "tether"):
         run = trainer(tmp_path / "run", model, reference_adapter=str(folder), **arguments)
-    means = "model" if kind == "full" else "adapter_on"
-    assert run.run.reference.identity.means == means
+    method = "model" if kind == "full" else "adapter_on"
+    assert run.run.reference.identity.method == method
     reference = run.run.reference.score(run.run.probe).token_logps
     torch.testing.assert_close(reference, alone(run, expected), atol=SAME, rtol=0)
     trains = {name for name, parameter in run.policy.named_parameters() if parameter.requires_grad}
@@ -130,10 +130,10 @@ def alone_with(model, name, run):
 
 
 def test_an_explicit_separate_reference_beside_an_adapter(tmp_path):
-    """Axolotl's `rl_adapter_ref_model: true`: a copy of its own, as ref_model or as forced means."""
+    """Axolotl's `rl_adapter_ref_model: true`: a copy of its own, as ref_model or as forced method."""
     run = trainer(tmp_path, policy(), peft_config=lora(), ref_model=policy())
-    assert run.run.reference.identity.means == "model"
-    forced = trainer(tmp_path, policy(), peft_config=lora(), reference_means="model")
+    assert run.run.reference.identity.method == "model"
+    forced = trainer(tmp_path, policy(), peft_config=lora(), reference_method="model")
     assert forced.run.reference._model is not forced.policy
     assert torch.equal(
         run.run.reference.score(run.run.probe).token_logps, forced.run.reference.score(forced.run.probe).token_logps
@@ -240,10 +240,10 @@ def test_a_run_may_be_resumed_under_another_means(tmp_path):
     """INV-8: the same start by adapter_off and by snapshot is one reference."""
     first = trainer(tmp_path, policy(), peft_config=lora(), max_steps=2, save_strategy="steps", save_steps=1)
     first.train()
-    second = trainer(tmp_path / "two", policy(), peft_config=lora(), reference_means="snapshot", max_steps=3)
+    second = trainer(tmp_path / "two", policy(), peft_config=lora(), reference_method="snapshot", max_steps=3)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     one, two = first.run.reference, second.run.reference
-    assert (one.identity.means, two.identity.means) == ("adapter_off", "snapshot")
+    assert (one.identity.method, two.identity.method) == ("adapter_off", "snapshot")
     found = [one.score(first.run.probe), two.score(second.run.probe)]
     torch.testing.assert_close(*[scores.token_logps for scores in found], atol=SAME, rtol=0)
 
@@ -263,7 +263,7 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
     calls.clear()
     run.train()
     assert len(calls) == 2
-    declared = [{"ref_model": "no/such/model"}, {"reference": "start"}, {"reference_means": "snapshot"}]
+    declared = [{"ref_model": "no/such/model"}, {"reference": "start"}, {"reference_method": "snapshot"}]
     for one in [*declared, {"sync_ref_model": True}]:
         with pytest.raises(ConfigError, match=r"compares with no reference|compares with one|can move"):
             trainer(tmp_path, policy(), loss_type="simpo", beta=2.0, **one)
@@ -281,12 +281,12 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
         ({"sync_ref_model": True, "reference": "base"}, "What can move is a snapshot"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0, "reference": "start"}, "it must be a whole number from 1"),
         ({"reference_snapshot": "disk"}, "None, device, host"),
-        ({"reference_snapshot": "host", "reference": "start", "reference_means": "adapter_off"}, "keeps no snapshot"),
+        ({"reference_snapshot": "host", "reference": "start", "reference_method": "adapter_off"}, "keeps no snapshot"),
         ({"ref_model_init_kwargs": {"dtype": "float32"}}, "came without a ref_model"),
         ({"ref_model_init_kwargs": "[1]"}, "ref_model_init_kwargs is '\\[1\\]'; it must be a JSON object"),
         ({"reference_remote": {"adress": "http://x"}}, "its keys may be url, model"),
         ({"reference_remote": {"url": "host:80"}}, "begin with http"),
-        ({"reference_means": "remote"}, "belong together"),
+        ({"reference_method": "remote"}, "belong together"),
         ({"ref_model": "some/model", "reference_remote": {"url": "http://x"}}, "no second model is needed"),
         ({"reference_remote": {"url": "http://x"}, "sync_ref_model": True}, "What can move is a snapshot"),
     ],
@@ -319,7 +319,7 @@ def test_a_run_against_a_served_reference_is_the_run_against_the_model(meaning, 
         run = trainer(
             tmp_path / "remote", policy(), optim="sgd", reference=meaning, reference_remote=remote, max_steps=3
         )
-        assert run.run.reference.identity.means == "remote"
+        assert run.run.reference.identity.method == "remote"
         run.train()
     other = {"ref_model": policy(seed=1)} if meaning == "model" else {}
     local = trainer(tmp_path / "local", policy(), optim="sgd", max_steps=3, **other)

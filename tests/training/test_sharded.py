@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 WORKER = Path(__file__).parent / "sharded_worker.py"
-MEANS = {"lora": "adapter_off", "model": "model", "moving model": "model"}
+METHODS = {"lora": "adapter_off", "model": "model", "moving model": "model"}
 SLOW = [pytest.mark.multiprocess, pytest.mark.slow]
 CASES = {
     "fsdp": ["full", "lora", "snapshot", "moving", "moving model", "released", "budget", "model"],
@@ -56,7 +56,7 @@ def test_two_processes_with_shards_train_against_the_reference_of_one(how, kind,
     _run([*torchrun, str(WORKER), str(tmp_path), kind, how], tmp_path / "rank1.safetensors")
     expected = load_file(one / "rank0.safetensors")
     for rank in (0, 1):
-        assert (tmp_path / f"means{rank}.txt").read_text() == MEANS.get(kind, "snapshot")
+        assert (tmp_path / f"method{rank}.txt").read_text() == METHODS.get(kind, "snapshot")
         found = load_file(tmp_path / f"rank{rank}.safetensors")
         assert found.keys() == expected.keys()
         for name, value in expected.items():

@@ -355,11 +355,11 @@ def test_training_rows_inside_the_evaluation_set_are_counted(tmp_path, caplog):
     assert "3 of 12 training rows are in this evaluation set" in caplog.text
 
 
-@pytest.mark.parametrize("means", ["snapshot", "model"])
+@pytest.mark.parametrize("method", ["snapshot", "model"])
 @pytest.mark.parametrize("name", ["start", "another"])
-def test_mixed_precision_is_the_same_for_policy_and_reference(name, means, tmp_path):
+def test_mixed_precision_is_the_same_for_policy_and_reference(name, method, tmp_path):
     """INV-1, 10: in bfloat16 a copy of the policy as its reference gives exactly zero margins."""
-    arguments = {"reference": "start", "reference_means": means} if name == "start" else {"ref_model": policy()}
+    arguments = {"reference": "start", "reference_method": method} if name == "start" else {"ref_model": policy()}
     run = trainer(tmp_path, bf16=True, eval_dataset=Dataset.from_list(ROWS), max_steps=1, **arguments)
     before = run.evaluate()
     assert before["eval_rewards/margins"] == 0.0
@@ -515,7 +515,7 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"max_length": 1}, ConfigError, "whole number from 2"),
         ({"scoring_layout": "grid"}, ConfigError, "tree, padded"),
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, adapter, none"),
-        ({"reference": "base", "reference_means": "model"}, ConfigError, "cannot compute"),
+        ({"reference": "base", "reference_method": "model"}, ConfigError, "cannot compute"),
         ({"reference": "model"}, ConfigError, "no ref_model was given"),
         ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns is True; it must stay False"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "`label_smoothing` is the objective's"),
@@ -554,7 +554,7 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
         ({"data_collator": lambda rows: {"input_ids": rows}}, "dictionary with a ScoringBatch"),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, "models in memory"),
         ({"model_init_kwargs": "{broken"}, "not JSON"),
-        ({"reference_means": "bogus"}, "adapter_off, adapter_on, snapshot, model"),
+        ({"reference_method": "bogus"}, "adapter_off, adapter_on, snapshot, model"),
         ({"max_length": "1024"}, "whole number"),
         ({"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "could not be resumed"),
     ],

@@ -57,22 +57,22 @@ def losses(run):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("adapter", "means"), [(False, "snapshot"), (True, "adapter_off"), (True, "snapshot")])
+@pytest.mark.parametrize(("adapter", "method"), [(False, "snapshot"), (True, "adapter_off"), (True, "snapshot")])
 @pytest.mark.parametrize("family", VISION)
-def test_dpo_starts_at_its_reference_and_learns(family, adapter, means, checkpointing, tmp_path):
+def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpointing, tmp_path):
     """INV-1, 2, 5, 15: ln 2 at step 1 in the tree layout, with one image, two, and images of several sizes."""
     run = trainer(
         tmp_path,
         family,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter else None,
         reference="start",
-        reference_means=means,
+        reference_method=method,
         gradient_checkpointing=checkpointing,
     )
     before = {name: p.detach().clone() for name, p in run.policy.named_parameters() if p.requires_grad}
     run.train()
     assert run.run.layout == "tree"
-    assert run.run.reference.identity.means == means
+    assert run.run.reference.identity.method == method
     assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(run)[-1] < math.log(2)
     moved = [n for n, p in run.policy.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]

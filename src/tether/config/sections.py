@@ -346,7 +346,7 @@ class Reference(Section, section="reference"):
 
     `{model: name}` is short for `{meaning: model, model: name}`, and so are `{adapter: name}` and `{remote: {url: …}}`;
     `{store: PATH}` alone keeps the ordinary meaning;
-    `means` forces how the reference is computed, as in `{meaning: start, means: snapshot}`.
+    `method` forces how the reference is computed, as in `{meaning: start, method: snapshot}`.
     """
 
     meaning: Meaning = key(

@@ -130,7 +130,7 @@ def require_log_probs_only(outputs: tuple[str, ...], what: str) -> None:
     if outputs:
         raise ReferencePolicyError(
             f"The loss takes {', '.join(outputs)} of the reference, and {what} gives log-probs of single tokens only. "
-            "Set reference_means to adapter_off, snapshot or model, which run the reference here."
+            "Set reference_method to adapter_off, snapshot or model, which run the reference here."
         )
 
 

@@ -63,17 +63,16 @@ def require_start_equality(result: GuardResult, reference: Reference) -> None:
     identity = reference.identity
     causes = {
         "adapter_off": "the adapter is not zero at the start (a continued adapter, or an initialisation such as "
-        "PiSSA or "
-        "OLoRA that rewrites the base), so the weights without it are not the start. Leave `reference_means` unset, or "
-        "set it to snapshot",
+        "PiSSA or OLoRA that rewrites the base), so the weights without it are not the start. Leave `reference_method` "
+        "unset, or set it to snapshot",
         "snapshot": "the policy's weights changed after the trainer was made. Make the trainer after the last change",
         "remote": "the server's model is not the policy's start. Serve the weights that this run starts from",
-        "model": "the copy was made from other weights than the policy holds now. Leave `reference_means` unset",
+        "model": "the copy was made from other weights than the policy holds now. Leave `reference_method` unset",
     }
     raise ReferencePolicyError(
         f"The policy is not at its reference before the first update: on {result.rows} rows a token's log-probability "
         f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the "
-        f"policy at the start, computed by {identity.means}. Likely cause: {causes.get(identity.means, 'unknown')}."
+        f"policy at the start, computed by {identity.method}. Likely cause: {causes.get(identity.method, 'unknown')}."
     )
 
 

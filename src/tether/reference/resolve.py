@@ -1,4 +1,4 @@
-"""From the declared meaning to a reference: choose the means, check it, say why."""
+"""From the declared meaning to a reference: choose the method, check it, say why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tether.reference.methods.served import RemoteReference
 from tether.reference.methods.shards import free_memory
 from tether.reference.methods.snapshot import SnapshotReference
 from tether.reference.spec import Keep, ReferenceSpec
-from tether.types import Means, ReferenceIdentity, ScoringBatch
+from tether.types import Method, ReferenceIdentity, ScoringBatch
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def resolve(
         The reference with its line for the log.
 
     Raises:
-        ReferencePolicyError: a forced means that cannot be right, or a model that cannot be a reference.
+        ReferencePolicyError: a forced method that cannot be right, or a model that cannot be a reference.
     """
     if spec.meaning == "none":
         return Resolved(NoReference(), "reference: none; no reference is loaded or run")
     run = _Run(spec, policy, probe, scorer, scorer_for)
-    if spec.means == "remote":
+    if spec.method == "remote":
         return _resolve_remote(run)
     resolver = {
         "start": _resolve_start,
@@ -111,23 +111,23 @@ def _resolve_start(run: _Run) -> Resolved:
     objection = off.objection
     if spec.sync is not None and not objection:
         objection = "only a snapshot can move"
-    if spec.means == "adapter_off" and objection:
+    if spec.method == "adapter_off" and objection:
         raise ReferencePolicyError(
             f"reference: start, by adapter_off, was asked for, but that would not be the start: {objection}. "
-            "Leave `reference_means` unset, or set it to snapshot."
+            "Leave `reference_method` unset, or set it to snapshot."
         )
     trainable = trainable_tensors(policy)
-    # What the start computes decides its fingerprint, so that every means of one start has the same.
-    identity = _identity(spec, spec.means or "snapshot", policy, without_adapters=off.is_start)
-    if spec.means == "model":
+    # What the start computes decides its fingerprint, so that every method of one start has the same.
+    identity = _identity(spec, spec.method or "snapshot", policy, without_adapters=off.is_start)
+    if spec.method == "model":
         twin = copy.deepcopy(unwrap(policy))
         what = f"a frozen copy of all {_count(twin)} parameters, as forced"
         return _equal_to_start(run, ModelReference(twin, run.scorer, identity), what)
-    if spec.means == "snapshot" or objection:
-        why = "as forced" if spec.means else f"because {objection}"
+    if spec.method == "snapshot" or objection:
+        why = "as forced" if spec.method else f"because {objection}"
         again = partial(_start_fingerprint, run)
         return _equal_to_start(run, *_snapshot(run, identity, trainable, why, fingerprint=again, sync=spec.sync))
-    identity = replace(identity, means="adapter_off")
+    identity = replace(identity, method="adapter_off")
     what = f"{len(trainable)} trainable tensors, all inside adapter {active_adapters(policy)}"
     return _equal_to_start(run, AdapterOffReference(policy, run.scorer, identity), what)
 
@@ -141,15 +141,15 @@ def _resolve_base(run: _Run) -> Resolved:
             "its adapter is no longer the base. Use reference: start, or name the base as reference: {model: ...}."
         )
     outside = outside_adapters(policy)
-    if spec.means == "adapter_off" and (outside or not adapter_tensors(policy)):
+    if spec.method == "adapter_off" and (outside or not adapter_tensors(policy)):
         raise ReferencePolicyError(
             "reference: base, by adapter_off, was asked for, but "
             + (f"{some(outside)} outside the adapter would train." if outside else "the policy has no adapter.")
-            + " Leave `reference_means` unset, or set it to snapshot."
+            + " Leave `reference_method` unset, or set it to snapshot."
         )
-    means: Means = "snapshot" if spec.means == "snapshot" or outside else "adapter_off"
-    identity = _identity(spec, means, policy, without_adapters=True)
-    if means == "adapter_off":
+    method: Method = "snapshot" if spec.method == "snapshot" or outside else "adapter_off"
+    identity = _identity(spec, method, policy, without_adapters=True)
+    if method == "adapter_off":
         what = f"adapter {active_adapters(policy)} switched off" if adapter_tensors(policy) else "no adapter, no update"
         return Resolved(AdapterOffReference(policy, run.scorer, identity), f"reference: base, by adapter_off: {what}")
     why = f"because {some(outside)} outside any adapter would train" if outside else "as forced"
@@ -171,10 +171,10 @@ def _resolve_adapter(run: _Run) -> Resolved:
         known = ", ".join(map(repr, inner.peft_config)) if isinstance(inner, PeftModel) else "none"
         raise ConfigError(f"reference: adapter {name!r} is not loaded on the policy; loaded are {known}.")
     moving = {**outside_adapters(policy), **trainable_of_adapter(policy, name)}
-    if spec.means == "adapter_on" and moving:
+    if spec.method == "adapter_on" and moving:
         raise ReferencePolicyError(
             f"reference: adapter {name!r}, by adapter_on, was asked for, but {some(moving)} that it computes with "
-            "would train. Leave `reference_means` unset, or set it to snapshot."
+            "would train. Leave `reference_method` unset, or set it to snapshot."
         )
     if spec.sync is not None and moving.keys() != trainable_tensors(policy).keys():
         raise ConfigError(
@@ -182,15 +182,15 @@ def _resolve_adapter(run: _Run) -> Resolved:
             "trains. The factors of two adapters stand for nothing when they are mixed. Train that adapter itself, as "
             "in `model: its folder` with `reference: start`, or turn sync off."
         )
-    means: Means = spec.means or ("snapshot" if moving else "adapter_on")
+    method: Method = spec.method or ("snapshot" if moving else "adapter_on")
     again = partial(_adapter_fingerprint, inner, name)
-    identity = _identity(spec, means, policy, known=again())
-    if means == "model":
+    identity = _identity(spec, method, policy, known=again())
+    if method == "model":
         with adapter_on(policy, name):
             twin = copy.deepcopy(inner)
         line = f"reference: adapter {name!r}, by model: a frozen copy with all {_count(twin)} parameters, as forced"
         return Resolved(ModelReference(twin, run.scorer, identity), line)
-    if means == "adapter_on":
+    if method == "adapter_on":
         line = f"reference: adapter {name!r}, by adapter_on: frozen beside adapter {active_adapters(policy)}"
         return Resolved(AdapterOnReference(policy, run.scorer, identity, name), line)
     why = f"because {some(moving)} would train" if moving else "as forced"
@@ -210,8 +210,8 @@ def _resolve_remote(run: _Run) -> Resolved:
     else:
         plain = spec.meaning == "base"
         local = _resolve_base if plain else _resolve_start
-        here = local(replace(run, spec=replace(spec, means=None, remote=None))).reference
-        reference = RemoteReference(options, replace(here.identity, means="remote"), policy, run.probe)
+        here = local(replace(run, spec=replace(spec, method=None, remote=None))).reference
+        reference = RemoteReference(options, replace(here.identity, method="remote"), policy, run.probe)
         difference = reference.require_parity(here)
         proof = f"; at most {difference:.1e} nats from the same computed here on {run.probe.num_examples} rows"
     return Resolved(reference, f"reference: {spec.meaning}, by remote: {reference.where}{proof}")
@@ -264,7 +264,7 @@ def _snapshot(run: _Run, identity: ReferenceIdentity, tensors: dict[str, Tensor]
     bytes_kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     keep, where = _place(run, bytes_kept)
     sync = options.get("sync")
-    identity = replace(identity, means="snapshot", sync=str(sync) if sync else None)
+    identity = replace(identity, method="snapshot", sync=str(sync) if sync else None)
     options = {"keep": keep, "spill": run.spec.spill, **options}
     reference = SnapshotReference(run.policy, run.scorer, identity, tensors, **options)
     moves = f"; it moves {sync}" if sync else ""
@@ -290,15 +290,15 @@ def _equal_to_start(run: _Run, reference: Reference, what: str) -> Resolved:
     """The line with the proof: how far the policy is from its reference before the first update."""
     result: GuardResult = compare_with_start(run.policy, reference, run.scorer, run.probe, reference.tolerance)
     proof = f"start equality {result.max_difference:.1e} nats on {result.rows} rows"
-    return Resolved(reference, f"reference: start, by {reference.identity.means}: {what}; {proof}")
+    return Resolved(reference, f"reference: start, by {reference.identity.method}: {what}; {proof}")
 
 
 def _identity(
-    spec: ReferenceSpec, means: Means, model: nn.Module, *, without_adapters: bool = False, known: str | None = None
+    spec: ReferenceSpec, method: Method, model: nn.Module, *, without_adapters: bool = False, known: str | None = None
 ) -> ReferenceIdentity:
     return ReferenceIdentity(
         meaning=spec.meaning,
-        means=means,
+        method=method,
         source=spec.source,
         revision=spec.revision,
         dtype=str(dtype_of(model)).removeprefix("torch."),

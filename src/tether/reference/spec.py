@@ -1,4 +1,4 @@
-"""What the user declared: the meaning of the reference, forced means, and how it moves."""
+"""What the user declared: the meaning of the reference, a forced method, and how it moves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Literal
 from torch import nn
 
 from tether.errors import ConfigError
-from tether.types import Meaning, Means
+from tether.types import Meaning, Method
 
-MEANS: dict[Meaning, tuple[Means, ...]] = {
+METHODS: dict[Meaning, tuple[Method, ...]] = {
     "start": ("adapter_off", "snapshot", "model", "remote"),
     "base": ("adapter_off", "snapshot", "remote"),
     "model": ("model", "remote"),
@@ -20,8 +20,8 @@ MEANS: dict[Meaning, tuple[Means, ...]] = {
     "none": ("none",),
 }
 Keep = Literal["device", "host"]
-# The means whose weights are a copy that may be moved.
-_MOVING: dict[Meaning, Means] = {"start": "snapshot", "adapter": "snapshot", "model": "model"}
+# The methods whose weights are a copy that may be moved.
+_MOVING: dict[Meaning, Method] = {"start": "snapshot", "adapter": "snapshot", "model": "model"}
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ class ReferenceSpec:
 
     Args:
         meaning: `start`, `base`, `model`, `adapter` or `none`.
-        means: forced means, or None to let Tether choose.
+        method: a forced method, or None to let Tether choose.
         model: the other model, for `model`.
         source: where the policy (or, for `model`, the other model) came from, for the record.
         revision: commit of the source where it has one.
         adapter: for `adapter`, the name of an adapter that is loaded on the policy.
         keep: where a snapshot is kept; None lets free memory decide.
-        remote: the server, for the means `remote`.
+        remote: the server, for the method `remote`.
         sync: how the reference moves; None for not at all.
         spill: folder that takes a large snapshot while a full store needs it not; None keeps it in memory.
         reload: loads the other model again after a full store let it go; None for one that was given in memory.
     """
 
     meaning: Meaning = "start"
-    means: Means | None = None
+    method: Method | None = None
     model: nn.Module | None = field(default=None, repr=False)
     source: str = "object in memory"
     revision: str | None = None
@@ -126,22 +126,22 @@ class ReferenceSpec:
     reload: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.meaning not in MEANS:
-            raise ConfigError(f"reference: {self.meaning!r} came; allowed are {', '.join(MEANS)}.")
-        if self.means is not None and self.means not in MEANS[self.meaning]:
+        if self.meaning not in METHODS:
+            raise ConfigError(f"reference: {self.meaning!r} came; allowed are {', '.join(METHODS)}.")
+        if self.method is not None and self.method not in METHODS[self.meaning]:
             raise ConfigError(
-                f"reference means {self.means!r} cannot compute the meaning {self.meaning!r}; allowed are "
-                f"{', '.join(MEANS[self.meaning])}, or leave it unset and Tether chooses."
+                f"reference method {self.method!r} cannot compute the meaning {self.meaning!r}; allowed are "
+                f"{', '.join(METHODS[self.meaning])}, or leave it unset and Tether chooses."
             )
-        if self.keep is not None and self.means not in (None, "snapshot"):
+        if self.keep is not None and self.method not in (None, "snapshot"):
             raise ConfigError(
-                f"reference_snapshot is {self.keep!r}, but the means is {self.means}, which keeps no snapshot. Leave "
+                f"reference_snapshot is {self.keep!r}, but the method is {self.method}, which keeps no snapshot. Leave "
                 "one of them out."
             )
-        if (self.remote is not None) != (self.means == "remote"):
+        if (self.remote is not None) != (self.method == "remote"):
             raise ConfigError(
-                "The means remote and the server's address belong together: give reference_remote (in a run file "
-                "`reference: {remote: {url: ...}}`), and leave reference_means unset or remote."
+                "The method remote and the server's address belong together: give reference_remote (in a run file "
+                "`reference: {remote: {url: ...}}`), and leave reference_method unset or remote."
             )
         self._check_sync()
 
@@ -149,10 +149,10 @@ class ReferenceSpec:
         if self.sync is None:
             return
         by = _MOVING.get(self.meaning)
-        if by is None or self.means not in (None, by):
+        if by is None or self.method not in (None, by):
             raise ConfigError(
-                f"sync was asked for with the meaning {self.meaning} and the means {self.means or 'unset'}. What can "
+                f"sync was asked for with the meaning {self.meaning} and the method {self.method or 'unset'}. What can "
                 "move is a snapshot of the policy's start or of the adapter that it trains, or a second model in this "
                 "process: set reference to start, or name a model of the policy's architecture, and leave "
-                "reference_means unset; or turn sync off."
+                "reference_method unset; or turn sync off."
             )

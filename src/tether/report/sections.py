@@ -18,7 +18,7 @@ _MEANINGS = {
     "adapter": "an adapter that was named",
     "none": "nothing: this objective needs no reference",
 }
-_MEANS = {
+_METHODS = {
     "adapter_off": "the policy itself with its adapter switched off, which was checked to equal the start",
     "snapshot": "the policy itself with its trainable tensors swapped for a copy kept from the start",
     "model": "a second model",
@@ -86,10 +86,10 @@ def reference_section(run: Run) -> Html | None:
     identity, guard = run.reference.get("identity"), run.reference.get("guard")
     if not isinstance(identity, dict):
         return None
-    meaning, means = identity.get("meaning"), identity.get("means")
+    meaning, method = identity.get("meaning"), identity.get("method")
     words = [f"The reference is {_MEANINGS.get(str(meaning), str(meaning))}."]
     if meaning != "none":
-        words.append(f"Its log-probabilities come from {_MEANS.get(str(means), str(means))}.")
+        words.append(f"Its log-probabilities come from {_METHODS.get(str(method), str(method))}.")
     if isinstance(guard, dict):
         passed = guard.get("passed")
         words.append(

@@ -17,7 +17,7 @@ from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
 from tether.scoring import Layout
 from tether.training.declared import Declared, Whole, keywords, option
-from tether.types import Kind, Meaning, Means
+from tether.types import Kind, Meaning, Method
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -58,12 +58,12 @@ class ReferenceArguments(Declared):
         "An adapter as the reference: the name of one that is loaded on the policy, or a folder.",
         key="reference.adapter",
     )
-    reference_means: Means | None = option(
+    reference_method: Method | None = option(
         None,
         "Force how it is computed: `adapter_off`, `adapter_on`, `snapshot`, `model` or `remote`; unset: chosen and "
         "printed.",
         allowed=(None, "adapter_off", "adapter_on", "snapshot", "model", "remote"),
-        key="reference.means",
+        key="reference.method",
     )
     reference_snapshot: Keep | None = option(
         None,
@@ -73,7 +73,7 @@ class ReferenceArguments(Declared):
     )
     reference_remote: dict[str, Any] | str | None = option(
         None,
-        "A server as the means: `url`, and further fields of `tether.reference.RemoteOptions`.",
+        "A server as the method: `url`, and further fields of `tether.reference.RemoteOptions`.",
         key="reference.remote",
     )
     reference_check_steps: int = option(
@@ -135,7 +135,7 @@ class ReferenceArguments(Declared):
         if self.reference_remote is not None:
             # A server alone is another model; it is the policy's start only where that is said, and then proved.
             self.reference = self.reference or "model"
-            self.reference_means = self.reference_means or "remote"
+            self.reference_method = self.reference_method or "remote"
         if self.reference_adapter is not None:
             if self.reference not in (None, "adapter"):
                 raise ConfigError(
@@ -150,7 +150,7 @@ class ReferenceArguments(Declared):
                 "folder of one.",
                 "reference",
             )
-        if self.reference is not None or self.reference_means == "remote":
+        if self.reference is not None or self.reference_method == "remote":
             self.reference_spec()
 
     def wants_store(self) -> bool:
@@ -186,7 +186,7 @@ class ReferenceArguments(Declared):
             raise ConfigError(f"is {remote!r}; its keys may be {names} ({error}).", "reference_remote") from error
         return ReferenceSpec(
             meaning=meaning or self.reference or "start",
-            means=self.reference_means,
+            method=self.reference_method,
             keep=self.reference_snapshot,
             remote=options,
             sync=Sync(self.ref_model_sync_steps, self.ref_model_mixup_alpha) if self.sync_ref_model else None,

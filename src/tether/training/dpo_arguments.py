@@ -67,10 +67,11 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
                 "number. Leave the store out.",
                 self._store_field,
             )
-        if combination.takes_divergence and (self.reference == "none" or self.reference_means in ("remote", "store")):
+        if combination.takes_divergence and (self.reference == "none" or self.reference_method in ("remote", "store")):
             raise ConfigError(
-                f"is {self.reference!r} (reference_means {self.reference_means!r}), and {names} takes the reference's "
-                "whole distribution at each token. Take a reference that is run here: adapter_off, snapshot or model.",
+                f"is {self.reference!r} (reference_method {self.reference_method!r}), and {names} takes the "
+                "reference's whole distribution at each token. Take a reference that is run here: adapter_off, "
+                "snapshot or model.",
                 "reference",
             )
         if not combination.needs_reference:
@@ -78,9 +79,9 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
         super().__post_init__()
 
     def _do_without_reference(self) -> None:
-        if self.reference not in (None, "none") or self.reference_means is not None:
+        if self.reference not in (None, "none") or self.reference_method is not None:
             raise ConfigError(
-                f"is {self.reference!r} (reference_means {self.reference_means!r}), and no loss among "
+                f"is {self.reference!r} (reference_method {self.reference_method!r}), and no loss among "
                 f"{', '.join(self.loss_type)} compares with one. Leave them out; none is loaded or run.",
                 "reference",
             )

@@ -1,4 +1,4 @@
-"""Means `adapter_off` and `adapter_on`: the policy itself, computed without its adapter or with another one."""
+"""Methods `adapter_off` and `adapter_on`: the policy itself, computed without its adapter or with another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means `model`: a second model, with its own weights and dtype."""
+"""Method `model`: a second model, with its own weights and dtype."""
 
 from __future__ import annotations
 

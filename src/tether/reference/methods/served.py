@@ -1,4 +1,4 @@
-"""Means `remote`: log-probabilities from a server, so that no second model is in memory here."""
+"""Method `remote`: log-probabilities from a server, so that no second model is in memory here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means `snapshot`: the start values of the trainable tensors, swapped in for the reference pass; it can also move."""
+"""Method `snapshot`: the start values of the trainable tensors, swapped in for the reference pass; it can also move."""
 
 from __future__ import annotations
 

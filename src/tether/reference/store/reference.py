@@ -1,4 +1,4 @@
-"""Means `store`: log-probabilities read from disk; what is missing is computed by another means and kept."""
+"""Method `store`: log-probabilities read from disk; what is missing is computed by another method and kept."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class StoredReference(Reference):
         self.store = self._opened()
 
     def _opened(self) -> Store:
-        self.identity = replace(self.live.identity, means="store")
+        self.identity = replace(self.live.identity, method="store")
         return Store(self._path, Namespace(self.identity.fingerprint, self._numerics, self._dtype))
 
     @property
@@ -229,7 +229,7 @@ def numerics_class(identity: ReferenceIdentity, device: str) -> str:
         Such as `float32`, `bfloat16`, `float32 under bfloat16`, `float32 by tf32` or `float32 by a server`. Layout and
         kernel are no part of it: they agree within rounding, which each run proves.
     """
-    if identity.means == "remote":
+    if identity.method == "remote":
         return f"{identity.dtype} by a server"
     if torch.is_autocast_enabled(device):
         return f"{identity.dtype} under {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"

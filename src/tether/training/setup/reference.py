@@ -57,7 +57,7 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
             f"ref_model was given and reference is {args.reference!r}; the two say different things. Leave one "
             "of them out."
         )
-    remote = args.reference_means == "remote"
+    remote = args.reference_method == "remote"
     if ref_model is not None and remote:
         raise ConfigError(
             "ref_model was given and the reference is to be computed by a server; no second model is needed then. "
