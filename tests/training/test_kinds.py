@@ -368,6 +368,7 @@ def test_columns_take_effect_or_are_refused(kind, tmp_path):
         ("cpo", {"loss_type": "kto_pair"}, "allowed are sigmoid"),
         ("cpo", {"loss_type": "hinge", "label_smoothing": 0.1}, "does not apply"),
         ("cpo", {"simpo_gamma": 1.0}, "simpo_gamma does not apply to loss 'sigmoid'"),
+        ("cpo", {"loss_type": "alphapo", "cpo_alpha": 0.5}, "stands for 'simpo' with cpo_alpha 0"),
         ("sft", {"loss_type": "mle"}, "allowed are nll, dft"),
         ("sft", {"assistant_only_loss": True, "completion_only_loss": False}, "Leave one of them out"),
         ("sft", {"assistant_only_loss": True}, "text, which has no turns"),

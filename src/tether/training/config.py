@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -376,3 +376,31 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         """Options that the objective's function is called with, by name."""
         names = [name for row in self.objective_rows for name in row.defaults] if self.algorithm else []
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class ReferenceFreeConfig(PreferenceConfig):
+    """What trainers without a reference take.
+
+    The fields that declare a reference keep their defaults; none is loaded or run.
+
+    Raises:
+        ConfigError: a reference was asked for.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(ReferenceArguments):
+            value = getattr(self, field.name)
+            if value != field.default and (field.name, value) != ("reference", "none"):
+                raise ConfigError(
+                    f"is {value!r}, but the objective of {type(self).__name__} compares with no reference. Leave it "
+                    "out.",
+                    field.name,
+                )
+        self.reference = "none"
+        super().__post_init__()
+
+    @property
+    def needs_reference(self) -> bool:
+        """No."""
+        return False

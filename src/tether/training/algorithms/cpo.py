@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from tether.errors import ConfigError
 from tether.objectives.contrast import contrast_loss
 from tether.training.algorithms.base import Algorithm, Needs
-from tether.training.reference_free_arguments import CPOConfig
+from tether.training.config import ReferenceFreeConfig
+from tether.training.declared import REGISTERED, option
 from tether.training.step import Context, MicroBatch
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
+
+
+@dataclass
+class CPOConfig(ReferenceFreeConfig, algorithm="cpo"):
+    """Configuration of `CPOTrainer`; names and defaults as in TRL 1.16.
+
+    Raises:
+        ConfigError: an unknown loss, an option outside its range, or one that does not apply to the loss.
+    """
+
+    loss_type: str = option(
+        "sigmoid",
+        "`sigmoid`, `hinge`, `ipo`, `simpo`, or `alphapo` (which stands for `simpo` with `cpo_alpha=0`).",
+        key="objective.loss",
+    )
+    beta: float = REGISTERED
+    label_smoothing: float = REGISTERED
+    cpo_alpha: float = REGISTERED
+    simpo_gamma: float = REGISTERED
+    alpha: float = REGISTERED
+
+    def __post_init__(self) -> None:
+        if self.loss_type == "alphapo":
+            if self.cpo_alpha not in (type(self).cpo_alpha, 0.0):
+                raise ConfigError(
+                    f"is {self.cpo_alpha!r}, and loss 'alphapo' stands for 'simpo' with cpo_alpha 0. Leave it out, or "
+                    "set loss_type to simpo.",
+                    "cpo_alpha",
+                )
+            self.loss_type, self.cpo_alpha = "simpo", 0.0
+        self.check_objective()
+        super().__post_init__()
 
 
 class CPO(Algorithm[Scores]):

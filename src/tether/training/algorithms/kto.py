@@ -17,9 +17,10 @@ from tether.objectives import OBJECTIVES
 from tether.objectives.unpaired import is_balanced, log_ratios, suggested_weights, unpaired_loss
 from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.algorithms.mismatched import Mismatching, with_mismatched
+from tether.training.config import PreferenceConfig
+from tether.training.declared import REGISTERED, option
 from tether.training.step import Context, MicroBatch, Step
 from tether.training.trainer import TetherTrainer
-from tether.training.unpaired_arguments import KTOConfig
 from tether.types import LossOutput, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -40,6 +41,26 @@ class Baselines(Context):
     total: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
     evaluating: bool = False
     seen: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class KTOConfig(PreferenceConfig, algorithm="kto"):
+    """Configuration of `KTOTrainer`; names and defaults as in TRL 1.16.
+
+    Rows may be drawn in any order: unlike TRL's, the pairing for the KL estimate does not hang on it.
+
+    Raises:
+        ConfigError: an unknown loss, or an option outside its range.
+    """
+
+    loss_type: str = option("kto", "`kto`, `apo_zero_unpaired`, or `bco`.", key="objective.loss")
+    beta: float = REGISTERED
+    desirable_weight: float = REGISTERED
+    undesirable_weight: float = REGISTERED
+
+    def __post_init__(self) -> None:
+        self.check_objective()
+        super().__post_init__()
 
 
 class KTO(Algorithm[Scores]):

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tether.objectives.contrast import contrast_loss
 from tether.training.algorithms.base import Algorithm, Needs
-from tether.training.reference_free_arguments import ORPOConfig
+from tether.training.config import ReferenceFreeConfig
+from tether.training.declared import REGISTERED
 from tether.training.step import Context, MicroBatch
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
+
+
+@dataclass
+class ORPOConfig(ReferenceFreeConfig, algorithm="orpo"):
+    """Configuration of `ORPOTrainer`; names and defaults as in TRL 1.16.
+
+    Raises:
+        ConfigError: an option outside its range.
+    """
+
+    beta: float = REGISTERED
+
+    def __post_init__(self) -> None:
+        self.check_objective()
+        super().__post_init__()
 
 
 class ORPO(Algorithm[Scores]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tether.models.structure import transformers_model
 from tether.objectives.reward import reward_loss
 from tether.scoring.reward import REWARDS, require_reward_head, reward
 from tether.training.algorithms.base import Algorithm, Needs
-from tether.training.reward_arguments import RewardConfig
+from tether.training.config import ReferenceFreeConfig
+from tether.training.declared import REGISTERED
 from tether.training.setup.policy import policy_spec
 from tether.training.step import Context, MicroBatch
 from tether.training.trainer import ReferenceFreeTrainer
@@ -30,6 +32,40 @@ logger = logging.getLogger("tether")
 def _rewards(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = (), **options: Any) -> Tensor:
     """`reward` as a scoring function; it has no further outputs."""
     return reward(model, batch, **options)
+
+
+@dataclass
+class RewardConfig(ReferenceFreeConfig, algorithm="reward"):
+    """Configuration of `RewardTrainer`; names and defaults as in TRL 1.16.
+
+    Pairs of which one completion is longer than `max_length` are dropped, since the end of a text decides its reward.
+
+    Raises:
+        ConfigError: an option outside its range.
+    """
+
+    learning_rate: float = 1e-4
+    truncation_mode: str = "drop"
+    center_rewards_coefficient: float | None = REGISTERED
+
+    def __post_init__(self) -> None:
+        self.check_objective()
+        if self.router_aux_loss_coef is not None:
+            raise ConfigError(
+                f"is {self.router_aux_loss_coef!r}, and reward models do not take it, as in TRL. Leave it out.",
+                "router_aux_loss_coef",
+            )
+        if self.truncation_mode != "drop":
+            raise ConfigError(
+                f"is {self.truncation_mode!r}, but longer pairs are dropped here, not cut, since the end of a text "
+                "decides its reward. Leave it out.",
+                "truncation_mode",
+            )
+        if self.turns != "all":
+            raise ConfigError(
+                f"is {self.turns!r}, but a reward is of the whole text, read at its end. Leave it out.", "turns"
+            )
+        super().__post_init__()
 
 
 class Reward(Algorithm[Tensor]):
