@@ -104,7 +104,7 @@ def test_the_key_is_of_content(tmp_path, counted):
     again(["a b c d"], truncation=True, max_length=2)
     for rows in (str(file), parted, turned, whole.with_format("numpy")):
         run(tmp_path, rows, again, num_proc=1, name="other")
-    # What else the caller's process knows, such as functions that a data set was mapped with, is no part of it.
+    # What else the caller's process knows, such as functions that a data set was mapped with, is not part of it.
     other = []
     run(tmp_path, whole.map(lambda row: row | {"prompt": row["prompt"] + ("" if other is not None else "x")}), again)
     assert counted == [len(ROWS)]

@@ -97,7 +97,7 @@ def test_a_missing_path_is_named_with_the_nearest_one(folder: Path):
 
 def test_an_unknown_hub_name_says_that_the_hub_is_off():
     message = refused("nobody/nothing")
-    assert "'nobody/nothing' is no folder or file" in message
+    assert "'nobody/nothing' is not a folder or file" in message
     assert "HF_HUB_OFFLINE is set" in message
 
 

@@ -147,7 +147,7 @@ def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel)
         return config
     if not isinstance(config, LoraConfig):
         raise ConfigError(
-            f"add_tokens came with a {_kind(config)} adapter, in which nothing would train the new tokens' "
+            f"add_tokens was given with a {_kind(config)} adapter, in which nothing would train the new tokens' "
             f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
         )
     if config.trainable_token_indices is None:

@@ -66,7 +66,9 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     if ref_model is None and args.reference == "model" and not remote:
         raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
     if args.ref_model_init_kwargs and not isinstance(ref_model, (str, Path)):
-        raise ConfigError("ref_model_init_kwargs came without a ref_model that is named by a string. Leave them out.")
+        raise ConfigError(
+            "ref_model_init_kwargs was given without a ref_model that is named by a string. Leave them out."
+        )
     return args.reference or ("start" if ref_model is None else "model")
 
 
