@@ -242,7 +242,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.multiprocess
 def test_inv_37_of_two_processes_one_prepares(tmp_path):
-    """Both are there before one begins; the other waits for the file, without a collective, and has the same."""
+    """INV-37. Both begin; the other waits for the file, without a collective, and gets the same."""
     processes = [start(tmp_path, str(rank), "2") for rank in range(2)]
     found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
     assert sorted(one["prepared"] for one in found) == [0, 1]

@@ -113,6 +113,7 @@ def test_a_single_file_leads_to_its_folder(folder: Path):
 
 
 def test_pickles_are_never_loaded(folder: Path):
+    """INV-39."""
     (folder / "model.safetensors").unlink()
     torch.save({"w": torch.zeros(1)}, folder / "pytorch_model.bin")
     message = refused(folder)
