@@ -27,6 +27,7 @@ from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router
 from tether.training.checkpoint import refuse_silent_reanchoring
 from tether.training.config import PreferenceConfig
+from tether.training.saving.before import check_before_loading
 
 logger = logging.getLogger("tether")
 _NOTHING_TRAINS = (
@@ -51,6 +52,7 @@ def check_arguments(
             f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    check_before_loading(args)
     return args if quantization is None else _with_quantization(args, quantization)
 
 

@@ -19,6 +19,7 @@ from tether.compat.deepspeed import inference_engine
 from tether.compat.transformers import commit_of
 from tether.errors import ConfigError
 from tether.models import load_tokenizer
+from tether.models.beside import refuse_brought
 from tether.models.load import check_source
 from tether.models.partitioned import whole_weights
 from tether.models.spec import ModelSpec
@@ -163,6 +164,7 @@ def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module 
             f"The policy already has an adapter called {_ADAPTER!r}, the name that one loaded from a folder gets. "
             f"Rename it, or give reference_adapter={_ADAPTER!r} if that is the reference."
         )
+    refuse_brought(inner, folder)
     trains = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     try:
         report = inner.load_adapter(str(folder), _ADAPTER, is_trainable=False, torch_device=str(args.device))
