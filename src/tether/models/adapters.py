@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tether.compat.messages import ADAPTER_INCOMPLETE
-from tether.compat.peft import set_active
+from tether.compat.peft import adopted, injected_configs, set_active
 from tether.errors import ConfigError
+from tether.models.fingerprint import base_tensors, digest_of, fingerprint
 from tether.models.structure import unwrap
 
 logger = logging.getLogger("tether")
@@ -28,8 +29,8 @@ ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
 _WEIGHTS = "adapter_model.safetensors"
-# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
+# Initialisations that write into the base weights, see `rewrites_base`; tests/models/test_adapters.py measures them.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -55,6 +56,37 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     if beneath:
         _activate(policy, beneath)
     return policy.eval()
+
+
+def in_one_way(model: nn.Module) -> nn.Module:
+    """The model as PEFT itself would have it, where transformers put its adapters in (`add_adapter`, or
+    `from_pretrained` of an adapter's folder); any other as it is.
+
+    Saving, loading and several adapters go one way then. No tensor changes, and nothing begins or ceases to train.
+
+    Raises:
+        ConfigError: the adapters are of several kinds, or PEFT would change them.
+    """
+    inner = unwrap(model)
+    configs = injected_configs(inner)
+    if isinstance(inner, PeftModel) or not configs:
+        return model
+    kinds = {_kind(config) for config in configs.values()}
+    advice = "Load it with peft's PeftModel.from_pretrained(base, folder, is_trainable=True), or give its folder."
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"The model has adapters of {len(kinds)} kinds ({', '.join(sorted(kinds))}), of which PEFT can save and "
+            f"load one. {advice}"
+        )
+    before = {id(parameter): digest_of(parameter) for parameter in inner.parameters()}
+    policy = adopted(inner)
+    if {id(parameter): digest_of(parameter) for parameter in policy.parameters()} != before:
+        raise ConfigError(
+            f"PEFT changes tensors of the {kinds.pop()} adapter that transformers put into {type(inner).__name__}. "
+            f"{advice}"
+        )
+    logger.info(f"adapter: {', '.join(map(repr, configs))}, which transformers put into the model")
+    return policy
 
 
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -89,12 +121,6 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     places = [folder, *(folder / name for name in _beneath(folder))]
     saved = [_read(place) for place in places]
     kinds = {_kind(one) for one in saved}
-    if any(map(rewrites_base, [*saved, config])):
-        raise ConfigError(
-            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (PiSSA, "
-            "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
-            "with merge_and_unload() and name the result."
-        )
     if kinds != {_kind(config)} or config.is_prompt_learning:
         raise ConfigError(
             f"The adapter '{folder}' is {', '.join(sorted(kinds))} and the new one over it "
@@ -102,6 +128,7 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
             "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
         )
     names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
+    before = fingerprint(base_tensors(base))
     policy = _load(base, places[0], names[0], trainable=False)
     try:
         for place, name in zip(places[1:], names[1:], strict=True):
@@ -113,11 +140,20 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
             f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its "
             "base with merge_and_unload() and name the result."
         ) from error
+    if fingerprint(base_tensors(policy)) != before:
+        raise ConfigError(
+            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (as PiSSA "
+            "and OLoRA do), on which the others stand too. Take another `init`, or merge the first into its base with "
+            "merge_and_unload() and name the result."
+        )
     return policy.eval()
 
 
 def rewrites_base(config: PeftConfig) -> bool:
-    """Whether an adapter writes into the base weights when it is made or loaded."""
+    """Whether an adapter says that it begins by writing into the base weights; for a base without a source.
+
+    With one, or before and after the adapter is made, fingerprints tell, whatever it says.
+    """
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
 

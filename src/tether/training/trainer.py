@@ -43,6 +43,7 @@ from tether.training.checkpoint import load_checkpoint, read_objective, resume_f
 from tether.training.config import PreferenceConfig
 from tether.training.evaluation import evaluate, prepare_unseen
 from tether.training.metrics import MetricSums
+from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
@@ -97,7 +98,10 @@ class TetherTrainer(Trainer):
         self._new_tokens = 0
         self.guard: GuardResult | None = None
         self.add_callback(MetricsFile(self.run_folder))
-        self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps))
+        check = self.args.reference_check_steps
+        self.add_callback(GuardCallback(self.run.proof, self._begin, check, self._prove_layout))
+        if self.args.neftune_noise_alpha is not None:
+            self.add_callback(SequenceNoise(self))
         if self.run.stored is not None:
             verify_store(self.run.stored, self.run.source.known)
             self.add_callback(StoreCallback(self.run.stored, self.run.source, self.accelerator))
@@ -312,10 +316,14 @@ class TetherTrainer(Trainer):
             held_by(self.policy, engine)
         shard_reference(run.reference.live, self.accelerator)
         if state.global_step == 0:
-            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe) or self.guard
+            updates = run.proof.updates
+            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
         live = run.reference.live
         return None if live.identity.meaning == "none" else FrozenProbe(live, run.probe, live.tolerance)
+
+    def _prove_layout(self, updates: int) -> None:
+        self.run.prove_again(self.policy, updates)
 
     def get_train_dataloader(self) -> DataLoader:
         """The source's own, where it has one; see `tether.training.source`."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,20 +20,26 @@ from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.precision import choose_precision
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
+from tether.models.adapters import in_one_way
+from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import add_tokens, embed_tokens
-from tether.models.structure import evaluation_mode, transformers_model
+from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
 from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
 from tether.scoring import Layout, choose_layout, pack
 from tether.scoring.batch import with_prompts
+from tether.scoring.layout.proof import LayoutChoice, prove_again
 from tether.training.algorithms.base import Algorithm
 from tether.training.budget import TokenBudget, choose_budget
 from tether.training.config import PreferenceConfig
+from tether.training.noise import layout_for_noise
 from tether.training.setup.data import Rows, RunData
+from tether.training.setup.limits import checked, limits_of
 from tether.training.setup.policy import (
     at_the_start,
     check_arguments,
     check_policy,
+    check_router,
     config_of,
     learning_tokens,
     make_audible,
@@ -82,6 +89,7 @@ class Run:
         line: what the reference is and why, in one line.
         stored: the reference's store; None without one.
         proof: that something trains.
+        prove_again: proves the policy's layout once more, given the policy and how many updates there were.
     """
 
     algorithm: Algorithm[Any]
@@ -96,6 +104,7 @@ class Run:
     line: str
     stored: StoredReference | None
     proof: TrainingProof
+    prove_again: Callable[[nn.Module, int], None]
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """A batch with all that the algorithm has scored of it."""
@@ -136,12 +145,17 @@ def build_run(
     algorithm.check_model(model)
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-    data = RunData(tokenizer, args, algorithm.rows, bool(algorithm.model_config.is_encoder_decoder), algorithm.chunks)
+    apart = bool(algorithm.model_config.is_encoder_decoder)
+    limits = limits_of(model, algorithm.model_config, args, new_tokens, given.peft_config)
+    check_router(args, limits)
+    data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
     # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
     # which needs its shapes.
-    policy = algorithm.load_model(source_name) if named else cast(nn.Module, model)
+    policy = algorithm.load_model(source_name) if named else in_one_way(cast(nn.Module, model))
     embed_tokens(policy, new_tokens)
+    plain = meaning == "base" and not adapter_configs(policy)
+    before = model_fingerprint(policy, without_adapters=True) if plain else None
     peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
     policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
     algorithm.prepare_model(policy, tokenizer)
@@ -151,20 +165,23 @@ def build_run(
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
-    router_weight = router_coefficient(args, policy)
     prove = _Prover(algorithm, args, source, accelerator)
-    layout, scorer = prove(policy, "")
+    layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
+    router_weight = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
     padded, whole = layout != "tree", algorithm.needs.whole_batch
     budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
     if args.disable_dropout:
         prove.determinism(policy, probe)
-    spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer))
+    again = prove.again
+    spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer), before)
     resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
     stored, line = with_store(resolved, args, accelerator, policy_now)
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    return Run(algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof)
+    return Run(
+        algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof, again
+    )
 
 
 class _Prover:
@@ -173,21 +190,25 @@ class _Prover:
     def __init__(self, algorithm: Algorithm[Any], args: PreferenceConfig, source: Source, accelerator: Accelerator):
         self._algorithm, self._args, self._accelerator = algorithm, args, accelerator
         self._examples = source.probe(2, longest=True)
+        # Short ones, for a proof beside an optimizer's memory.
+        self._short = source.probe(2)
         self._options: dict[str, Any] = {}
+        self.again: Callable[[nn.Module, int], None] = lambda policy, updates: None
 
-    def __call__(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
+    def __call__(self, model: nn.Module, whose: str, requested: Layout | None = None) -> tuple[Layout, Scorer]:
         """A model's layout, proved, and the scoring function in it, in the run's precision everywhere."""
         compute_by_products(model)
         with self._proving():
             choice = choose_layout(
                 model,
                 self._examples,
-                requested=self._args.scoring_layout,
+                requested=requested or self._args.scoring_layout,
                 backend=self._args.attention_backend,
                 measures=self._algorithm.measures,
             )
         logger.info(f"{whose}{choice.line}")
         self._options = choice.options
+        self.again = partial(self._again, choice)
         autocast, scoring = self._accelerator.autocast, self._algorithm.scoring
 
         def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
@@ -195,6 +216,12 @@ class _Prover:
                 return scoring(model, batch, outputs=outputs, **choice.options)
 
         return choice.layout, scorer
+
+    def _again(self, choice: LayoutChoice, policy: nn.Module, updates: int) -> None:
+        """Prove a layout once more, see `prove_again`."""
+        with self._proving():
+            difference = prove_again(policy, self._short, choice, updates)
+        logger.info(f"scoring: {choice.name}, at most {difference:.1e} {choice.measures.unit} after {updates} updates")
 
     def _proving(self) -> AbstractContextManager[Any]:
         """The precision of a proof: the weights' own, as rounding under autocast would hide small mistakes."""
