@@ -145,11 +145,7 @@ def build_run(
     algorithm.check_model(model)
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-    apart = bool(algorithm.model_config.is_encoder_decoder)
-    limits = limits_of(model, algorithm.model_config, args, new_tokens, given.peft_config)
-    check_router(args, limits)
-    data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
-    source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
+    data, source, evaluation = _rows(algorithm, given, args, tokenizer, new_tokens)
     # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
     # which needs its shapes.
     policy = algorithm.load_model(source_name) if named else in_one_way(cast(nn.Module, model))
@@ -172,7 +168,6 @@ def build_run(
     budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
     if args.disable_dropout:
         prove.determinism(policy, probe)
-    again = prove.again
     spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer), before)
     resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
     stored, line = with_store(resolved, args, accelerator, policy_now)
@@ -180,8 +175,32 @@ def build_run(
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
     return Run(
-        algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof, again
+        algorithm,
+        data,
+        source,
+        probe,
+        layout,
+        scorer,
+        budget,
+        router_weight,
+        reference,
+        line,
+        stored,
+        proof,
+        prove.again,
     )
+
+
+def _rows(
+    algorithm: Algorithm[Any], given: Given, args: PreferenceConfig, tokenizer: Any, new_tokens: list[int]
+) -> tuple[RunData, Source, Any]:
+    """The rows of a run, prepared and found to fit the model: training rows and evaluation rows."""
+    apart = bool(algorithm.model_config.is_encoder_decoder)
+    limits = limits_of(given.model, algorithm.model_config, args, new_tokens, given.peft_config)
+    check_router(args, limits)
+    data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
+    source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
+    return data, source, evaluation
 
 
 class _Prover:
@@ -208,7 +227,8 @@ class _Prover:
             )
         logger.info(f"{whose}{choice.line}")
         self._options = choice.options
-        self.again = partial(self._again, choice)
+        if not whose:
+            self.again = partial(self._again, choice)
         autocast, scoring = self._accelerator.autocast, self._algorithm.scoring
 
         def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
