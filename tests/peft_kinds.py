@@ -35,9 +35,20 @@ FIELDS: dict[PeftType, tuple[str, dict[str, Any]]] = {
     PeftType.GLORA: ("GloraConfig", {"r": 2, "target_modules": LAYERS}),
     PeftType.XLORA: ("XLoraConfig", {"hidden_size": 32, "adapters": {}}),
     PeftType.HRA: ("HRAConfig", {"r": 2, "target_modules": LAYERS}),
-    PeftType.VBLORA: ("VBLoRAConfig", {"r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2, "target_modules": LAYERS}),
+    PeftType.VBLORA: (
+        "VBLoRAConfig",
+        {"r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2, "target_modules": LAYERS},
+    ),
     PeftType.UNILORA: ("UniLoraConfig", {"r": 2, "target_modules": LAYERS}),
-    PeftType.CPT: ("CPTConfig", {"task_type": "CAUSAL_LM", "cpt_token_ids": [5, 6, 7], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]}),
+    PeftType.CPT: (
+        "CPTConfig",
+        {
+            "task_type": "CAUSAL_LM",
+            "cpt_token_ids": [5, 6, 7],
+            "cpt_mask": [1, 1, 1],
+            "cpt_tokens_type_mask": [1, 2, 3],
+        },
+    ),
     PeftType.MISS: ("MissConfig", {"r": 2, "target_modules": LAYERS}),
     PeftType.RANDLORA: ("RandLoraConfig", {"r": 2, "target_modules": LAYERS}),
     PeftType.ROAD: ("RoadConfig", {"group_size": 4, "target_modules": LAYERS}),

@@ -85,7 +85,7 @@ def test_another_model_than_the_start_is_refused(server):
         ({"shifted": True}, "more tokens follow"),
         ({"context": 5}, "maximum context length is 5 tokens"),
         ({"vocabulary": VOCABULARY - 1}, "is out of vocabulary"),
-        ({"not_finite": True}, "which is no log-probability"),
+        ({"not_finite": True}, "which is not a log-probability"),
         ({"fail_first": 1000}, "failed after 3 attempts: 503"),
         ({"key": "secret"}, "failed after 1 attempts: 401"),
     ],

@@ -107,8 +107,8 @@ def why_not_at_start(policy: nn.Module, reference: Reference, updates: int) -> s
     if identity.method == "remote":
         return "the server's model is not the policy's start. Serve the weights that this run starts from"
     return (
-        "the weights are as they were when the trainer was made, so the model computes otherwise than then: a hook, a "
-        "buffer, an attention implementation or the device has changed. Leave it as it was, or make the trainer later"
+        "the weights are as they were when the trainer was made, so it is the computation that changed: a hook, a "
+        "buffer, an attention implementation or the device. Leave it as it was, or make the trainer later"
     )
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tether.compat.transformers import carries_state, logits_bias
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import virtual_tokens
-from tether.models.limits import rotary_limit
+from tether.models.before.limits import rotary_limit
 from tether.models.structure import transformers_model
 from tether.scoring.attention.interface import (
     Backend,

@@ -93,7 +93,9 @@ class CompletionsServer:
             )
         value = one.get("logprob") if isinstance(one, dict) else one
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value > 1e-3:
-            raise ReferencePolicyError(f"{self._who()} gives {value!r} for token {token}, which is no log-probability.")
+            raise ReferencePolicyError(
+                f"{self._who()} gives {value!r} for token {token}, which is not a log-probability."
+            )
         return float(value)
 
     def _find_model(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 3e-2, torc
 # What a model raises that cannot be called as it is called here.
 _CANNOT = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError)
 # How strongly an adapter is perturbed for a proof: by more where a weaker noise does not show in every sequence.
-_STRENGTHS = (1.0, 10.0)
+_STRENGTHS = (1.0, 3.0, 10.0)
 # Nats by which a perturbed adapter changes a token of each sequence, at least, for a leak of it to be plain; and what
 # is none at all.
 _PLAIN_EFFECT, _NONE = 0.1, 1e-6
@@ -138,8 +138,9 @@ def choose_layout(
     device = next(model.parameters()).device
     batch, limit = pack(examples).to(device), tolerance(model)
     candidates = _candidates(model, requested, backend)
-    with torch.no_grad(), evaluation_mode(model), _in_effect(model, batch, measures, limit) as (alone, objection, how):
-        reason = ""
+    effect = _in_effect(model, batch, measures, limit)
+    with torch.no_grad(), evaluation_mode(model), effect as (alone, objection, how, rounding):
+        reason, limit = "", limit * rounding
         for layout, kernel in candidates:
             found = (float("inf"), objection) if layout == "tree" and objection else None
             choice = LayoutChoice(
@@ -166,15 +167,16 @@ def choose_layout(
 @contextmanager
 def _in_effect(
     model: nn.Module, batch: ScoringBatch, measures: Measures, limit: float
-) -> Iterator[tuple[Tensor, str, str]]:
+) -> Iterator[tuple[Tensor, str, str, float]]:
     """Inside, an adapter changes what every sequence of the batch gets, by so much that a leak of it would show.
 
-    Gives the numbers of each sequence alone, why a sequence could not be proved in the same row as others, and words
-    on what was done.
+    Gives the numbers of each sequence alone, why a sequence could not be proved in the same row as others, words on
+    what was done, and by how much more rounding may differ: an adapter that changes a number by ten nats rounds as much
+    more.
     """
     alone = _alone(measures, model, batch)
     if not small_tensors(model):
-        yield alone, "", ""
+        yield alone, "", "", 1.0
         return
     # One number a completion, or one a scored token.
     owner = torch.arange(len(alone)) if len(alone) == batch.num_completions else batch.completion_index
@@ -186,7 +188,7 @@ def _in_effect(
             weakest = min(effects[(owner == k).to(effects.device)].max().item() for k in owner.unique())
             if weakest >= min(5 * limit, _PLAIN_EFFECT) or strength == _STRENGTHS[-1]:
                 objection = "" if weakest > _NONE else "the adapter acts on some sequences and not on others"
-                yield changed, objection, ", adapter perturbed"
+                yield changed, objection, ", adapter perturbed", max(1.0, effects.max().item())
                 return
 
 

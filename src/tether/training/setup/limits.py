@@ -13,7 +13,7 @@ from torch import nn
 
 from tether.data.prepare.table import lengths_of
 from tether.errors import DataError
-from tether.models.limits import Limits
+from tether.models.before.limits import Limits
 from tether.models.structure import transformers_model
 from tether.training.config import PreferenceConfig
 from tether.training.setup.policy import policy_spec

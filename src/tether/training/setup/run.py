@@ -21,6 +21,7 @@ from tether.compute.precision import choose_precision
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
 from tether.models.adapters import in_one_way
+from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import add_tokens, embed_tokens
 from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
@@ -33,6 +34,7 @@ from tether.training.algorithms.base import Algorithm
 from tether.training.budget import TokenBudget, choose_budget
 from tether.training.config import PreferenceConfig
 from tether.training.noise import layout_for_noise
+from tether.training.saving.settings import OwnSettings
 from tether.training.setup.data import Rows, RunData
 from tether.training.setup.limits import checked, limits_of
 from tether.training.setup.policy import (
@@ -89,6 +91,7 @@ class Run:
         line: what the reference is and why, in one line.
         stored: the reference's store; None without one.
         proof: that something trains.
+        settings: the policy's own, which it is saved with.
         prove_again: proves the policy's layout once more, given the policy and how many updates there were.
     """
 
@@ -104,6 +107,7 @@ class Run:
     line: str
     stored: StoredReference | None
     proof: TrainingProof
+    settings: OwnSettings
     prove_again: Callable[[nn.Module, int], None]
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
@@ -136,7 +140,6 @@ def build_run(
     )
     make_audible(args)
     model, ref_model = given.model, given.ref_model
-    named = isinstance(model, (str, Path))
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
@@ -146,24 +149,16 @@ def build_run(
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
     data, source, evaluation = _rows(algorithm, given, args, tokenizer, new_tokens)
-    # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
-    # which needs its shapes.
-    policy = algorithm.load_model(source_name) if named else in_one_way(cast(nn.Module, model))
-    embed_tokens(policy, new_tokens)
-    plain = meaning == "base" and not adapter_configs(policy)
-    before = model_fingerprint(policy, without_adapters=True) if plain else None
-    peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
-    policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
-    algorithm.prepare_model(policy, tokenizer)
-    choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
+    policy, settings, before = _policy(algorithm, given, args, source_name, tokenizer, new_tokens)
     proof = TrainingProof(policy)
     accelerator = start(args, policy, source.rows, evaluation, tokenizer)
+    settings.restore_cache()
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
     prove = _Prover(algorithm, args, source, accelerator)
     layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
-    router_weight = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
+    router = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
     padded, whole = layout != "tree", algorithm.needs.whole_batch
     budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
     if args.disable_dropout:
@@ -174,21 +169,8 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    return Run(
-        algorithm,
-        data,
-        source,
-        probe,
-        layout,
-        scorer,
-        budget,
-        router_weight,
-        reference,
-        line,
-        stored,
-        proof,
-        prove.again,
-    )
+    more = settings, prove.again
+    return Run(algorithm, data, source, probe, layout, scorer, budget, router, reference, line, stored, proof, *more)
 
 
 def _rows(
@@ -198,9 +180,36 @@ def _rows(
     apart = bool(algorithm.model_config.is_encoder_decoder)
     limits = limits_of(given.model, algorithm.model_config, args, new_tokens, given.peft_config)
     check_router(args, limits)
+    if given.peft_config is not None and not isinstance(given.model, nn.Module):
+        rehearse(given.peft_config, algorithm.model_config)
     data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
     return data, source, evaluation
+
+
+def _policy(
+    algorithm: Algorithm[Any],
+    given: Given,
+    args: PreferenceConfig,
+    source_name: str,
+    tokenizer: Any,
+    new_tokens: list[int],
+) -> tuple[nn.Module, OwnSettings, str | None]:
+    """The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then its precision.
+
+    With it, its own settings, and the fingerprint of what it was before this run put an adapter on it.
+    """
+    model = given.model
+    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else in_one_way(model)
+    settings = OwnSettings(policy)
+    embed_tokens(policy, new_tokens)
+    plain = args.reference == "base" and not adapter_configs(policy)
+    before = model_fingerprint(policy, without_adapters=True) if plain else None
+    peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
+    policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
+    algorithm.prepare_model(policy, tokenizer)
+    choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
+    return policy, settings, before
 
 
 class _Prover:

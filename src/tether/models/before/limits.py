@@ -7,38 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from tether.models.before.blueprint import blueprint
 from tether.models.structure import transformers_model
 
 # Rotary embeddings whose factors come from the longest row of a forward, so that rows would change each other.
 _BY_LENGTH = ("longrope", "dynamic")
 # Rows of a position table that come before position 0: OPT and BART have 2.
 _BEFORE = 4
-_CLASSES = (
-    (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
-    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
-    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
-)
-
-
-def blueprint(config: Any) -> PreTrainedModel | None:
-    """The model of a configuration without weights, on the device `meta`; None where transformers cannot build one."""
-    for known, kind in _CLASSES:
-        if type(config) in known:
-            with torch.device("meta"):
-                return kind.from_config(config)
-    return None
 
 
 def rotary_limit(config: Any) -> tuple[int, str] | None:
