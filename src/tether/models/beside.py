@@ -133,7 +133,7 @@ def _brought(model: PeftModel) -> dict[str, Tensor]:
 
 
 def _of_base(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter of the base that is no adapter's, under all its names."""
+    """Every parameter of the base that is not an adapter's, under all its names."""
     inner, prefix = unwrap(model), _prefix(model)
     adapter = {id(tensor) for tensor in adapter_tensors(inner).values()}
     named = inner.named_parameters(remove_duplicate=False)

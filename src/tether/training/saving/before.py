@@ -101,7 +101,7 @@ def rehearse(save: Callable[[str, Any], None], policy: nn.Module, args: Training
 def _check_folder(folder: Path) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "is no folder" if not there.is_dir() else "cannot be written"
+        why = "is not a folder" if not there.is_dir() else "cannot be written"
         raise ConfigError(f"is '{folder}', and '{there}' {why}. Name a folder that results can go to.", "output_dir")
 
 

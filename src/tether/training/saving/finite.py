@@ -1,4 +1,4 @@
-"""A loss, a gradient or a weight that is no number stops the run before an update or a save makes use of it."""
+"""A loss, a gradient or a weight that is not finite stops the run before an update or a save makes use of it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FiniteGuard:
             )
 
     def check_evaluation(self, loss: float, step: int) -> None:
-        """Stop a run whose best model would be chosen by something that is no number.
+        """Stop a run whose best model would be chosen by something that is not a number.
 
         Raises:
             TetherError: the mean loss over an evaluation set, which all processes have, is not finite.
