@@ -40,6 +40,7 @@ def score(
     layout: Layout = "tree",
     backend: Backend | Literal["auto"] = "auto",
     chunk: int = CHUNK,
+    temperature: float = 1.0,
 ) -> Scores:
     """Log-probability of every completion token of a batch under a language model.
 
@@ -57,6 +58,7 @@ def score(
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
             device's first choice.
         chunk: tokens whose logits exist at once.
+        temperature: what the model's logits are divided by, as where completions were sampled so.
 
     Returns:
         `Scores` with `token_logps [N]` in float32 nats.
@@ -67,7 +69,7 @@ def score(
     """
     inner = transformers_model(model)
     _check_request(inner, outputs, layout, virtual_tokens(model))
-    head, routed, kept = head_of(inner), "aux_loss" in outputs, "hidden" in outputs
+    head, routed, kept = head_of(inner, temperature), "aux_loss" in outputs, "hidden" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     if "forest" in inputs:
@@ -121,7 +123,7 @@ def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> No
         )
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
     """The language-model head, with the scale and softcap that the architecture applies to its logits."""
     module = model.get_output_embeddings()
     if module is None:
@@ -133,7 +135,8 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     # BART adds a bias of its own to the logits; its head is a linear layer without one.
-    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None), logits_bias(model))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module, scale / divisor, softcap, logits_bias(model), temperature)
 
 
 def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tensor:
