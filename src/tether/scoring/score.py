@@ -76,7 +76,7 @@ def score(
         inputs["tree_backend"] = backends_for(batch.input_ids.device, gradients=False, requested=backend)[0]
     if has_router(inner):
         inputs["output_router_logits"] = routed
-    with _capture_hidden(head.module) as captured, context as attended:
+    with capture_hidden(head.module) as captured, context as attended:
         answer = model(**inputs, use_cache=False)
     if attended is not None:
         require_all_attended(inner, attended)
@@ -146,7 +146,7 @@ def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tens
 
 
 @contextmanager
-def _capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
+def capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what enters the head and let it compute nothing: the fused head does its work on scored rows only."""
     captured: list[Tensor] = []
 
@@ -161,12 +161,21 @@ def _capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+def require_tree(model: PreTrainedModel) -> None:
+    """Refuse a model that is known not to keep branches apart.
+
+    Raises:
+        ScoringError: with the reason.
+    """
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if chunk:
         raise ScoringError(f"{type(model).__name__} attends in chunks of {chunk} tokens along the row")
     if carries_state(model):
         raise ScoringError(f"{type(model).__name__} carries state along the row, which would run through the branches")
+
+
+def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+    require_tree(model)
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
     return tree_images(model, batch, inputs), batch.sources, forest_forward()
