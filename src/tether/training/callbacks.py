@@ -26,10 +26,18 @@ class GuardCallback(TrainerCallback):
         begin: called once before the first step; checks start equality and returns the frozen probe, or None for no
             reference.
         every: steps between two checks of the frozen probe; 0 for never.
+        still: a step may have no gradient at all, and proves nothing then.
     """
 
-    def __init__(self, proof: TrainingProof, begin: Callable[[TrainerState], FrozenProbe | None], every: int) -> None:
-        self._proof, self._begin, self._every = proof, begin, every
+    def __init__(
+        self,
+        proof: TrainingProof,
+        begin: Callable[[TrainerState], FrozenProbe | None],
+        every: int,
+        *,
+        still: bool = False,
+    ) -> None:
+        self._proof, self._begin, self._every, self._still = proof, begin, every, still
         self._probe: FrozenProbe | None = None
         self._moving = False
         self._zero_margins = 0
@@ -46,6 +54,9 @@ class GuardCallback(TrainerCallback):
         """Remember whether this step can change anything: a warm-up starts at a learning rate of 0."""
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
+        if self._moving and self._still and self._proof.pending:
+            tensors = (one for group in optimizer.param_groups for one in group["params"])
+            self._moving = any(one.grad is not None and bool(one.grad.any()) for one in tensors)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Something changed, and the reference did not."""

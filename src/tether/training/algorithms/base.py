@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -17,7 +18,9 @@ from tether.errors import DataError
 from tether.scoring import score
 from tether.scoring.layout.proof import LOG_PROBS, Measures
 from tether.training.config import PreferenceConfig
+from tether.training.setup.data import RunData
 from tether.training.setup.policy import policy_spec
+from tether.training.source import Source
 from tether.training.step import Context, MicroBatch, Step
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -52,11 +55,25 @@ class Passes:
         policy: scores of a batch by the policy as it is, without gradient.
         reference: the same by the reference; None where there is none.
         total: sum of a tensor over all processes; each has to call.
+        gather: a tensor of all processes, one after another; each has to call, with as many rows.
+        model: the policy, outside wrappers of data parallelism.
+        split: a batch into micro-batches, as the steps split it; each process has to call.
+        precision: a context of the run's precision.
+        state: of transformers' trainer.
+        process: number of this process.
+        processes: of the run.
     """
 
     policy: Callable[[ScoringBatch], Scores]
     reference: Callable[[ScoringBatch], Scores | None]
     total: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
+    model: Callable[[], nn.Module]
+    split: Callable[[ScoringBatch], list[MicroBatch]]
+    precision: Callable[[], AbstractContextManager[Any]]
+    state: Callable[[], Any]
+    process: int
+    processes: int
 
 
 class Algorithm(ABC, Generic[Answer]):
@@ -71,6 +88,8 @@ class Algorithm(ABC, Generic[Answer]):
     # The function that scores a batch by the policy, and what its layout is proved by.
     scoring: Callable[..., Any] = staticmethod(score)
     measures: Measures = LOG_PROBS
+    # A step may have no gradient at all, as where the rewards of every group are equal.
+    still_steps: ClassVar[bool] = False
 
     def __init__(self, args: Any, model_config: Any) -> None:
         self.args, self.model_config = args, model_config
@@ -97,6 +116,13 @@ class Algorithm(ABC, Generic[Answer]):
     def chunks(self) -> Callable[[pa.Table], pa.Table]:
         """The same for a stream: what changes the rows of one pass over it, a chunk after the other."""
         return lambda table: table
+
+    def source(self, source: Source, data: RunData) -> Source:
+        """What gives the batches, from the prepared training rows; before any weights load."""
+        return source
+
+    def attach(self, passes: Passes) -> None:
+        """Take what may be asked of the run, when it is put together."""
 
     def load_model(self, source: str) -> nn.Module:
         """Load a policy that was named by a string."""
