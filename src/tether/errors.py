@@ -1,4 +1,4 @@
-"""Every error Tether raises on purpose: what came, what was allowed, what to do.
+"""Every error Tether raises on purpose: what was given, what is allowed, what to do.
 
 The command line prints these as one paragraph. `exit_code` is 2 for bad input and 1 for a failed run.
 """

@@ -195,7 +195,7 @@ class Tree:
 class Forest:
     """The trees of a packed row, in order and without gaps.
 
-    `cache` holds tensors that attention derives from the layout once per micro-batch (masks); it is no part of the
+    `cache` holds tensors that attention derives from the layout once per micro-batch (masks); it is not part of the
     forest's value.
 
     Example:

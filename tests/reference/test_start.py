@@ -210,7 +210,7 @@ def test_meanings_and_means_that_do_not_fit_are_refused():
         ReferenceSpec("old")
     with pytest.raises(ConfigError, match="cannot compute the meaning 'base'"):
         ReferenceSpec("base", "model")
-    with pytest.raises(ConfigError, match="came without a model"):
+    with pytest.raises(ConfigError, match="no model was given"):
         resolved(tiny_model(), meaning="model")
 
 

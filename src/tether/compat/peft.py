@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -86,3 +86,31 @@ def set_active(model: PeftModel, names: Sequence[str], *, trains: bool) -> None:
     tuner: Any = model.base_model
     # The tuner remembers what it is given, and PEFT writes one name where it is given one.
     tuner.set_adapter(list(names) if len(names) > 1 else names[0], inference_mode=not trains)
+
+
+def restored_tensors(model: PeftModel, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
+    """Names of the model's tensors that PEFT would set from an adapter's file; nothing is set.
+
+    PEFT gives keys other names by rules of each kind of adapter and hands the result to `load_state_dict`, which is
+    listened to here.
+    """
+    found: list[str] = []
+
+    def listen(state: Mapping[str, Tensor], **_: Any) -> Any:
+        found.extend(state)
+        return nn.Module.load_state_dict(model, {}, strict=False)
+
+    config: Any = model.peft_config[adapter]
+    model.load_state_dict = listen  # type: ignore[method-assign]
+    encoder: Any = model.prompt_encoder[adapter].embedding if config.is_prompt_learning else None
+    try:
+        if encoder is not None:
+            encoder.load_state_dict = lambda *_, **__: None  # of virtual tokens, which PEFT sets apart
+        set_peft_model_state_dict(model, dict(tensors), adapter)
+    finally:
+        del model.load_state_dict
+        if encoder is not None:
+            del encoder.load_state_dict
+    known = model.state_dict()
+    virtual = [f"prompt_encoder.{adapter}.embedding.weight"] * ("prompt_embeddings" in found)
+    return [*(name for name in found if name in known), *virtual]

@@ -21,7 +21,7 @@ from tether.types import Meaning
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may stand at a key, in words; printed when something else came."""
+    """What may stand at a key, in words; printed when something else was given."""
 
     words: str
 

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 from tether.compat.messages import ADAPTER_INCOMPLETE
 from tether.compat.peft import set_active
 from tether.errors import ConfigError
+from tether.models.beside import WEIGHTS, remember_brought
 from tether.models.structure import unwrap
 
 logger = logging.getLogger("tether")
 ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
-_WEIGHTS = "adapter_model.safetensors"
 # Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
 
@@ -52,6 +52,7 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     policy = _load(base, folder, TRAINED, trainable=True)
     for name in beneath:
         policy.load_adapter(str(folder / name), name, torch_device="cpu")
+    _remember(policy, folder, beneath)
     if beneath:
         _activate(policy, beneath)
     return policy.eval()
@@ -106,6 +107,8 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     try:
         for place, name in zip(places[1:], names[1:], strict=True):
             policy.load_adapter(str(place), name, torch_device="cpu")
+        for place, name in zip(places, names, strict=True):
+            remember_brought(policy, place, name)
         policy.add_adapter(TRAINED, config)
         _activate(policy, names)
     except ValueError as error:
@@ -147,7 +150,7 @@ def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel)
         return config
     if not isinstance(config, LoraConfig):
         raise ConfigError(
-            f"add_tokens came with a {_kind(config)} adapter, in which nothing would train the new tokens' "
+            f"add_tokens was given with a {_kind(config)} adapter, in which nothing would train the new tokens' "
             f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
         )
     if config.trainable_token_indices is None:
@@ -178,7 +181,7 @@ def load_active(model: nn.Module | None, folder: str | Path) -> bool:
     required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     for name in inner.active_adapters:
         place = Path(folder) if name == TRAINED else Path(folder) / name
-        if not (place / _WEIGHTS).is_file():
+        if not (place / WEIGHTS).is_file():
             raise ConfigError(f"The checkpoint {folder} lacks the adapter {name!r}, which is active on this model.")
         inner.load_adapter(str(place), name, is_trainable=True, torch_device=str(next(inner.parameters()).device))
     for parameter, value in required:
@@ -236,7 +239,7 @@ def _beneath(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"'{note}' does not say which adapters were active ({error}); copy it again.") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name / _WEIGHTS).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name / WEIGHTS).is_file():
             raise ConfigError(
                 f"The adapter '{folder}' was trained over another one, {name!r}, which is not there: it would compute "
                 f"something else. Copy the whole folder again, with '{name}' in it."
@@ -272,11 +275,17 @@ def _make_room(base: PreTrainedModel, folder: Path) -> None:
     """An adapter that was trained with new tokens brings embeddings of more rows than its base has."""
     embeddings: Any = base.get_input_embeddings()
     name = next((name for name, module in base.named_modules() if module is embeddings), "")
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         whole = [key for key in file.keys() if f".{name}." in key and key.endswith(".weight") and "lora_" not in key]  # noqa: SIM118
         rows = max((file.get_slice(key).get_shape()[0] for key in whole), default=0)
     if rows > embeddings.weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _remember(policy: PeftModel, folder: Path, beneath: list[str]) -> None:
+    """Which tensors of the base the adapters of a folder brought, so that what is saved of the policy has them too."""
+    for name, place in {TRAINED: folder, **{name: folder / name for name in beneath}}.items():
+        remember_brought(policy, place, name)
 
 
 def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
@@ -284,6 +293,7 @@ def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftCo
     refuse_unfit_virtual_tokens(config, base)
     policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
     policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
+    _remember(policy, folder, [])
     return policy.eval()
 
 

@@ -115,9 +115,14 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, DropoutLayer):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
-            for name, value in list(vars(holder).items()) if holder is not None else ():
-                if isinstance(value, float) and value and _RANDOM.search(name):
-                    setattr(holder, name, 0.0)
+            for name in random_rates(holder):
+                setattr(holder, name, 0.0)
+
+
+def random_rates(holder: object) -> list[str]:
+    """Names of the rates above 0, of a module or a configuration, that make a forward in training mode random."""
+    values = vars(holder).items() if holder is not None else ()
+    return [name for name, value in values if isinstance(value, float) and value and _RANDOM.search(name)]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

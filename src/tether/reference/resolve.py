@@ -93,7 +93,7 @@ def resolve(
 def _resolve_model(run: _Run) -> Resolved:
     spec, model = run.spec, run.spec.model
     if model is None:
-        raise ConfigError("reference: model came without a model; pass `ref_model`, or name one in the run file.")
+        raise ConfigError("reference is model, but no model was given; pass `ref_model`, or name one in the run file.")
     refuse_wrong_model(run.policy, model)
     identity = _identity(spec, "model", model, without_adapters=False)
     where = f"{spec.source} ({identity.dtype}, {next(model.parameters()).device})"

@@ -23,8 +23,11 @@ from tether.compat.trainer import (
     deepspeed_engine,
     expect_summed_loss,
     keeps_shards,
+    reports_more,
     save_checkpoint,
     train_batch_size,
+    use_averages,
+    use_live_weights,
     wrapped_for_evaluation,
 )
 from tether.compute.precision import require_same_precision, write_precision
@@ -39,11 +42,21 @@ from tether.reference.record import restore, write_record, write_tensors
 from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile
-from tether.training.checkpoint import load_checkpoint, read_objective, resume_folder, save_model, write_objective
+from tether.training.checkpoint import (
+    load_checkpoint,
+    read_objective,
+    refuse_second_run,
+    require_parts,
+    resume_folder,
+    write_objective,
+)
 from tether.training.config import PreferenceConfig
-from tether.training.evaluation import evaluate, prepare_unseen
+from tether.training.evaluation import evaluate, evaluated_names, prepare_unseen, require_metric
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
+from tether.training.saving.before import check_optimizer, rehearse
+from tether.training.saving.saving import Saving
+from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
 from tether.training.setup.run import Given, Run, build_run, build_step
@@ -76,6 +89,7 @@ class TetherTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         def start(args: Any, policy: nn.Module, train: Any, evaluation: Any, tokenizer: Any) -> Accelerator:
+            check_optimizer(args, optimizers[0])
             # A nested function has no first argument that a bare `super()` could take for the trainer.
             super(TetherTrainer, self).__init__(
                 model=policy,
@@ -99,6 +113,7 @@ class TetherTrainer(Trainer):
         self._sums = MetricSums()
         self._new_tokens = 0
         self.guard: GuardResult | None = None
+        self._saving = Saving(self.run, self.args, self.accelerator, self.processing_class)
         self.add_callback(MetricsFile(self.run_folder))
         still = self.algorithm_class.still_steps
         self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps, still=still))
@@ -110,6 +125,10 @@ class TetherTrainer(Trainer):
             self.add_callback(callback)
         if self.is_world_process_zero():
             write_reports(self.run_folder, self.run.data.reports)
+        if self.eval_dataset is not None and not reports_more(self, TetherTrainer):
+            names = evaluated_names(self.run, self._scored_loss, self.policy, self._passes(), self.accelerator)
+            require_metric(self.args.metric_for_best_model, names, self.eval_dataset)
+        rehearse(self._save, self.policy, self.args)
 
     @property
     def policy(self) -> nn.Module:
@@ -132,6 +151,7 @@ class TetherTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The batches of a step, split into micro-batches; their `Step` travels as `num_items_in_batch`."""
+        use_live_weights(self.optimizer)  # an evaluation may have left averages in the model
         source, mark = self.run.source, self.run.source.mark()
         try:
             inputs = list(islice(epoch_iterator, num_batches))
@@ -161,6 +181,7 @@ class TetherTrainer(Trainer):
                 loss += super().training_step(model, cast(Any, part), cast(Any, step))
         for part in parts[-1:]:
             loss = loss + super().training_step(model, cast(Any, part), cast(Any, step))
+        self._saving.finite.saw(loss)
         if parts is step.shares[-1]:
             self.run.algorithm.end_step(step.context, self._passes())
         return loss
@@ -184,6 +205,9 @@ class TetherTrainer(Trainer):
             self._new_tokens += self.run.algorithm.trained_tokens(part.batch)
         loss = reduce_loss(output, step.totals, self.accelerator.num_processes)
         loss = loss if part.counts else loss * 0.0
+        if deepspeed_engine(self) is not None and self.is_in_train:  # its engine updates inside the backward
+            self._saving.finite.saw(loss)
+            self._saving.finite.check_step(None, self.state.global_step)
         return (loss, output) if return_outputs else loss
 
     def _scored_loss(self, model: nn.Module, part: MicroBatch, context: Context) -> LossOutput:
@@ -227,6 +251,12 @@ class TetherTrainer(Trainer):
         self.run.reference.score(batch)
         self.run.scorer(model, batch)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Called right before the update, whatever is clipped or logged.
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._saving.finite.check_step(None if self.accelerator.scaler else norm, self.state.global_step)
+        return norm
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Two per parameter and token forward, four backward; the estimate that transformers makes."""
         tokens = sum(part.batch.input_ids.numel() for part in inputs)
@@ -245,6 +275,7 @@ class TetherTrainer(Trainer):
         """Mean loss and metrics over real rows, in memory that does not grow with the data."""
         model = wrapped_for_evaluation(self)
         model.eval()
+        use_averages(self.optimizer)
         context = self.run.algorithm.begin_evaluation(self._passes())
 
         def outputs() -> Iterator[tuple[MicroBatch, LossOutput]]:
@@ -257,6 +288,8 @@ class TetherTrainer(Trainer):
                 yield part, output
 
         means, rows = evaluate(outputs(), self.run.algorithm, context, self.run.router_weight, self.accelerator)
+        if self.is_in_train:
+            self._saving.finite.check_evaluation(means["loss"], self.state.global_step)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
@@ -299,10 +332,12 @@ class TetherTrainer(Trainer):
             ReferencePolicyError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
         run, folder = self.run, resume_folder(resume_from_checkpoint, self.args.output_dir)
+        refuse_second_run(self.state.global_step, folder)
         self._sums, self._new_tokens = MetricSums(), 0
         run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
             if folder is not None:
+                require_parts(folder, bool(self.args.save_only_model))
                 require_same_precision(folder, self.args.mixed_precision)
                 self.guard = restore(folder, run.reference.live, self.policy)
                 if run.stored is not None:
@@ -310,7 +345,9 @@ class TetherTrainer(Trainer):
             if self.args.precompute_ref_log_probs:
                 self.precompute_reference()
         try:
-            return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+            result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+            self._saving.begin(self.policy, self.optimizer, "the run ends with nothing saved of its last steps")
+            return result
         finally:
             self._display.close()
             run.source.close()
@@ -400,14 +437,30 @@ class TetherTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        use_averages(self.optimizer)  # what is loaded are averages, and must not be taken for live weights
         if keeps_shards(self) or not load_checkpoint(
             cast(nn.Module, self.model), str(self.state.best_model_checkpoint)
         ):
             super()._load_best_model()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; what is loaded from the folder is compared with the one in memory, but in checkpoints.
+
+        Raises:
+            TetherError: a weight is not finite, a trained tensor is in no file, or another model would be loaded.
+        """
+        folder = Path(output_dir or self.run_folder)
+        self._saving.begin(self.policy, self.optimizer, f"nothing was saved in {folder}")
+        super().save_model(str(folder), _internal_call=True)
+        if not _internal_call:
+            self._saving.prove(self.policy, folder, shards=keeps_shards(self))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with save_model(cast(nn.Module, self.model), output_dir or str(self.args.output_dir), self.args):
-            super()._save(output_dir, state_dict)
+        folder = output_dir or str(self.args.output_dir)
+        with whole_save(cast(nn.Module, self.model), folder, self.args, self.run.settings, state_dict) as state:
+            super()._save(output_dir, state)
 
     def _order(self) -> Any:
         return self.run.source.order(

@@ -65,7 +65,7 @@ class Batch:
 
     Args:
         table: the columns of `Prepared.dataset`.
-        rows: how many came.
+        rows: how many were read.
         tally: what was done to them.
         digests: of each row that was kept, and of its prompt.
     """

@@ -91,7 +91,7 @@ def forest_forward() -> Iterator[list[nn.Module]]:
 
 
 def require_all_attended(model: PreTrainedModel, attended: list[nn.Module]) -> None:
-    """Every layer must have read the forest; one that did not has mixed the branches without a word.
+    """Every layer must have read the forest; one that did not has mixed the branches silently.
 
     Raises:
         ScoringError: some layers computed something else than tree attention.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tether.data import Prepared
 from tether.errors import DataError
+from tether.models import load_policy
 from tether.scoring import score
 from tether.scoring.layout.proof import LOG_PROBS, Measures
 from tether.training.config import PreferenceConfig
@@ -127,6 +128,10 @@ class Algorithm(ABC, Generic[Answer]):
     def load_model(self, source: str) -> nn.Module:
         """Load a policy that was named by a string."""
         return policy_spec(source, self.args).load_base()
+
+    def load_saved(self, source: str, **options: Any) -> nn.Module:
+        """Load a policy that was saved, or its base; `options` as for `load_policy`."""
+        return load_policy(source, **options)
 
     def adapter(self, peft_config: PeftConfig | None) -> PeftConfig | None:
         """The adapter that was asked for, changed where it has to be."""

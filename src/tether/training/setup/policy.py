@@ -27,6 +27,7 @@ from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router
 from tether.training.checkpoint import refuse_silent_reanchoring
 from tether.training.config import PreferenceConfig
+from tether.training.saving.before import check_before_loading
 
 logger = logging.getLogger("tether")
 _NOTHING_TRAINS = (
@@ -41,7 +42,7 @@ def check_arguments(
     """The arguments of a run, found to be fit for one; with the quantisation that was given beside them, as in TRL."""
     if not isinstance(args, wanted):
         came = "nothing" if args is None else f"a {type(args).__name__}"
-        raise ConfigError(f"args: {came} came; pass a configuration such as {wanted.__name__}(output_dir=...).")
+        raise ConfigError(f"args is {came}; pass a configuration such as {wanted.__name__}(output_dir=...).")
     if train is None:
         raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
     if args.eval_strategy != "no" and evaluation is None:
@@ -51,6 +52,7 @@ def check_arguments(
             f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    check_before_loading(args)
     return args if quantization is None else _with_quantization(args, quantization)
 
 
@@ -59,7 +61,8 @@ def _with_quantization(args: PreferenceConfig, quantization: Any) -> PreferenceC
     given = cast(dict[str, Any], args.model_init_kwargs or {})
     if {"quantization", "quantization_config"} & given.keys():
         raise ConfigError(
-            "quantization_config came as an argument of the trainer and model_init_kwargs has one too. Leave one out."
+            "quantization_config was given as an argument of the trainer and model_init_kwargs has one too. Leave one "
+            "out."
         )
     args = copy(args)
     # As plain values, so that the arguments can still be written as JSON.
@@ -87,7 +90,7 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
     if not isinstance(model, (str, Path)):
         if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
             raise ConfigError(
-                "model_init_kwargs or a quantization_config came with models in memory, which they cannot change. "
+                "model_init_kwargs or a quantization_config was given with models in memory, which they cannot change. "
                 "Leave them out."
             )
         return
@@ -192,7 +195,7 @@ def learning_tokens(
         return train_new_tokens(peft_config, ids, transformers_model(policy))
     if ids and cast(dict[str, Any], args.model_init_kwargs or {}).get("adapter"):
         raise ConfigError(
-            "add_tokens came with an adapter that is continued, in which nothing would train the new tokens' "
+            "add_tokens was given with an adapter that is continued, in which nothing would train the new tokens' "
             "embeddings. Merge it into its base first, or put a new adapter over it (`peft_config`, or `lora:`)."
         )
     return peft_config
@@ -225,7 +228,7 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
             "base as the model and its folder as `adapter` in model_init_kwargs (in a run file `model.adapter`)."
         )
     if not isinstance(policy, PreTrainedModel):
-        raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
+        raise ConfigError(f"peft_config needs a transformers model; got a {type(policy).__name__}.")
     _refuse_virtual_tokens(peft_config, policy, args)
     peft_config = for_task(peft_config, policy)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:

@@ -19,6 +19,7 @@ from tether.compat.deepspeed import inference_engine
 from tether.compat.transformers import commit_of
 from tether.errors import ConfigError
 from tether.models import load_tokenizer
+from tether.models.beside import refuse_brought
 from tether.models.load import check_source
 from tether.models.partitioned import whole_weights
 from tether.models.spec import ModelSpec
@@ -66,7 +67,9 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     if ref_model is None and args.reference == "model" and not remote:
         raise ConfigError("reference is 'model' but no ref_model was given. Pass ref_model, or leave reference unset.")
     if args.ref_model_init_kwargs and not isinstance(ref_model, (str, Path)):
-        raise ConfigError("ref_model_init_kwargs came without a ref_model that is named by a string. Leave them out.")
+        raise ConfigError(
+            "ref_model_init_kwargs was given without a ref_model that is named by a string. Leave them out."
+        )
     return args.reference or ("start" if ref_model is None else "model")
 
 
@@ -161,6 +164,7 @@ def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module 
             f"The policy already has an adapter called {_ADAPTER!r}, the name that one loaded from a folder gets. "
             f"Rename it, or give reference_adapter={_ADAPTER!r} if that is the reference."
         )
+    refuse_brought(inner, folder)
     trains = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     try:
         report = inner.load_adapter(str(folder), _ADAPTER, is_trainable=False, torch_device=str(args.device))

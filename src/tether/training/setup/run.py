@@ -28,6 +28,7 @@ from tether.scoring.batch import with_prompts
 from tether.training.algorithms.base import Algorithm
 from tether.training.budget import TokenBudget, choose_budget
 from tether.training.config import PreferenceConfig
+from tether.training.saving.settings import OwnSettings
 from tether.training.setup.data import Rows, RunData
 from tether.training.setup.policy import (
     at_the_start,
@@ -82,6 +83,7 @@ class Run:
         line: what the reference is and why, in one line.
         stored: the reference's store; None without one.
         proof: that something trains.
+        settings: the policy's own, which it is saved with.
     """
 
     algorithm: Algorithm[Any]
@@ -96,6 +98,7 @@ class Run:
     line: str
     stored: StoredReference | None
     proof: TrainingProof
+    settings: OwnSettings
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """A batch with all that the algorithm has scored of it."""
@@ -132,7 +135,6 @@ def build_run(
     )
     make_audible(args)
     model, ref_model = given.model, given.ref_model
-    named = isinstance(model, (str, Path))
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
@@ -144,9 +146,9 @@ def build_run(
     data = RunData(tokenizer, args, algorithm.rows, bool(algorithm.model_config.is_encoder_decoder), algorithm.chunks)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
     source = algorithm.source(source, data)
-    # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
-    # which needs its shapes.
-    policy = algorithm.load_model(source_name) if named else cast(nn.Module, model)
+    # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then its precision.
+    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else model
+    settings = OwnSettings(policy)
     embed_tokens(policy, new_tokens)
     peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
     policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
@@ -154,6 +156,7 @@ def build_run(
     choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
     proof = TrainingProof(policy)
     accelerator = start(args, policy, source.rows, evaluation, tokenizer)
+    settings.restore_cache()
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
@@ -170,7 +173,9 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    return Run(algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof)
+    return Run(
+        algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof, settings
+    )
 
 
 class _Prover:
