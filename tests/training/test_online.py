@@ -16,7 +16,7 @@ from tether import GRPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
 from tether.objectives import OBJECTIVES
 from tether.scoring import pack
-from tether.training.algorithms.online_config import REFUSED
+from tether.training.online.config import REFUSED
 from tether.training.setup.run import build_step
 from tether.training.source.rollouts import Shape
 from training.online import CLASSES, PROMPTS, SETTINGS, even, policy, steps, trainer, weights

@@ -4,12 +4,12 @@ from tether.training.algorithms.cpo import CPO, CPOConfig, CPOTrainer
 from tether.training.algorithms.dpo import DPO, DPOConfig, DPOTrainer
 from tether.training.algorithms.grpo import GRPO, GRPOConfig, GRPOTrainer
 from tether.training.algorithms.kto import KTO, KTOConfig, KTOTrainer
-from tether.training.algorithms.online_config import OnlineConfig
 from tether.training.algorithms.orpo import ORPO, ORPOConfig, ORPOTrainer
 from tether.training.algorithms.reward import Reward, RewardConfig, RewardTrainer
 from tether.training.algorithms.rloo import RLOO, RLOOConfig, RLOOTrainer
 from tether.training.algorithms.sft import SFT, SFTConfig, SFTTrainer
 from tether.training.config import PreferenceConfig
+from tether.training.online.config import OnlineConfig
 from tether.training.trainer import TetherTrainer
 
 __all__ = [

@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import TetherError
-from tether.reference import FrozenProbe, TrainingProof
+from tether.reference import FrozenProbe
+from tether.training.setup.run import Run
 
 METRICS = "metrics.jsonl"
 _STUCK_LOGS = 20
@@ -22,22 +23,15 @@ class GuardCallback(TrainerCallback):
     """Runs the guards of `tether.reference.guard` at their moments.
 
     Args:
-        proof: that something trains.
+        run: has the proof that something trains; a step of its algorithm may have no gradient, and proves nothing then.
         begin: called once before the first step; checks start equality and returns the frozen probe, or None for no
             reference.
         every: steps between two checks of the frozen probe; 0 for never.
-        still: a step may have no gradient at all, and proves nothing then.
     """
 
-    def __init__(
-        self,
-        proof: TrainingProof,
-        begin: Callable[[TrainerState], FrozenProbe | None],
-        every: int,
-        *,
-        still: bool = False,
-    ) -> None:
-        self._proof, self._begin, self._every, self._still = proof, begin, every, still
+    def __init__(self, run: Run, begin: Callable[[TrainerState], FrozenProbe | None], every: int) -> None:
+        self._proof, self._still = run.proof, run.algorithm.still_steps
+        self._begin, self._every = begin, every
         self._probe: FrozenProbe | None = None
         self._moving = False
         self._zero_margins = 0

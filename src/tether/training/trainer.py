@@ -106,8 +106,7 @@ class TetherTrainer(Trainer):
         given = Given(
             model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
         )
-        parts = self.algorithm_parts
-        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy, **parts)
+        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy, **self.algorithm_parts)
         self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)
         self._sums = MetricSums()
@@ -115,8 +114,7 @@ class TetherTrainer(Trainer):
         self.guard: GuardResult | None = None
         self._saving = Saving(self.run, self.args, self.accelerator, self.processing_class)
         self.add_callback(MetricsFile(self.run_folder))
-        still = self.algorithm_class.still_steps
-        self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps, still=still))
+        self.add_callback(GuardCallback(self.run, self._begin, self.args.reference_check_steps))
         if self.run.stored is not None:
             verify_store(self.run.stored, self.run.source.known)
             self.add_callback(StoreCallback(self.run.stored, self.run.source, self.accelerator))
@@ -230,14 +228,10 @@ class TetherTrainer(Trainer):
         return Passes(
             policy=self._frozen_scores,
             reference=lambda batch: self.run.reference.score(batch, self.run.algorithm.needs.reference),
-            total=lambda tensor: cast(Tensor, self.accelerator.reduce(tensor, reduction="sum")),
-            gather=lambda tensor: cast(Tensor, self.accelerator.gather(tensor)),
+            accelerator=self.accelerator,
             model=lambda: self.policy,
             split=lambda batch: self.run.budget.split(batch, self.accelerator),
-            precision=self.accelerator.autocast,
             state=lambda: self.state,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
         )
 
     def _frozen_scores(self, batch: ScoringBatch) -> Scores:

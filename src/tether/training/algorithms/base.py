@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import pyarrow as pa
+from accelerate import Accelerator
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -55,26 +55,26 @@ class Passes:
     Args:
         policy: scores of a batch by the policy as it is, without gradient.
         reference: the same by the reference; None where there is none.
-        total: sum of a tensor over all processes; each has to call.
-        gather: a tensor of all processes, one after another; each has to call, with as many rows.
+        accelerator: of the run's processes.
         model: the policy, outside wrappers of data parallelism.
         split: a batch into micro-batches, as the steps split it; each process has to call.
-        precision: a context of the run's precision.
         state: of transformers' trainer.
-        process: number of this process.
-        processes: of the run.
     """
 
     policy: Callable[[ScoringBatch], Scores]
     reference: Callable[[ScoringBatch], Scores | None]
-    total: Callable[[Tensor], Tensor]
-    gather: Callable[[Tensor], Tensor]
+    accelerator: Accelerator
     model: Callable[[], nn.Module]
     split: Callable[[ScoringBatch], list[MicroBatch]]
-    precision: Callable[[], AbstractContextManager[Any]]
     state: Callable[[], Any]
-    process: int
-    processes: int
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over all processes; each has to call."""
+        return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of all processes, one after another; each has to call, with as many rows."""
+        return cast(Tensor, self.accelerator.gather(tensor))
 
 
 class Algorithm(ABC, Generic[Answer]):

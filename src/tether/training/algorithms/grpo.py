@@ -17,9 +17,9 @@ from tether.objectives import OBJECTIVES, Range
 from tether.objectives.advantages import group_advantages, normalize_then_sum, weighted_sum
 from tether.objectives.policy_gradient import PolicyGradient
 from tether.rollout import RolloutEngine
-from tether.training.algorithms.online import Online
-from tether.training.algorithms.online_config import REFUSED, OnlineConfig
 from tether.training.declared import REGISTERED, option
+from tether.training.online.algorithm import Online
+from tether.training.online.config import REFUSED, OnlineConfig
 from tether.training.setup.data import Rows
 from tether.training.trainer import TetherTrainer
 
@@ -234,7 +234,7 @@ class GRPOTrainer(OnlineTrainer):
         quantization_config: of transformers, for a model that is named.
         peft_config: a PEFT configuration; adds a new adapter to the model.
         tools: refused; so is `environment_factory`.
-        rollout_func: samples in place of an engine, see `tether.training.rollout_function`.
+        rollout_func: samples in place of an engine, see `tether.training.online.function`.
         ref_model: another model as the reference, with `beta` above 0; left out, it is what `args.reference` says.
         engine: a `tether.rollout.RolloutEngine`.
 

@@ -12,9 +12,9 @@ from tether.objectives import OBJECTIVES
 from tether.objectives.advantages import leave_one_out, weighted_sum
 from tether.objectives.policy_gradient import PolicyGradient
 from tether.training.algorithms.grpo import OnlineTrainer
-from tether.training.algorithms.online import Online
-from tether.training.algorithms.online_config import OnlineConfig
 from tether.training.declared import REGISTERED, option
+from tether.training.online.algorithm import Online
+from tether.training.online.config import OnlineConfig
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tether.data import example_from_row
 from tether.errors import ConfigError, DataError
 from tether.rollout import RolloutRequest
 from tether.scoring import pack
-from tether.training.experience import Wanted
+from tether.training.online.experience import Wanted
 from tether.training.source.base import Collate, Source
 from tether.training.source.dealing import Order
 from tether.types import Example
@@ -135,8 +135,9 @@ class RolloutSource(Source):
             length = int(torch.randint(*_PROBE_TOKENS, (), generator=generator))
             return seen[torch.randint(len(seen), (length,), generator=generator)]
 
+        values = {"advantage": torch.zeros(2), "weight": torch.ones(2)}
         return [
-            Example(one.prompt_ids, (drawn(), drawn()), one.source_row, one.values, images=one.images)
+            Example(one.prompt_ids, (drawn(), drawn()), one.source_row, completion_values=values)
             for one in found[:count]
         ]
 

@@ -97,6 +97,12 @@ class Experience:
     pending: list[Metrics] = field(default_factory=list)
     evaluated: list[Metrics] = field(default_factory=list)
 
+    @property
+    def figures(self) -> list[str]:
+        """Names of what is said of an evaluation's rollouts."""
+        each = [f"rewards/{one.name}/mean" for one in self.plan.rewards]
+        return [*each, "reward", "reward_std", "frac_reward_zero_std", *_lengths(torch.ones(1), torch.zeros(1) > 0)]
+
     def make(self, wanted: Wanted) -> list[list[Example]]:
         """The examples of each batch, with their advantages, weights, and log-probs that are constant.
 
@@ -122,7 +128,7 @@ class Experience:
         weights = torch.tensor([reward.weight for reward in self.plan.rewards])
         total = weighted_sum(rewards, weights)
         kept = self._kept(total, truncated, wanted.group)
-        count, first = len(texts), len(texts) * passes.process
+        count, first = len(texts), len(texts) * passes.accelerator.process_index
         batches = self._batches(wanted, groups, kept[first : first + count], engine)
         batches = [self._scored(batch, engine) for batch in batches]
         kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if self.plan.kl_in_reward else None
@@ -145,7 +151,7 @@ class Experience:
     def _gathered(self, values: Tensor) -> Tensor:
         """Of all processes, on the CPU."""
         passes = self._passes()
-        if passes.processes == 1:
+        if passes.accelerator.num_processes == 1:
             return values.cpu()
         device = next(passes.model().parameters()).device
         return passes.gather(values.to(device)).cpu()
@@ -159,7 +165,7 @@ class Experience:
                 lambda batch: passes.policy(batch).token_logps,
                 requests,
                 self.plan.sampling,
-                passes.precision,
+                passes.accelerator.autocast,
             )
         return self.engine
 
@@ -170,7 +176,7 @@ class Experience:
         plan, number = self.plan, wanted.number
         if plan.folder is None or not isinstance(number, int):
             return lambda table: None
-        path = rollout_file(plan.folder, number, self._passes().process)
+        path = rollout_file(plan.folder, number, self._passes().accelerator.process_index)
 
         def keep(table: RewardTable | None) -> None:
             rewards = (

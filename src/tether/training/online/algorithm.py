@@ -28,9 +28,9 @@ from tether.rewards import (
 from tether.rollout import ReplayEngine, RolloutEngine, Sampling
 from tether.scoring import score
 from tether.training.algorithms.base import Algorithm, Needs, Passes
-from tether.training.algorithms.online_config import OnlineConfig
-from tether.training.experience import GIVEN, Experience, Plan, means_of
-from tether.training.rollout_function import FunctionEngine
+from tether.training.online.config import OnlineConfig
+from tether.training.online.experience import GIVEN, Experience, Plan, means_of
+from tether.training.online.function import FunctionEngine
 from tether.training.setup.data import RunData
 from tether.training.source.base import Source
 from tether.training.source.rollouts import RolloutSource, Shape
@@ -134,7 +134,7 @@ class Online(Algorithm[Scores]):
         raise NotImplementedError
 
     def judge(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
-        """Advantages of completions; see `tether.training.experience.Judge`."""
+        """Advantages of completions; see `tether.training.online.experience.Judge`."""
         raise NotImplementedError
 
     @property
@@ -253,6 +253,8 @@ class Online(Algorithm[Scores]):
         """With the figures of its rollouts."""
         assert self._experience is not None
         found = means_of(self._experience.evaluated, "cpu")
+        if not found:  # a look at what an evaluation gives, before there is one
+            return {**means, **dict.fromkeys(self._experience.figures, 0.0)}
         return {**means, **{name: (total / count).item() for name, (total, count) in found.items()}}
 
     def loss(self, policy: Scores, reference: Scores | None, part: MicroBatch, context: Context) -> LossOutput:
