@@ -121,7 +121,11 @@ Start = Callable[[Any, nn.Module, Any, Any, Any], Accelerator]
 
 
 def build_run(
-    algorithm_class: type[Algorithm[Any]], given: Given, start: Start, policy_now: Callable[[], nn.Module]
+    algorithm_class: type[Algorithm[Any]],
+    given: Given,
+    start: Start,
+    policy_now: Callable[[], nn.Module],
+    **parts: Any,
 ) -> Run:
     """Check, load and prove everything that comes before the first step.
 
@@ -130,6 +134,7 @@ def build_run(
         given: what its constructor was given.
         start: called once, when policy and rows are ready.
         policy_now: the model in training as it is at the time, which sharding may exchange.
+        parts: further arguments of the algorithm, such as reward functions.
 
     Raises:
         ConfigError, DataError: before any weights are loaded, where that is possible.
@@ -144,7 +149,7 @@ def build_run(
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
-    algorithm = algorithm_class(args, config_of(model, args))
+    algorithm = algorithm_class(args, config_of(model, args), **parts)
     algorithm.check_model(model)
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
@@ -184,7 +189,7 @@ def _rows(
         rehearse(given.peft_config, algorithm.model_config)
     data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
-    return data, source, evaluation
+    return data, algorithm.source(source, data), evaluation
 
 
 def _policy(
