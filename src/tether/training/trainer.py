@@ -104,10 +104,9 @@ class TetherTrainer(Trainer):
             )
             return self.accelerator
 
-        given = Given(
-            model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
-        )
-        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy, **self.algorithm_parts)
+        data = train_dataset, eval_dataset, processing_class
+        given = Given(model, ref_model, args, *data, quantization_config, peft_config, self.algorithm_parts)
+        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
         self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)
         self._sums = MetricSums()

@@ -55,6 +55,7 @@ def check_arguments(
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
     check_before_loading(args)
+    make_audible(args)
     return args if quantization is None else _with_quantization(args, quantization)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +44,6 @@ from tether.training.setup.policy import (
     check_router,
     config_of,
     learning_tokens,
-    make_audible,
     policy_spec,
     router_coefficient,
     source_of,
@@ -62,7 +61,7 @@ _PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class Given:
-    """What a trainer's constructor was given; see `DPOTrainer`."""
+    """What a trainer's constructor was given, see `DPOTrainer`; and arguments of its algorithm, such as rewards."""
 
     model: str | Path | nn.Module
     ref_model: str | Path | nn.Module | None
@@ -72,6 +71,7 @@ class Given:
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     quantization_config: Any
     peft_config: PeftConfig | None
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,7 @@ Start = Callable[[Any, nn.Module, Any, Any, Any], Accelerator]
 
 
 def build_run(
-    algorithm_class: type[Algorithm[Any]],
-    given: Given,
-    start: Start,
-    policy_now: Callable[[], nn.Module],
-    **parts: Any,
+    algorithm_class: type[Algorithm[Any]], given: Given, start: Start, policy_now: Callable[[], nn.Module]
 ) -> Run:
     """Check, load and prove everything that comes before the first step.
 
@@ -134,7 +130,6 @@ def build_run(
         given: what its constructor was given.
         start: called once, when policy and rows are ready.
         policy_now: the model in training as it is at the time, which sharding may exchange.
-        parts: further arguments of the algorithm, such as reward functions.
 
     Raises:
         ConfigError, DataError: before any weights are loaded, where that is possible.
@@ -143,13 +138,12 @@ def build_run(
     args = check_arguments(
         given.args, algorithm_class.config, given.train_dataset, given.eval_dataset, given.quantization_config
     )
-    make_audible(args)
     model, ref_model = given.model, given.ref_model
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
-    algorithm = algorithm_class(args, config_of(model, args), **parts)
+    algorithm = algorithm_class(args, config_of(model, args), **given.parts)
     algorithm.check_model(model)
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
