@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError
 from tether.models.adapters import load_active
+from tether.models.rewritten import load_plain
 from tether.models.structure import unwrap
 from tether.reference.record import read_record
 
@@ -148,8 +149,8 @@ def load_renamed(model: nn.Module | None, folder: str | Path) -> bool:
 
 
 def load_checkpoint(model: nn.Module, folder: str | Path) -> bool:
-    """Load weights where transformers would lose some, see `load_renamed` and `load_active`; False: it may."""
-    return load_active(model, folder) or load_renamed(model, folder)
+    """Load weights where transformers would lose some, see the three functions; False: it may."""
+    return load_active(model, folder) or load_plain(model, folder) or load_renamed(model, folder)
 
 
 def _names(file: Path) -> list[str]:
