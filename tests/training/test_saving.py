@@ -9,20 +9,24 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from tether import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from tether.cli.errors import explain
+from tether.compat.peft import restored_tensors
 from tether.errors import ConfigError, TetherError
 from tether.models import load_policy
 from tether.models.beside import shared_by_hand
 from tether.models.rewritten import load_plain
 from tether.models.structure import trainable_tensors
 from tether.scoring import score_alone
+from tether.training.checkpoint import last_checkpoint
 from tether.training.saving import before, reload
+from tether.training.setup.policy import with_adapter
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -111,6 +115,19 @@ def test_what_trains_beside_an_adapter_is_saved_resumed_continued_and_merged(kin
     assert torch.equal(
         load_file(tmp_path / "second" / "adapter_model.safetensors")[norm], trainable_tensors(run.policy)[norm]
     )
+
+
+def test_peft_is_asked_what_it_would_restore_and_restores_nothing(base):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(modules_to_save=["lm_head"]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file = {name: torch.full_like(tensor, 7.0) for name, tensor in get_peft_model_state_dict(model).items()}
+    file[NORM], file["base_model.model.no.such.weight"] = torch.zeros(32), torch.zeros(1)
+    found = restored_tensors(model, file, "default")
+    assert sorted(found) == sorted([NORM, *trainable_tensors(model)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    set_peft_model_state_dict(model, file, "default")
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(found)
 
 
 def test_a_file_without_them_is_found_out(base, tmp_path):
@@ -488,6 +505,28 @@ def test_what_a_checkpoint_lacks_does_not_begin_anew_in_silence(base, tmp_path, 
     (tmp_path / "run" / "checkpoint-2" / "scheduler.pt").unlink()
     with pytest.raises(ConfigError, match="is without the schedule"):
         trainer(tmp_path / "run", base, save_only_model=True, **options).train(resume_from_checkpoint=short)
+
+
+def test_a_half_written_checkpoint_is_passed_over(base, tmp_path, caplog):
+    run = trainer(tmp_path / "run", base, peft_config=lora(), save_strategy="steps", save_steps=1)
+    run.train()
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()
+    with caplog.at_level(logging.WARNING, logger="tether"):
+        assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
+    assert "checkpoint-2 is half written" in caplog.text
+    again = trainer(tmp_path / "run", base, peft_config=lora())
+    again.train(resume_from_checkpoint=True)
+    require_same(again.policy, run)
+    (tmp_path / "run" / "checkpoint-1" / "reference.json").unlink()
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_says_which_revision_its_base_is(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path), model_init_kwargs={"revision": "a1b2"}, report_to="none", use_cpu=True)
+    assert with_adapter(policy(), lora(), args).peft_config["default"].revision == "a1b2"
+    args.model_init_kwargs = None
+    assert with_adapter(policy(), lora(), args).peft_config["default"].revision is None
 
 
 # -- the proof at the end --------------------------------------------------------------------------------------------

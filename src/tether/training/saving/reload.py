@@ -72,7 +72,7 @@ class ReloadProof:
         with torch.random.fork_rng(devices=[]):  # a random head that is loaded over
             base = None if reason else self._base(policy, place)
             if isinstance(base, str):
-                reason = base
+                reason, base = base, None
             if reason:
                 return f"not loaded again for comparison, as {reason}"
             again = self._whole(base, policy, place)
