@@ -129,7 +129,7 @@ class TetherTrainer(Trainer):
         if self.eval_dataset is not None and not reports_more(self, TetherTrainer):
             names = evaluated_names(self.run, self._scored_loss, self.policy, self._passes(), self.accelerator)
             require_metric(self.args.metric_for_best_model, names, self.eval_dataset)
-        rehearse(self._save, self.policy, self.args)
+        rehearse(self._save, self._saving.prove_start, self.policy, self.args)
 
     @property
     def policy(self) -> nn.Module:
