@@ -19,7 +19,7 @@ from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.precision import choose_precision
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
-from tether.models.spec import add_tokens, embed_tokens
+from tether.models.spec import embed_tokens
 from tether.models.structure import evaluation_mode, transformers_model
 from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
@@ -36,7 +36,7 @@ from tether.training.setup.policy import (
     config_of,
     learning_tokens,
     make_audible,
-    policy_spec,
+    processing_of,
     router_coefficient,
     source_of,
     with_adapter,
@@ -134,8 +134,7 @@ def build_run(
     meaning = declared_meaning(args, ref_model)
     algorithm = algorithm_class(args, config_of(model, args))
     algorithm.check_model(model)
-    tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
-    new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
+    tokenizer, new_tokens = processing_of(source_name, args, given.processing_class)
     data = RunData(tokenizer, args, algorithm.rows, bool(algorithm.model_config.is_encoder_decoder), algorithm.chunks)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
     # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
