@@ -266,7 +266,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     )
     dataset_buffer_size: int = option(
         1000,
-        "Rows of a stream among which each next one is drawn, as `datasets` shuffles streams; with "
+        "Rows of a stream among which each next one is drawn; with "
         '`train_sampling_strategy="sequential"` none is drawn and rows come in their order.',
         allowed=(Whole(1, "row"),),
         key="data.buffer_size",
