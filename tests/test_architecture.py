@@ -44,7 +44,7 @@ PRIVATE_ROOM = "compat"
 DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit"}  # of named tuples; `os._exit`
 
 # Where a package is imported by another name than it is installed by; pydantic pins its core.
-DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {"lingua": "lingua_language_detector", "yaml": "pyyaml", "pydantic_core": "pydantic"}
 
 FUNCTION_LINES = 60
 CLASS_LINES = 400

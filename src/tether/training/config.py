@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from tether.compute.cpu_matmul import LIBRARIES
+from tether.data.audit.limits import check_limits
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
@@ -253,6 +254,12 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         "in `$TETHER_CACHE` or in `~/.cache/tether`; None: nowhere, and each process prepares for itself.",
         key="data.cache",
     )
+    dataset_check: dict[str, float] | str | None = option(
+        None,
+        'Largest shares of rows with each finding of `tether data check`, such as `{"identical": 0.01}`; a run whose '
+        "rows are above one is refused before weights load. Of a stream, its first rows are looked at.",
+        key="data.check",
+    )
     dataset_streaming: bool = option(
         False,
         "Prepare the training rows while training goes on, and never hold them all; so it is done for a "
@@ -261,7 +268,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     )
     dataset_buffer_size: int = option(
         1000,
-        "Rows of a stream among which each next one is drawn, as `datasets` shuffles streams; with "
+        "Rows of a stream among which each next one is drawn; with "
         '`train_sampling_strategy="sequential"` none is drawn and rows come in their order.',
         allowed=(Whole(1, "row"),),
         key="data.buffer_size",
@@ -277,6 +284,12 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         None,
         "New tokens for tokenizer and model; each begins as the mean of all others.",
         key="model.add_tokens",
+    )
+    chat_template_path: str | None = option(
+        None,
+        "Chat template that conversations are written with: a file of it (.jinja), or the name or folder of a "
+        "tokenizer whose template it is; None: the model's own.",
+        key="model.chat_template",
     )
     train_parameters: list[str] | None = option(
         None,
@@ -326,6 +339,8 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
             )
         if self.dataset_streaming:
             self.require_streamable()
+        self.dataset_check = keywords("dataset_check", self.dataset_check)
+        check_limits(self.dataset_check or {})
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.check_reference()
         for name, (kept, reason) in _WITHOUT_EFFECT.items():

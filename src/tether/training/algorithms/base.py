@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from tether.data import Prepared
+from tether.data.show import Counted
 from tether.errors import DataError
 from tether.models import load_policy
 from tether.scoring import score
@@ -99,6 +100,11 @@ class Algorithm(ABC, Generic[Answer]):
     def needs(self) -> Needs:
         """What it needs of rows and passes."""
         return Needs()
+
+    @property
+    def counted(self) -> Counted:
+        """What of a row the loss is of, as `tether data show` shows it."""
+        return "texts" if self.needs.prompts else "completions"
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, set_seed
 
 from tether.data import text_tokenizer
+from tether.data.show import Counted
 from tether.errors import ConfigError
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
@@ -80,6 +81,11 @@ class Reward(Algorithm[Tensor]):
     def needs(self) -> Needs:
         """Pairs with margins and weights; of the policy only rewards."""
         return Needs(columns=("margin", "weight"), policy=())
+
+    @property
+    def counted(self) -> Counted:
+        """The last token, where the reward is read."""
+        return "ends"
 
     def check_model(self, model: str | Path | nn.Module) -> None:
         """A reward is read at the end of prompt and completion as one text, by a head that the architecture has."""

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from tether.data import text_tokenizer
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
     continue_adapter,
@@ -23,7 +24,8 @@ from tether.models.adapters import (
     train_new_tokens,
 )
 from tether.models.before.limits import Limits
-from tether.models.spec import ModelSpec, select_trainable
+from tether.models.chat_template import use_chat_template
+from tether.models.spec import ModelSpec, add_tokens, select_trainable
 from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
 from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router, lacking_router
@@ -86,6 +88,21 @@ def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:
     """How a policy that is named is loaded."""
     options = cast(dict[str, Any], args.model_init_kwargs or {})
     return ModelSpec.of(source, options, trust_remote_code=args.trust_remote_code)
+
+
+def processing_of(source: str | Path, args: PreferenceConfig, given: Any = None) -> tuple[Any, list[int]]:
+    """The tokenizer or processor of a run, with its new tokens and its chat template, and the ids of the new tokens.
+
+    Args:
+        source: the policy that is named.
+        args: the run's.
+        given: the one that was passed; it is changed in place.
+    """
+    processing = given or policy_spec(source, args).load_processing()
+    new_tokens = add_tokens(text_tokenizer(processing), args.add_tokens or ())
+    if args.chat_template_path is not None:
+        use_chat_template(processing, args.chat_template_path)
+    return processing, new_tokens
 
 
 def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config: PeftConfig | None) -> None:

@@ -23,7 +23,7 @@ from tether.errors import ConfigError
 from tether.models.adapters import in_one_way
 from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
-from tether.models.spec import add_tokens, embed_tokens
+from tether.models.spec import embed_tokens
 from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
 from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
@@ -44,7 +44,7 @@ from tether.training.setup.policy import (
     check_router,
     config_of,
     learning_tokens,
-    policy_spec,
+    processing_of,
     router_coefficient,
     source_of,
     with_adapter,
@@ -145,8 +145,7 @@ def build_run(
     meaning = declared_meaning(args, ref_model)
     algorithm = algorithm_class(args, config_of(model, args), **given.parts)
     algorithm.check_model(model)
-    tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
-    new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
+    tokenizer, new_tokens = processing_of(source_name, args, given.processing_class)
     data, source, evaluation = _rows(algorithm, given, args, tokenizer, new_tokens)
     policy, settings, before = _policy(algorithm, given, args, source_name, tokenizer, new_tokens)
     proof = TrainingProof(policy)
