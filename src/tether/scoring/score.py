@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from tether.compat.transformers import carries_state, logits_bias
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import virtual_tokens
+from tether.models.before.limits import rotary_limit
 from tether.models.structure import transformers_model
 from tether.scoring.attention.interface import (
     Backend,
@@ -28,6 +30,8 @@ from tether.scoring.layout.vision import padded_images, tree_images
 from tether.scoring.router import has_router, load_balancing_loss
 from tether.types import Scores, ScoringBatch
 
+# How long each row of a padded forward is without its padding, for hooks on the model; None outside of one.
+row_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("row_lengths", default=None)
 Layout = Literal["tree", "padded", "encoder_decoder"]
 Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden"]
 
@@ -108,16 +112,12 @@ def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str
 
 def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:
     """Some rotary embeddings take their factors from the longest sequence of a forward, so that rows would mix."""
-    config: Any = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("longrope", "dynamic"):
-        return
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    limit = rotary_limit(model.config)
     longest = int(batch.position_ids.max()) + 1
-    if longest > limit:
+    if limit is not None and longest > limit[0]:
         raise ScoringError(
             f"A sequence has {longest} tokens, and {type(model).__name__} changes its rotary embedding "
-            f"({rope['rope_type']}) for every row of a forward beyond {limit}. Set max_length to {limit} or less."
+            f"({limit[1]}) for every row of a forward beyond {limit[0]}. Set max_length to {limit[0]} or less."
         )
 
 
@@ -179,6 +179,15 @@ def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], 
     return tree_images(model, batch, inputs), batch.sources, forest_forward()
 
 
+@contextmanager
+def _lengths_of(rows: list[Tensor]) -> Iterator[None]:
+    token = row_lengths.set(tuple(map(len, rows)))
+    try:
+        yield
+    finally:
+        row_lengths.reset(token)
+
+
 def _padded(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
     rows = sequences(batch)
     width = max(len(row) for row in rows)
@@ -189,7 +198,7 @@ def _padded(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any]
     positions = torch.arange(width, device=ids.device).expand_as(ids)
     sources = torch.cat([i * width + where for i, where in enumerate(sequence_sources(batch))])
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return padded_images(model, batch, inputs), sources, nullcontext()
+    return padded_images(model, batch, inputs), sources, _lengths_of(rows)
 
 
 _LAYOUTS: dict[str, Callable[[PreTrainedModel, ScoringBatch], tuple[dict[str, Any], Tensor, Any]]] = {

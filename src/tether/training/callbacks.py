@@ -17,6 +17,8 @@ from tether.training.setup.run import Run
 
 METRICS = "metrics.jsonl"
 _STUCK_LOGS = 20
+# Updates after which the layout is proved once more: the first changes an adapter's zero half alone.
+_PROVED_AFTER = 2
 
 
 class GuardCallback(TrainerCallback):
@@ -27,11 +29,18 @@ class GuardCallback(TrainerCallback):
         begin: called once before the first step; checks start equality and returns the frozen probe, or None for no
             reference.
         every: steps between two checks of the frozen probe; 0 for never.
+        prove_again: proves the layout once more, given how many updates there were; called once.
     """
 
-    def __init__(self, run: Run, begin: Callable[[TrainerState], FrozenProbe | None], every: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        begin: Callable[[TrainerState], FrozenProbe | None],
+        every: int,
+        prove_again: Callable[[int], None],
+    ) -> None:
         self._proof, self._still = run.proof, run.algorithm.still_steps
-        self._begin, self._every = begin, every
+        self._begin, self._every, self._prove_again = begin, every, prove_again
         self._probe: FrozenProbe | None = None
         self._moving = False
         self._zero_margins = 0
@@ -56,15 +65,21 @@ class GuardCallback(TrainerCallback):
         """Something changed, and the reference did not."""
         # In float16 the gradient scaler skips steps until it has found its scale.
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        if self._proof.pending and self._moving and not skipped:
-            self._proof.require_change(state.global_step)
+        if self._moving and not skipped:
+            self._proof.updates += 1
+            if self._proof.pending:
+                self._proof.require_change(state.global_step)
+            if self._proof.updates == _PROVED_AFTER:
+                self._prove_again(self._proof.updates)
         if self._probe is not None and self._every and state.global_step % self._every == 0:
             self._probe.check(state.global_step)
         if self._probe is not None:
             self._probe.follow(state.global_step, rescore=bool(self._every))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """The reference is still where it was."""
+        """The reference is still where it was; a run too short for the second proof of the layout has it here."""
+        if 0 < self._proof.updates < _PROVED_AFTER:
+            self._prove_again(self._proof.updates)
         if self._probe is not None and self._every:
             self._probe.check(state.global_step)
 

@@ -53,6 +53,7 @@ from tether.training.checkpoint import (
 from tether.training.config import PreferenceConfig
 from tether.training.evaluation import evaluate, evaluated_names, prepare_unseen, require_metric
 from tether.training.metrics import MetricSums
+from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.saving.before import check_optimizer, rehearse
 from tether.training.saving.saving import Saving
@@ -113,7 +114,10 @@ class TetherTrainer(Trainer):
         self.guard: GuardResult | None = None
         self._saving = Saving(self.run, self.args, self.accelerator, self.processing_class)
         self.add_callback(MetricsFile(self.run_folder))
-        self.add_callback(GuardCallback(self.run, self._begin, self.args.reference_check_steps))
+        check = self.args.reference_check_steps
+        self.add_callback(GuardCallback(self.run, self._begin, check, self._prove_layout))
+        if self.args.neftune_noise_alpha is not None:
+            self.add_callback(SequenceNoise(self))
         if self.run.stored is not None:
             verify_store(self.run.stored, self.run.source.known)
             self.add_callback(StoreCallback(self.run.stored, self.run.source, self.accelerator))
@@ -125,7 +129,7 @@ class TetherTrainer(Trainer):
         if self.eval_dataset is not None and not reports_more(self, TetherTrainer):
             names = evaluated_names(self.run, self._scored_loss, self.policy, self._passes(), self.accelerator)
             require_metric(self.args.metric_for_best_model, names, self.eval_dataset)
-        rehearse(self._save, self.policy, self.args)
+        rehearse(self._save, self._saving.prove_start, self.policy, self.args)
 
     @property
     def policy(self) -> nn.Module:
@@ -355,10 +359,14 @@ class TetherTrainer(Trainer):
             held_by(self.policy, engine)
         shard_reference(run.reference.live, self.accelerator)
         if state.global_step == 0:
-            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe) or self.guard
+            updates = run.proof.updates
+            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
         live = run.reference.live
         return None if live.identity.meaning == "none" else FrozenProbe(live, run.probe, live.tolerance)
+
+    def _prove_layout(self, updates: int) -> None:
+        self.run.prove_again(self.policy, updates)
 
     def get_train_dataloader(self) -> DataLoader:
         """The source's own, where it has one; see `tether.training.source`."""

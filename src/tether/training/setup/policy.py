@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tether.errors import ConfigError
+from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
     continue_adapter,
     new_adapter,
@@ -21,10 +22,11 @@ from tether.models.adapters import (
     stack_adapter,
     train_new_tokens,
 )
+from tether.models.before.limits import Limits
 from tether.models.spec import ModelSpec, select_trainable
-from tether.models.structure import disable_dropout, transformers_model
+from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
 from tether.reference.methods.model import may_move
-from tether.scoring.router import has_router
+from tether.scoring.router import has_router, lacking_router
 from tether.training.checkpoint import refuse_silent_reanchoring
 from tether.training.config import PreferenceConfig
 from tether.training.saving.before import check_before_loading
@@ -94,6 +96,8 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
                 "model_init_kwargs or a quantization_config was given with models in memory, which they cannot change. "
                 "Leave them out."
             )
+        if peft_config is not None and isinstance(model, nn.Module):
+            _refuse_second_adapter(model)
         return
     spec = policy_spec(model, args)
     if args.reference is None and ref_model is None:
@@ -118,23 +122,57 @@ def source_of(model: nn.Module) -> str:
     return getattr(config, "name_or_path", "") or "object in memory"
 
 
-def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
-    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 without experts."""
+def check_router(args: PreferenceConfig, limits: Limits) -> None:
+    """Refuse a weight for the load-balancing loss of a model that has none, as far as its code says so.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if args.router_aux_loss_coef:
+        model = limits.built
+        lacking = "" if model is None else lacking_router(model)
+        if lacking:
+            raise ConfigError(f"router_aux_loss_coef is {args.router_aux_loss_coef} and {lacking}. Leave it unset.")
+
+
+def router_coefficient(args: PreferenceConfig, policy: nn.Module, measure: Callable[[], Any]) -> float:
+    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 where there is none.
+
+    Args:
+        args: of the run.
+        policy: as it is trained.
+        measure: scores a few rows with that loss.
+
+    Raises:
+        ConfigError: the option was set, and the model gives no such loss.
+    """
     model = transformers_model(policy)
-    if not has_router(model):
-        if args.router_aux_loss_coef:
-            raise ConfigError(
-                f"router_aux_loss_coef is {args.router_aux_loss_coef} and {type(model).__name__} has no experts to "
-                "balance. Leave it unset."
-            )
+    wanted = args.router_aux_loss_coef
+    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) if has_router(model) else 0.0
+    weight = declared if wanted is None else wanted
+    if not weight:
         return 0.0
-    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-    weight = declared if args.router_aux_loss_coef is None else args.router_aux_loss_coef
-    if weight:
-        logger.info(
-            f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
-        )
+    lacking = lacking_router(model) or _without_router_loss(model, measure)
+    if lacking and wanted:
+        raise ConfigError(f"router_aux_loss_coef is {wanted} and {lacking}. Leave it unset.")
+    if lacking:
+        logger.info(f"experts: no load-balancing loss, although the configuration weighs one by {weight:g}: {lacking}")
+        return 0.0
+    logger.info(
+        f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
+    )
     return weight
+
+
+def _without_router_loss(model: PreTrainedModel, measure: Callable[[], Any]) -> str:
+    """Why scoring gives no load-balancing loss, found by asking for it; empty where it does."""
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            loss = getattr(measure(), "aux_loss", None)
+    except (ScoringError, ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"{type(model).__name__} gives none ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    given = isinstance(loss, torch.Tensor) and bool(loss.isfinite())
+    return "" if given else f"{type(model).__name__}, scored as this run scores it, gives none"
 
 
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
@@ -222,16 +260,11 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
         elif getattr(policy, "is_quantized", False):
             raise ConfigError(_NOTHING_TRAINS)
         return policy
-    if isinstance(policy, PeftModel):
-        raise ConfigError(
-            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
-            "adapter; or merge it first with model.merge_and_unload(); or, to freeze it beneath the new one, name its "
-            "base as the model and its folder as `adapter` in model_init_kwargs (in a run file `model.adapter`)."
-        )
+    _refuse_second_adapter(policy)
     if not isinstance(policy, PreTrainedModel):
         raise ConfigError(f"peft_config needs a transformers model; got a {type(policy).__name__}.")
     _refuse_virtual_tokens(peft_config, policy, args)
-    peft_config = for_task(peft_config, policy)
+    peft_config = _with_revision(for_task(peft_config, policy), args)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
         logger.warning(
             "lora_dropout has no effect: disable_dropout is on, so that policy and reference differ by training"
@@ -245,8 +278,26 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
     return stacked
 
 
+def _refuse_second_adapter(policy: nn.Module) -> None:
+    """A new adapter over one that is there would take its place where it has its name, and stand on it elsewhere."""
+    names = ", ".join(map(repr, adapter_configs(policy)))
+    if names:
+        raise ConfigError(
+            f"peft_config was given and the model already has an adapter, {names}. Leave peft_config out to continue "
+            "that adapter; or merge it first (model.merge_and_unload() of peft); or, to freeze it beneath the new one, "
+            "name its base as the model and its folder as `adapter` in model_init_kwargs (in a run file "
+            "`model.adapter`)."
+        )
+
+
+def _with_revision(peft_config: PeftConfig, args: PreferenceConfig) -> PeftConfig:
+    """The configuration of a new adapter with its base's revision, without which the adapter leads to another base."""
+    revision = cast(dict[str, Any], args.model_init_kwargs or {}).get("revision")
+    return peft_config if revision is None else replace(peft_config, revision=revision)
+
+
 def _refuse_virtual_tokens(config: PeftConfig, policy: PreTrainedModel, args: PreferenceConfig) -> None:
-    refuse_unfit_virtual_tokens(config, policy)
+    refuse_unfit_virtual_tokens(config, policy.config)
     if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
         raise ConfigError(
             "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "
