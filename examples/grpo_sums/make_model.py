@@ -57,10 +57,19 @@ def main(folder: Path, steps: int = 400) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     words = tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=32, **shape, **ids))
+    config = LlamaConfig(
+        vocab_size=len(words),
+        max_position_embeddings=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
