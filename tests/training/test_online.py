@@ -342,6 +342,21 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
     assert_same(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"temperature": 0.9}, "temperature 1.0 then and 0.9 now"),
+        ({"num_generations": 2}, "num_generations 4 then and 2 now"),
+        ({"rewards": [even, lambda completion_ids: [0.0] * len(completion_ids)]}, "rewards .* then and .* now"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_rollouts(changed, said, tmp_path):
+    """Section 8: refused with both values; replay is the way."""
+    trained(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ConfigError, match=said):
+        trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+
+
 def test_rollout_functions_are_checked_and_trained_on(tmp_path):
     """Ids as they come (R24), tokens of others have no gradient (R13), fields reach rewards."""
     seen = {}
@@ -426,6 +441,7 @@ def test_refused_fields_say_why(name):
         ({"max_length": 8}, "prompts have max_prompt_length"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
     ],
 )
@@ -437,6 +453,10 @@ def test_wrong_values_name_the_field(arguments, said):
 def test_too_few_prompts_and_too_long_ones(tmp_path):
     with pytest.raises(DataError, match="a rollout takes 2 prompts and there are 1"):
         trainer(tmp_path, train_dataset=PROMPTS[:1])
+    with pytest.raises(
+        ConfigError, match=r"longest prompt has 5 tokens and max_completion_length is 252: more than the 256"
+    ):
+        trainer(tmp_path, max_completion_length=252)
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
     assert made.run.data.reports["train"]["dropped"]

@@ -40,7 +40,7 @@ class Whole:
         return f"a whole number from {self.low} {self.unit}".rstrip()
 
 
-Alternative = Range | Whole | str | None
+Alternative = Range | Whole | str | float | None
 
 
 class Text(str):
@@ -79,9 +79,9 @@ class Text(str):
         return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _words(one: Range | Whole | str, *, quoted: bool) -> str:
-    if isinstance(one, str):
-        return f"`{one}`" if quoted else one
+def _words(one: Range | Whole | str | float, *, quoted: bool) -> str:
+    if not isinstance(one, (Range, Whole)):
+        return f"`{one}`" if quoted else str(one)
     return f"a number {one.words}" if isinstance(one, Range) else one.words
 
 

@@ -63,6 +63,8 @@ PARTS: dict[Kind, tuple[str, ...]] = {
     "completion": ("completion",),
     "prompt_only": (),
 }
+# What becomes of columns that preparation does not read, where it is something.
+_UNUSED = {"prompt_only": "left to rewards"}
 _NOUNS: dict[Kind, str] = {
     "pair": "pairs",
     "ranked": "ranked lists",
@@ -183,7 +185,7 @@ class Report:
             f"not written by the chat template: {lost}": lost,
             f"in {self.other_prompts} rows `prompt` is none of the messages, and is not read": self.other_prompts,
             f"{self.marker_rows} rows carry template markers: {', '.join(self.markers)}": self.marker_rows,
-            f"not read: columns {', '.join(self.unused_columns)}": self.unused_columns,
+            f"{_UNUSED.get(self.kind, 'not read')}: columns {', '.join(self.unused_columns)}": self.unused_columns,
             f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,
         }
         return [f"{self.name}: {text}" for text, holds in {head: True, **notes}.items() if holds]

@@ -83,7 +83,7 @@ class OnlineConfig(PreferenceConfig):
     max_prompt_length: int | None = option(
         None,
         "Tokens of a prompt; longer ones are left out and counted. Unset: any.",
-        allowed=(None, Whole(1)),
+        allowed=(None, Whole(2)),
         key="rollout.max_prompt",
     )
     shuffle_dataset: bool = option(True, "Draw prompts in another order in each epoch.", key="rollout.shuffle")
@@ -208,12 +208,13 @@ class OnlineConfig(PreferenceConfig):
         self._check_correction()
         if not self.needs_reference:
             self._do_without_reference()
-        self.max_length = None if self.max_prompt_length is None else max(2, self.max_prompt_length)
+        # Prepared rows know one limit; set twice, as in a copy of the arguments, it is the same.
+        self.max_length = self.max_prompt_length
         super().__post_init__()
         self._count_batches()
 
     def _check_rows(self) -> None:
-        if self.max_length is not None:
+        if self.max_length not in (None, self.max_prompt_length):
             raise ConfigError(
                 f"is {self.max_length}; prompts have max_prompt_length, completions max_completion_length.",
                 "max_length",
@@ -228,6 +229,11 @@ class OnlineConfig(PreferenceConfig):
             raise ConfigError(
                 "came, and no completion is known before it is sampled. Leave the store out.", self._store_field
             )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name):
+                raise ConfigError(
+                    "came, and a policy in shards cannot sample yet. Train in one process, or by DDP.", name
+                )
         if self.top_k and self.top_k < 2:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
 
