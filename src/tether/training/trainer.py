@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainerState
+from transformers import EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from tether.compat.accelerate import uneven_batches
@@ -29,7 +29,7 @@ from tether.compat.trainer import (
 )
 from tether.compute.precision import require_same_precision, write_precision
 from tether.data.prepare.report import write_reports
-from tether.errors import ConfigError, DataError
+from tether.errors import DataError
 from tether.models.partitioned import on_whole_weights, whole_weights
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import FrozenProbe, GuardResult
@@ -41,18 +41,21 @@ from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import load_checkpoint, read_objective, resume_folder, save_model, write_objective
 from tether.training.config import PreferenceConfig
-from tether.training.evaluation import evaluate, prepare_unseen
+from tether.training.evaluation import checked_outputs, evaluate, prepare_unseen, user_metrics
+from tether.training.surface.members import TrlMembers
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
+from tether.training.setup.restart import Attempts
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
-from tether.training.setup.run import Given, Run, build_run, build_step
+from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
 from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
 from tether.types import LossOutput, Scores, ScoringBatch
 
 
-class TetherTrainer(Trainer):
+class TetherTrainer(TrlMembers, Trainer):
     """Scores policy and reference with one function and lets an `Algorithm` combine them; see `DPOTrainer` for the
     arguments."""
 
@@ -69,11 +72,18 @@ class TetherTrainer(Trainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        **others: Any,
     ) -> None:
+        refuse_overrides(type(self), TetherTrainer)
+        others, processing_class = accepted_arguments(others, self.algorithm_class.config, processing_class)
+        for callback in callbacks or ():
+            refuse_callback(callback)
+
         def start(args: Any, policy: nn.Module, train: Any, evaluation: Any, tokenizer: Any) -> Accelerator:
             # A nested function has no first argument that a bare `super()` could take for the trainer.
             super(TetherTrainer, self).__init__(
@@ -83,19 +93,32 @@ class TetherTrainer(Trainer):
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=tokenizer,
+                compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                **others,
             )
             return self.accelerator
 
         given = Given(
-            model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
+            model,
+            ref_model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            quantization_config,
+            peft_config,
+            data_collator,
+            given_optimizer=optimizers != (None, None) or "optimizer_cls_and_kwargs" in others,
         )
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
         expect_summed_loss(self)
-        self._sums = MetricSums()
-        self._new_tokens = 0
+        self._sums, self._new_tokens, self._attempts = MetricSums(), 0, Attempts()
         self.guard: GuardResult | None = None
+        self._tag_names = ["tether", self.algorithm_class.__name__.lower()]
+        if callable(tagged := getattr(transformers_model(self.policy), "add_model_tags", None)):
+            tagged(self._tag_names)
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps))
         if self.run.stored is not None:
@@ -172,15 +195,17 @@ class TetherTrainer(Trainer):
             part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(self.run.scored(batch_of(inputs)))
             step = replace(step, shares=((part,),))
             step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
-        output = self._scored_loss(model, part, step.context)
-        if part.counts:
+        output = self._scored_loss(model, part, step.context, predictions=step.evaluates)
+        if part.counts and not step.evaluates:
             self._sums.add(output.metrics)
             self._new_tokens += self.run.algorithm.trained_tokens(part.batch)
         loss = reduce_loss(output, step.totals, self.accelerator.num_processes)
         loss = loss if part.counts else loss * 0.0
         return (loss, output) if return_outputs else loss
 
-    def _scored_loss(self, model: nn.Module, part: MicroBatch, context: Context) -> LossOutput:
+    def _scored_loss(
+        self, model: nn.Module, part: MicroBatch, context: Context, *, predictions: bool = False
+    ) -> LossOutput:
         """The two passes over a micro-batch, and the loss of their scores."""
         run, needs = self.run, self.run.algorithm.needs
         moved = part.to(self.args.device)
@@ -194,6 +219,8 @@ class TetherTrainer(Trainer):
         output = run.algorithm.loss(policy, reference, moved, context)
         if run.router_weight and policy.aux_loss is not None:
             output = with_term(output, "aux_loss", policy.aux_loss, run.router_weight, moved.batch.num_examples)
+        if predictions and self.compute_metrics is not None:
+            output = replace(output, predictions=run.algorithm.predictions(policy, reference, moved.batch))
         return output
 
     def _passes(self) -> Passes:
@@ -233,18 +260,24 @@ class TetherTrainer(Trainer):
         model = wrapped_for_evaluation(self)
         model.eval()
         context = self.run.algorithm.begin_evaluation(self._passes())
+        own, kept = overrides(self, TetherTrainer.compute_loss), []
 
-        def outputs() -> Iterator[tuple[MicroBatch, LossOutput]]:
+        def outputs() -> Iterator[tuple[MicroBatch, LossOutput, Tensor | None]]:
             for part in joined(self._evaluated_parts(dataloader), self.accelerator, together=is_sharded(model)):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     if part is None:
                         self._take_part(model)
                         continue
-                    output = self._scored_loss(model, part, context)
-                yield part, output
+                    step = whole_step(part, self.run, context, self.accelerator.num_processes)
+                    loss, output = checked_outputs(self.compute_loss(model, cast(Any, part), True, step))
+                if self.compute_metrics is not None:
+                    kept.append(output.predictions)
+                yield part, output, loss if own else None
 
         means, rows = evaluate(outputs(), self.run.algorithm, context, self.run.router_weight, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        if self.compute_metrics is not None:
+            metrics |= user_metrics(self.compute_metrics, kept, metric_key_prefix)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
     def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[MicroBatch]:
@@ -271,10 +304,6 @@ class TetherTrainer(Trainer):
             self._display.close()
             raise
 
-    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
-        """Not offered: what a preference trainer predicts of rows are its metrics."""
-        raise ConfigError("predict() has no meaning here. Use evaluate(rows), or tether.scoring.score for log-probs.")
-
     # -- a run -----------------------------------------------------------------------------------------------------
 
     def train(  # type: ignore[override]
@@ -286,7 +315,7 @@ class TetherTrainer(Trainer):
             ReferencePolicyError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
         run, folder = self.run, resume_folder(resume_from_checkpoint, self.args.output_dir)
-        self._sums, self._new_tokens = MetricSums(), 0
+        self._attempts = Attempts()
         run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
             if folder is not None:
@@ -321,6 +350,16 @@ class TetherTrainer(Trainer):
         """The source's own, where it has one; see `tether.training.source`."""
         own = self.run.source.loader(self._order(), self.accelerator.process_index, cast(Any, self.data_collator))
         return super().get_train_dataloader() if own is None else cast(DataLoader, own)
+
+    def _inner_training_loop(self, batch_size: int | None = None, **keywords: Any) -> Any:
+        # Called again where memory has ended, see `auto_find_batch_size`.
+        self._sums, self._new_tokens = MetricSums(), 0
+        if self.args.auto_find_batch_size:
+            self.run.algorithm.load_state(
+                read_objective(resume_folder(keywords.get("resume_from_checkpoint"), self.args.output_dir))
+            )
+            batch_size = self._attempts.begin(self, self.policy, self.run.budget, cast(int, batch_size))
+        return super()._inner_training_loop(batch_size=batch_size, **keywords)
 
     def _init_training_state(
         self,
@@ -416,10 +455,7 @@ class ReferenceFreeTrainer(TetherTrainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: PeftConfig | None = None,
+        **others: Any,
     ) -> None:
         super().__init__(
             model=model,
@@ -428,8 +464,5 @@ class ReferenceFreeTrainer(TetherTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
+            **others,
         )

@@ -99,6 +99,10 @@ class Reward(Algorithm[Tensor]):
                 "that has a head `score` with one output."
             )
 
+    def completion_values(self, policy: Tensor, reference: Scores | None) -> dict[str, Tensor]:
+        """The rewards."""
+        return {"rewards": policy}
+
     def load_model(self, source: str) -> nn.Module:
         """Load the model; the same seed gives the same new head."""
         set_seed(self.args.seed)

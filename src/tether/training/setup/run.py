@@ -43,7 +43,7 @@ from tether.training.setup.policy import (
 )
 from tether.training.setup.reference import declared_meaning, reference_spec
 from tether.training.source import Source
-from tether.training.step import MicroBatch, Step, own_rows
+from tether.training.step import Context, MicroBatch, Step, own_rows
 from tether.training.store import with_store
 from tether.types import ScoringBatch
 
@@ -63,6 +63,8 @@ class Given:
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     quantization_config: Any
     peft_config: PeftConfig | None
+    data_collator: Any = None
+    given_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,13 @@ class _Prover:
                 f"With dropout disabled, {type(transformers_model(policy)).__name__} still differs between training "
                 f"and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to keep its randomness."
             )
+
+
+def whole_step(part: MicroBatch, run: Run, context: Context, processes: int) -> Step:
+    """A micro-batch of an evaluation as a step of its own: the loss of it is its mean, on any number of processes."""
+    batch = part.batch
+    counts = [batch.num_examples, len(batch.branches), run.algorithm.loss_tokens(batch)]
+    return Step(((part,),), processes * torch.tensor(counts), context, evaluates=True)
 
 
 def build_step(inputs: list[Any], run: Run, accelerator: Accelerator, device: torch.device) -> Step:

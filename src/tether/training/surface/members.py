@@ -1,0 +1,143 @@
+"""What scripts written for TRL read from a trainer and call on it, besides `transformers.Trainer`'s own members."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from tether.errors import ConfigError
+from tether.models.structure import transformers_model, unwrap
+from tether.reference.methods.model import ModelReference
+from tether.training.surface.model_card import write_card
+from tether.training.step import MicroBatch, batch_of
+from tether.training.surface.refused import refuse_callback
+
+if TYPE_CHECKING:
+    from tether.training.config import PreferenceConfig
+    from tether.training.setup.run import Run
+
+
+class TrlMembers:
+    """Read-only members under TRL's names; what they say is true of the run as it is."""
+
+    run: Run
+    model: Any
+    args: PreferenceConfig
+    _tag_names: list[str]
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The second model that is the reference; None where the reference is the policy itself in another state."""
+        live = self.run.reference.live
+        return live.model if isinstance(live, ModelReference) else None
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether an adapter of PEFT trains."""
+        return isinstance(unwrap(cast(nn.Module, self.model)), PeftModel)
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the load-balancing loss of experts is a part of the loss."""
+        return self.run.router_weight > 0
+
+    @property
+    def ref_adapter_name(self) -> str | None:
+        """The adapter that is the reference, where one was named."""
+        return self.args.reference_adapter
+
+    @property
+    def beta(self) -> float:
+        """The configuration's."""
+        return cast(Any, self.args).beta
+
+    @property
+    def loss_type(self) -> Any:
+        """The configuration's."""
+        return cast(Any, self.args).loss_type
+
+    def compute_ref_log_probs(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """The reference's log-probabilities of chosen and of rejected completions.
+
+        Args:
+            inputs: what the trainer's data loaders give.
+
+        Returns:
+            `[B]` each, summed over tokens.
+
+        Raises:
+            ConfigError: there is no reference.
+        """
+        batch = inputs.batch if isinstance(inputs, MicroBatch) else batch_of(inputs)
+        with torch.no_grad():
+            scores = self.run.reference.score(batch.to(self.args.device))
+        if scores is None:
+            raise ConfigError("compute_ref_log_probs() has nothing to compute: this objective has no reference.")
+        return scores.logps[0::2], scores.logps[1::2]
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback; see `transformers.Trainer.add_callback`.
+
+        Raises:
+            ConfigError: one of TRL's that reads what is not there.
+        """
+        refuse_callback(callback)
+        cast(Any, super()).add_callback(callback)
+
+    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
+        """Not offered: what a preference trainer predicts of rows are its metrics."""
+        raise ConfigError(
+            "predict() has no meaning here, as logits are never built. Use evaluate(rows); with `compute_metrics` it "
+            "gives every row's log-probs and rewards to a function of yours."
+        )
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
+        """Not offered: it needs a model made anew for each trial, and with it a reference."""
+        raise ConfigError(
+            "hyperparameter_search() is not offered: each trial needs a policy and a reference of its own. Make a "
+            "trainer for each trial in your search's own loop, or run `tether train run.yaml train.learning_rate=…`."
+        )
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        language: str | None = None,
+        license: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: what was trained, on what, against which reference.
+
+        The arguments are TRL's first, then those of `transformers.Trainer.create_model_card`.
+        """
+        trainer: Any = self
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(cast(str, self.args.output_dir))
+        named = [tags] if isinstance(tags, str) else list(tags or ())
+        write_card(
+            folder / "README.md",
+            name=model_name or folder.name,
+            base=finetuned_from or getattr(transformers_model(trainer.policy).config, "name_or_path", ""),
+            datasets=dataset_name or dataset_tags or dataset,
+            tags=list(dict.fromkeys([*named, *self._tag_names])),
+            adapter=self.is_peft_model,
+            objective=self.run.algorithm.describe(),
+            reference=self.run.line,
+            steps=trainer.state.global_step,
+            figures=next((log for log in reversed(trainer.state.log_history) if "loss" in log), {}),
+            language=language,
+            license=license,
+            tasks=tasks,
+            dataset_args=dataset_args,
+        )
