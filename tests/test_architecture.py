@@ -49,6 +49,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
 FUNCTION_LINES = 60
 CLASS_LINES = 400
 FILE_LINES = 400
+ROOM_FILES = 12
 REPEATED_WINDOW = 6
 REPEATED_SHARE = 0.02
 FILE_BYTES = 2**20
@@ -148,12 +149,15 @@ def wrong_imports(folder: Path) -> list[str]:
 
 
 def import_cycles(folder: Path) -> list[str]:
-    """Circles among modules, imports inside functions included; those for the type checker alone do not count."""
+    """Circles among modules, imports inside functions and for the type checker alone included.
+
+    The package itself, which imports for the type checker what it gives out on first use, is left out.
+    """
     trees = parse(folder)
     graph: dict[str, set[str]] = {}
     for module, tree in trees.items():
         targets = set()
-        for _, source, name in imports(tree, module, typing=False):
+        for _, source, name in imports(tree, module):
             targets.add(f"{source}.{name}" if f"{source}.{name}" in trees else source)
         graph[module] = (targets & trees.keys()) - {folder.name}
     cycles, done = [], set()
@@ -185,6 +189,50 @@ def over_budget(folder: Path) -> list[str]:
             budget = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
             if length > budget:
                 complaints.append(f"{module}:{node.lineno} {node.name}: {length} lines, at most {budget}")
+    return complaints
+
+
+def crowded_rooms(folder: Path) -> list[str]:
+    """Folders with too many files for one look; `__init__` says what is inside and does not count."""
+    files = defaultdict(list)
+    for path in folder.rglob("*.py"):
+        files[path.parent].append(path)
+    return [
+        f"{room.relative_to(folder.parent)}: {len(found)} files, at most {ROOM_FILES}; give it rooms of its own"
+        for room, paths in files.items()
+        if len(found := [path for path in paths if path.name != "__init__.py"]) > ROOM_FILES
+    ]
+
+
+def trainer_classes(folder: Path) -> list[str]:
+    """Classes that derive from a class of transformers whose name ends in `Trainer`."""
+    found = []
+    for module, tree in parse(folder).items():
+        foreign = {name for _, source, name in imports(tree, module) if source.split(".")[0] == "transformers"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base).split(".")[-1] for base in node.bases}
+                found += [f"{module}.{node.name}" for base in bases & foreign if base.endswith("Trainer")]
+    return found
+
+
+def asked_kinds(folder: Path) -> list[str]:
+    """`isinstance` on a kind of reference outside its room: what differs between kinds is a method of theirs."""
+    trees = parse(folder)
+    kinds = {
+        node.name
+        for module, tree in trees.items()
+        if room_of(module) == "reference"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Reference") for base in node.bases)
+    }
+    complaints = []
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and is_name(node.func, "isinstance", "issubclass"):
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)} & kinds
+                if asked and room_of(module) != "reference":
+                    complaints.append(f"{module}:{node.lineno} asks for {', '.join(sorted(asked))}")
     return complaints
 
 
@@ -400,6 +448,40 @@ def test_what_is_over_budget_is_caught(tmp_path: Path) -> None:
     assert len(over_budget(plant(tmp_path / "file", models__a="x = 1\n" * (FILE_LINES + 1)))) == 1
     assert len(over_budget(plant(tmp_path / "class", models__a="class A:\n" + "    x = 1\n" * CLASS_LINES))) == 2
     assert over_budget(plant(tmp_path / "fits", models__a="def f():\n" + "    x = 1\n" * (FUNCTION_LINES - 1))) == []
+
+
+def test_a_room_is_seen_at_one_look() -> None:
+    assert crowded_rooms(PACKAGE) == []
+
+
+def test_a_crowded_room_is_caught(tmp_path: Path) -> None:
+    files = {f"data__rows__f{number}": "" for number in range(ROOM_FILES)} | {"data__rows____init__": ""}
+    assert crowded_rooms(plant(tmp_path, **files)) == []
+    assert len(crowded_rooms(plant(tmp_path, data__rows__more=""))) == 1
+
+
+def test_one_class_is_a_trainer_of_transformers() -> None:
+    assert trainer_classes(PACKAGE) == ["tether.training.trainer.TetherTrainer"]
+
+
+def test_a_second_trainer_is_caught(tmp_path: Path) -> None:
+    text = "import transformers\nfrom transformers import {0}\nclass A({0}): ...\nclass B(A): ...\n"
+    assert trainer_classes(plant(tmp_path / "one", training__a=text.format("Trainer"))) == ["tether.training.a.A"]
+    assert trainer_classes(plant(tmp_path / "two", training__a=text.format("Seq2SeqTrainer"))) == [
+        "tether.training.a.A"
+    ]
+    assert trainer_classes(plant(tmp_path / "none", training__a=text.format("TrainerCallback"))) == []
+
+
+def test_no_kind_of_reference_is_asked_for() -> None:
+    assert asked_kinds(PACKAGE) == []
+
+
+def test_a_question_for_a_kind_of_reference_is_caught(tmp_path: Path) -> None:
+    kind = "class Reference: ...\nclass Copy(Reference): ...\ndef f(x):\n    return isinstance(x, Copy)\n"
+    asks = "def f(x):\n    return isinstance(x, (int, Copy))\n"
+    assert len(asked_kinds(plant(tmp_path, reference__a=kind, training__b=asks))) == 1
+    assert asked_kinds(plant(tmp_path / "fine", reference__a=kind, training__b="isinstance(1, int)")) == []
 
 
 def test_little_is_said_twice() -> None:

@@ -359,6 +359,7 @@ def test_a_stream_that_ends_for_good_is_an_error(tmp_path):
         trainer_of(tmp_path, rows=IterableDataset.from_generator(once)).train()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_take_the_batches_that_they_take_in_memory(tmp_path):
     """INV-34: each its own, with the same losses and weights; rows in order, an uneven end where none counts twice."""
