@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from tether.data import is_origin
-from tether.errors import ConfigError
+from tether.errors import ConfigError, DataError
 from tether.training.algorithms.base import Algorithm
 from tether.training.metrics import MetricSums, sum_and_count
 from tether.training.setup.data import RunData
@@ -54,6 +54,10 @@ def evaluate(
             sums.add({_OWN: (own.detach() * count, count)})
         rows += part.batch.num_examples
     means = sums.means(accelerator)
+    if not means:
+        raise DataError(
+            "The evaluation set has no rows, so that nothing can be said of it. Give it some, or leave it out."
+        )
     parts = [name for name in means if name.startswith("loss over ")]
     own_loss = means.pop(_OWN, None)
     means["loss"] = sum(means.pop(name) for name in parts)

@@ -42,20 +42,20 @@ from tether.training.callbacks import GuardCallback, MetricsFile
 from tether.training.checkpoint import load_checkpoint, read_objective, resume_folder, save_model, write_objective
 from tether.training.config import PreferenceConfig
 from tether.training.evaluation import checked_outputs, evaluate, prepare_unseen, user_metrics
-from tether.training.surface.members import TrlMembers
 from tether.training.metrics import MetricSums
 from tether.training.progress import install_progress
-from tether.training.setup.restart import Attempts
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
+from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
 from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.surface.members import TrlMembers
 from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
 from tether.types import LossOutput, Scores, ScoringBatch
 
 
-class TetherTrainer(TrlMembers, Trainer):
+class TetherTrainer(TrlMembers, Trainer):  # type: ignore[misc]  # its card takes TRL's arguments first
     """Scores policy and reference with one function and lets an `Algorithm` combine them; see `DPOTrainer` for the
     arguments."""
 
@@ -119,12 +119,15 @@ class TetherTrainer(TrlMembers, Trainer):
         self._tag_names = ["tether", self.algorithm_class.__name__.lower()]
         if callable(tagged := getattr(transformers_model(self.policy), "add_model_tags", None)):
             tagged(self._tag_names)
+        self._display = install_progress(self)
+        self._follow()
+
+    def _follow(self) -> None:
         self.add_callback(MetricsFile(self.run_folder))
         self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps))
         if self.run.stored is not None:
             verify_store(self.run.stored, self.run.source.known)
             self.add_callback(StoreCallback(self.run.stored, self.run.source, self.accelerator))
-        self._display = install_progress(self)
         for callback in self.run.source.callbacks(self.run.data, self.run_folder, main=self.is_world_process_zero()):
             self.add_callback(callback)
         if self.is_world_process_zero():
@@ -287,9 +290,13 @@ class TetherTrainer(TrlMembers, Trainer):
             announce_prediction_step(self)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Rows are shared among processes without repeating some to even them out: each counts once."""
-        with uneven_batches(self.accelerator):
-            return super().get_eval_dataloader(eval_dataset)
+        """Rows are shared among processes without repeating or dropping some: each counts once."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            with uneven_batches(self.accelerator):
+                return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
         """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
@@ -314,7 +321,8 @@ class TetherTrainer(TrlMembers, Trainer):
         Raises:
             ReferencePolicyError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
-        run, folder = self.run, resume_folder(resume_from_checkpoint, self.args.output_dir)
+        resume = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
+        run, folder = self.run, resume_folder(resume, self.args.output_dir)
         self._attempts = Attempts()
         run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
@@ -351,7 +359,9 @@ class TetherTrainer(TrlMembers, Trainer):
         own = self.run.source.loader(self._order(), self.accelerator.process_index, cast(Any, self.data_collator))
         return super().get_train_dataloader() if own is None else cast(DataLoader, own)
 
-    def _inner_training_loop(self, batch_size: int | None = None, **keywords: Any) -> Any:
+    def _inner_training_loop(  # type: ignore[override]
+        self, batch_size: int | None = None, **keywords: Any
+    ) -> Any:
         # Called again where memory has ended, see `auto_find_batch_size`.
         self._sums, self._new_tokens = MetricSums(), 0
         if self.args.auto_find_batch_size:

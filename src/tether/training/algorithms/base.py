@@ -175,7 +175,8 @@ class Algorithm(ABC, Generic[Answer]):
         for name, values in self.completion_values(policy, reference).items():
             table = values.detach()[: len(batch.branches)].view(-1, size)
             if size == 2 and self.args.kind == "pair":
-                found |= {f"chosen_{name}": table[:, 0], f"rejected_{name}": table[:, 1]}
+                of, plain = ("reference_", name[10:]) if name.startswith("reference_") else ("", name)
+                found |= {f"{of}chosen_{plain}": table[:, 0], f"{of}rejected_{plain}": table[:, 1]}
             else:
                 found[name] = table[:, 0] if size == 1 else table
         return found

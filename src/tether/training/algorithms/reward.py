@@ -23,6 +23,7 @@ from tether.training.config import ReferenceFreeConfig
 from tether.training.declared import REGISTERED
 from tether.training.setup.policy import policy_spec
 from tether.training.step import Context, MicroBatch
+from tether.training.surface.accepted import AcceptedTemplateArguments
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -35,7 +36,7 @@ def _rewards(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] 
 
 
 @dataclass
-class RewardConfig(ReferenceFreeConfig, algorithm="reward"):
+class RewardConfig(AcceptedTemplateArguments, ReferenceFreeConfig, algorithm="reward"):
     """Configuration of `RewardTrainer`; names and defaults as in TRL 1.16.
 
     Pairs of which one completion is longer than `max_length` are dropped, since the end of a text decides its reward.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,15 +30,19 @@ from tether.training.budget import TokenBudget, choose_budget
 from tether.training.config import PreferenceConfig
 from tether.training.setup.data import Rows, RunData
 from tether.training.setup.policy import (
+    announce_columns,
     at_the_start,
     check_arguments,
+    check_collator,
     check_policy,
     config_of,
+    default_arguments,
     learning_tokens,
     make_audible,
     policy_spec,
     router_coefficient,
     source_of,
+    use_pad_token,
     with_adapter,
 )
 from tether.training.setup.reference import declared_meaning, reference_spec
@@ -124,10 +128,7 @@ def build_run(
         ConfigError, DataError: before any weights are loaded, where that is possible.
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
-    args = check_arguments(
-        given.args, algorithm_class.config, given.train_dataset, given.eval_dataset, given.quantization_config
-    )
-    make_audible(args)
+    args = _arguments(given, algorithm_class.config)
     model, ref_model = given.model, given.ref_model
     named = isinstance(model, (str, Path))
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
@@ -139,7 +140,9 @@ def build_run(
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
     data = RunData(tokenizer, args, algorithm.rows, bool(algorithm.model_config.is_encoder_decoder), algorithm.chunks)
+    use_pad_token(text_tokenizer(tokenizer), args.pad_token)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
+    check_collator(given.data_collator, source.known)
     # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then the precision,
     # which needs its shapes.
     policy = algorithm.load_model(source_name) if named else cast(nn.Module, model)
@@ -153,6 +156,7 @@ def build_run(
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
+    announce_columns(algorithm.needs.columns, source.known, complete=source.complete)
     router_weight = router_coefficient(args, policy)
     prove = _Prover(algorithm, args, source, accelerator)
     layout, scorer = prove(policy, "")
@@ -167,6 +171,19 @@ def build_run(
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
     return Run(algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof)
+
+
+def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig:
+    args = default_arguments(given.model, wanted) if given.args is None else given.args
+    args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
+    make_audible(args)
+    if args.auto_find_batch_size and given.given_optimizer:
+        raise ConfigError(
+            "is True, and an optimizer came, which would go on with what it has seen where a run begins again. Leave "
+            "one of them out.",
+            "auto_find_batch_size",
+        )
+    return args
 
 
 class _Prover:

@@ -50,7 +50,21 @@ class AcceptedArguments(Declared):
 
 
 @dataclass
-class AcceptedSupervisedArguments(AcceptedArguments):
+class AcceptedTemplateArguments(AcceptedArguments):
+    """What TRL's supervised trainer and its reward trainer have besides."""
+
+    UNFIT: ClassVar[dict[str, tuple[Any, str]]] = {
+        **AcceptedArguments.UNFIT,
+        "chat_template_path": (None, "set `chat_template` of the tokenizer, and pass it as processing_class"),
+        "eos_token": (None, "set `eos_token` of the tokenizer, and pass it as processing_class"),
+    }
+
+    chat_template_path: str | None = option(None, "TRL's; stays unset.")
+    eos_token: str | None = option(None, "TRL's; stays unset.")
+
+
+@dataclass
+class AcceptedSupervisedArguments(AcceptedTemplateArguments):
     """What TRL's supervised trainer has besides."""
 
     WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
@@ -61,11 +75,9 @@ class AcceptedSupervisedArguments(AcceptedArguments):
         "shuffle_dataset": "rows are drawn in random order in any case (train_sampling_strategy)",
     }
     UNFIT: ClassVar[dict[str, tuple[Any, str]]] = {
-        **AcceptedArguments.UNFIT,
-        "chat_template_path": (None, "set `chat_template` of the tokenizer, and pass it as processing_class"),
+        **AcceptedTemplateArguments.UNFIT,
         "dataset_text_field": ("text", "rename the column to `text` (in a run file: fields: {text: NAME})"),
         "dataset_kwargs": (None, "rows are prepared by the trainer. Leave it out"),
-        "eos_token": (None, "set `eos_token` of the tokenizer, and pass it as processing_class"),
     }
 
     packing: bool = option(False, "TRL's; no effect, rows are always packed.")
@@ -74,5 +86,3 @@ class AcceptedSupervisedArguments(AcceptedArguments):
     shuffle_dataset: bool = option(False, "TRL's; no effect, `train_sampling_strategy` says it.")
     dataset_text_field: str = option("text", "TRL's; stays `text`.")
     dataset_kwargs: dict[str, Any] | None = option(None, "TRL's; stays unset.")
-    chat_template_path: str | None = option(None, "TRL's; stays unset.")
-    eos_token: str | None = option(None, "TRL's; stays unset.")

@@ -12,9 +12,8 @@ from transformers import TrainerCallback
 
 from tether.errors import ConfigError
 from tether.models.structure import transformers_model, unwrap
-from tether.reference.methods.model import ModelReference
-from tether.training.surface.model_card import write_card
 from tether.training.step import MicroBatch, batch_of
+from tether.training.surface.model_card import write_card
 from tether.training.surface.refused import refuse_callback
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ class TrlMembers:
     @property
     def ref_model(self) -> nn.Module | None:
         """The second model that is the reference; None where the reference is the policy itself in another state."""
-        live = self.run.reference.live
-        return live.model if isinstance(live, ModelReference) else None
+        return self.run.reference.live.model
 
     @property
     def is_peft_model(self) -> bool:

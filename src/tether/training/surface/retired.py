@@ -97,7 +97,6 @@ RETIRED: dict[str, Retired] = {
     "tpu_metrics_debug": _gone(False, "leave it out"),
     "dispatch_batches": _gone(None, "set it in accelerator_config"),
     "split_batches": _gone(None, "set it in accelerator_config"),
-    "eval_use_gather_object": _gone(False, "leave it out"),
     "predict_with_generate": _gone(False, "add tether.trl.LogCompletionsCallback(trainer)"),
 }
 
