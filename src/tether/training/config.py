@@ -323,7 +323,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         # Without an accelerator there is nothing else to compute on, and transformers wants it said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.activation_checkpointing is not None:  # the newer name of the two, which has no default of TRL's
-            self.gradient_checkpointing = self.activation_checkpointing
+            self.gradient_checkpointing = self.activation_checkpointing  # type: ignore[override]
         if self.bf16 is None and (self.fp16 or not self.computes_on_cpu()):
             self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
