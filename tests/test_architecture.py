@@ -330,6 +330,31 @@ def foreign_privates(folder: Path) -> list[str]:
     return complaints
 
 
+# What the left column of CONTRIBUTING's table of words stands for, as patterns; "there is no number" is good English.
+WORDS = {
+    "came": r"\b(?:else|argument|what|was) came[;,.:]|\} came[;,.:]|\bcame (?:without|together|as an arg)",
+    "is no JSON": r"(?<!here )\bis no (?:JSON|YAML|number|text|folder|file|adapter|tokenizer|split|option)\b",
+    "otherwise than": r"\botherwise than\b",
+    "needs it not": r"\bneeds? it not\b",
+    "without a word": r"\bwithout a word\b",
+    "and its kin": r"\bits kin\b",
+    "means of the reference": r"\breference_means\b|\b(?:forced|every|two) means\b|\bmeans of (?:a|the) reference\b",
+    "to judge": r"\b(?:def |\.|_)judge\(",
+    "processor": r"\b(?:CPU|machine) processors?\b|\bprocessor (?:time|cores?|seconds)\b",
+}
+
+
+def unwanted_words(folder: Path) -> list[str]:
+    """Lines of the package with words of the left column of CONTRIBUTING's table."""
+    return [
+        f"{path.relative_to(folder.parent)}:{number} says {word!r}: {line.strip()}"
+        for path in sorted(folder.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for word, pattern in WORDS.items()
+        if re.search(pattern, line)
+    ]
+
+
 def tracked_files(folder: Path) -> list[Path]:
     """What git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -526,6 +551,29 @@ def test_private_names_of_the_package_may_be_used(tmp_path: Path) -> None:
     assert foreign_privates(plant(tmp_path / "one", models__a=own + uses)) == []
     assert foreign_privates(plant(tmp_path / "two", models__a=own, models__b=derived)) == []
     assert len(foreign_privates(plant(tmp_path / "other", models__a=own, models__b=uses))) == 4
+
+
+def test_words_are_those_of_the_table() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| not | but |")[1].split("\n\n")[0]
+    assert [row.split("`")[1] for row in table.splitlines()[2:]] == [*WORDS]
+    assert unwanted_words(PACKAGE) == []
+
+
+def test_an_unwanted_word_is_caught(tmp_path: Path) -> None:
+    lines = [
+        "f'a {kind} came; pass another'",
+        "'the line is no JSON'",
+        "'otherwise than before'",
+        "# needs it not",
+        "# ends without a word",
+        "# BART and its kin",
+        "reference_means = 1",
+        "def judge(x): ...",
+        "# two processors of a CPU take processor time",
+    ]
+    assert len(unwanted_words(plant(tmp_path / "bad", data__a="\n".join(lines)))) == len(WORDS)
+    fine = "# there is no file; rows as they came from disk; the processor of the model\n"
+    assert unwanted_words(plant(tmp_path / "good", data__a=fine)) == []
 
 
 def test_tracked_files_are_small_and_name_no_machine() -> None:

@@ -566,7 +566,7 @@ def test_more_wrong_arguments(arguments, words, tmp_path):
 def test_wrong_calls_are_refused(tmp_path):
     from transformers import TrainingArguments
 
-    with pytest.raises(ConfigError, match="a TrainingArguments came"):
+    with pytest.raises(ConfigError, match="args is a TrainingArguments"):
         DPOTrainer(
             model=policy(), args=TrainingArguments(str(tmp_path)), train_dataset=ROWS, processing_class=TOKENIZER
         )

@@ -29,7 +29,7 @@ class Scorer(Protocol):
 
 
 class Reference(ABC):
-    """A policy that gives log-probabilities and takes no part in training.
+    """A policy that gives log-probabilities and is not trained.
 
     Attributes:
         identity: which reference it is.

@@ -136,8 +136,8 @@ class ReferenceArguments(Declared):
         idle = [name for name, default in moved.items() if getattr(self, name) != default]
         if idle and not self.sync_ref_model:
             raise ConfigError(
-                "came without sync_ref_model, so the reference would not move. Set sync_ref_model=True, or leave it "
-                "out.",
+                "was given without sync_ref_model, so the reference would not move. Set sync_ref_model=True, or leave "
+                "it out.",
                 idle[0],
             )
         self._check_store()
@@ -176,11 +176,13 @@ class ReferenceArguments(Declared):
         """An option of the store that would do nothing, or that cannot be right, is an error."""
         if self.wants_store() and (self.reference == "none" or self.sync_ref_model):
             why = "a moving reference is another one after each move" if self.sync_ref_model else "reference is 'none'"
-            raise ConfigError(f"came, but {why}, so there is nothing to store. Leave it out.", self._store_field)
+            raise ConfigError(f"was given, but {why}, so there is nothing to store. Leave it out.", self._store_field)
         if self.reference_store == "":
             raise ConfigError("is empty; name a folder or an fsspec address, or leave it out.", "reference_store")
         if self.reference_store_dtype != "float32" and not self.wants_store():
-            raise ConfigError("came without a store; set reference_store, or leave it out.", "reference_store_dtype")
+            raise ConfigError(
+                "was given without a store; set reference_store, or leave it out.", "reference_store_dtype"
+            )
         if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
             raise ConfigError(
                 f"is {self.precompute_ref_batch_size}; it needs precompute_ref_log_probs=True.",
@@ -245,8 +247,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     prompt_boundary: str = option(
         "split",
-        "What to do when a prompt's tokens are no prefix of prompt and completion tokenised together: `split`, `drop` "
-        "or `error`.",
+        "What to do when a prompt's tokens are not a prefix of prompt and completion tokenised together: `split`, "
+        "`drop` or `error`.",
         allowed=("split", "drop", "error"),
     )
     turns: Turns = option(

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from tether.data import is_origin
 from tether.errors import ConfigError, DataError
-from tether.training.algorithms.base import Algorithm
+from tether.reference.base import frozen_pass
+from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.metrics import MetricSums, sum_and_count
 from tether.training.setup.data import RunData
+from tether.training.setup.run import Run
 from tether.training.step import Context, MicroBatch
 from tether.types import LossOutput
 
 _OWN = "loss of the user's own"
+# What transformers adds to the metrics of an evaluation.
+_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def evaluate(
@@ -111,6 +116,54 @@ def user_metrics(
     if not isinstance(found, dict):
         raise ConfigError(f"compute_metrics returned a {type(found).__name__}; it must return a dictionary of numbers.")
     return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in found.items()}
+
+
+def evaluated_names(
+    run: Run,
+    scored_loss: Callable[[nn.Module, MicroBatch, Context], LossOutput],
+    policy: nn.Module,
+    passes: Passes,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Names of what an evaluation of a run gives, found by evaluating a few training rows.
+
+    Args:
+        run: the run.
+        scored_loss: the loss of a micro-batch.
+        policy: at the start.
+        passes: what the algorithm may ask for.
+        accelerator: of the run; every process has to call.
+    """
+    part, context = MicroBatch(run.scored(run.probe)), run.algorithm.begin_evaluation(passes)
+    with frozen_pass(policy), accelerator.autocast():
+        output = scored_loss(policy, part, context)
+    return list(evaluate([(part, output, None)], run.algorithm, context, run.router_weight, accelerator)[0])
+
+
+def require_metric(wanted: str | None, known: Iterable[str], sets: Any) -> None:
+    """Refuse a metric for the best model that no evaluation will give.
+
+    Args:
+        wanted: `metric_for_best_model`.
+        known: names of what an evaluation gives, without a prefix.
+        sets: the evaluation set, or a dictionary of several.
+
+    Raises:
+        ConfigError: with the names that there are.
+    """
+    if wanted is None:
+        return
+    parts = [f"{name}_" for name in sets] if isinstance(sets, Mapping) else [""]
+    names = [f"{part}{metric}" for part in parts for metric in sorted({*known, *_TIMES})]
+    if wanted.removeprefix("eval_") in names:
+        return
+    near = get_close_matches(wanted.removeprefix("eval_"), names, n=1)
+    shown = [name for name in names if not name.endswith(_TIMES)]
+    raise ConfigError(
+        f"is {wanted!r}, which no evaluation gives{f' (did you mean {near[0]!r}?)' if near else ''}. There are "
+        f"{', '.join(shown)}.",
+        "metric_for_best_model",
+    )
 
 
 def prepare_unseen(data: RunData, rows: Any, name: str = "eval") -> Any:

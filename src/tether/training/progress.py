@@ -107,7 +107,7 @@ class ProgressDisplay(TrainerCallback):
         self._start(state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """What lies between steps (evaluation, saving) is no part of the tokens' speed."""
+        """What lies between steps (evaluation, saving) is not part of the tokens' speed."""
         self._clock.step_begins()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

@@ -67,7 +67,7 @@ class Report:
     Args:
         name: what the rows are called.
         kind: what the rows were read as.
-        rows: how many came; a pair that is read as two unpaired rows counts as two.
+        rows: how many were read; a pair that is read as two unpaired rows counts as two.
         kept: how many were left to train on.
         dropped: reason to number of rows, for every reason in `DROPS`.
         form: `standard` or `conversational`.
@@ -81,7 +81,7 @@ class Report:
         cut_prompts: kept rows whose prompt was cut.
         cut_tokens: tokens that were cut from kept rows, of `prompt` and of `completions`.
         cut_completions: completions that were cut, by position in `PARTS`.
-        boundary: the policy for prompts whose ids are no prefix of the whole's.
+        boundary: the policy for prompts whose ids are not a prefix of the whole's.
         boundaries: kind of boundary to number of rows that came to be tokenised, see `Tokenized`.
         ends_added: completions that got an end-of-turn token because the template writes none.
         unwritten: what rows give and the chat template does not write, to the number of rows.

@@ -40,7 +40,9 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: flo
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # The backward runs outside autocast, so what autocast would do to each product is done here once.
     with torch.autocast(kind, enabled=False):
-        return _Blocked.apply(query.to(dtype), key.to(dtype), value.to(dtype), scaling, window)  # type: ignore
+        rows: Tensor = _Blocked.apply(query.to(dtype), key.to(dtype), value.to(dtype), scaling, window)  # type: ignore
+    # Outside, as a view that a function of its own returns may not be changed in place by a model.
+    return _as_heads(rows, query.shape[1] // key.shape[1])
 
 
 class _Blocked(torch.autograd.Function):
@@ -56,14 +58,14 @@ class _Blocked(torch.autograd.Function):
             kept.append(weights if weights.shape[2] <= KEPT else None)
         ctx.save_for_backward(rows, key, value, *kept)
         ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
-        return _as_heads(output, heads)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore
         rows, key, value, *kept = ctx.saved_tensors
         heads, keys, values = ctx.heads, key[0], value[0]
-        grads = _as_rows(grad, key.shape[1], 1.0)
+        grads = grad.contiguous()
         grad_rows = torch.empty_like(rows)
         # Sums over blocks, in float32 or better.
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32

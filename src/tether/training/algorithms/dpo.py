@@ -71,8 +71,8 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
             )
         if combination.takes_divergence and self.wants_store():
             raise ConfigError(
-                f"came, and {names} takes the reference's whole distribution at each token, where a store keeps one "
-                "number. Leave the store out.",
+                f"was given, and {names} takes the reference's whole distribution at each token, where a store keeps "
+                "one number. Leave the store out.",
                 self._store_field,
             )
         if combination.takes_divergence and (self.reference == "none" or self.reference_method in ("remote", "store")):

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization and its kin: single judged completions against a reference."""
+"""Kahneman-Tversky optimization and similar: single judged completions against a reference."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class KTO(Algorithm[Scores]):
 
 
 class KTOTrainer(TetherTrainer):
-    """Kahneman-Tversky optimization and its kin on single completions; arguments as in TRL 1.16.
+    """Kahneman-Tversky optimization and similar on single completions; arguments as in TRL 1.16.
 
     A row of `kto` is a tree of two branches: its own completion, and another row's (see
     `tether.training.algorithms.mismatched`) whose log-ratio estimates the KL divergence. The baseline z0 is

@@ -109,6 +109,10 @@ class Reward(Algorithm[Tensor]):
         set_seed(self.args.seed)
         return load_reward_model(source, **policy_spec(source, self.args).options())
 
+    def load_saved(self, source: str, **options: Any) -> nn.Module:
+        """Load a reward model that was saved, or the base of its adapter, whose head comes with that."""
+        return load_reward_model(source, **options)
+
     def adapter(self, peft_config: PeftConfig | None) -> PeftConfig | None:
         """The same adapter for a sequence classifier, whose head is trained in full."""
         if peft_config is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tether.errors import ConfigError
+from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
     continue_adapter,
     new_adapter,
@@ -23,12 +24,14 @@ from tether.models.adapters import (
     stack_adapter,
     train_new_tokens,
 )
+from tether.models.before.limits import Limits
 from tether.models.spec import ModelSpec, select_trainable
-from tether.models.structure import disable_dropout, transformers_model
+from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
 from tether.reference.methods.model import may_move
-from tether.scoring.router import has_router
+from tether.scoring.router import has_router, lacking_router
 from tether.training.checkpoint import refuse_silent_reanchoring
 from tether.training.config import PreferenceConfig
+from tether.training.saving.before import check_before_loading
 from tether.training.step import batch_of
 
 logger = logging.getLogger("tether")
@@ -52,7 +55,7 @@ def check_arguments(
             f"import {kind.__name__} from tether in place of trl; names and defaults are the same" if theirs else ""
         )
         raise ConfigError(
-            f"args: a {'trl.' * theirs}{kind.__name__} came; "
+            f"args is a {'trl.' * theirs}{kind.__name__} came; "
             + (advice or f"pass a configuration such as {wanted.__name__}(output_dir=...)")
             + "."
         )
@@ -66,6 +69,7 @@ def check_arguments(
             f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    check_before_loading(args)
     return args if quantization is None else _with_quantization(args, quantization)
 
 
@@ -99,7 +103,8 @@ def _with_quantization(args: PreferenceConfig, quantization: Any) -> PreferenceC
     given = cast(dict[str, Any], args.model_init_kwargs or {})
     if {"quantization", "quantization_config"} & given.keys():
         raise ConfigError(
-            "quantization_config came as an argument of the trainer and model_init_kwargs has one too. Leave one out."
+            "quantization_config was given as an argument of the trainer and model_init_kwargs has one too. Leave one "
+            "out."
         )
     args = copy(args)
     # As plain values, so that the arguments can still be written as JSON.
@@ -179,9 +184,11 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
     if not isinstance(model, (str, Path)):
         if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
             raise ConfigError(
-                "model_init_kwargs or a quantization_config came with models in memory, which they cannot change. "
+                "model_init_kwargs or a quantization_config was given with models in memory, which they cannot change. "
                 "Leave them out."
             )
+        if peft_config is not None and isinstance(model, nn.Module):
+            _refuse_second_adapter(model)
         return
     spec = policy_spec(model, args)
     if args.reference is None and ref_model is None:
@@ -206,23 +213,57 @@ def source_of(model: nn.Module) -> str:
     return getattr(config, "name_or_path", "") or _IN_MEMORY
 
 
-def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
-    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 without experts."""
+def check_router(args: PreferenceConfig, limits: Limits) -> None:
+    """Refuse a weight for the load-balancing loss of a model that has none, as far as its code says so.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if args.router_aux_loss_coef:
+        model = limits.built
+        lacking = "" if model is None else lacking_router(model)
+        if lacking:
+            raise ConfigError(f"router_aux_loss_coef is {args.router_aux_loss_coef} and {lacking}. Leave it unset.")
+
+
+def router_coefficient(args: PreferenceConfig, policy: nn.Module, measure: Callable[[], Any]) -> float:
+    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 where there is none.
+
+    Args:
+        args: of the run.
+        policy: as it is trained.
+        measure: scores a few rows with that loss.
+
+    Raises:
+        ConfigError: the option was set, and the model gives no such loss.
+    """
     model = transformers_model(policy)
-    if not has_router(model):
-        if args.router_aux_loss_coef:
-            raise ConfigError(
-                f"router_aux_loss_coef is {args.router_aux_loss_coef} and {type(model).__name__} has no experts to "
-                "balance. Leave it unset."
-            )
+    wanted = args.router_aux_loss_coef
+    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) if has_router(model) else 0.0
+    weight = declared if wanted is None else wanted
+    if not weight:
         return 0.0
-    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-    weight = declared if args.router_aux_loss_coef is None else args.router_aux_loss_coef
-    if weight:
-        logger.info(
-            f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
-        )
+    lacking = lacking_router(model) or _without_router_loss(model, measure)
+    if lacking and wanted:
+        raise ConfigError(f"router_aux_loss_coef is {wanted} and {lacking}. Leave it unset.")
+    if lacking:
+        logger.info(f"experts: no load-balancing loss, although the configuration weighs one by {weight:g}: {lacking}")
+        return 0.0
+    logger.info(
+        f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
+    )
     return weight
+
+
+def _without_router_loss(model: PreTrainedModel, measure: Callable[[], Any]) -> str:
+    """Why scoring gives no load-balancing loss, found by asking for it; empty where it does."""
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            loss = getattr(measure(), "aux_loss", None)
+    except (ScoringError, ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"{type(model).__name__} gives none ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    given = isinstance(loss, torch.Tensor) and bool(loss.isfinite())
+    return "" if given else f"{type(model).__name__}, scored as this run scores it, gives none"
 
 
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
@@ -284,7 +325,7 @@ def learning_tokens(
         return train_new_tokens(peft_config, ids, transformers_model(policy))
     if ids and cast(dict[str, Any], args.model_init_kwargs or {}).get("adapter"):
         raise ConfigError(
-            "add_tokens came with an adapter that is continued, in which nothing would train the new tokens' "
+            "add_tokens was given with an adapter that is continued, in which nothing would train the new tokens' "
             "embeddings. Merge it into its base first, or put a new adapter over it (`peft_config`, or `lora:`)."
         )
     return peft_config
@@ -310,14 +351,9 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
         elif getattr(policy, "is_quantized", False):
             raise ConfigError(_NOTHING_TRAINS)
         return policy
-    if isinstance(policy, PeftModel):
-        raise ConfigError(
-            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
-            "adapter; or merge it first with model.merge_and_unload(); or, to freeze it beneath the new one, name its "
-            "base as the model and its folder as `adapter` in model_init_kwargs (in a run file `model.adapter`)."
-        )
+    _refuse_second_adapter(policy)
     if not isinstance(policy, PreTrainedModel):
-        raise ConfigError(f"peft_config needs a transformers model; a {type(policy).__name__} came.")
+        raise ConfigError(f"peft_config needs a transformers model; got a {type(policy).__name__}.")
     _refuse_virtual_tokens(peft_config, policy, args)
     peft_config = for_task(peft_config, policy)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
@@ -333,8 +369,20 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
     return stacked
 
 
+def _refuse_second_adapter(policy: nn.Module) -> None:
+    """A new adapter over one that is there would take its place where it has its name, and stand on it elsewhere."""
+    names = ", ".join(map(repr, adapter_configs(policy)))
+    if names:
+        raise ConfigError(
+            f"peft_config was given and the model already has an adapter, {names}. Leave peft_config out to continue "
+            "that adapter; or merge it first (model.merge_and_unload() of peft); or, to freeze it beneath the new one, "
+            "name its base as the model and its folder as `adapter` in model_init_kwargs (in a run file "
+            "`model.adapter`)."
+        )
+
+
 def _refuse_virtual_tokens(config: PeftConfig, policy: PreTrainedModel, args: PreferenceConfig) -> None:
-    refuse_unfit_virtual_tokens(config, policy)
+    refuse_unfit_virtual_tokens(config, policy.config)
     if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
         raise ConfigError(
             "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "

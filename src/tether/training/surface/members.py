@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from tether.compat.accelerate import uneven_batches
 from tether.errors import ConfigError
+from tether.models.partitioned import whole_weights
 from tether.models.structure import transformers_model, unwrap
+from tether.training.config import PreferenceConfig
+from tether.training.evaluation import prepare_unseen
+from tether.training.setup.run import Run
 from tether.training.step import MicroBatch, batch_of
 from tether.training.surface.model_card import write_card
 from tether.training.surface.refused import refuse_callback
 
-if TYPE_CHECKING:
-    from tether.training.config import PreferenceConfig
-    from tether.training.setup.run import Run
 
-
-class TrlMembers:
-    """Read-only members under TRL's names; what they say is true of the run as it is."""
+class Members:
+    """Read-only members under TRL's names, true of the run as it is; evaluations; and what is not offered."""
 
     run: Run
     model: Any
     args: PreferenceConfig
+    accelerator: Any
+    eval_dataset: Any
+    policy: Any
+    _display: Any
     _tag_names: list[str]
 
     @property
@@ -77,6 +83,33 @@ class TrlMembers:
         if scores is None:
             raise ConfigError("compute_ref_log_probs() has nothing to compute: this objective has no reference.")
         return scores.logps[0::2], scores.logps[1::2]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Rows are shared among processes without repeating or dropping some: each counts once."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            with uneven_batches(self.accelerator):
+                return cast(Any, super()).get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
+        named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict)
+        if eval_dataset is not None and not (named and eval_dataset in cast(Any, self.eval_dataset)):
+            eval_dataset = prepare_unseen(self.run.data, eval_dataset)
+        try:
+            # Before training, a policy that was loaded in shards has no engine yet that would gather them.
+            with whole_weights(self.model):
+                return cast(Any, super()).evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
+        except BaseException:
+            self._display.close()
+            raise
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Two per parameter and token forward, four backward; the estimate that transformers makes."""
+        tokens = sum(part.batch.input_ids.numel() for part in inputs)
+        return 6 * tokens * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Add a callback; see `transformers.Trainer.add_callback`.
