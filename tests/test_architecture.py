@@ -28,7 +28,7 @@ RANKS = {
     "compute": 3,
     "scoring": 4,
     **dict.fromkeys(("reference", "objectives"), 5),
-    "rollout": 6,
+    **dict.fromkeys(("rollout", "rewards"), 6),
     "training": 7,
     **dict.fromkeys(("evaluate", "plan", "report"), 8),
     "config": 9,

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from tether.objectives import OBJECTIVES, check_options
-from tether.objectives.advantages import (
+from tether.objectives.online.advantages import (
     group_advantages,
     leave_one_out,
     normalize_then_sum,
     weighted_sum,
     without_variance,
 )
-from tether.objectives.correction import MODES, Correction
-from tether.objectives.kl import KL
-from tether.objectives.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
+from tether.objectives.online.correction import MODES, Correction
+from tether.objectives.online.kl import KL
+from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
 from tether.training.step import reduce_loss
 from tether.types import Scores
 

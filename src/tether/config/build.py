@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
-from tether.config.sections import LOADING, Judge, Lora, Model, Peft, Reference, Section
+from tether.config.sections import LOADING, Judge, Lora, Model, Peft, Reference, Rollout, Section
 from tether.errors import ConfigError
 from tether.rewards import READY_MADE, python_function
 from tether.training import OnlineConfig, PreferenceConfig
@@ -84,7 +84,7 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
         return micro or MICRO_BATCH, steps or 1
     online = issubclass(config_class(run.objective.loss), OnlineConfig)
     # Of sampled completions a batch has so many prompts, each with its group.
-    pairs = run.train.batch_size * (run.rollout.group if online else 1)
+    pairs = run.train.batch_size * ((run.rollout or Rollout()).group if online else 1)
     said = ", ".join(
         f"{count} {what}" for count, what in ((micro, "pairs a micro-batch"), (steps, "micro-batches")) if count
     )
@@ -146,7 +146,7 @@ def _online(run: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
     """
     loss = run.objective.loss
     if not issubclass(config_class(loss), OnlineConfig):
-        given = [name for name in ("rewards", "rollout") if name in run.model_fields_set and getattr(run, name)]
+        given = [name for name in ("rewards", "rollout") if getattr(run, name) is not None]
         if given:
             raise ConfigError(
                 f"`{given[0]}` came with loss {loss!r}, whose rows have completions already. Leave it out, or take a "
@@ -161,11 +161,11 @@ def _online(run: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
             "Write it there."
         )
     del options["max_length"]
-    asked = run.rollout.model_fields_set
+    section = run.rollout or Rollout()
+    asked = section.model_fields_set | {"group"}
     fields = {key: field for key, field in fields_under("rollout", OnlineConfig).items() if key in asked}
-    rollout = {field: getattr(run.rollout, key) for key, field in fields.items()}
-    group = {"num_generations": run.rollout.group}
-    return {**options, **group, **rollout, "reward_weights": [judge.weight for judge in run.rewards]}
+    rollout = {field: getattr(section, key) for key, field in fields.items()}
+    return {**options, **rollout, "reward_weights": [judge.weight for judge in run.rewards]}
 
 
 def _reward(judge: Judge) -> Any:

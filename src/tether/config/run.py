@@ -114,7 +114,7 @@ class RunConfig(Section):
         "What judges completions that the policy samples, as in [{name: numeric_answer}]; null: rows have completions.",
         "a list of mappings such as {name: numeric_answer, column: answer}, or null",
     )
-    rollout: Rollout = Rollout()
+    rollout: Rollout | None = Field(default=None, description="How these completions are sampled; null: the defaults.")
     train: Train = Train()
     output: Text = key("runs/run", "The run folder; left out: runs/ and the run file's name.")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tether.errors import ConfigError
 
@@ -134,8 +134,7 @@ def as_rewards(functions: Any, weights: Sequence[float] | None) -> tuple[Reward,
 
 def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", None) or type(function).__name__
-    config = getattr(function, "config", None)
-    return str(getattr(config, "_name_or_path", name)).split("/")[-1] if isinstance(function, nn.Module) else name
+    return str(name)
 
 
 def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, further: bool = False) -> None:

@@ -55,14 +55,12 @@ def score(
         model: a transformers or PEFT model, wrapped or not, that begins on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
-            `log_collision`; its `hidden` state before the head; of the whole batch `aux_loss`, see
-            `load_balancing_loss`.
+            `log_collision`; its `hidden` state before the head; `aux_loss` (`load_balancing_loss`) of the batch.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own; `encoder_decoder` encodes each prompt once, for models with an encoder.
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
             device's first choice.
-        chunk: tokens whose logits exist at once.
-        temperature: what the model's logits are divided by, as where completions were sampled so.
+        chunk: tokens whose logits exist at once; `temperature`: what these logits are divided by.
 
     Returns:
         `Scores` with `token_logps [N]` in float32 nats.

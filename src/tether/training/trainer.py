@@ -121,19 +121,11 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             )
             return self.accelerator
 
-        given = Given(
-            model,
-            ref_model,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            data_collator,
-            given_optimizer=optimizers != (None, None) or "optimizer_cls_and_kwargs" in others,
-        )
-        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy, **self.algorithm_parts)
+        data = train_dataset, eval_dataset, processing_class
+        own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
+        more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
+        given = Given(model, ref_model, args, *data, *more)
+        self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
         self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)
         self._sums, self._new_tokens, self._attempts = MetricSums(), 0, Attempts()
@@ -517,7 +509,7 @@ def _follow(trainer: TetherTrainer) -> None:
             trainer.run, trainer._scored_loss, trainer.policy, trainer._passes(), trainer.accelerator
         )
         require_metric(trainer.args.metric_for_best_model, names, trainer.eval_dataset)
-    rehearse(trainer._save, trainer.policy, trainer.args)
+    rehearse(trainer._save, trainer._saving.prove_start, trainer.policy, trainer.args)
 
 
 def _kept_steps(trainer: TetherTrainer) -> str:

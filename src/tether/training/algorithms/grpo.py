@@ -1,4 +1,4 @@
-"""Group relative policy optimization and its kin: DAPO, Dr. GRPO, GSPO, CISPO, SAPO, LUSPO, VESPO, REINFORCE."""
+"""Group relative policy optimization, and its variants DAPO, Dr. GRPO, GSPO, CISPO, SAPO, LUSPO, VESPO, REINFORCE."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES, Range
-from tether.objectives.advantages import group_advantages, normalize_then_sum, weighted_sum
-from tether.objectives.policy_gradient import PolicyGradient
+from tether.objectives.online.advantages import group_advantages, normalize_then_sum, weighted_sum
+from tether.objectives.online.policy_gradient import PolicyGradient
 from tether.rollout import RolloutEngine
-from tether.training.declared import REGISTERED, option
+from tether.training.declared import REGISTERED, option, refused
 from tether.training.online.algorithm import Online
 from tether.training.online.config import REFUSED, OnlineConfig
 from tether.training.setup.data import Rows
@@ -87,12 +87,12 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
         "Share of a micro-batch's tokens, those of the highest entropy, that have a policy gradient.",
         allowed=(Range(0, 1, low_included=False, high_included=True),),
     )
-    entropy_coef: float = option(*REFUSED["entropy_coef"])
-    use_adaptive_entropy: bool = option(*REFUSED["use_adaptive_entropy"])
-    entropy_coef_min: float = option(*REFUSED["entropy_coef_min"])
-    entropy_coef_max: float = option(*REFUSED["entropy_coef_max"])
-    entropy_coef_delta: float = option(*REFUSED["entropy_coef_delta"])
-    entropy_target: float = option(*REFUSED["entropy_target"])
+    entropy_coef: float = refused(*REFUSED["entropy_coef"])
+    use_adaptive_entropy: bool = refused(*REFUSED["use_adaptive_entropy"])
+    entropy_coef_min: float = refused(*REFUSED["entropy_coef_min"])
+    entropy_coef_max: float = refused(*REFUSED["entropy_coef_max"])
+    entropy_coef_delta: float = refused(*REFUSED["entropy_coef_delta"])
+    entropy_target: float = refused(*REFUSED["entropy_target"])
 
     def __post_init__(self) -> None:
         if self.scale_rewards not in _SCALES:
@@ -157,7 +157,7 @@ class GRPO(Online):
         """As `zero_variance` says."""
         return self.args.zero_variance == "skip"
 
-    def judge(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
+    def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
         """Rewards against the mean of their group."""
         if self.args.multi_objective_aggregation == "normalize_then_sum":
             return normalize_then_sum(rewards, weights, group)[0]

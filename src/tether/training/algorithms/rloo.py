@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
-from tether.objectives.advantages import leave_one_out, weighted_sum
-from tether.objectives.policy_gradient import PolicyGradient
+from tether.objectives.online.advantages import leave_one_out, weighted_sum
+from tether.objectives.online.policy_gradient import PolicyGradient
 from tether.training.algorithms.grpo import OnlineTrainer
 from tether.training.declared import REGISTERED, option
 from tether.training.online.algorithm import Online
@@ -57,7 +57,7 @@ class RLOO(Online):
         """Always."""
         return True
 
-    def judge(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
+    def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
         """Rewards, less their KL, against the mean of the group's others."""
         total, clip = weighted_sum(rewards, weights), self.args.reward_clip_range
         total = total if clip is None else total.clamp(clip[0], clip[1])

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from tether.data import text_tokenizer
 from tether.errors import ConfigError, DataError
 from tether.models.structure import transformers_model
-from tether.objectives.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
+from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
 from tether.rewards import (
     READY_MADE,
     Calling,
@@ -133,8 +133,8 @@ class Online(Algorithm[Scores]):
         """Surrogate, KL, correction, reduction."""
         raise NotImplementedError
 
-    def judge(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
-        """Advantages of completions; see `tether.training.online.experience.Judge`."""
+    def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
+        """Advantages of completions; see `tether.training.online.experience.Advantages`."""
         raise NotImplementedError
 
     @property
@@ -203,7 +203,7 @@ class Online(Algorithm[Scores]):
             args.rollout_engine,
             self.rewards,
             Calling(args.reward_timeout, cast(Any, args.reward_on_error)),
-            self.judge,
+            self.advantages,
             proximal=args.reuses_rollouts,
             correct=args.vllm_importance_sampling_correction,
             reference=args.needs_reference,

@@ -8,9 +8,9 @@ from typing import Any
 
 from tether.errors import ConfigError
 from tether.objectives import Range
-from tether.objectives.correction import MODES, Correction, Mode
+from tether.objectives.online.correction import MODES, Correction, Mode
 from tether.training.config import PreferenceConfig
-from tether.training.declared import Whole, option
+from tether.training.declared import Whole, option, refused
 
 _LATER = "multi-turn rollouts and servers are not built yet; a `rollout_func` may sample wherever it likes"
 # TRL's fields that are refused when they are set: what they must stay, and why.
@@ -71,7 +71,7 @@ class OnlineConfig(PreferenceConfig):
             nothing.
     """
 
-    max_length: int | None = option(None, "Stays None, prompts have `max_prompt_length`.")
+    max_length: int | None = option(None, "Stays None, prompts have `max_prompt_length`.", allowed=(None, Whole(1)))
     truncation_mode: str = option("drop", "Stays `drop`, a prompt that is too long is left out and counted.")
     num_generations: int = option(8, "Completions of each prompt.", allowed=(Whole(2),), key="rollout.group")
     num_generations_eval: int | None = option(
@@ -166,38 +166,38 @@ class OnlineConfig(PreferenceConfig):
     vllm_importance_sampling_clip_min: float | None = option(
         None, "Lower bound of these weights.", allowed=(None, Range(0)), key="rollout.correction_min"
     )
-    use_vllm: bool = option(*REFUSED["use_vllm"])
-    vllm_mode: str = option(*REFUSED["vllm_mode"])
-    vllm_model_impl: str = option(*REFUSED["vllm_model_impl"])
-    vllm_enable_sleep_mode: bool = option(*REFUSED["vllm_enable_sleep_mode"])
-    vllm_structured_outputs_regex: str | None = option(*REFUSED["vllm_structured_outputs_regex"])
-    vllm_server_base_url: str | None = option(*REFUSED["vllm_server_base_url"])
-    vllm_server_host: str = option(*REFUSED["vllm_server_host"])
-    vllm_server_port: int = option(*REFUSED["vllm_server_port"])
-    vllm_server_timeout: float = option(*REFUSED["vllm_server_timeout"])
-    vllm_group_port: int = option(*REFUSED["vllm_group_port"])
-    vllm_gpu_memory_utilization: float = option(*REFUSED["vllm_gpu_memory_utilization"])
-    vllm_max_model_length: int | None = option(*REFUSED["vllm_max_model_length"])
-    vllm_tensor_parallel_size: int = option(*REFUSED["vllm_tensor_parallel_size"])
-    vllm_importance_sampling_cap: float | None = option(*REFUSED["vllm_importance_sampling_cap"])
-    max_tool_calling_iterations: int | None = option(*REFUSED["max_tool_calling_iterations"])
-    use_transformers_paged: bool = option(*REFUSED["use_transformers_paged"])
-    use_transformers_continuous_batching: bool = option(*REFUSED["use_transformers_continuous_batching"])
+    use_vllm: bool = refused(*REFUSED["use_vllm"])
+    vllm_mode: str = refused(*REFUSED["vllm_mode"])
+    vllm_model_impl: str = refused(*REFUSED["vllm_model_impl"])
+    vllm_enable_sleep_mode: bool = refused(*REFUSED["vllm_enable_sleep_mode"])
+    vllm_structured_outputs_regex: str | None = refused(*REFUSED["vllm_structured_outputs_regex"])
+    vllm_server_base_url: str | None = refused(*REFUSED["vllm_server_base_url"])
+    vllm_server_host: str = refused(*REFUSED["vllm_server_host"])
+    vllm_server_port: int = refused(*REFUSED["vllm_server_port"])
+    vllm_server_timeout: float = refused(*REFUSED["vllm_server_timeout"])
+    vllm_group_port: int = refused(*REFUSED["vllm_group_port"])
+    vllm_gpu_memory_utilization: float = refused(*REFUSED["vllm_gpu_memory_utilization"])
+    vllm_max_model_length: int | None = refused(*REFUSED["vllm_max_model_length"])
+    vllm_tensor_parallel_size: int = refused(*REFUSED["vllm_tensor_parallel_size"])
+    vllm_importance_sampling_cap: float | None = refused(*REFUSED["vllm_importance_sampling_cap"])
+    max_tool_calling_iterations: int | None = refused(*REFUSED["max_tool_calling_iterations"])
+    use_transformers_paged: bool = refused(*REFUSED["use_transformers_paged"])
+    use_transformers_continuous_batching: bool = refused(*REFUSED["use_transformers_continuous_batching"])
     transformers_continuous_batching_config: dict[str, Any] | str | None = option(
         *REFUSED["transformers_continuous_batching_config"]
     )
-    cache_implementation: str | None = option(*REFUSED["cache_implementation"])
-    pad_to_multiple_of: int | str | None = option(*REFUSED["pad_to_multiple_of"])
-    ds3_gather_for_generation: bool = option(*REFUSED["ds3_gather_for_generation"])
-    cast_lm_head_to_fp32: bool = option(*REFUSED["cast_lm_head_to_fp32"])
-    generation_kwargs: dict[str, Any] | str | None = option(*REFUSED["generation_kwargs"])
-    repetition_penalty: float = option(*REFUSED["repetition_penalty"])
-    chat_template_kwargs: dict[str, Any] | str | None = option(*REFUSED["chat_template_kwargs"])
-    log_completions: bool = option(*REFUSED["log_completions"])
-    log_multimodal: bool = option(*REFUSED["log_multimodal"])
-    num_completions_to_print: int | None = option(*REFUSED["num_completions_to_print"])
-    log_unique_prompts: bool = option(*REFUSED["log_unique_prompts"])
-    log_completions_hub_repo: str | None = option(*REFUSED["log_completions_hub_repo"])
+    cache_implementation: str | None = refused(*REFUSED["cache_implementation"])
+    pad_to_multiple_of: int | str | None = refused(*REFUSED["pad_to_multiple_of"])
+    ds3_gather_for_generation: bool = refused(*REFUSED["ds3_gather_for_generation"])
+    cast_lm_head_to_fp32: bool = refused(*REFUSED["cast_lm_head_to_fp32"])
+    generation_kwargs: dict[str, Any] | str | None = refused(*REFUSED["generation_kwargs"])
+    repetition_penalty: float = refused(*REFUSED["repetition_penalty"])
+    chat_template_kwargs: dict[str, Any] | str | None = refused(*REFUSED["chat_template_kwargs"])
+    log_completions: bool = refused(*REFUSED["log_completions"])
+    log_multimodal: bool = refused(*REFUSED["log_multimodal"])
+    num_completions_to_print: int | None = refused(*REFUSED["num_completions_to_print"])
+    log_unique_prompts: bool = refused(*REFUSED["log_unique_prompts"])
+    log_completions_hub_repo: str | None = refused(*REFUSED["log_completions_hub_repo"])
 
     def __post_init__(self) -> None:
         for name, (kept, reason) in REFUSED.items():

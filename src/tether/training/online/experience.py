@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tether.errors import RewardError
-from tether.objectives.advantages import spread, weighted_sum, without_variance
+from tether.objectives.online.advantages import spread, weighted_sum, without_variance
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
 from tether.rollout import Group, RolloutEngine, RolloutRequest, Sampling
 from tether.rollout.files import rollout_file, write_rollout
@@ -26,7 +26,7 @@ from tether.types import Example, ScoringBatch
 logger = logging.getLogger("tether")
 Metrics = dict[str, float]
 # From rewards by function [K, R], their weights [R] and the KL of each completion [K] (None: none) to advantages [K].
-Judge = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+Advantages = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Plan:
         engine: which embedded engine, see `choose_engine`.
         rewards: the reward functions.
         calling: how they are called.
-        judge: makes advantages.
+        advantages: makes them of rewards.
         proximal: the policy is scored when a rollout begins, as it moves before the rollout is used up, or because the
             engine's log-probs are corrected for.
         correct: the engine's log-probs are kept where it does not compute with the policy's weights.
@@ -53,7 +53,7 @@ class Plan:
     engine: str
     rewards: tuple[Reward, ...]
     calling: Calling
-    judge: Judge
+    advantages: Advantages
     proximal: bool = False
     correct: bool = True
     reference: bool = False
@@ -132,7 +132,7 @@ class Experience:
         batches = self._batches(wanted, groups, kept[first : first + count], engine)
         batches = [self._scored(batch, engine) for batch in batches]
         kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if self.plan.kl_in_reward else None
-        advantages = self.plan.judge(rewards, weights, kl, wanted.group)
+        advantages = self.plan.advantages(rewards, weights, kl, wanted.group)
         mine = iter(torch.stack([advantages, kept.float()], 1)[first : first + count].split(1))
         found = [[_with_values(one, mine) for one in batch] for batch in batches]
         metrics = {

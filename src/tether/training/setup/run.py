@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +47,6 @@ from tether.training.setup.policy import (
     config_of,
     default_arguments,
     learning_tokens,
-    make_audible,
     policy_spec,
     router_coefficient,
     source_of,
@@ -66,7 +65,7 @@ _PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class Given:
-    """What a trainer's constructor was given; see `DPOTrainer`."""
+    """What a trainer's constructor was given, see `DPOTrainer`; and arguments of its algorithm, such as rewards."""
 
     model: str | Path | nn.Module
     ref_model: str | Path | nn.Module | None
@@ -76,6 +75,7 @@ class Given:
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     quantization_config: Any
     peft_config: PeftConfig | None
+    parts: Mapping[str, Any] = field(default_factory=dict)
     data_collator: Any = None
     given_optimizer: bool = False
 
@@ -127,11 +127,7 @@ Start = Callable[[Any, nn.Module, Any, Any, Any], Accelerator]
 
 
 def build_run(
-    algorithm_class: type[Algorithm[Any]],
-    given: Given,
-    start: Start,
-    policy_now: Callable[[], nn.Module],
-    **parts: Any,
+    algorithm_class: type[Algorithm[Any]], given: Given, start: Start, policy_now: Callable[[], nn.Module]
 ) -> Run:
     """Check, load and prove everything that comes before the first step.
 
@@ -140,7 +136,6 @@ def build_run(
         given: what its constructor was given.
         start: called once, when policy and rows are ready.
         policy_now: the model in training as it is at the time, which sharding may exchange.
-        parts: further arguments of the algorithm, such as reward functions.
 
     Raises:
         ConfigError, DataError: before any weights are loaded, where that is possible.
@@ -152,7 +147,7 @@ def build_run(
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
-    algorithm = algorithm_class(args, config_of(model, args), **parts)
+    algorithm = algorithm_class(args, config_of(model, args), **given.parts)
     algorithm.check_model(model)
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
@@ -226,7 +221,6 @@ def _policy(
 def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig:
     args = default_arguments(given.model, wanted) if given.args is None else given.args
     args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
-    make_audible(args)
     if args.auto_find_batch_size and given.given_optimizer:
         raise ConfigError(
             "is True, and an optimizer came, which would go on with what it has seen where a run begins again. Leave "

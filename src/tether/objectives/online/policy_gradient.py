@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tether.objectives.correction import Corrected, Correction, corrected, kept_on_policy
-from tether.objectives.kl import KL
 from tether.objectives.losses.policy_gradient import HIGHEST_LOG_WEIGHT, LOWEST_LOG_WEIGHT, ratio, vespo_phi
 from tether.objectives.objective import Level, Objective
+from tether.objectives.online.correction import Corrected, Correction, corrected, kept_on_policy
+from tether.objectives.online.kl import KL
 from tether.types import LossOutput, LossTerm, Scores
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
