@@ -160,7 +160,7 @@ class RunData:
         Returns:
             The training rows, and the evaluation set, a dictionary of them, or None.
         """
-        streamed = self.args.dataset_streaming or is_streamed(train)
+        streamed = self.args.stream_dataset or is_streamed(train)
         if streamed:
             self.args.require_streamable()
             _refuse_split(evaluation)
