@@ -30,7 +30,7 @@ RANKS = {
     **dict.fromkeys(("reference", "objectives"), 5),
     **dict.fromkeys(("rollout", "rewards"), 6),
     "training": 7,
-    **dict.fromkeys(("evaluate", "plan", "report"), 8),
+    **dict.fromkeys(("evaluate", "plan", "report", "trl"), 8),
     "config": 9,
     "cli": 10,
     "__main__": 11,
