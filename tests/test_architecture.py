@@ -28,7 +28,7 @@ RANKS = {
     "compute": 3,
     "scoring": 4,
     **dict.fromkeys(("reference", "objectives"), 5),
-    "rollout": 6,
+    **dict.fromkeys(("rollout", "rewards"), 6),
     "training": 7,
     **dict.fromkeys(("evaluate", "plan", "report"), 8),
     "config": 9,
@@ -176,17 +176,19 @@ def import_cycles(folder: Path) -> list[str]:
 
 
 def over_budget(folder: Path) -> list[str]:
-    """Functions and classes that are too long, and files with too many lines of code (no docstrings, no comments)."""
+    """Functions that are too long, and classes and files with too many lines of code (no docstrings, no comments)."""
     complaints = []
     for module, tree in parse(folder).items():
-        lines = len(code_lines(tree))
-        if lines > FILE_LINES:
-            complaints.append(f"{module}: {lines} lines, at most {FILE_LINES}")
+        numbers = [number for number, _ in code_lines(tree)]
+        if len(numbers) > FILE_LINES:
+            complaints.append(f"{module}: {len(numbers)} lines, at most {FILE_LINES}")
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            budget = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
+            end = node.end_lineno or node.lineno
+            is_class = isinstance(node, ast.ClassDef)
+            length = sum(node.lineno <= number <= end for number in numbers) if is_class else end - node.lineno + 1
+            budget = CLASS_LINES if is_class else FUNCTION_LINES
             if length > budget:
                 complaints.append(f"{module}:{node.lineno} {node.name}: {length} lines, at most {budget}")
     return complaints
@@ -328,6 +330,31 @@ def foreign_privates(folder: Path) -> list[str]:
             if source.split(".")[0] != folder.name and any(map(is_private, [*source.split("."), name]))
         ]
     return complaints
+
+
+# What the left column of CONTRIBUTING's table of words stands for, as patterns; "there is no number" is good English.
+WORDS = {
+    "came": r"\b(?:else|argument|what|was) came[;,.:]|\} came\b|[\"']came[ ,]|\bcame (?:too|without|together)",
+    "is no JSON": r"(?<!here )\bis no (?:JSON|YAML|number|text|folder|file|adapter|tokenizer|split|option)\b",
+    "otherwise than": r"\botherwise than\b",
+    "needs it not": r"\bneeds? it not\b",
+    "without a word": r"\bwithout a word\b",
+    "and its kin": r"\bits kin\b",
+    "means of the reference": r"\breference_means\b|\b(?:forced|every|two) means\b|\bmeans of (?:a|the) reference\b",
+    "to judge": r"\b(?:def |\.|_)judge\(",
+    "processor": r"\b(?:CPU|machine) processors?\b|\bprocessor (?:time|cores?|seconds)\b",
+}
+
+
+def unwanted_words(folder: Path) -> list[str]:
+    """Lines of the package with words of the left column of CONTRIBUTING's table."""
+    return [
+        f"{path.relative_to(folder.parent)}:{number} says {word!r}: {line.strip()}"
+        for path in sorted(folder.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for word, pattern in WORDS.items()
+        if re.search(pattern, line)
+    ]
 
 
 def tracked_files(folder: Path) -> list[Path]:
@@ -526,6 +553,29 @@ def test_private_names_of_the_package_may_be_used(tmp_path: Path) -> None:
     assert foreign_privates(plant(tmp_path / "one", models__a=own + uses)) == []
     assert foreign_privates(plant(tmp_path / "two", models__a=own, models__b=derived)) == []
     assert len(foreign_privates(plant(tmp_path / "other", models__a=own, models__b=uses))) == 4
+
+
+def test_words_are_those_of_the_table() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| not | but |")[1].split("\n\n")[0]
+    assert [row.split("`")[1] for row in table.splitlines()[2:]] == [*WORDS]
+    assert unwanted_words(PACKAGE) == []
+
+
+def test_an_unwanted_word_is_caught(tmp_path: Path) -> None:
+    lines = [
+        "f'a {kind} came; pass another'",
+        "'the line is no JSON'",
+        "'otherwise than before'",
+        "# needs it not",
+        "# ends without a word",
+        "# BART and its kin",
+        "reference_means = 1",
+        "def judge(x): ...",
+        "# two processors of a CPU take processor time",
+    ]
+    assert len(unwanted_words(plant(tmp_path / "bad", data__a="\n".join(lines)))) == len(WORDS)
+    fine = "# there is no file; rows as they came from disk; the processor of the model\n"
+    assert unwanted_words(plant(tmp_path / "good", data__a=fine)) == []
 
 
 def test_tracked_files_are_small_and_name_no_machine() -> None:

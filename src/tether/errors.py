@@ -1,4 +1,4 @@
-"""Every error Tether raises on purpose: what came, what was allowed, what to do.
+"""Every error Tether raises on purpose: what was given, what is allowed, what to do.
 
 The command line prints these as one paragraph. `exit_code` is 2 for bad input and 1 for a failed run.
 """
@@ -42,3 +42,11 @@ class ScoringError(TetherError):
 
 class StoreError(TetherError):
     """The store of reference log-probabilities cannot be read, written or trusted."""
+
+
+class RolloutError(TetherError):
+    """Completions that could not be sampled, or that are not the policy's."""
+
+
+class RewardError(TetherError):
+    """A reward function that failed, or returned what is no reward."""

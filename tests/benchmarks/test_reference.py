@@ -49,6 +49,7 @@ def test_unequal_work_is_a_problem(method, wrong, problem):
     assert any(problem in line for line in benchmark.check({"adapter_off": [run()], method: [wrong]}))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_store_of_some_thousand_completions_is_measured():
     found = benchmark.measure_store(5000, 10, 1)

@@ -142,7 +142,7 @@ def test_how_a_model_is_loaded_is_what_the_run_file_says(workplace: Any, tether:
 WRONG = {
     "device": ("model={name: model, device: cudda}", "device_map is 'cudda'"),
     "nowhere": ("model={name: model, device: meta}", "device_map is 'meta'"),
-    "adapter": ("model={name: model, adapter: model}", "which is no folder with adapter_config.json"),
+    "adapter": ("model={name: model, adapter: model}", "which is not a folder with adapter_config.json"),
     "revision": ("model={name: model, revision: v1}", "is on disk, where there is only one"),
     "tokenizer": ("model={name: model, tokenizer: nowhere/at/all}", "'nowhere/at/all' does not exist"),
     "target": ("lora={target: [no_such_layer]}", "PEFT cannot put this adapter on LlamaForCausalLM"),

@@ -75,6 +75,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(argv, words, tether, workpla
     assert len(err.strip().splitlines()) == 1 or "nonsense" in " ".join(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_fill_what_a_killed_one_left(tether, workplace):
     """Resumable after a kill, under torchrun; the second command counts what was there."""

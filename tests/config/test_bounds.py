@@ -15,7 +15,17 @@ from tether.training.declared import Text
 CONFIGS = [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, PreferenceConfig)]
 # A lead, exponents: any number. `ld_alpha` and `loss_weights` are checked with the losses they go with, the limits of
 # `dataset_check` with their names.
-ANY_NUMBER = {"simpo_gamma", "alpha", "f_alpha_divergence_coef", "ld_alpha", "loss_weights", "dataset_check"}
+ANY_NUMBER = {
+    "simpo_gamma",
+    "alpha",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "loss_weights",
+    "dataset_check",
+    "pad_to_multiple_of",  # of TRL, without effect
+    "reward_weights",
+    "reward_clip_range",
+}
 
 
 def numbers(config):

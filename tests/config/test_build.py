@@ -20,6 +20,8 @@ def run_with(**sections: Any) -> RunConfig:
 
 def test_defaults_are_those_of_the_python_configuration() -> None:
     run, defaults = run_with(), {field.name: field.default for field in dataclasses.fields(DPOConfig)}
+    defaults["loss_type"] = "sigmoid"  # of a list, as argument parsers want it: its factory gives ["sigmoid"]
+    assert DPOConfig.__dataclass_fields__["loss_type"].default_factory() == ["sigmoid"]
     assert defaults["num_train_epochs"] == run.train.epochs
     assert defaults["per_device_train_batch_size"] == run.train.batch_size
     arguments = objective_arguments(run.objective)

@@ -104,7 +104,7 @@ def test_the_key_is_of_content(tmp_path, counted):
     again(["a b c d"], truncation=True, max_length=2)
     for rows in (str(file), parted, turned, whole.with_format("numpy")):
         run(tmp_path, rows, again, num_proc=1, name="other")
-    # What else the caller's process knows, such as functions that a data set was mapped with, is no part of it.
+    # What else the caller's process knows, such as functions that a data set was mapped with, is not part of it.
     other = []
     run(tmp_path, whole.map(lambda row: row | {"prompt": row["prompt"] + ("" if other is not None else "x")}), again)
     assert counted == [len(ROWS)]
@@ -242,7 +242,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.multiprocess
 def test_inv_37_of_two_processes_one_prepares(tmp_path):
-    """Both are there before one begins; the other waits for the file, without a collective, and has the same."""
+    """INV-37. Both begin; the other waits for the file, without a collective, and gets the same."""
     processes = [start(tmp_path, str(rank), "2") for rank in range(2)]
     found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
     assert sorted(one["prepared"] for one in found) == [0, 1]

@@ -149,7 +149,7 @@ def test_a_streamed_data_set_is_read_whole_where_a_whole_one_is_asked_for() -> N
 
 
 def test_other_wrong_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a set came; rows must be"):
+    with pytest.raises(DataError, match="got a set; rows must be"):
         load_rows({1, 2})  # type: ignore[arg-type]
     with pytest.raises(DataError, match="there are no rows"):
         load_rows([])

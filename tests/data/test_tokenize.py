@@ -75,7 +75,9 @@ def test_inv_29_only_the_completion_concerned_is_split(byte_tokenizer: PreTraine
 def test_inv_29_an_inexact_boundary_can_drop_the_row_or_stop(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [pair(), pair("The sky is ", "blue", "green")]
     assert [ids.dropped for ids in run(byte_tokenizer, *rows, boundary="drop")] == [None, "boundary"]
-    with pytest.raises(DataError, match=r"row 2: the tokens of the prompt are no prefix .* from ' ' on: tokens merge"):
+    with pytest.raises(
+        DataError, match=r"row 2: the tokens of the prompt are not a prefix .* from ' ' on: tokens merge"
+    ):
         run(byte_tokenizer, *rows, boundary="error")
 
 
@@ -85,7 +87,7 @@ def test_a_template_that_renders_the_prompt_otherwise_alone_ends_it_where_they_p
     assert ids.boundary == "template"
     assert text(tokenizer, ids.prompt_ids).endswith("<|im_start|>assistant\n")
     assert text(tokenizer, ids.completion_ids[0]) == "I am a model.<|im_end|>"
-    with pytest.raises(DataError, match="the chat template writes the prompt alone otherwise"):
+    with pytest.raises(DataError, match="the template writes the prompt alone differently"):
         run(tokenizer, chat(), boundary="error")
 
 

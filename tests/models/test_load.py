@@ -97,7 +97,7 @@ def test_a_missing_path_is_named_with_the_nearest_one(folder: Path):
 
 def test_an_unknown_hub_name_says_that_the_hub_is_off():
     message = refused("nobody/nothing")
-    assert "'nobody/nothing' is no folder or file" in message
+    assert "'nobody/nothing' is not a folder or file" in message
     assert "HF_HUB_OFFLINE is set" in message
 
 
@@ -113,6 +113,7 @@ def test_a_single_file_leads_to_its_folder(folder: Path):
 
 
 def test_pickles_are_never_loaded(folder: Path):
+    """INV-39."""
     (folder / "model.safetensors").unlink()
     torch.save({"w": torch.zeros(1)}, folder / "pytorch_model.bin")
     message = refused(folder)

@@ -74,13 +74,13 @@ PACKAGE = ROOT / "src" / "tether"
 NOT_LISTED = {
     "The reference has no weights and no way to load them": "a bug in Tether",
     "There is no reference (meaning none)": "an argument of the Python interface",
-    "Values in": "an argument of the store's Python interface",
+    "Got values in": "an argument of the store's Python interface",
     "a value does not match its checksum": "the reason in `is not used: …`",
     "it belongs to another reference": "the reason in `is not used: …`",
     "it lies in the folder of another reference": "the reason in `is not used: …`",
     "… of its … values do not match their checksums": "the reason in `is not used: …`",
     "its keys do not match": "the reason in `is not used: …`",
-    "it is no readable part": "the reason in `is not used: …`",
+    "it is not a readable part": "the reason in `is not used: …`",
     "another program rewrote it": "the reason in `is not used: …`",
 }
 

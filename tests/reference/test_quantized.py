@@ -1,7 +1,7 @@
 """Quantised bases on a CPU: after a reference pass the policy still trains (INV-4, 5). `make test-quantized` runs it.
 
 bitsandbytes repacks 4-bit weights in a forward in evaluation mode on processors with AVX512-BF16, after which layers
-give no gradient, without a word; a reference pass is such a forward.
+give no gradient, silently; a reference pass is such a forward.
 """
 
 from __future__ import annotations

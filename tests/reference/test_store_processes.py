@@ -13,7 +13,7 @@ import pytest
 
 WORKER = Path(__file__).with_name("store_trainer.py")
 LAUNCH = {
-    "ddp": [pytest.mark.multiprocess],
+    "ddp": [pytest.mark.multiprocess, pytest.mark.slow],
     "fsdp": [pytest.mark.multiprocess, pytest.mark.slow],
     "zero3": [pytest.mark.multiprocess, pytest.mark.deepspeed],
 }

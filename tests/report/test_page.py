@@ -315,7 +315,7 @@ def test_half_a_line_at_the_end_is_dropped_and_one_before_it_is_an_error(tmp_pat
     (folder / "metrics.jsonl").write_text(lines + '{"step": 3, "lo')
     assert "at step 2" in Page(write_report(folder).read_text(encoding="utf-8")).text
     (folder / "metrics.jsonl").write_text('{"step": 3, "lo\n' + lines)
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1 is no JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1 is not JSON"):
         write_report(folder)
 
 

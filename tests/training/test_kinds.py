@@ -384,7 +384,7 @@ def test_wrong_options_are_refused_at_construction(kind, settings, words, tmp_pa
 
 
 def test_another_trainers_configuration_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"a DPOConfig came; pass a configuration such as KTOConfig"):
+    with pytest.raises(ConfigError, match=r"args is a DPOConfig; pass a configuration such as KTOConfig"):
         tether.KTOTrainer(
             model=model_for("KTO"),
             args=tether.DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none"),

@@ -16,7 +16,10 @@ WORKER = Path(__file__).parent / "worker.py"
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("size", "tokens"), [(2, 0), (2, 90)], ids=["accumulation", "budget"])
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [pytest.param(2, 0, id="accumulation"), pytest.param(2, 90, marks=pytest.mark.slow, id="budget")],
+)
 def test_two_processes_train_and_evaluate_as_one(size, tokens, tmp_path):
     """8 x 1 equals 2 x 2 x 2 processes: losses, metrics, evaluation, reference log-probs and weights.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,12 +278,12 @@ def test_an_objective_without_reference_loads_and_runs_none(tmp_path, monkeypatc
         ({"reference_adapter": "nowhere"}, "neither an adapter that is loaded"),
         ({"reference": "adapter"}, "no reference_adapter was given"),
         ({"reference": "base", "reference_adapter": "sft"}, "say different things"),
-        ({"ref_model_mixup_alpha": 0.3}, "came without sync_ref_model"),
+        ({"ref_model_mixup_alpha": 0.3}, "was given without sync_ref_model"),
         ({"sync_ref_model": True, "reference": "base"}, "What can move is a snapshot"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0, "reference": "start"}, "it must be a whole number from 1"),
         ({"reference_snapshot": "disk"}, "None, device, host"),
         ({"reference_snapshot": "host", "reference": "start", "reference_method": "adapter_off"}, "keeps no snapshot"),
-        ({"ref_model_init_kwargs": {"dtype": "float32"}}, "came without a ref_model"),
+        ({"ref_model_init_kwargs": {"dtype": "float32"}}, "was given without a ref_model"),
         ({"ref_model_init_kwargs": "[1]"}, "ref_model_init_kwargs is '\\[1\\]'; it must be a JSON object"),
         ({"reference_remote": {"adress": "http://x"}}, "its keys may be url, model"),
         ({"reference_remote": {"url": "host:80"}}, "begin with http"),
@@ -302,7 +303,8 @@ def test_reference_options_that_cannot_be_honoured(arguments, words, tmp_path, m
 
 def test_margins_that_stay_zero_stop_the_run():
     """INV-28: the policy is its own reference, or nothing trains."""
-    guard = GuardCallback(TrainingProof(policy()), lambda _: None, 1)
+    run = SimpleNamespace(proof=TrainingProof(policy()), algorithm=SimpleNamespace(still_steps=False))
+    guard = GuardCallback(run, lambda _: None, 1, lambda _: None)
     args, state = TrainingArguments(use_cpu=True), TrainerState()
     for margin in (*[0.0] * 19, 1e-9, *[0.0] * 19):
         guard.on_log(args, state, TrainerControl(), logs={"loss": 0.69, "rewards/margins": margin})

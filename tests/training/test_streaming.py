@@ -64,7 +64,7 @@ def _small(monkeypatch):
 
 def trainer_of(folder, kind="dpo", rows=None, *, stream=True, eval_dataset=None, **changes):
     trainer, own_rows, own_settings = KINDS[kind]
-    settings = {**SETTINGS, "dataset_streaming": stream, **own_settings, **changes}
+    settings = {**SETTINGS, "stream_dataset": stream, **own_settings, **changes}
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS" if trainer == "Reward" else "CAUSAL_LM")
     torch.manual_seed(0)
     return getattr(tether, f"{trainer}Trainer")(
@@ -359,6 +359,7 @@ def test_a_stream_that_ends_for_good_is_an_error(tmp_path):
         trainer_of(tmp_path, rows=IterableDataset.from_generator(once)).train()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_take_the_batches_that_they_take_in_memory(tmp_path):
     """INV-34: each its own, with the same losses and weights; rows in order, an uneven end where none counts twice."""

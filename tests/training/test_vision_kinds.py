@@ -123,7 +123,9 @@ def test_the_kl_estimate_is_of_the_rows_own_images(tmp_path, monkeypatch):
     assert losses(blind)[0] != pytest.approx(losses(run)[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["KTO", "SFT", "ORPO", "CPO", "Reward"])
+@pytest.mark.parametrize(
+    "kind", ["KTO", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SFT", "ORPO", "CPO", "Reward"))]
+)
 def test_layouts_and_splits_train_alike(kind, tmp_path):
     """INV-19, 25: tree and padded, one forward and several, in the family whose positions follow the image."""
     runs = []

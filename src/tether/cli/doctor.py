@@ -102,8 +102,8 @@ def _with_adapters(spec: ModelSpec, lora: int | None) -> Any:
     base: Any = spec.load_base()
     if isinstance(base, PeftModel):
         raise ConfigError(
-            f"--lora {rank} came, and '{spec.source}' has an adapter already. Leave --lora out to look at how that is "
-            "continued; for a new one over it, name its base and give the folder as --adapter."
+            f"--lora {rank} was given, and '{spec.source}' has an adapter already. Leave --lora out to look at how "
+            "that is continued; for a new one over it, name its base and give the folder as --adapter."
         )
     task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
@@ -239,7 +239,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     except Exception as error:  # a template is a program written by others
         return [Finding("problem", f"the chat template refuses a plain conversation ({error})")]
     if not str(whole).startswith(str(prompt)):
-        return [Finding("note", "the chat template writes a prompt alone otherwise than in a conversation")]
+        return [Finding("note", "the chat template writes a prompt alone differently than in a conversation")]
     ids = [tokenizer(str(text), add_special_tokens=False)["input_ids"] for text in (prompt, whole)]
     if ids[1][: len(ids[0])] != ids[0]:
         return [Finding("note", "tokens merge across the end of a templated prompt; such rows are split there")]

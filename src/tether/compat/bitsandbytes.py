@@ -15,7 +15,7 @@ def keep_quantized_layout(model: nn.Module) -> None:
 
     Two of its short cuts for inference are wrong beside training, where every pass of a reference is a forward in
     evaluation mode between two of training. On processors with AVX512-BF16 it repacks 4-bit weights in the first such
-    forward, and the packed ones have no backward: gradients are missing from then on without a word. And 8-bit layers
+    forward, and the packed ones have no backward: gradients are missing from then on silently. And 8-bit layers
     take another kernel, so that the policy is not at its own start.
 
     Args:

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+# Callbacks of these packages read metrics and add none.
+_OURS = ("transformers", "tether")
 
 
 def wrapped_for_evaluation(trainer: Trainer) -> nn.Module:
@@ -51,3 +55,37 @@ def keeps_shards(trainer: Trainer) -> bool:
 def deepspeed_engine(trainer: Trainer) -> nn.Module | None:
     """DeepSpeed's engine around the model, once training has begun; None without it."""
     return cast("nn.Module | None", trainer.deepspeed)
+
+
+def reports_more(trainer: Trainer, known: type[Trainer]) -> bool:
+    """Whether an evaluation may give other metrics than the class `known` does: a subclass or a callback adds some.
+
+    `on_evaluate` is handed the very dictionary that the best model is chosen by.
+    """
+    mine = type(trainer)
+    hooks = ("evaluate", "evaluation_loop", "compute_loss")
+    callbacks = (type(callback) for callback in trainer.callback_handler.callbacks)
+    return any(getattr(mine, hook) is not getattr(known, hook) for hook in hooks) or any(
+        kind.on_evaluate is not TrainerCallback.on_evaluate and kind.__module__.split(".")[0] not in _OURS
+        for kind in callbacks
+    )
+
+
+def steps_in_backward(optimizer: object) -> bool:
+    """Whether an optimizer is the stand-in for others that step inside the backward, by hooks on each parameter."""
+    return isinstance(optimizer, LayerWiseDummyOptimizer)
+
+
+def use_averages(optimizer: Any) -> None:
+    """Have an optimizer with two modes (schedule-free) put its averaged weights into the model, as an evaluation does.
+
+    Tether overrides `evaluation_loop`, where transformers does it; and transformers saves without doing it.
+    """
+    if callable(getattr(optimizer, "eval", None)):
+        optimizer.eval()
+
+
+def use_live_weights(optimizer: Any) -> None:
+    """The other mode, in which such an optimizer trains; nothing for one that has no modes."""
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()

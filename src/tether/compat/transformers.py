@@ -70,12 +70,12 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def logits_bias(model: PreTrainedModel) -> Tensor | None:
-    """What BART and its kin add to the logits outside their head; a buffer of the model, which no method returns."""
+    """What BART and similar add to the logits outside their head; a buffer of the model, which no method returns."""
     return getattr(model, "final_logits_bias", None)
 
 
 def image_positions(model: PreTrainedModel) -> Callable[..., Any] | None:
-    """What counts positions by time, height and width (Qwen2-VL and its kin); None for models that do not.
+    """What counts positions by time, height and width (Qwen2-VL and similar); None for models that do not.
 
     A forward does it for itself, by its padded rows; a packed row needs it for each prompt.
     """

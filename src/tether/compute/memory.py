@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,13 @@ def machine_bytes() -> int:
         if text.isdigit():
             limits.append(int(text))
     return min(limits, default=8 * 2**30)
+
+
+def room_for_another(device: torch.device) -> int:
+    """Bytes that a second model may take now, which is loaded through the host's memory."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    room = min([machine_bytes() - used, *found])
+    return min(room, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else room

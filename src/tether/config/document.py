@@ -66,7 +66,7 @@ def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         Its values, and the line of every key by its path.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML, a key is given twice or is no text.
+        ConfigError: there is no such file, it is not YAML, a key is given twice or is not text.
     """
     if not path.is_file():
         raise ConfigError(_missing(path))
@@ -96,7 +96,7 @@ def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
         The value, and the line of every key by its path.
 
     Raises:
-        ConfigError: it is no YAML, a key is given twice or is no text.
+        ConfigError: it is not YAML, a key is given twice or is not text.
     """
     loader = _Loader("")
     lines: dict[KeyPath, int] = {}
@@ -137,7 +137,7 @@ def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], nam
             continue
         if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
             raise ConfigError(
-                f"{name}, line {line}: the key `{getattr(key, 'value', '')}` is no text. Put a name in quotes."
+                f"{name}, line {line}: the key `{getattr(key, 'value', '')}` is not text. Put a name in quotes."
             )
         here = (*path, key.value)
         if key.value in own:

@@ -1,4 +1,4 @@
-"""From what pydantic found to one paragraph that says where, what came, what is allowed."""
+"""From what pydantic found to one paragraph that says where, what was given, what is allowed."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def wrong_value(path: KeyPath, value: Any, allowed: str) -> str:
 
     Args:
         path: of the key.
-        value: what came.
+        value: what was given.
         allowed: what may come, in words.
 
     Returns:

@@ -34,7 +34,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         The run, every default filled in.
 
     Raises:
-        ConfigError: one paragraph with the place, what came and what is allowed.
+        ConfigError: one paragraph with the place, what was given and what is allowed.
     """
     path = Path(path).expanduser()
     values, lines = read_document(path)
@@ -65,7 +65,7 @@ def check_run(values: dict[str, Any], place: Place = lambda key: "run") -> RunCo
         The run.
 
     Raises:
-        ConfigError: one paragraph with the place, what came and what is allowed.
+        ConfigError: one paragraph with the place, what was given and what is allowed.
     """
     loss = _loss_in(values)
     config = config_class(loss)
@@ -146,7 +146,7 @@ def _apply(values: dict[str, Any], override: str, given: dict[KeyPath, str]) -> 
     if not equals or not all(path):
         near = difflib.get_close_matches(override, RunConfig.model_fields, n=1)
         raise ConfigError(
-            f"The argument '{override}' is no override. Allowed is key=value with a dotted key, such as "
+            f"The argument '{override}' is not an override. Allowed is key=value with a dotted key, such as "
             f"{near[0] if near else 'train.learning_rate'}=…; give one run file, and overrides after it."
         )
     value, _ = parse(text, f"override '{override}'")

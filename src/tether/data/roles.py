@@ -71,7 +71,7 @@ class _Ends:
             shared = next((n for n, (a, b) in enumerate(zip(own, whole, strict=False)) if a[0] != b[0]), None)
             shared = min(len(own), len(whole)) if shared is None else shared
             if any(token == self.encoder.end for token, _ in own[shared:]):
-                # The template writes the last message otherwise than one in the middle (Qwen 3's thoughts): what
+                # The template writes the last message differently than one in the middle (Qwen 3's thoughts): what
                 # follows the place where the two part, up to the end of the turn, is the message's.
                 after = (n for n in range(shared, len(whole)) if whole[n][0] == self.encoder.end)
                 shared = next(after, shared - 1) + 1

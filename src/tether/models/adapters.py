@@ -19,17 +19,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tether.compat.messages import ADAPTER_INCOMPLETE
-from tether.compat.peft import set_active
+from tether.compat.peft import adopted, injected_configs, set_active
 from tether.errors import ConfigError
+from tether.models.adapting.beside import WEIGHTS, remember_brought
+from tether.models.adapting.rewritten import named_initialisation, remember_initial
+from tether.models.fingerprint import base_tensors, digest_of, fingerprint
 from tether.models.structure import unwrap
 
 logger = logging.getLogger("tether")
 ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
-_WEIGHTS = "adapter_model.safetensors"
-# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
+# Initialisations that write into the base weights, see `rewrites_base`; tests/models/test_adapters.py measures them.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -52,9 +54,41 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     policy = _load(base, folder, TRAINED, trainable=True)
     for name in beneath:
         policy.load_adapter(str(folder / name), name, torch_device="cpu")
+    _remember(policy, folder, beneath)
     if beneath:
         _activate(policy, beneath)
     return policy.eval()
+
+
+def in_one_way(model: nn.Module) -> nn.Module:
+    """The model as PEFT itself would have it, where transformers put its adapters in (`add_adapter`, or
+    `from_pretrained` of an adapter's folder); any other as it is.
+
+    Saving, loading and several adapters go one way then. No tensor changes, and nothing begins or ceases to train.
+
+    Raises:
+        ConfigError: the adapters are of several kinds, or PEFT would change them.
+    """
+    inner = unwrap(model)
+    configs = injected_configs(inner)
+    if isinstance(inner, PeftModel) or not configs:
+        return model
+    kinds = {kind_of(config) for config in configs.values()}
+    advice = "Load it with peft's PeftModel.from_pretrained(base, folder, is_trainable=True), or give its folder."
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"The model has adapters of {len(kinds)} kinds ({', '.join(sorted(kinds))}), of which PEFT can save and "
+            f"load one. {advice}"
+        )
+    before = {id(parameter): digest_of(parameter) for parameter in inner.parameters()}
+    policy = adopted(inner)
+    if {id(parameter): digest_of(parameter) for parameter in policy.parameters()} != before:
+        raise ConfigError(
+            f"PEFT changes tensors of the {kinds.pop()} adapter that transformers put into {type(inner).__name__}. "
+            f"{advice}"
+        )
+    logger.info(f"adapter: {', '.join(map(repr, configs))}, which transformers put into the model")
+    return policy
 
 
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -63,12 +97,17 @@ def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ConfigError: PEFT cannot put it there, for instance as no module has a name that it asks for.
     """
+    named = named_initialisation(config)
+    before = fingerprint(base_tensors(base)) if named else ""
     try:
-        return cast(PeftModel, get_peft_model(base, config))
+        policy = cast(PeftModel, get_peft_model(base, config))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"PEFT cannot put this adapter on {type(base).__name__}: {' '.join(str(error).split())}"
         ) from error
+    if named and fingerprint(base_tensors(policy)) != before:
+        remember_initial(policy)
+    return policy
 
 
 def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig) -> PeftModel:
@@ -88,24 +127,21 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     folder = Path(folder).expanduser()
     places = [folder, *(folder / name for name in _beneath(folder))]
     saved = [_read(place) for place in places]
-    kinds = {_kind(one) for one in saved}
-    if any(map(rewrites_base, [*saved, config])):
-        raise ConfigError(
-            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (PiSSA, "
-            "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
-            "with merge_and_unload() and name the result."
-        )
-    if kinds != {_kind(config)} or config.is_prompt_learning:
+    kinds = {kind_of(one) for one in saved}
+    if kinds != {kind_of(config)} or config.is_prompt_learning:
         raise ConfigError(
             f"The adapter '{folder}' is {', '.join(sorted(kinds))} and the new one over it "
-            f"{_kind(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
+            f"{kind_of(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
             "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
         )
     names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
+    before = fingerprint(base_tensors(base))
     policy = _load(base, places[0], names[0], trainable=False)
     try:
         for place, name in zip(places[1:], names[1:], strict=True):
             policy.load_adapter(str(place), name, torch_device="cpu")
+        for place, name in zip(places, names, strict=True):
+            remember_brought(policy, place, name)
         policy.add_adapter(TRAINED, config)
         _activate(policy, names)
     except ValueError as error:
@@ -113,11 +149,20 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
             f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its "
             "base with merge_and_unload() and name the result."
         ) from error
+    if fingerprint(base_tensors(policy)) != before:
+        raise ConfigError(
+            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (as PiSSA "
+            "and OLoRA do), on which the others stand too. Take another `init`, or merge the first into its base with "
+            "merge_and_unload() and name the result."
+        )
     return policy.eval()
 
 
 def rewrites_base(config: PeftConfig) -> bool:
-    """Whether an adapter writes into the base weights when it is made or loaded."""
+    """Whether an adapter says that it begins by writing into the base weights; for a base without a source.
+
+    With one, or before and after the adapter is made, fingerprints tell, whatever it says.
+    """
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
 
@@ -147,7 +192,7 @@ def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel)
         return config
     if not isinstance(config, LoraConfig):
         raise ConfigError(
-            f"add_tokens came with a {_kind(config)} adapter, in which nothing would train the new tokens' "
+            f"add_tokens was given with a {kind_of(config)} adapter, in which nothing would train the new tokens' "
             f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
         )
     if config.trainable_token_indices is None:
@@ -178,7 +223,7 @@ def load_active(model: nn.Module | None, folder: str | Path) -> bool:
     required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     for name in inner.active_adapters:
         place = Path(folder) if name == TRAINED else Path(folder) / name
-        if not (place / _WEIGHTS).is_file():
+        if not (place / WEIGHTS).is_file():
             raise ConfigError(f"The checkpoint {folder} lacks the adapter {name!r}, which is active on this model.")
         inner.load_adapter(str(place), name, is_trainable=True, torch_device=str(next(inner.parameters()).device))
     for parameter, value in required:
@@ -186,15 +231,19 @@ def load_active(model: nn.Module | None, folder: str | Path) -> bool:
     return True
 
 
-def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> None:
+def refuse_unfit_virtual_tokens(config: PeftConfig, model: Any) -> None:
     """Refuse the kinds of virtual tokens that cannot be scored, saved or resumed rightly.
+
+    Args:
+        config: of the adapter.
+        model: the configuration of the model.
 
     Raises:
         ConfigError: with what to use instead.
     """
     if not config.is_prompt_learning:
         return
-    kind = _kind(config)
+    kind = kind_of(config)
     if config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
         raise ConfigError(
             f"peft_config is {kind}, of which PEFT saves what its encoder made and not the encoder, or which needs "
@@ -206,10 +255,11 @@ def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> N
             "peft_config has prefix_projection, whose network PEFT does not save, so that a run could not be resumed. "
             "Leave it out."
         )
-    if model.config.is_encoder_decoder:
+    if model.is_encoder_decoder:
         raise ConfigError(
-            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and {type(model).__name__} "
-            "encodes each prompt once for several completions. Use LoRA or another adapter on layers."
+            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and a model of "
+            f"{type(model).__name__} encodes each prompt once for several completions. Use LoRA or another adapter on "
+            "layers."
         )
 
 
@@ -222,7 +272,8 @@ def virtual_tokens(model: nn.Module) -> int:
     return config.num_virtual_tokens if config.peft_type == PeftType.PROMPT_TUNING else 0
 
 
-def _kind(config: PeftConfig) -> str:
+def kind_of(config: PeftConfig) -> str:
+    """Kind of an adapter, as PEFT names it."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -236,7 +287,7 @@ def _beneath(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"'{note}' does not say which adapters were active ({error}); copy it again.") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name / _WEIGHTS).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name / WEIGHTS).is_file():
             raise ConfigError(
                 f"The adapter '{folder}' was trained over another one, {name!r}, which is not there: it would compute "
                 f"something else. Copy the whole folder again, with '{name}' in it."
@@ -272,18 +323,25 @@ def _make_room(base: PreTrainedModel, folder: Path) -> None:
     """An adapter that was trained with new tokens brings embeddings of more rows than its base has."""
     embeddings: Any = base.get_input_embeddings()
     name = next((name for name, module in base.named_modules() if module is embeddings), "")
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         whole = [key for key in file.keys() if f".{name}." in key and key.endswith(".weight") and "lora_" not in key]  # noqa: SIM118
         rows = max((file.get_slice(key).get_shape()[0] for key in whole), default=0)
     if rows > embeddings.weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
 
 
+def _remember(policy: PeftModel, folder: Path, beneath: list[str]) -> None:
+    """Which tensors of the base the adapters of a folder brought, so that what is saved of the policy has them too."""
+    for name, place in {TRAINED: folder, **{name: folder / name for name in beneath}}.items():
+        remember_brought(policy, place, name)
+
+
 def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
     """PEFT loads virtual tokens for inference only; so they are made anew and given the saved values."""
-    refuse_unfit_virtual_tokens(config, base)
+    refuse_unfit_virtual_tokens(config, base.config)
     policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
     policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
+    _remember(policy, folder, [])
     return policy.eval()
 
 

@@ -391,6 +391,6 @@ def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigErr
         "models downloaded before."
     )
     return ConfigError(
-        f"The {kind} '{source}' is no folder or file in '{Path.cwd()}', and from the hub it cannot be loaded: {reason} "
-        f"Allowed: {ALLOWED}. {advice}"
+        f"The {kind} '{source}' is not a folder or file in '{Path.cwd()}', and from the hub it cannot be loaded: "
+        f"{reason} Allowed: {ALLOWED}. {advice}"
     )

@@ -65,7 +65,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.quantization is not None:
             if "quantization_config" in self.further:
-                raise ConfigError("quantization and quantization_config came together; leave one of them out.")
+                raise ConfigError("quantization and quantization_config were given together; leave one of them out.")
             quantization_config(self.quantization, self.dtype)
         _check_device(self.device_map)
         if self.adapter is not None:
@@ -74,8 +74,8 @@ class ModelSpec:
     def _check_adapter(self, adapter: str | Path) -> None:
         if not is_adapter(adapter):
             raise ConfigError(
-                f"adapter is '{adapter}', which is no folder with adapter_config.json. Give the folder that an adapter "
-                "was saved in."
+                f"adapter is '{adapter}', which is not a folder with adapter_config.json. Give the folder that an "
+                "adapter was saved in."
             )
         check_source(adapter)
         if is_adapter(self.source):
@@ -249,7 +249,7 @@ def _found(pattern: str, names: dict[int, list[str]]) -> set[int]:
         expression = re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"{pattern!r} is no regular expression ({error}); give one, such as 'layers\\.1\\.'."
+            f"{pattern!r} is not a regular expression ({error}); give one, such as 'layers\\.1\\.'."
         ) from None
     found = {key for key, own in names.items() if any(map(expression.search, own))}
     if not found:

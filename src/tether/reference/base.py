@@ -29,7 +29,7 @@ class Scorer(Protocol):
 
 
 class Reference(ABC):
-    """A policy that gives log-probabilities and takes no part in training.
+    """A policy that gives log-probabilities and is not trained.
 
     Attributes:
         identity: which reference it is.
@@ -69,6 +69,11 @@ class Reference(ABC):
     def may_release(self) -> bool:
         """Whether it has weights of its own that can go, and come back when something is scored."""
         return False
+
+    @property
+    def model(self) -> nn.Module | None:
+        """A model of the reference's own, apart from the policy; None without one."""
+        return None
 
     def release(self) -> None:
         """Let the weights go; the next `score` brings them back."""

@@ -60,7 +60,7 @@ def read_record(folder: Path) -> tuple[ReferenceIdentity, GuardResult | None] | 
         guard = {name: value for name, value in (record["guard"] or {}).items() if name != "passed"}
         return ReferenceIdentity(**record["identity"]), GuardResult(**guard) if guard else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReferencePolicyError(f"{path} is no record of a reference that Tether wrote ({error}).") from error
+        raise ReferencePolicyError(f"{path} is not a record of a reference that Tether wrote ({error}).") from error
 
 
 def restore(folder: Path, reference: Reference, policy: nn.Module) -> GuardResult | None:

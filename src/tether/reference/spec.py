@@ -88,10 +88,15 @@ class RemoteOptions:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"remote: url is {self.url!r}; it must begin with http:// or https://.")
+        if "@" in self.url.split("/")[2]:
+            raise ConfigError(
+                "remote: url holds a name or a password, which would be written into the run's files. Leave it out, "
+                "and name the environment variable that holds the key as `api_key_env`."
+            )
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (self.tolerance or 1) <= 0:
             raise ConfigError(
                 f"remote: concurrency {self.concurrency}, retries {self.retries}, timeout {self.timeout}, tolerance "
-                f"{self.tolerance} came; allowed are at least 1, at least 0, above 0, and above 0 or unset."
+                f"{self.tolerance}; allowed are at least 1, at least 0, above 0, and above 0 or unset."
             )
 
 
@@ -109,8 +114,9 @@ class ReferenceSpec:
         keep: where a snapshot is kept; None lets free memory decide.
         remote: the server, for the method `remote`.
         sync: how the reference moves; None for not at all.
-        spill: folder that takes a large snapshot while a full store needs it not; None keeps it in memory.
+        spill: folder that takes a large snapshot while a full store does not need it; None keeps it in memory.
         reload: loads the other model again after a full store let it go; None for one that was given in memory.
+        base: for `base`, gives the fingerprint of the base as its source has it; None where there is no source.
     """
 
     meaning: Meaning = "start"
@@ -124,10 +130,11 @@ class ReferenceSpec:
     sync: Sync | None = None
     spill: Path | None = None
     reload: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
+    base: Callable[[], str | None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.meaning not in METHODS:
-            raise ConfigError(f"reference: {self.meaning!r} came; allowed are {', '.join(METHODS)}.")
+            raise ConfigError(f"reference: got {self.meaning!r}; allowed are {', '.join(METHODS)}.")
         if self.method is not None and self.method not in METHODS[self.meaning]:
             raise ConfigError(
                 f"reference method {self.method!r} cannot compute the meaning {self.meaning!r}; allowed are "

@@ -10,7 +10,7 @@ MISSING = "\N{EN DASH}"
 
 
 def as_number(value: Any) -> float:
-    """A value read from JSON as a float; NaN for what is missing or is no number.
+    """A value read from JSON as a float; NaN for what is missing or is not a number.
 
     >>> as_number(3), as_number("Infinity"), as_number(None), as_number(True)
     (3.0, inf, nan, nan)
@@ -31,7 +31,7 @@ def number(value: Any, decimals: int | None = None) -> str:
         decimals: digits after the point; None for as many as four significant digits need.
 
     Returns:
-        The text; an en dash for what is no number.
+        The text; an en dash for what is not a number.
 
     >>> number(-0.123456), number(0.5, 2), number(1234567), number(2.5e-7), number(float("nan"))
     ('−0.1235', '0.50', '1,234,567', '2.5e−7', '–')

@@ -90,7 +90,7 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
             # A run that was killed while writing leaves half a line at the end.
             if number == len(lines) and metrics:
                 break
-            raise ConfigError(f"{path}, line {number} is no JSON ({error}). Remove the line and try again.") from error
+            raise ConfigError(f"{path}, line {number} is not JSON ({error}). Remove the line and try again.") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{path}, line {number} holds no mapping of metric names to numbers.")
         metrics.append(row)
@@ -120,7 +120,7 @@ def _read_json(path: Path, kind: type) -> Any:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
         raise ConfigError(
-            f"{path} is no JSON ({error}). Write it again, or remove it: the page does without."
+            f"{path} is not JSON ({error}). Write it again, or remove it: the page does without."
         ) from error
     if not isinstance(value, kind):
         expected = {dict: "a mapping", list: "a list"}[kind]

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel
 
 from tether.errors import ConfigError
-from tether.models.adapters import load_active, write_active
+from tether.models.adapters import load_active
+from tether.models.adapting.rewritten import load_plain
 from tether.models.structure import unwrap
-from tether.reference.record import read_record
+from tether.reference.record import RECORD, read_record
 
+logger = logging.getLogger("tether")
 OBJECTIVE = "objective.json"
+_STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-\d+")
+# Parts of a checkpoint that `save_only_model` leaves out, by the first words of their files and folders.
+_OPTIMIZER = {
+    "the optimizer": ("optimizer", "global_step"),
+    "the schedule": ("scheduler", "global_step"),
+    "the draws": ("rng_state",),
+}
 
 
 def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> Path | None:
@@ -35,13 +43,80 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
     if not resume:
         return None
     if resume is True:
-        last = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
+        last = last_checkpoint(output_dir)
         if last is None:
-            raise ConfigError(f"There is no checkpoint in {output_dir} to resume from. Start without resuming.")
-        return Path(last)
+            raise ConfigError(f"There is no whole checkpoint in {output_dir} to resume from. Start without resuming.")
+        return last
     if not Path(resume).is_dir():
         raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
     return Path(resume)
+
+
+def last_checkpoint(output_dir: str | Path | None) -> Path | None:
+    """The last whole checkpoint of a run folder; None where there is none.
+
+    One that a killed run or a full disk left half written lacks what is written last; it is passed over, with a
+    warning.
+    """
+    folder = Path(output_dir) if output_dir else None
+    if folder is None or not folder.is_dir():
+        return None
+    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)}
+    for _, path in sorted(found.items(), reverse=True):
+        if all((path / name).is_file() for name in (_STATE, RECORD)):
+            return path
+        logger.warning(f"{path} is half written and passed over; the checkpoint before it is taken")
+    return None
+
+
+def refuse_second_run(steps: int, folder: Path | None) -> None:
+    """A trainer trains once, or goes on from a checkpoint.
+
+    Args:
+        steps: that it has made.
+        folder: the checkpoint that it is to go on from.
+
+    Raises:
+        ConfigError: it has made steps, and there is no checkpoint.
+    """
+    if steps and folder is None:
+        raise ConfigError(
+            f"This trainer has trained already, {steps} steps: its optimizer, schedule and batches are at their end. "
+            "Go on from a checkpoint with train(resume_from_checkpoint=True), with more max_steps or num_train_epochs "
+            "where all were made; or make a new trainer from trainer.policy, and say whether its reference is these "
+            "weights (reference='start') or the earlier start (ref_model)."
+        )
+
+
+def require_parts(folder: Path, save_only_model: bool) -> None:
+    """What a checkpoint lacks is not silently begun anew.
+
+    Args:
+        folder: the checkpoint.
+        save_only_model: whether this run writes checkpoints without optimizer and schedule, so that they are expected.
+
+    Raises:
+        ConfigError: the checkpoint is no whole one, and was not meant to be without these parts.
+    """
+    there = [path.name for path in folder.iterdir()]
+    if _STATE not in there:
+        raise ConfigError(
+            f"The checkpoint {folder} has no {_STATE}, so the step it stands at is unknown. Resume from a whole "
+            "checkpoint, or start a new run from its weights."
+        )
+    lacking = [part for part, names in _OPTIMIZER.items() if not any(name.startswith(names) for name in there)]
+    if not lacking:
+        return
+    if len(lacking) < len(_OPTIMIZER) or not save_only_model:
+        raise ConfigError(
+            f"The checkpoint {folder} is without {' and '.join(lacking)}, which would begin anew: the rest of the run "
+            "would be another one. Resume from a whole checkpoint. Where it was written with save_only_model, set "
+            "save_only_model=True to accept that, or start a new run from its weights."
+        )
+    logger.warning(
+        f"resuming from {folder}, which was saved without optimizer, schedule and random state (save_only_model): "
+        "the optimizer's moments and the learning-rate schedule begin anew, so that this is not the unbroken run"
+    )
 
 
 def write_objective(folder: Path, state: dict[str, float]) -> None:
@@ -92,19 +167,8 @@ def load_renamed(model: nn.Module | None, folder: str | Path) -> bool:
 
 
 def load_checkpoint(model: nn.Module, folder: str | Path) -> bool:
-    """Load weights where transformers would lose some, see `load_renamed` and `load_active`; False: it may."""
-    return load_active(model, folder) or load_renamed(model, folder)
-
-
-@contextmanager
-def save_model(model: nn.Module, folder: str | Path, args: TrainingArguments) -> Iterator[None]:
-    """Around transformers' own saving of a model: which adapters are active is kept beside it."""
-    with warnings.catch_warnings():
-        # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
-        yield
-    if args.should_save:
-        write_active(model, folder)
+    """Load weights where transformers would lose some, see the three functions; False: it may."""
+    return load_active(model, folder) or load_plain(model, folder) or load_renamed(model, folder)
 
 
 def _names(file: Path) -> list[str]:

@@ -80,7 +80,7 @@ class Lengths:
         truncated: share of rows that the run's own limit would cut or drop; None without a limit.
         image_cut: share of rows of which that would cut an image, so that they are dropped; None without images.
         unreadable: what is wrong with images that could not be read, in words.
-        inexact_boundaries: share of rows whose prompt tokens are no prefix of the whole's.
+        inexact_boundaries: share of rows whose prompt tokens are not a prefix of the whole's.
         tokens: of all rows in an epoch, prompts counted once.
         sequence_tokens: the same with a prompt counted with each of its completions, as without packing.
         petaflop_per_billion: 10^15 operations of an epoch for each billion parameters: 6 a parameter and token for the

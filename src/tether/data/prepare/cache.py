@@ -3,7 +3,7 @@ Called by the trainers.
 
 An entry is one Arrow file, named by a hash of all that its content depends on: the rows themselves, the tokenizer's
 own state, the options, and the code that prepares. What a run is for (learning rate, folders, who else is in the
-process) is no part of it. Processes wait for each other by a lock on a file, which the system takes from one that
+process) is not part of it. Processes wait for each other by a lock on a file, which the system takes from one that
 dies, and never by a collective.
 """
 
@@ -128,7 +128,7 @@ def remove_oldest(folder: Path, *, limit: float | None = None, now: float | None
         What was removed.
 
     Raises:
-        ConfigError: the environment variable is no number.
+        ConfigError: the environment variable is not a number.
     """
     limit = _limit() if limit is None else limit
     entries = []

@@ -92,8 +92,8 @@ def prepare(
         turns: what is scored of a completion of several turns: `all` of it, what others say included, as TRL does; the
             turns of the `assistant`; or the `last` one of these. Of `messages`, `all` is the whole conversation.
         truncation_mode: `keep_start`, `keep_end`, `middle` or `drop`, see `tether.data.text.truncate`.
-        boundary: what to do where ids(prompt) is no prefix of ids(prompt + completion): `split`, `drop` or `error`, see
-            `tether.data.text.tokenize`.
+        boundary: what to do where ids(prompt) is not a prefix of ids(prompt + completion): `split`, `drop` or
+            `error`, see `tether.data.text.tokenize`.
         num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and templates.
         encoder_decoder: the model reads the prompt in an encoder, see `tether.data.text.seq2seq`.
         name: what to call the rows in messages and in the report.

@@ -63,6 +63,8 @@ PARTS: dict[Kind, tuple[str, ...]] = {
     "completion": ("completion",),
     "prompt_only": (),
 }
+# What becomes of columns that preparation does not read, where it is something.
+_UNUSED = {"prompt_only": "left to rewards"}
 _NOUNS: dict[Kind, str] = {
     "pair": "pairs",
     "ranked": "ranked lists",
@@ -88,7 +90,7 @@ class Report:
     Args:
         name: what the rows are called.
         kind: what the rows were read as.
-        rows: how many came; a pair that is read as two unpaired rows counts as two.
+        rows: how many were read; a pair that is read as two unpaired rows counts as two.
         kept: how many were left to train on.
         dropped: reason to number of rows, for every reason in `DROPS`.
         form: `standard` or `conversational`.
@@ -102,7 +104,7 @@ class Report:
         cut_prompts: kept rows whose prompt was cut.
         cut_tokens: tokens that were cut from kept rows, of `prompt` and of `completions`.
         cut_completions: completions that were cut, by position in `PARTS`.
-        boundary: the policy for prompts whose ids are no prefix of the whole's.
+        boundary: the policy for prompts whose ids are not a prefix of the whole's.
         boundaries: kind of boundary to number of rows that came to be tokenised, see `Tokenized`.
         ends_added: completions that got an end-of-turn token because the template writes none.
         unwritten: what rows give and the chat template does not write, to the number of rows.
@@ -183,7 +185,7 @@ class Report:
             f"not written by the chat template: {lost}": lost,
             f"in {self.other_prompts} rows `prompt` is none of the messages, and is not read": self.other_prompts,
             f"{self.marker_rows} rows carry template markers: {', '.join(self.markers)}": self.marker_rows,
-            f"not read: columns {', '.join(self.unused_columns)}": self.unused_columns,
+            f"{_UNUSED.get(self.kind, 'not read')}: columns {', '.join(self.unused_columns)}": self.unused_columns,
             f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,
         }
         return [f"{self.name}: {text}" for text, holds in {head: True, **notes}.items() if holds]

@@ -1,1 +1,1 @@
-"""Rows as they came: their columns, the check of every value, and the formats of other tools."""
+"""Rows as they are given: their columns, the check of every value, and the formats of other tools."""

@@ -108,7 +108,7 @@ def read_preferences(
     Raises:
         ConfigError: `kind` or `turns` is unknown.
         DataError: a column is missing, a value has a wrong type, rows mix forms, a prompt cannot be told from the
-            completions, or rows hold images. The message names rows, fields, what came and what to do.
+            completions, or rows hold images. The message names rows, fields, what was given and what to do.
     """
     if turns not in TURNS:
         raise ConfigError(f"turns is {turns!r}; it must be {', '.join(f'`{one}`' for one in TURNS)}.")

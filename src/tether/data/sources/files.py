@@ -355,7 +355,7 @@ def _no_rows(path: Path, name: str) -> str:
 
 
 def _opened(path: Path) -> Any:
-    # `newline=""` keeps line breaks inside quoted CSV fields; a byte order mark is no part of the first column's name.
+    # `newline=""` keeps line breaks inside quoted CSV fields; a byte order mark is not part of the first column's name.
     if path.suffix.lower() not in COMPRESSED:
         return path.open(encoding="utf-8-sig", newline="")
     return io.TextIOWrapper(pa.input_stream(str(path), compression="detect"), encoding="utf-8-sig", newline="")

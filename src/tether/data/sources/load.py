@@ -182,7 +182,7 @@ def _read(source: Any, split: str, name: str, hub: Mapping[str, Any] | None = No
     if isinstance(source, Sequence):
         return _from_list(source, split, name)
     raise DataError(
-        f"{name}: a {type(source).__name__} came; rows must be a datasets.Dataset or IterableDataset, a list of "
+        f"{name}: got a {type(source).__name__}; rows must be a datasets.Dataset or IterableDataset, a list of "
         "dictionaries, a path or a hub name."
     )
 

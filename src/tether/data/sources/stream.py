@@ -143,7 +143,7 @@ def _parts(origin: Origin, name: str, epoch: int) -> Iterator[Part]:
     if isinstance(source, Sequence) and all(isinstance(item, (str, Path)) for item in source):
         return chain.from_iterable(_parts_of_path(str(item), split, name) for item in source)
     raise DataError(
-        f"{name}: a {type(source).__name__} came; streamed rows must be a datasets.IterableDataset or Dataset, a list "
+        f"{name}: got a {type(source).__name__}; streamed rows must be a datasets.IterableDataset or Dataset, a list "
         "of dictionaries or of paths, a path or a hub name."
     )
 

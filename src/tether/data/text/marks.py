@@ -80,7 +80,7 @@ def marked(
         only: places of messages that get marks; None for all, and the tools.
 
     Returns:
-        What came of it; None where the template refuses it.
+        The result; None where the template refuses it.
     """
     given: list[Given] = []
     changed = [

@@ -7,10 +7,10 @@ For well-formed rows the ids equal those of TRL 1.16's DPO trainer. They differ 
 - A template that closes an answer with no special token gets the tokenizer's end-of-sequence token, once.
 - A beginning-of-sequence token that the text brings itself is not added a second time, and an end-of-sequence token
   that the tokenizer adds by itself does not end the prompt or double the end of the completion.
-- Where ids(prompt) is no prefix of ids(prompt + completion), TRL gives the prompt's last tokens to the completions.
+- Where ids(prompt) is not a prefix of ids(prompt + completion), TRL gives the prompt's last tokens to the completions.
   Here `boundary` decides; by default the prompt keeps the ids it has at inference, and the completion is tokenised on
   its own. Two boundaries are no one's request and move as in TRL, to where the ids part: that of a prompt which is only
-  what both texts share, and that of a template which renders a prompt otherwise than the conversation it begins.
+  what both texts share, and that of a template which renders a prompt differently than the conversation it begins.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def tokenize(rows: Sequence[Rendered], encoder: Encoder, *, boundary: Boundary =
     Args:
         rows: a batch.
         encoder: the tokenizer.
-        boundary: what to do with a row where ids(prompt) is no prefix of ids(prompt + completion), although the data
+        boundary: what to do with a row where ids(prompt) is not a prefix of ids(prompt + completion), although the data
             or the template gives the boundary: `split` tokenises that completion on its own, `drop` marks the row as
             dropped, `error` raises.
 
@@ -279,9 +279,9 @@ def _boundary_message(row: Rendered, prompt: list[int], shared: int, encoder: En
     cause = (
         "tokens merge across the boundary; end the prompt where a token ends (move a trailing space to the completions)"
         if row.round_trips
-        else "the chat template writes the prompt alone otherwise than in a conversation; set a template that does not"
+        else "the template writes the prompt alone differently than in a conversation; set a template that does not"
     )
     return (
-        f"{encoder.name}: row {row.source_row + 1}: the tokens of the prompt are no prefix of the tokens of prompt and "
-        f"completion, from {end!r} on: {cause}; or allow it with boundary `split` or `drop`."
+        f"{encoder.name}: row {row.source_row + 1}: the tokens of the prompt are not a prefix of the tokens of prompt "
+        f"and completion, from {end!r} on: {cause}; or allow it with boundary `split` or `drop`."
     )

@@ -52,7 +52,7 @@ class Namespace:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
-            raise StoreError(f"Values in {self.dtype!r} came; a store keeps float32 or float16.")
+            raise StoreError(f"Got values in {self.dtype!r}; a store keeps float32 or float16.")
 
     @property
     def digest(self) -> bytes:
@@ -183,7 +183,7 @@ def _as_store_errors() -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StoreError(f"it is no readable part ({first})") from error
+        raise StoreError(f"it is not a readable part ({first})") from error
 
 
 def _checksum(namespace: Namespace, tokens: int, keys: Any, crcs: Any) -> str:

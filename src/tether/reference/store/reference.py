@@ -78,7 +78,7 @@ class StoredReference(Reference):
             )
         if not live.identity.fingerprint or live.identity.fingerprint.startswith("served:"):
             raise ConfigError(
-                f"A store for the reference {live.identity.source!r} ({live.identity.meaning}) came, but nothing "
+                f"A store for the reference {live.identity.source!r} ({live.identity.meaning}) was given, but nothing "
                 "identifies its weights, so that what is stored could be another model's. Leave the store out, or name "
                 "the model so that it is hashed here: `start` or `base` by a server, or a model in a folder."
             )

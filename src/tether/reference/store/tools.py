@@ -158,7 +158,7 @@ def export_store(path: str | Path, target: str | Path) -> int:
     target = Path(target)
     if target.suffix not in (".parquet", ".jsonl") or target.exists():
         raise ConfigError(
-            f"'{target}' came to export to; name a new file that ends in .parquet or .jsonl"
+            f"Cannot export to '{target}'; name a new file that ends in .parquet or .jsonl"
             f"{' (this one exists)' if target.exists() else ''}."
         )
     report = describe_store(path, values=True)

@@ -24,6 +24,7 @@ from tether.training.config import ReferenceFreeConfig
 from tether.training.declared import REGISTERED
 from tether.training.setup.policy import policy_spec
 from tether.training.step import Context, MicroBatch
+from tether.training.surface.accepted import AcceptedTemplateArguments
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -36,7 +37,7 @@ def _rewards(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] 
 
 
 @dataclass
-class RewardConfig(ReferenceFreeConfig, algorithm="reward"):
+class RewardConfig(AcceptedTemplateArguments, ReferenceFreeConfig, algorithm="reward"):
     """Configuration of `RewardTrainer`; names and defaults as in TRL 1.16.
 
     Pairs of which one completion is longer than `max_length` are dropped, since the end of a text decides its reward.
@@ -105,10 +106,18 @@ class Reward(Algorithm[Tensor]):
                 "that has a head `score` with one output."
             )
 
+    def completion_values(self, policy: Tensor, reference: Scores | None) -> dict[str, Tensor]:
+        """The rewards."""
+        return {"rewards": policy}
+
     def load_model(self, source: str) -> nn.Module:
         """Load the model; the same seed gives the same new head."""
         set_seed(self.args.seed)
         return load_reward_model(source, **policy_spec(source, self.args).options())
+
+    def load_saved(self, source: str, **options: Any) -> nn.Module:
+        """Load a reward model that was saved, or the base of its adapter, whose head comes with that."""
+        return load_reward_model(source, **options)
 
     def adapter(self, peft_config: PeftConfig | None) -> PeftConfig | None:
         """The same adapter for a sequence classifier, whose head is trained in full."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from tether.compat.datasets import arrow_table
 from tether.data import (
     Overlap,
     Prepared,
@@ -31,6 +33,7 @@ from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError, DataError
 from tether.models.gguf import cache_root
 from tether.training.config import PreferenceConfig
+from tether.training.setup.limits import Check
 from tether.training.source import RowSource, Source, StreamSource
 
 logger = logging.getLogger("tether")
@@ -51,19 +54,27 @@ class RunData:
         args: lengths, truncation, boundary policy.
         arrange: what is done to prepared rows before they are packed.
         encoder_decoder: whether the policy reads prompts in an encoder.
+        check: refuses prepared rows that the model cannot compute, by the name of their set and their table.
         arrange_chunks: the same as `arrange` for a stream: called once a pass, gives what changes its chunks.
         reports: name of a set to its report, for `data.json`.
         evaluated: name of an evaluation set to digests of its rows and of its prompts, where training is streamed.
+        sets: prepared sets, each with the rows that it was made of.
     """
 
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
     arrange: Callable[[Prepared], Prepared] = field(default=lambda prepared: prepared)
     encoder_decoder: bool = False
+    check: Check = field(default=lambda name, table: None)
     arrange_chunks: Callable[[], Arrange] = field(default=lambda: lambda table: table)
     reports: dict[str, Any] = field(default_factory=dict)
     evaluated: dict[str, tuple[set[bytes], set[bytes]]] = field(default_factory=dict)
     _loaded: dict[str, Dataset] = field(default_factory=dict, repr=False)
+    sets: list[tuple[Dataset, Dataset]] = field(default_factory=list)
+
+    def rows_of(self, prepared: Any) -> Dataset:
+        """The rows that a prepared set was made of, whose numbers its column `source_row` has."""
+        return next(rows for dataset, rows in self.sets if dataset is prepared)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set, or take it from the cache; see `tether.data.prepare.prepare`."""
@@ -83,7 +94,9 @@ class RunData:
             encoder_decoder=self.encoder_decoder,
             name=name,
         )
+        self.check(name, arrow_table(prepared.dataset))
         prepared = self.arrange(prepared)
+        self.sets.append((prepared.dataset, data))
         self.reports[name] = prepared.report.to_dict()
         self._loaded[name] = data
         if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
@@ -105,7 +118,17 @@ class RunData:
             self.encoder_decoder,
         )
         source = RowStream(cast(Any, rows), args.kind, name)
-        stream = PreparedStream(source, self.tokenizer, options, arrange=self.arrange_chunks)
+
+        def arranged() -> Arrange:
+            arrange = self.arrange_chunks()
+
+            def checked(table: pa.Table) -> pa.Table:
+                self.check(name, table)
+                return arrange(table)
+
+            return checked
+
+        stream = PreparedStream(source, self.tokenizer, options, arrange=arranged)
         self.reports[name] = stream.report.to_dict()
         self._loaded[name] = stream.sample
         if args.process_index == 0:  # see `prepare`
@@ -137,7 +160,7 @@ class RunData:
         Returns:
             The training rows, and the evaluation set, a dictionary of them, or None.
         """
-        streamed = self.args.dataset_streaming or is_streamed(train)
+        streamed = self.args.stream_dataset or is_streamed(train)
         if streamed:
             self.args.require_streamable()
             _refuse_split(evaluation)

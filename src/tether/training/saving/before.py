@@ -1,0 +1,160 @@
+"""What saving needs, found out before weights are loaded or before the first step, and not when training is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
+from yaml import YAMLError
+
+from tether.compat.trainer import steps_in_backward
+from tether.errors import ConfigError, TetherError
+from tether.models.adapters import rewrites_base
+from tether.models.adapting.rewritten import is_rewritten
+from tether.models.structure import unwrap
+from tether.training.saving.settings import invalid_generation
+
+logger = logging.getLogger("tether")
+_CARD = "README.md"
+_BACKWARD = (
+    "Such an optimizer steps inside the backward of each forward, and here a step is several forwards whose gradients "
+    "add up (`max_tokens_per_forward`), is clipped, and is looked at before the update. Take an optimizer that steps "
+    "after the backward, such as galore_adamw, apollo_adamw or adamw_torch."
+)
+
+
+def check_before_loading(args: TrainingArguments) -> None:
+    """Refuse a place that nothing could be saved in, and an optimizer that cannot train so.
+
+    Raises:
+        ConfigError: the output folder cannot be written, or the hub cannot be pushed to; see also `check_optimizer`.
+    """
+    check_optimizer(args)
+    if args.should_save:
+        _check_folder(Path(str(args.output_dir)))
+    if args.push_to_hub:
+        _check_hub(args)
+
+
+def check_optimizer(args: TrainingArguments, optimizer: Any = None) -> None:
+    """Refuse an optimizer that updates before a step is whole.
+
+    Args:
+        args: of the run; `optim` names one.
+        optimizer: that was passed in memory; None for none.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if optimizer is None and (name.endswith("layerwise") or name in ("lomo", "adalomo")):
+        raise ConfigError(f"is {name!r}. {_BACKWARD}", "optim")
+    if steps_in_backward(optimizer):
+        raise ConfigError(f"optimizers: a layer-wise optimizer was given, by hooks on the parameters. {_BACKWARD}")
+
+
+def rehearse(
+    save: Callable[[str, Any], None],
+    prove: Callable[[nn.Module, Path], None],
+    policy: nn.Module,
+    args: TrainingArguments,
+) -> None:
+    """Save once before the first step, in a folder that is removed again: all but the weights of a whole model.
+
+    Of a policy with adapters these are written too, so that a trained tensor that no file would hold is known now.
+
+    Args:
+        save: what the trainer saves by, given a folder and the tensors (None: the model's own).
+        prove: what compares the saved model with the one in memory; where the base under an adapter was rewritten, a
+            second model is loaded for it now.
+        policy: at the start.
+        args: of the run.
+
+    Raises:
+        ConfigError: something cannot be saved.
+    """
+    problem = invalid_generation(policy)
+    if problem:
+        logger.warning(
+            f"saving: transformers would not save this generation configuration ({problem}) It is saved as it is; set "
+            "model.generation_config to what you mean"
+        )
+    if not args.should_save:
+        return
+    _check_card(Path(str(args.output_dir)) / _CARD, policy)
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=str(args.output_dir)) as folder:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is to be said comes with the real save
+                save(folder, None if isinstance(unwrap(policy), PeftModel) else {})
+                if _rewrites(policy):
+                    prove(policy, Path(folder))
+        except ConfigError:
+            raise
+        except TetherError as error:
+            raise ConfigError(
+                f"What this run would save is not what it trains: {error} Where an adapter begins by writing into its "
+                "base (PiSSA, OLoRA, LoftQ), give the base and peft_config in place of a PeftModel, or another `init`."
+            ) from error
+        except Exception as error:
+            raise ConfigError(
+                f"The run could not be saved when it is done: {type(error).__name__}: {' '.join(str(error).split())} "
+                "Correct the model, its configuration or its tokenizer before training."
+            ) from error
+
+
+def _rewrites(policy: nn.Module) -> bool:
+    inner = unwrap(policy)
+    configs = inner.peft_config.values() if isinstance(inner, PeftModel) else ()
+    return is_rewritten(policy) or any(map(rewrites_base, configs))
+
+
+def _check_folder(folder: Path) -> None:
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not a folder" if not there.is_dir() else "cannot be written"
+        raise ConfigError(f"is '{folder}', and '{there}' {why}. Name a folder that results can go to.", "output_dir")
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    if HF_HUB_OFFLINE:
+        raise ConfigError("is on, and HF_HUB_OFFLINE is set. Unset one of them.", "push_to_hub")
+    try:
+        if args.hub_model_id is not None:
+            validate_repo_id(args.hub_model_id)
+        token = args.hub_token or get_token()
+        if token is None:
+            raise ConfigError("is on, and nobody is logged in. Run `hf auth login`, or set hub_token.", "push_to_hub")
+        HfApi().whoami(token)
+    except HFValidationError as error:
+        raise ConfigError(f"is {args.hub_model_id!r}: {error}", "hub_model_id") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"is on, and the hub does not let this login in: {reason} Log in again, or leave it out.", "push_to_hub"
+        ) from error
+
+
+def _check_card(card: Path, policy: nn.Module) -> None:
+    """PEFT goes on from the card that is in the folder."""
+    if not card.is_file() or not isinstance(unwrap(policy), PeftModel):
+        return
+    try:
+        ModelCard.load(card)
+    except (ValueError, YAMLError) as error:
+        raise ConfigError(
+            f"'{card}' has a head that is not valid ({' '.join(str(error).split())}), and the model card is written "
+            "over it. Correct or remove it."
+        ) from error
