@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -28,7 +29,7 @@ def use_chat_template(processing: PreTrainedTokenizerBase | ProcessorMixin, sour
         ConfigError: there is no template.
     """
     template = _template_of(source)
-    tokenizer = getattr(processing, "tokenizer", processing)
+    tokenizer: Any = getattr(processing, "tokenizer", processing)
     tokenizer.chat_template = template
     if processing is not tokenizer:
         processing.chat_template = template  # type: ignore[union-attr]

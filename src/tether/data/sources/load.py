@@ -89,7 +89,7 @@ def load_of_kind(source: Source, *, split: str = "train", name: str = "data") ->
         formats = {one: layout or (None if origin.format else detected(columns, one)) for one in KINDS}
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
         fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
-        kind = read[0] if read else kind or next(fits, "pair")
+        kind = cast(Kind, read[0] if read else kind or next(fits, "pair"))
     if is_origin(source) or len(origins_of(source, split, name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
     return load_rows(source, kind=kind, split=split, name=name), kind
