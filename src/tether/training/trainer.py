@@ -504,11 +504,13 @@ def _follow(trainer: TetherTrainer) -> None:
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         write_reports(trainer.run_folder, trainer.run.data.reports)
-    if trainer.eval_dataset is not None and not reports_more(trainer, TetherTrainer):
+    # Only where it is asked for: the evaluation of a few rows would be in a store that the run fills.
+    wanted = trainer.args.metric_for_best_model if trainer.eval_dataset is not None else None
+    if wanted is not None and not reports_more(trainer, TetherTrainer):
         names = evaluated_names(
             trainer.run, trainer._scored_loss, trainer.policy, trainer._passes(), trainer.accelerator
         )
-        require_metric(trainer.args.metric_for_best_model, names, trainer.eval_dataset)
+        require_metric(wanted, names, trainer.eval_dataset)
     rehearse(trainer._save, trainer._saving.prove_start, trainer.policy, trainer.args)
 
 
