@@ -195,9 +195,9 @@ def _padded(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any]
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    positions = torch.arange(width, device=ids.device).expand_as(ids)
     sources = torch.cat([i * width + where for i, where in enumerate(sequence_sources(batch))])
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    # Each model counts positions as it does for itself; padding comes last.
+    inputs = {"input_ids": ids, "attention_mask": mask}
     return padded_images(model, batch, inputs), sources, _lengths_of(rows)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tether.errors import ConfigError
 from tether.models.adapters import load_active
-from tether.models.rewritten import load_plain
+from tether.models.adapting.rewritten import load_plain
 from tether.models.structure import unwrap
 from tether.reference.record import RECORD, read_record
 

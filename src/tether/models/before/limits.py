@@ -49,7 +49,9 @@ def position_table(model: PreTrainedModel) -> int | None:
         return None
     tokens = {id(model.get_input_embeddings())}
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in tokens]
-    tables += [buffer.shape[-2] for buffer in model.buffers() if buffer.dim() >= 2]
+    # Sinusoids that are made anew where a row is longer have a method for it.
+    fixed = [module for module in model.modules() if not hasattr(module, "make_weights")]
+    tables += [one.shape[-2] for module in fixed for one in module.buffers(recurse=False) if one.dim() >= 2]
     return declared if any(declared <= rows <= declared + _BEFORE for rows in tables) else None
 
 

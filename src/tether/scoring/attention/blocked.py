@@ -29,12 +29,12 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: flo
 
     Args:
         query: `[1, heads, L, head_dim]`.
-        key: `[1, key_value_heads, S, head_dim]` with `S >= L`; as `value`.
+        key: `[1, key_value_heads, S, head_dim]` with `S >= L`; as `value`, which may have another width.
         scaling: factor of the scores.
         window: a query sees keys less than this many places before it; 0 for all.
 
     Returns:
-        `[1, heads, L, head_dim]`, differentiable once.
+        `[1, heads, L, width of a value]`, differentiable once.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
@@ -50,7 +50,8 @@ class _Blocked(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:  # type: ignore
         groups, heads = key.shape[1], query.shape[1] // key.shape[1]
         rows, keys, values = _as_rows(query, groups, scaling), key[0], value[0]
-        output, kept = torch.empty_like(rows), []
+        # Values may be narrower than keys, as where both are expanded from latents.
+        output, kept = rows.new_empty(*rows.shape[:2], values.shape[2]), []
         for block, seen in _blocks(query.shape[2], key.shape[2], window):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, window)

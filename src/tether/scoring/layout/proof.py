@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ScoringError
-from tether.models.perturbed import perturbed, small_tensors
+from tether.models.adapting.perturbed import perturbed, small_tensors
 from tether.models.structure import dtype_of, evaluation_mode, transformers_model
 from tether.scoring.attention.interface import Backend, backends_for, remove_tree_attention
 from tether.scoring.batch import pack, sequence_sources, sequences
@@ -70,19 +70,21 @@ class Measures:
         packed: model, batch, and layout and backend as keywords, to numbers.
         alone: model and batch to the same numbers, the plainest way.
         unit: of a number; `counted`: what there is one number for.
+        causal: whether a number may depend on nothing that comes after its token.
     """
 
     packed: Callable[..., Tensor]
     alone: Callable[[nn.Module, ScoringBatch], Tensor]
     unit: str
     counted: str
+    causal: bool = False
 
 
 def _token_logps(model: nn.Module, batch: ScoringBatch, **options: Any) -> Tensor:
     return score(model, batch, **options).token_logps
 
 
-LOG_PROBS = Measures(_token_logps, score_alone, "nats", "tokens")
+LOG_PROBS = Measures(_token_logps, score_alone, "nats", "tokens", causal=True)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def choose_layout(
     effect = _in_effect(model, batch, measures, limit)
     with torch.no_grad(), evaluation_mode(model), effect as (alone, objection, how, rounding):
         reason, limit = "", limit * rounding
+        if measures.causal:
+            _require_causal(model, batch, limit)
         for layout, kernel in candidates:
             found = (float("inf"), objection) if layout == "tree" and objection else None
             choice = LayoutChoice(
@@ -208,6 +212,33 @@ def _alone(measures: Measures, model: nn.Module, batch: ScoringBatch) -> Tensor:
             "alone: its weights, or its dtype, are at fault. Load it in float32 and look at its weights."
         )
     return found
+
+
+def _require_causal(model: nn.Module, batch: ScoringBatch, limit: float) -> None:
+    """A token's probability must not depend on those after it: a model that reads the whole row is no policy.
+
+    Raises:
+        ScoringError: another last token changes what is predicted before it.
+    """
+    inner = transformers_model(model)
+    if is_encoder_decoder(inner):
+        return  # its decoder is proved beside its siblings
+    rows = sequences(batch)
+    place = min(range(len(rows)), key=lambda i: (len(rows[i]) < 3, len(rows[i])))
+    beside = next(islice(images_alone(batch), place, None)) if has_images(batch) else {}
+    found = []
+    for last in (rows[place][-1], (rows[place][-1] + 1) % inner.config.get_text_config().vocab_size):
+        row = torch.cat([rows[place][:-1], last[None]])
+        mask = torch.ones_like(row)[None]
+        logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **beside).logits[0, -len(row) : -1]
+        found.append(logits.float().log_softmax(-1))
+    moved = (found[0] - found[1]).abs().max().item()
+    if not moved <= limit:
+        raise ScoringError(
+            f"{type(inner).__name__} is not causal: another last token of a sequence changes what it predicts before "
+            f"that token by {moved:.2g} nats (allowed {limit:.0e}). If its configuration has is_decoder, set that to "
+            "true; else take a causal language model."
+        )
 
 
 def prove_again(model: nn.Module, examples: Sequence[Example], choice: LayoutChoice, updates: int) -> float:

@@ -22,7 +22,7 @@ from yaml import YAMLError
 from tether.compat.trainer import steps_in_backward
 from tether.errors import ConfigError, TetherError
 from tether.models.adapters import rewrites_base
-from tether.models.rewritten import is_rewritten
+from tether.models.adapting.rewritten import is_rewritten
 from tether.models.structure import unwrap
 from tether.training.saving.settings import invalid_generation
 

@@ -15,8 +15,8 @@ from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.memory import room_for_another
 from tether.errors import ConfigError, TetherError
 from tether.models.adapters import continue_adapter
+from tether.models.adapting.rewritten import is_rewritten
 from tether.models.load import is_adapter
-from tether.models.rewritten import is_rewritten
 from tether.models.spec import ModelSpec
 from tether.models.structure import dtype_of, transformers_model, unwrap
 from tether.reference.base import frozen_pass

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 from tether.compat.messages import EMBEDDINGS_SAVED
 from tether.errors import TetherError
 from tether.models.adapters import write_active
-from tether.models.beside import shared_by_hand, write_beside
-from tether.models.rewritten import write_plain
+from tether.models.adapting.beside import shared_by_hand, write_beside
+from tether.models.adapting.rewritten import write_plain
 from tether.models.structure import trainable_tensors, unwrap
 from tether.training.saving.settings import OwnSettings, generation_as_it_is
 
