@@ -334,7 +334,7 @@ def foreign_privates(folder: Path) -> list[str]:
 
 # What the left column of CONTRIBUTING's table of words stands for, as patterns; "there is no number" is good English.
 WORDS = {
-    "came": r"\b(?:else|argument|what|was) came[;,.:]|\} came[;,.:]|\bcame (?:without|together|as an arg)",
+    "came": r"\b(?:else|argument|what|was) came[;,.:]|\} came\b|[\"']came[ ,]|\bcame (?:too|without|together)",
     "is no JSON": r"(?<!here )\bis no (?:JSON|YAML|number|text|folder|file|adapter|tokenizer|split|option)\b",
     "otherwise than": r"\botherwise than\b",
     "needs it not": r"\bneeds? it not\b",

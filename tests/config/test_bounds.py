@@ -22,6 +22,7 @@ ANY_NUMBER = {
     "ld_alpha",
     "loss_weights",
     "dataset_check",
+    "pad_to_multiple_of",  # of TRL, without effect
     "reward_weights",
     "reward_clip_range",
 }

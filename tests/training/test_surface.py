@@ -191,7 +191,7 @@ def test_without_a_configuration_all_is_as_it_is_by_default(tmp_path, monkeypatc
 
 def test_a_configuration_of_trl_is_told_apart(tmp_path):
     theirs = pytest.importorskip("trl").DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    with pytest.raises(ConfigError, match=r"a trl\.DPOConfig came; import DPOConfig from tether in place of trl"):
+    with pytest.raises(ConfigError, match=r"args is a trl\.DPOConfig; import DPOConfig from tether in place of trl"):
         DPOTrainer(model=tiny_model(**SIZES), args=theirs, train_dataset=ROWS, processing_class=TOKENIZER)
 
 
@@ -369,7 +369,7 @@ def test_a_batch_that_must_stay_whole_gets_smaller(tmp_path):
 
 def test_what_could_not_begin_again_is_refused(tmp_path):
     sgd = torch.optim.SGD(tiny_model(**SIZES).parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="auto_find_batch_size is True, and an optimizer came"):
+    with pytest.raises(ConfigError, match="auto_find_batch_size is True, and an optimizer was given"):
         trainer(tmp_path, auto_find_batch_size=True, optimizers=(sgd, None))
 
 
@@ -423,7 +423,7 @@ def test_a_retired_name_is_taken_or_refused(name, tmp_path, caplog):
         value = values.get(old.becomes, 2)
         assert getattr(DPOConfig(output_dir=str(tmp_path), **{name: value}), old.becomes) == value
         assert f"{name}: taken as {old.becomes}" in caplog.text
-        with pytest.raises(ConfigError, match=f"{name} is the older name of {old.becomes}, which came too"):
+        with pytest.raises(ConfigError, match=f"{name} is the older name of {old.becomes}, which was given too"):
             DPOConfig(output_dir=str(tmp_path), **{name: value, old.becomes: value})
     elif old.advice:
         DPOConfig(output_dir=str(tmp_path), **{name: old.harmless})

@@ -6,7 +6,7 @@ what is missed is chance.
 
 The index of bands is a dictionary of our own and not `rensa.RMinHashLSH`, whose query returns every text of a bucket:
 rows that share a long system prompt are half alike, so that each query returns most of the rows before it. Of 3,000
-such rows (150 words of 220 shared) it took 55.6 s of processor time against 1.0 s here; of 20,000 rows of other texts
+such rows (150 words of 220 shared) it took 55.6 s of CPU time against 1.0 s here; of 20,000 rows of other texts
 1.9 s against 2.7 s.
 """
 

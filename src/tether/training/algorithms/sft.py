@@ -142,6 +142,5 @@ def _texts(rows: Any, write: Callable[[dict[str, Any]], str]) -> Any:
     if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
         return [{"text": write(row)} for row in rows]
     raise ConfigError(
-        f"formatting_func takes rows in memory, and {type(rows).__name__} came. Load them first: "
-        "datasets.load_dataset(...)."
+        f"formatting_func takes rows in memory; got {type(rows).__name__}. Load them first: datasets.load_dataset(...)."
     )

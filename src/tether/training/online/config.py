@@ -221,18 +221,18 @@ class OnlineConfig(PreferenceConfig):
             )
         if self.truncation_mode != "drop":
             raise ConfigError(f"is {self.truncation_mode!r}; a prompt that is too long is left out.", "truncation_mode")
-        if self.dataset_streaming:
+        if self.stream_dataset:
             raise ConfigError(
-                "is True; prompts are drawn from all rows, so that they are read whole.", "dataset_streaming"
+                "is True; prompts are drawn from all rows, so that they are read whole.", "stream_dataset"
             )
         if self.wants_store():
             raise ConfigError(
-                "came, and no completion is known before it is sampled. Leave the store out.", self._store_field
+                "was given, and no completion is known before it is sampled. Leave the store out.", self._store_field
             )
         for name in ("fsdp", "deepspeed"):
             if getattr(self, name):
                 raise ConfigError(
-                    "came, and a policy in shards cannot sample yet. Train in one process, or by DDP.", name
+                    "was given, and a policy in shards cannot sample yet. Train in one process, or by DDP.", name
                 )
         if self.top_k and self.top_k < 2:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
@@ -281,7 +281,9 @@ class OnlineConfig(PreferenceConfig):
         """Refuse rollouts, batches and optimizer steps that do not fit together."""
         together = self.per_device_train_batch_size * self.world_size
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ConfigError("came with steps_per_generation; one follows from the other.", "generation_batch_size")
+            raise ConfigError(
+                "was given with steps_per_generation; one follows from the other.", "generation_batch_size"
+            )
         if self.generation_batch_size is not None and self.generation_batch_size % together:
             raise ConfigError(
                 f"is {self.generation_batch_size}; it must be a multiple of the {together} completions that all "

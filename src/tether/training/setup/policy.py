@@ -57,7 +57,7 @@ def check_arguments(
             f"import {kind.__name__} from tether in place of trl; names and defaults are the same" if theirs else ""
         )
         raise ConfigError(
-            f"args is a {'trl.' * theirs}{kind.__name__} came; "
+            f"args is a {'trl.' * theirs}{kind.__name__}; "
             + (advice or f"pass a configuration such as {wanted.__name__}(output_dir=...)")
             + "."
         )

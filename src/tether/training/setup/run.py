@@ -222,8 +222,8 @@ def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig
     args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
     if args.auto_find_batch_size and given.given_optimizer:
         raise ConfigError(
-            "is True, and an optimizer came, which would go on with what it has seen where a run begins again. Leave "
-            "one of them out.",
+            "is True, and an optimizer was given, which would go on with what it has seen where a run begins again. "
+            "Leave one of them out.",
             "auto_find_batch_size",
         )
     return args

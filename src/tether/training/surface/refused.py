@@ -184,7 +184,9 @@ def accepted_arguments(others: dict[str, Any], config: type, processing: Any) ->
     if "tokenizer" in others:
         tokenizer = others.pop("tokenizer")
         if processing is not None and processing is not tokenizer:
-            raise ConfigError("tokenizer and processing_class came; they are the same argument. Leave tokenizer out.")
+            raise ConfigError(
+                "tokenizer and processing_class were both given; they are the same argument. Leave tokenizer out."
+            )
         logger.info("tokenizer: taken as processing_class, as the argument is called now")
         processing = tokenizer
     for name in others:

@@ -116,7 +116,9 @@ def translated(given: dict[str, Any], fields: set[str]) -> dict[str, Any]:
         old, value = RETIRED[name], given[name]
         if old.becomes is not None and old.becomes in fields:
             if old.becomes in given:
-                raise ConfigError(f"is the older name of {old.becomes}, which came too. Leave one of them out.", name)
+                raise ConfigError(
+                    f"is the older name of {old.becomes}, which was given too. Leave one of them out.", name
+                )
             logger.info(f"{name}: taken as {old.becomes}, as it is called now")
             found[old.becomes] = value
         elif old.becomes is not None:
