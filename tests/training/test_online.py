@@ -463,9 +463,9 @@ def test_too_few_prompts_and_too_long_ones(tmp_path):
     with pytest.raises(DataError, match="a rollout takes 2 prompts and there are 1"):
         trainer(tmp_path, train_dataset=PROMPTS[:1])
     with pytest.raises(
-        ConfigError, match=r"longest prompt has 5 tokens and max_completion_length is 252: more than the 256"
+        ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
     ):
-        trainer(tmp_path, max_completion_length=252)
+        trainer(tmp_path, max_completion_length=253)
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
     assert made.run.data.reports["train"]["dropped"]
