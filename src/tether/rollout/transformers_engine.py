@@ -34,7 +34,7 @@ class TransformersEngine:
         self._precision, self._rows = precision, rows
 
     def generate(self, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Group]:
-        """Sample a group for each request, each completion as a left-padded sequence of its own."""
+        """Sample a group for each request, each completion as a padded sequence of its own."""
         wanted = [(request, branch) for request in requests for branch in request.branches]
         found: list[Completion] = []
         with torch.no_grad(), evaluation_mode(policy), self._precision():
@@ -67,10 +67,12 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
     prompts = [request.prompt_ids for request, _ in wanted]
     width = max(map(len, prompts))
     ids, mask = torch.zeros(len(prompts), width, dtype=torch.int64), torch.zeros(len(prompts), width, dtype=torch.int64)
+    # A decoder of its own begins after its start token, and what an encoder reads begins at its first place.
+    encodes = is_encoder_decoder(inner)
+    start = 1 if encodes else width
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    # A decoder of its own begins after its start token.
-    start = 1 if is_encoder_decoder(inner) else width
+        place = slice(0, len(prompt)) if encodes else slice(width - len(prompt), width)
+        ids[row, place], mask[row, place] = prompt, 1
     draws = _Draws([request.key(branch, sampling.seed) for request, branch in wanted], start, sampling)
     # All settings that change what is sampled, so that none comes from the checkpoint's own generation settings.
     starts = {name: getattr(inner.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")}
