@@ -133,7 +133,7 @@ def test_a_name_stands_for_trainer_and_options(loss: str, config: Any, stands_fo
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"objective": {"loss": "sigmoid"}}, "`rewards` came with loss 'sigmoid', whose rows have completions"),
+        ({"objective": {"loss": "sigmoid"}}, "`rewards` was given with loss 'sigmoid', whose rows have completions"),
         ({"objective": {"loss": "grpo"}, "rewards": None}, "`rewards` is missing: loss 'grpo' samples completions"),
         ({"rewards": [{"name": "numeric"}]}, "ready-made are numeric_answer"),
         ({"rewards": [{"name": "regex"}]}, "'regex' got the options {} and takes pattern"),

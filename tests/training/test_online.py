@@ -91,6 +91,15 @@ def test_at_learning_rate_zero_nothing_ever_moves(tmp_path):
         assert log["kl"] == log["clip_ratio/region_mean"] == 0.0
 
 
+def test_mixed_precision_agrees_within_what_it_rounds(tmp_path, caplog):
+    """bfloat16 under autocast, on a CPU: engine and trainer compute in it alike, and the first KL is 0."""
+    with caplog.at_level("INFO", "tether"):
+        made = trained(tmp_path, beta=0.1, bf16=True, max_steps=2)
+    assert "rollouts: tree engine, at most" in caplog.text
+    assert "(allowed 3e-01)" in caplog.text
+    assert steps(made)[0]["kl"] == 0.0
+
+
 class Counted:
     """How often the policy and the reference are asked, and for how many tokens."""
 
@@ -454,9 +463,9 @@ def test_too_few_prompts_and_too_long_ones(tmp_path):
     with pytest.raises(DataError, match="a rollout takes 2 prompts and there are 1"):
         trainer(tmp_path, train_dataset=PROMPTS[:1])
     with pytest.raises(
-        ConfigError, match=r"longest prompt has 5 tokens and max_completion_length is 252: more than the 256"
+        ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
     ):
-        trainer(tmp_path, max_completion_length=252)
+        trainer(tmp_path, max_completion_length=253)
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
     assert made.run.data.reports["train"]["dropped"]

@@ -265,7 +265,8 @@ class _Prover:
 
     def _again(self, choice: LayoutChoice, policy: nn.Module, updates: int) -> None:
         """Prove a layout once more, see `prove_again`."""
-        with self._proving():
+        # By now accelerate has put its precision around the model's own forward.
+        with self._accelerator.autocast():
             difference = prove_again(policy, self._short, choice, updates)
         logger.info(f"scoring: {choice.name}, at most {difference:.1e} {choice.measures.unit} after {updates} updates")
 
