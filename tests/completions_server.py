@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -24,6 +24,9 @@ class Faults:
     key: str | None = None
     noise = 0.0
     not_finite = False
+    redirect: str | None = None  # an address that every completion is sent on to
+    endless = False  # answers without an end
+    echo = False  # repeats the request's headers in an error
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -40,9 +43,16 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.server.faults
         with self.server.lock:
             self.server.bodies.append(body)
+            self.server.keys.append(self.headers.get("Authorization"))
             failing, faults.fail_first = faults.fail_first > 0, max(0, faults.fail_first - 1)
         if faults.key and self.headers.get("Authorization") != f"Bearer {faults.key}":
             return self._answer(401, {"error": "wrong key"})
+        if faults.redirect:
+            return self._answer(307, {}, location=faults.redirect + self.path)
+        if faults.echo:
+            return self._answer(400, {"error": f"bad request: {dict(self.headers)}"})
+        if faults.endless:
+            return self._endless()
         if failing:
             return self._answer(503, {"error": "not ready"})
         ids = body["prompt"]
@@ -67,9 +77,18 @@ class _Handler(BaseHTTPRequestHandler):
             entries.append({str(token): {"logprob": value, "rank": 1, "decoded_token": "x"}})
         return {"prompt_logprobs": entries}
 
-    def _answer(self, status: int, body: dict) -> None:
+    def _endless(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):  # the client goes away
+            while True:
+                self.wfile.write(b" " * 2**16)
+
+    def _answer(self, status: int, body: dict, **headers: str) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -84,6 +103,7 @@ class _Server(ThreadingHTTPServer):
         self.model, self.names, self.faults = model.eval(), names, Faults()
         self.lock = threading.Lock()
         self.bodies: list[dict] = []
+        self.keys: list[str | None] = []
 
     @property
     def url(self) -> str:

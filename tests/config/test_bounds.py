@@ -14,7 +14,15 @@ from tether.training.declared import Text
 
 CONFIGS = [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, PreferenceConfig)]
 # A lead, exponents: any number. `ld_alpha` and `loss_weights` are checked with the losses they go with.
-ANY_NUMBER = {"simpo_gamma", "alpha", "f_alpha_divergence_coef", "ld_alpha", "loss_weights"}
+ANY_NUMBER = {
+    "simpo_gamma",
+    "alpha",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "loss_weights",
+    "reward_weights",
+    "reward_clip_range",
+}
 
 
 def numbers(config):

@@ -106,6 +106,33 @@ def test_a_shift_is_found_by_parity_too(server):
     assert served(server, tiny_model(), "start").identity.method == "remote"
 
 
+def test_a_key_goes_to_the_named_server_alone_and_into_no_message(server, monkeypatch):
+    """INV-51: it follows no redirect, and a server that repeats it does not bring it into a message or a log."""
+    monkeypatch.setenv("SERVER_KEY", "sk-very-secret")
+    with serving(tiny_model()) as other:
+        server.faults.redirect = other.url
+        with pytest.raises(ReferencePolicyError, match=r"redirects to http.* which is not followed"):
+            served(server, tiny_model(), api_key_env="SERVER_KEY")
+        assert set(server.keys) == {"Bearer sk-very-secret"}
+        assert other.keys == []
+    server.faults.redirect, server.faults.echo = None, True
+    with pytest.raises(ReferencePolicyError, match=r"bad request.*Bearer \[key\]") as caught:
+        served(server, tiny_model(), api_key_env="SERVER_KEY")
+    assert "sk-very-secret" not in str(caught.value)
+    server.faults.echo, server.faults.key = False, "sk-very-secret"
+    assert served(server, tiny_model(), api_key_env="SERVER_KEY").identity.method == "remote"
+    monkeypatch.setenv("SERVER_KEY", "two\nlines")
+    with pytest.raises(ConfigError, match="line break") as caught:
+        served(server, tiny_model(), api_key_env="SERVER_KEY", retries=0)
+    assert "two" not in str(caught.value)
+
+
+def test_an_answer_without_an_end_is_given_up(server):
+    server.faults.endless = True
+    with pytest.raises(ReferencePolicyError, match=r"answered with more than 1[0-9]* bytes"):
+        served(server, tiny_model(), retries=0)
+
+
 def test_failures_that_pass_are_tried_again(server):
     server.faults.fail_first = 2
     reference = served(server, tiny_model(), concurrency=1)
@@ -162,7 +189,15 @@ def test_a_served_model_that_changes_between_two_runs_is_refused(server, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0}, {"tolerance": -1.0}, {"url": "ftp://x"}]
+    "changes",
+    [
+        {"concurrency": 0},
+        {"retries": -1},
+        {"timeout": 0},
+        {"tolerance": -1.0},
+        {"url": "ftp://x"},
+        {"url": "http://user:word@host"},
+    ],
 )
 def test_options_outside_their_range_are_refused(changes):
     with pytest.raises(ConfigError, match=r"^remote:"):

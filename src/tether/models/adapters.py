@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from tether.compat.messages import ADAPTER_INCOMPLETE
 from tether.compat.peft import adopted, injected_configs, set_active
 from tether.errors import ConfigError
-from tether.models.beside import WEIGHTS, remember_brought
+from tether.models.adapting.beside import WEIGHTS, remember_brought
+from tether.models.adapting.rewritten import named_initialisation, remember_initial
 from tether.models.fingerprint import base_tensors, digest_of, fingerprint
 from tether.models.structure import unwrap
 
@@ -96,12 +97,17 @@ def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ConfigError: PEFT cannot put it there, for instance as no module has a name that it asks for.
     """
+    named = named_initialisation(config)
+    before = fingerprint(base_tensors(base)) if named else ""
     try:
-        return cast(PeftModel, get_peft_model(base, config))
+        policy = cast(PeftModel, get_peft_model(base, config))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"PEFT cannot put this adapter on {type(base).__name__}: {' '.join(str(error).split())}"
         ) from error
+    if named and fingerprint(base_tensors(policy)) != before:
+        remember_initial(policy)
+    return policy
 
 
 def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig) -> PeftModel:

@@ -88,6 +88,11 @@ class RemoteOptions:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"remote: url is {self.url!r}; it must begin with http:// or https://.")
+        if "@" in self.url.split("/")[2]:
+            raise ConfigError(
+                "remote: url holds a name or a password, which would be written into the run's files. Leave it out, "
+                "and name the environment variable that holds the key as `api_key_env`."
+            )
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (self.tolerance or 1) <= 0:
             raise ConfigError(
                 f"remote: concurrency {self.concurrency}, retries {self.retries}, timeout {self.timeout}, tolerance "

@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import TetherError
-from tether.reference import FrozenProbe, TrainingProof
+from tether.reference import FrozenProbe
+from tether.training.setup.run import Run
 
 METRICS = "metrics.jsonl"
 _STUCK_LOGS = 20
@@ -24,7 +25,7 @@ class GuardCallback(TrainerCallback):
     """Runs the guards of `tether.reference.guard` at their moments.
 
     Args:
-        proof: that something trains.
+        run: has the proof that something trains; a step of its algorithm may have no gradient, and proves nothing then.
         begin: called once before the first step; checks start equality and returns the frozen probe, or None for no
             reference.
         every: steps between two checks of the frozen probe; 0 for never.
@@ -33,12 +34,13 @@ class GuardCallback(TrainerCallback):
 
     def __init__(
         self,
-        proof: TrainingProof,
+        run: Run,
         begin: Callable[[TrainerState], FrozenProbe | None],
         every: int,
         prove_again: Callable[[int], None],
     ) -> None:
-        self._proof, self._begin, self._every, self._prove_again = proof, begin, every, prove_again
+        self._proof, self._still = run.proof, run.algorithm.still_steps
+        self._begin, self._every, self._prove_again = begin, every, prove_again
         self._probe: FrozenProbe | None = None
         self._moving = False
         self._zero_margins = 0
@@ -55,6 +57,9 @@ class GuardCallback(TrainerCallback):
         """Remember whether this step can change anything: a warm-up starts at a learning rate of 0."""
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
+        if self._moving and self._still and self._proof.pending:
+            tensors = (one for group in optimizer.param_groups for one in group["params"])
+            self._moving = any(one.grad is not None and bool(one.grad.any()) for one in tensors)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Something changed, and the reference did not."""

@@ -103,6 +103,11 @@ def option(default: Any, text: str, *, allowed: tuple[Alternative, ...] = (), ke
     return dataclasses.field(default=default, metadata={"help": Text(text, allowed, key)})
 
 
+def refused(kept: Any, reason: str) -> Any:
+    """A field that TRL has and that would do nothing here: it must stay as it is, for a reason."""
+    return option(kept, f"Stays {kept!r}: {reason}.", allowed=(kept,))
+
+
 class Declared:
     """Base of configurations; a subclass that names its algorithm gets a field for each option in the registry."""
 

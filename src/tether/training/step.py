@@ -43,9 +43,11 @@ class Context:
 
     Args:
         references: scores of micro-batches that the reference has computed already.
+        metrics: to report beside those of the losses, see `LossOutput`.
     """
 
     references: Mapping[MicroBatch, Scores | None] = field(default_factory=dict)
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from tether.compat.trainer import (
 )
 from tether.compute.precision import require_same_precision, write_precision
 from tether.data.prepare.report import write_reports
-from tether.errors import ConfigError, DataError
+from tether.errors import ConfigError, DataError, RewardError, RolloutError
 from tether.models.partitioned import on_whole_weights, whole_weights
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import FrozenProbe, GuardResult
@@ -71,6 +71,7 @@ class TetherTrainer(Trainer):
     arguments."""
 
     algorithm_class: ClassVar[type[Algorithm[Any]]]
+    algorithm_parts: Mapping[str, Any] = {}
     args: PreferenceConfig
 
     @on_whole_weights
@@ -103,10 +104,10 @@ class TetherTrainer(Trainer):
             )
             return self.accelerator
 
-        given = Given(
-            model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
-        )
+        data = train_dataset, eval_dataset, processing_class
+        given = Given(model, ref_model, args, *data, quantization_config, peft_config, self.algorithm_parts)
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
+        self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)
         self._sums = MetricSums()
         self._new_tokens = 0
@@ -114,7 +115,7 @@ class TetherTrainer(Trainer):
         self._saving = Saving(self.run, self.args, self.accelerator, self.processing_class)
         self.add_callback(MetricsFile(self.run_folder))
         check = self.args.reference_check_steps
-        self.add_callback(GuardCallback(self.run.proof, self._begin, check, self._prove_layout))
+        self.add_callback(GuardCallback(self.run, self._begin, check, self._prove_layout))
         if self.args.neftune_noise_alpha is not None:
             self.add_callback(SequenceNoise(self))
         if self.run.stored is not None:
@@ -128,7 +129,7 @@ class TetherTrainer(Trainer):
         if self.eval_dataset is not None and not reports_more(self, TetherTrainer):
             names = evaluated_names(self.run, self._scored_loss, self.policy, self._passes(), self.accelerator)
             require_metric(self.args.metric_for_best_model, names, self.eval_dataset)
-        rehearse(self._save, self.policy, self.args)
+        rehearse(self._save, self._saving.prove_start, self.policy, self.args)
 
     @property
     def policy(self) -> nn.Module:
@@ -155,22 +156,25 @@ class TetherTrainer(Trainer):
         source, mark = self.run.source, self.run.source.mark()
         try:
             inputs = list(islice(epoch_iterator, num_batches))
-        except DataError as error:
+        except (DataError, RewardError, RolloutError) as error:
             source.rewind(mark)
-            raise DataError(f"{error}{self._kept_steps()}") from error
+            raise type(error)(f"{error}{self._kept_steps()}") from error
         if not inputs:
             return [], None
-        step = build_step(inputs, self.run, self.accelerator, device)
-        step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+        step = self._begun(build_step(inputs, self.run, self.accelerator, device))
         # transformers counts as many batches for every step; those that the end of a pass lacks are none.
         return [*[()] * (num_batches - len(inputs)), *step.shares], step
+
+    def _begun(self, step: Step) -> Step:
+        context = self.run.algorithm.begin_step(step, self._passes())
+        self._sums.add(context.metrics)
+        return replace(step, context=context)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of a batch after the other; their gradients add up."""
         step, parts = num_items_in_batch, inputs
         if not isinstance(step, Step):  # called outside the loop, with what the collator returned
-            step = build_step([inputs], self.run, self.accelerator, self.args.device)
-            step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+            step = self._begun(build_step([inputs], self.run, self.accelerator, self.args.device))
             (parts,) = step.shares
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
@@ -195,8 +199,7 @@ class TetherTrainer(Trainer):
         if not isinstance(step, Step):  # called outside the loop: the batch is all of its step, and one micro-batch
             step = build_step([inputs], self.run, self.accelerator, self.args.device)
             part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(self.run.scored(batch_of(inputs)))
-            step = replace(step, shares=((part,),))
-            step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+            step = self._begun(replace(step, shares=((part,),)))
         output = self._scored_loss(model, part, step.context)
         if part.counts:
             self._sums.add(output.metrics)
@@ -228,7 +231,10 @@ class TetherTrainer(Trainer):
         return Passes(
             policy=self._frozen_scores,
             reference=lambda batch: self.run.reference.score(batch, self.run.algorithm.needs.reference),
-            total=lambda tensor: cast(Tensor, self.accelerator.reduce(tensor, reduction="sum")),
+            accelerator=self.accelerator,
+            model=lambda: self.policy,
+            split=lambda batch: self.run.budget.split(batch, self.accelerator),
+            state=lambda: self.state,
         )
 
     def _frozen_scores(self, batch: ScoringBatch) -> Scores:
@@ -285,7 +291,7 @@ class TetherTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
     def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[MicroBatch]:
-        for inputs in dataloader:
+        for inputs in self.run.source.evaluated(dataloader):
             for part in self.run.budget.split(batch_of(inputs)):
                 yield MicroBatch(self.run.scored(part.batch))
             announce_prediction_step(self)
@@ -410,7 +416,7 @@ class TetherTrainer(Trainer):
         if main:
             write_precision(folder, self.args.mixed_precision)
             write_objective(folder, self.run.algorithm.state())
-            self.run.source.save(folder)
+        self.run.source.save(folder, self.accelerator.process_index)
 
     def _kept_steps(self) -> str:
         """Save the last finished step, where that was not done already, and say so."""

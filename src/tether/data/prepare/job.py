@@ -207,7 +207,8 @@ class Job:
         tally.markers.update(markers)
         tally.marker_rows += bool(markers)
         prompt = record.prompt
-        repeats = isinstance(prompt, str) and prompt.strip() and all(text.startswith(prompt) for text in completions)
+        repeats = isinstance(prompt, str) and prompt.strip() and completions
+        repeats = repeats and all(text.startswith(str(prompt)) for text in completions)
         tally.repeated_prompts += bool(repeats) and not self.schema.shared_prompt
 
     def _other_prompts(self, records: list[Preference], start: int, stop: int) -> int:

@@ -1,4 +1,8 @@
-"""A client of OpenAI-compatible completions servers that return the log-probabilities of a prompt's tokens."""
+"""A client of OpenAI-compatible completions servers that return the log-probabilities of a prompt's tokens.
+
+The key goes to the address that was given and nowhere else: redirects are refused, and no message repeats it. An answer
+is read up to a length that its question bounds.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,9 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+
+import httpx2 as httpx
 
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.reference.spec import RemoteOptions
@@ -19,6 +22,8 @@ from tether.reference.spec import RemoteOptions
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 10.0
+# An answer's bytes: for lists of models and what surrounds values, and for each token with its alternatives.
+_ANSWER_BYTES, _TOKEN_BYTES = 2**20, 2**12
 
 
 class CompletionsServer:
@@ -35,12 +40,26 @@ class CompletionsServer:
     def __init__(self, options: RemoteOptions) -> None:
         self.options = options
         self.url = options.url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"Content-Type": "application/json"}
+        headers, self._key = {"Content-Type": "application/json"}, ""
         if options.api_key_env is not None:
-            key = os.environ.get(options.api_key_env)
-            if not key:
+            self._key = os.environ.get(options.api_key_env, "")
+            if not self._key:
                 raise ConfigError(f"remote: the environment variable {options.api_key_env} has no key. Set it.")
-            self._headers["Authorization"] = f"Bearer {key}"
+            if not self._key.isascii() or not self._key.isprintable():
+                raise ConfigError(
+                    f"remote: the key in {options.api_key_env} has a line break or another character that no header "
+                    "may hold. Set it again, without."
+                )
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            self._client = httpx.Client(
+                headers=headers,
+                timeout=options.timeout,
+                follow_redirects=False,
+                limits=httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency),
+            )
+        except (ValueError, httpx.InvalidURL) as error:  # a proxy that the environment names
+            raise ConfigError(f"remote: no connection can be made: {self._masked(error)}.") from None
         self.requests = 0
         self.card = self._find_model()
         self.model: str = self.card["id"]
@@ -69,7 +88,7 @@ class CompletionsServer:
             found = answer["choices"][0].get("prompt_logprobs")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ReferencePolicyError(
-                f"{self._who()} answered in another form than a completion: {answer!r:.200}"
+                f"{self._who()} answered in another form than a completion: {self._masked(answer)[:200]}"
             ) from error
         if not isinstance(found, list):
             raise ReferencePolicyError(
@@ -104,7 +123,7 @@ class CompletionsServer:
             cards = {card["id"]: card for card in listed["data"]}
         except (KeyError, TypeError) as error:
             raise ReferencePolicyError(
-                f"{self.url}/models answered in another form than a list: {str(listed)[:200]}"
+                f"{self.url}/models answered in another form than a list: {self._masked(listed)[:200]}"
             ) from error
         name = self.options.model
         if name is None and len(cards) == 1:
@@ -119,27 +138,46 @@ class CompletionsServer:
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
         """One request, repeated with growing pauses while its failure may pass."""
-        data = None if body is None else json.dumps(body).encode()
+        most = _ANSWER_BYTES + _TOKEN_BYTES * len((body or {}).get("prompt", ()))
         pause, reason, attempt = _FIRST_PAUSE, "", 0
         for attempt in range(self.options.retries + 1):
             if attempt:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+            self.requests += 1
             try:
-                self.requests += 1
-                request = Request(self.url + path, data=data, headers=self._headers)
-                with urlopen(request, timeout=self.options.timeout) as response:
-                    return json.loads(response.read())
-            except HTTPError as error:
-                reason = f"{error.code} {error.read().decode('utf-8', 'replace')[:300]}"
-                if error.code not in _PASSING:
+                status, text = self._sent(path, body, most)
+                if status == httpx.codes.OK:
+                    return json.loads(text)
+                reason = f"{status} {text.decode('utf-8', 'replace')[:300]}"
+                if status not in _PASSING:
                     break
-            except (URLError, HTTPException, OSError, ValueError) as error:
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
         raise ReferencePolicyError(
-            f"The server at {self.url}{path} failed after {attempt + 1} attempts: {reason}. Check that it runs, that "
-            "its context holds max_length + 1 tokens, and that its vocabulary is the policy's."
+            f"The server at {self.url}{path} failed after {attempt + 1} attempts: {self._masked(reason)}. Check that "
+            "it runs, that its context holds max_length + 1 tokens, and that its vocabulary is the policy's."
         )
+
+    def _sent(self, path: str, body: dict[str, Any] | None, most: int) -> tuple[int, bytes]:
+        """Status and content of one answer."""
+        text = bytearray()
+        with self._client.stream("GET" if body is None else "POST", self.url + path, json=body) as answer:
+            if answer.is_redirect:
+                to = answer.headers.get("location", "elsewhere")
+                return answer.status_code, f"it redirects to {to}, which is not followed; give that address".encode()
+            for piece in answer.iter_bytes():
+                text += piece
+                if len(text) > most:
+                    raise ReferencePolicyError(
+                        f"{self.url}{path} answered with more than {most} bytes, and no answer to this question is "
+                        "that long. Check what runs at that address."
+                    )
+        return answer.status_code, bytes(text)
+
+    def _masked(self, words: object) -> str:
+        """Words without the key, which a server may repeat."""
+        return str(words).replace(self._key, "[key]") if self._key else str(words)
 
     def _who(self) -> str:
         return f"The model {self.model!r} served at {self.url}"

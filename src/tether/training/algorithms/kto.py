@@ -132,7 +132,7 @@ class KTO(Algorithm[Scores]):
             logratios = _log_ratios_by_token(passes.policy(batch), references[part])
             if part.counts:
                 found += _mismatched(logratios)
-        return Baselines(references, _mean(passes.total(found)).clamp(min=0))
+        return Baselines(references, baseline=_mean(passes.total(found)).clamp(min=0))
 
     def begin_evaluation(self, passes: Passes) -> Baselines:
         """The running mean; `kto` knows its own baseline only at the end."""

@@ -57,6 +57,7 @@ class RunData:
         arrange_chunks: the same as `arrange` for a stream: called once a pass, gives what changes its chunks.
         reports: name of a set to its report, for `data.json`.
         evaluated: name of an evaluation set to digests of its rows and of its prompts, where training is streamed.
+        sets: prepared sets, each with the rows that it was made of.
     """
 
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
@@ -67,6 +68,11 @@ class RunData:
     arrange_chunks: Callable[[], Arrange] = field(default=lambda: lambda table: table)
     reports: dict[str, Any] = field(default_factory=dict)
     evaluated: dict[str, tuple[set[bytes], set[bytes]]] = field(default_factory=dict)
+    sets: list[tuple[Dataset, Dataset]] = field(default_factory=list)
+
+    def rows_of(self, prepared: Any) -> Dataset:
+        """The rows that a prepared set was made of, whose numbers its column `source_row` has."""
+        return next(rows for dataset, rows in self.sets if dataset is prepared)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set, or take it from the cache; see `tether.data.prepare.prepare`."""
@@ -88,6 +94,7 @@ class RunData:
         )
         self.check(name, arrow_table(prepared.dataset))
         prepared = self.arrange(prepared)
+        self.sets.append((prepared.dataset, data))
         self.reports[name] = prepared.report.to_dict()
         if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
             self.reports[name]["audit"] = self._audit(name, data)

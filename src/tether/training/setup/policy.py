@@ -55,6 +55,7 @@ def check_arguments(
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
     check_before_loading(args)
+    make_audible(args)
     return args if quantization is None else _with_quantization(args, quantization)
 
 
@@ -263,7 +264,7 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
     if not isinstance(policy, PreTrainedModel):
         raise ConfigError(f"peft_config needs a transformers model; got a {type(policy).__name__}.")
     _refuse_virtual_tokens(peft_config, policy, args)
-    peft_config = for_task(peft_config, policy)
+    peft_config = _with_revision(for_task(peft_config, policy), args)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
         logger.warning(
             "lora_dropout has no effect: disable_dropout is on, so that policy and reference differ by training"
@@ -287,6 +288,12 @@ def _refuse_second_adapter(policy: nn.Module) -> None:
             "name its base as the model and its folder as `adapter` in model_init_kwargs (in a run file "
             "`model.adapter`)."
         )
+
+
+def _with_revision(peft_config: PeftConfig, args: PreferenceConfig) -> PeftConfig:
+    """The configuration of a new adapter with its base's revision, without which the adapter leads to another base."""
+    revision = cast(dict[str, Any], args.model_init_kwargs or {}).get("revision")
+    return peft_config if revision is None else replace(peft_config, revision=revision)
 
 
 def _refuse_virtual_tokens(config: PeftConfig, policy: PreTrainedModel, args: PreferenceConfig) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +44,6 @@ from tether.training.setup.policy import (
     check_router,
     config_of,
     learning_tokens,
-    make_audible,
     policy_spec,
     router_coefficient,
     source_of,
@@ -62,7 +61,7 @@ _PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class Given:
-    """What a trainer's constructor was given; see `DPOTrainer`."""
+    """What a trainer's constructor was given, see `DPOTrainer`; and arguments of its algorithm, such as rewards."""
 
     model: str | Path | nn.Module
     ref_model: str | Path | nn.Module | None
@@ -72,6 +71,7 @@ class Given:
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     quantization_config: Any
     peft_config: PeftConfig | None
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,12 @@ def build_run(
     args = check_arguments(
         given.args, algorithm_class.config, given.train_dataset, given.eval_dataset, given.quantization_config
     )
-    make_audible(args)
     model, ref_model = given.model, given.ref_model
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
-    algorithm = algorithm_class(args, config_of(model, args))
+    algorithm = algorithm_class(args, config_of(model, args), **given.parts)
     algorithm.check_model(model)
     tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
     new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
@@ -184,7 +183,7 @@ def _rows(
         rehearse(given.peft_config, algorithm.model_config)
     data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
-    return data, source, evaluation
+    return data, algorithm.source(source, data), evaluation
 
 
 def _policy(
