@@ -172,8 +172,9 @@ def _unsupported(model: nn.Module) -> str:
     if not small_tensors(model):
         return "This model is not supported."
     return (
-        "An adapter of this kind acts on a sequence by what else is in its rows, padding included, or this model is not "
-        "supported; it was perturbed, as it may be nothing yet. Use LoRA or another adapter that acts on each token alike."
+        "An adapter of this kind acts on a sequence by what else is in its rows, padding included, or this model is "
+        "not supported; it was perturbed, as it may be nothing yet. Use LoRA or another adapter that acts on each "
+        "token alike."
     )
 
 
