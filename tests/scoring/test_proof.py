@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PolyConfig, get_peft_model
-from tether.models.perturbed import perturbed, small_tensors
 
 from policies import with_lora
 from tether.errors import ScoringError
+from tether.models.adapting.perturbed import perturbed, small_tensors
 from tether.scoring import choose_layout, pack, score, score_alone
 from tether.scoring.layout.proof import prove_again
 from tether.types import Example

@@ -54,6 +54,7 @@ def rehearse(config: PeftConfig, model_config: Any) -> None:
     try:
         if model is None:
             return
+        model.set_attn_implementation("eager")  # others ask for values of the mask
         model(**inputs)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, AttributeError):
         return  # it needs values; then the weights' own call will tell

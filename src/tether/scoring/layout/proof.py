@@ -164,7 +164,17 @@ def choose_layout(
     raise ScoringError(
         f"{type(transformers_model(model)).__name__} is not scored as it scores each sequence alone{reason}. "
         f"Allowed are {limit:.0e} {measures.unit}. "
-        + (f"Leave {' and '.join(forced)} unset to let Tether choose." if forced else "This model is not supported.")
+        + (f"Leave {' and '.join(forced)} unset to let Tether choose." if forced else _unsupported(model))
+    )
+
+
+def _unsupported(model: nn.Module) -> str:
+    if not small_tensors(model):
+        return "This model is not supported."
+    return (
+        "An adapter of this kind acts on a sequence by what else is in its rows, padding included, or this model is "
+        "not supported; it was perturbed, as it may be nothing yet. Use LoRA or another adapter that acts on each "
+        "token alike."
     )
 
 
