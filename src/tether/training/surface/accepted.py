@@ -55,11 +55,9 @@ class AcceptedTemplateArguments(AcceptedArguments):
 
     UNFIT: ClassVar[dict[str, tuple[Any, str]]] = {
         **AcceptedArguments.UNFIT,
-        "chat_template_path": (None, "set `chat_template` of the tokenizer, and pass it as processing_class"),
         "eos_token": (None, "set `eos_token` of the tokenizer, and pass it as processing_class"),
     }
 
-    chat_template_path: str | None = option(None, "TRL's; stays unset.")
     eos_token: str | None = option(None, "TRL's; stays unset.")
 
 
