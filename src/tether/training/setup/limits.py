@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -64,7 +64,8 @@ def checked(limits: Limits, *, apart: bool) -> Check:
         pairs = zip(prompts.tolist(), longest, strict=True)
         tokens = max(max(pair) if apart else sum(pair) for pair in pairs)
         ids = [table["prompt_ids"].combine_chunks().flatten(), table["completion_ids"].combine_chunks().flatten()]
-        largest = max(pc.max(part if part.type == pa.int32() else part.flatten()).as_py() or 0 for part in ids)
+        tops = (cast(Any, pc).max(part if part.type == pa.int32() else part.flatten()) for part in ids)
+        largest = max(top.as_py() or 0 for top in tops)
         problem = limits.problem(tokens, largest)
         if problem:
             raise DataError(f"{name}: {problem}.")
