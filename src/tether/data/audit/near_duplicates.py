@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
-from rensa import RMinHash
+from rensa import RMinHash  # type: ignore[attr-defined]  # compiled; its stub leaves the name out
 
 # 64 hashes in 16 bands of 4: texts with a Jaccard similarity of 0.8 share a band with a chance above 0.999, of 0.5,
 # 0.64.
