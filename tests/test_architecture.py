@@ -30,7 +30,7 @@ RANKS = {
     **dict.fromkeys(("reference", "objectives"), 5),
     **dict.fromkeys(("rollout", "rewards"), 6),
     "training": 7,
-    **dict.fromkeys(("evaluate", "plan", "report"), 8),
+    **dict.fromkeys(("evaluate", "plan", "report", "trl"), 8),
     "config": 9,
     "cli": 10,
     "__main__": 11,
@@ -44,7 +44,7 @@ PRIVATE_ROOM = "compat"
 DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit"}  # of named tuples; `os._exit`
 
 # Where a package is imported by another name than it is installed by; pydantic pins its core.
-DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {"lingua": "lingua_language_detector", "yaml": "pyyaml", "pydantic_core": "pydantic"}
 
 FUNCTION_LINES = 60
 CLASS_LINES = 400
@@ -334,7 +334,7 @@ def foreign_privates(folder: Path) -> list[str]:
 
 # What the left column of CONTRIBUTING's table of words stands for, as patterns; "there is no number" is good English.
 WORDS = {
-    "came": r"\b(?:else|argument|what|was) came[;,.:]|\} came[;,.:]|\bcame (?:without|together|as an arg)",
+    "came": r"\b(?:else|argument|what|was) came[;,.:]|\} came\b|[\"']came[ ,]|\bcame (?:too|without|together)",
     "is no JSON": r"(?<!here )\bis no (?:JSON|YAML|number|text|folder|file|adapter|tokenizer|split|option)\b",
     "otherwise than": r"\botherwise than\b",
     "needs it not": r"\bneeds? it not\b",

@@ -51,23 +51,32 @@ def half_wrong(rows: list[dict[str, object]], times: int, seed: int = 0) -> list
     return found
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, steps: int = 400) -> None:
     """Write model and rows into a folder."""
-    rows, torch_seed = sums(), 0
+    rows = sums()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    torch.manual_seed(torch_seed)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
     words = tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=32, **shape, **ids))
+    config = LlamaConfig(
+        vocab_size=len(words),
+        max_position_embeddings=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
                 output_dir=scratch,
                 per_device_train_batch_size=100,
-                max_steps=400,
+                max_steps=steps,
                 learning_rate=3e-3,
                 logging_steps=100,
                 save_strategy="no",

@@ -377,6 +377,7 @@ class LossOutput:
     Args:
         terms: parts of the loss, each averaged over something of its own.
         metrics: name to `(sum, count)`, both detached; the mean over a step is the quotient of the summed parts.
+        predictions: name to a number for each example, detached, where an evaluation hands them to a function.
 
     Example:
         >>> output = LossOutput((LossTerm(torch.tensor([0.5, 1.5])),), {})
@@ -386,6 +387,7 @@ class LossOutput:
 
     terms: tuple[LossTerm, ...]
     metrics: dict[str, tuple[Tensor, Tensor]]
+    predictions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def values(self, over: Over = "examples") -> Tensor | None:
         """The term that is averaged over something; None when there is none."""

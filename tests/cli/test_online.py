@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
@@ -14,6 +15,7 @@ from tether.config import build, check_run, json_schema
 from tether.errors import ConfigError
 from tether.training import GRPOConfig, RLOOConfig
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "grpo_sums"
 Tether = Callable[..., tuple[int, str, str]]
 RUN = """\
 model: model
@@ -131,7 +133,7 @@ def test_a_name_stands_for_trainer_and_options(loss: str, config: Any, stands_fo
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"objective": {"loss": "sigmoid"}}, "`rewards` came with loss 'sigmoid', whose rows have completions"),
+        ({"objective": {"loss": "sigmoid"}}, "`rewards` was given with loss 'sigmoid', whose rows have completions"),
         ({"objective": {"loss": "grpo"}, "rewards": None}, "`rewards` is missing: loss 'grpo' samples completions"),
         ({"rewards": [{"name": "numeric"}]}, "ready-made are numeric_answer"),
         ({"rewards": [{"name": "regex"}]}, "'regex' got the options {} and takes pattern"),
@@ -151,6 +153,22 @@ def test_what_cannot_be_is_refused_with_the_key(sections: dict[str, Any], said: 
     with pytest.raises(ConfigError) as caught:
         build(check_run(given))
     assert said in str(caught.value)
+
+
+def test_the_example_trains_as_it_is(tmp_path: Path, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model after two steps instead of 400, and two steps of its run file."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import make_model
+
+    make_model.main(tmp_path / "made", steps=2)
+    made = tmp_path / "made"
+    changed = [f"model={made / 'model'}", f"data.train={made / 'sums.jsonl'}", f"data.eval={made / 'sums.jsonl'}"]
+    shorter = ["train.max_steps=2", "train.logging_steps=1", "train.eval_steps=2", f"output={tmp_path / 'out'}"]
+    code, _, err = tether("train", str(EXAMPLE / "run.yaml"), *changed, *shorter)
+    assert code == 0, err
+    logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "eval_reward" in log] == [0, 2]
+    assert parquet.read_table(tmp_path / "out" / "rollouts" / "000001-0.parquet").num_rows == 160
 
 
 def test_the_schema_has_rewards_rollouts_and_the_losses() -> None:

@@ -43,6 +43,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "tokenizer": None,
             "adapter": None,
             "add_tokens": None,
+            "chat_template": None,
             "train": None,
             "freeze": None,
         },

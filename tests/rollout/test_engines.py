@@ -19,6 +19,7 @@ from tether.rollout.records import as_ids
 from tether.rollout.sample import draw, uniform
 from tether.scoring import pack, score, score_alone
 from tiny import CONFIGS, FALLBACK, tiny_model
+from tiny_seq2seq import SEQ2SEQ, tiny_seq2seq
 
 STOPS = (2, 7, 13, 21, 34, 55, 60, 80, 90)
 SAMPLING = Sampling(1.0, 14, STOPS)
@@ -212,3 +213,20 @@ def test_kept_rollouts_come_back_as_they_were(tmp_path):
         ReplayEngine(tmp_path).generate(policy, [replace(asked[0], prompt_ids=as_ids([1]))], SAMPLING)
     with pytest.raises(RolloutError, match="There are no rollouts in"):
         ReplayEngine(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_encoder_decoders_sample_by_generate(family):
+    """The decoder's own start token; what is reported is what scoring gives."""
+    policy = tiny_seq2seq(family).eval()
+
+    def scored(batch):
+        with torch.no_grad():
+            return score(policy, batch, layout="encoder_decoder").token_logps
+
+    engine = choose_engine("auto", policy, scored, requests(), SAMPLING, _nothing)
+    assert engine.name == "transformers"
+    groups = engine.generate(policy, requests(), SAMPLING)
+    batch = pack([as_example(group) for group in groups])
+    reported = torch.cat([one.logps for group in groups for one in group.completions])
+    assert (scored(batch) - reported).abs().max().item() < 2e-5

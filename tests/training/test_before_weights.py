@@ -50,7 +50,7 @@ def test_a_table_of_positions_is_a_limit_of_all_rows(where, saved, tmp_path):
     folder = saved("gpt2", n_positions=30)
     rows = [*pair_rows(8), *LONG]
     sets = {"evaluation": {"evaluation": LONG}, "train": {"rows": rows}}.get(where, {"rows": rows})
-    streamed = {"dataset_streaming": True} if where == "stream" else {}
+    streamed = {"stream_dataset": True} if where == "stream" else {}
     with pytest.raises(DataError, match=r"GPT2 has a table of 30 positions. Set max_length to 30 or less"):
         trainer(tmp_path / "run", folder, max_length=None, **sets, **streamed)
 

@@ -91,6 +91,15 @@ def test_at_learning_rate_zero_nothing_ever_moves(tmp_path):
         assert log["kl"] == log["clip_ratio/region_mean"] == 0.0
 
 
+def test_mixed_precision_agrees_within_what_it_rounds(tmp_path, caplog):
+    """bfloat16 under autocast, on a CPU: engine and trainer compute in it alike, and the first KL is 0."""
+    with caplog.at_level("INFO", "tether"):
+        made = trained(tmp_path, beta=0.1, bf16=True, max_steps=2)
+    assert "rollouts: tree engine, at most" in caplog.text
+    assert "(allowed 3e-01)" in caplog.text
+    assert steps(made)[0]["kl"] == 0.0
+
+
 class Counted:
     """How often the policy and the reference are asked, and for how many tokens."""
 
@@ -342,6 +351,21 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
     assert_same(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"temperature": 0.9}, "temperature 1.0 then and 0.9 now"),
+        ({"num_generations": 2}, "num_generations 4 then and 2 now"),
+        ({"rewards": [even, lambda completion_ids: [0.0] * len(completion_ids)]}, "rewards .* then and .* now"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_rollouts(changed, said, tmp_path):
+    """Section 8: refused with both values; replay is the way."""
+    trained(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ConfigError, match=said):
+        trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+
+
 def test_rollout_functions_are_checked_and_trained_on(tmp_path):
     """Ids as they come (R24), tokens of others have no gradient (R13), fields reach rewards."""
     seen = {}
@@ -426,6 +450,7 @@ def test_refused_fields_say_why(name):
         ({"max_length": 8}, "prompts have max_prompt_length"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
     ],
 )
@@ -437,6 +462,10 @@ def test_wrong_values_name_the_field(arguments, said):
 def test_too_few_prompts_and_too_long_ones(tmp_path):
     with pytest.raises(DataError, match="a rollout takes 2 prompts and there are 1"):
         trainer(tmp_path, train_dataset=PROMPTS[:1])
+    with pytest.raises(
+        ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
+    ):
+        trainer(tmp_path, max_completion_length=253)
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
     assert made.run.data.reports["train"]["dropped"]

@@ -517,7 +517,6 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, adapter, none"),
         ({"reference": "base", "reference_method": "model"}, ConfigError, "cannot compute"),
         ({"reference": "model"}, ConfigError, "no ref_model was given"),
-        ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns is True; it must stay False"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "`label_smoothing` is the objective's"),
         ({"use_liger_kernel": True}, ConfigError, "which scoring relies on"),
         ({"reference_check_steps": -1}, ConfigError, "a whole number from 0"),

@@ -34,7 +34,7 @@ def run(folder: Path, case: str, size: int) -> dict[str, torch.Tensor]:
     shared = {
         **arguments,
         "per_device_train_batch_size": size,
-        "per_device_eval_batch_size": 4,
+        "per_device_eval_batch_size": size,
         "max_tokens_per_forward": 60,
         "eval_dataset": PROMPTS[:4],
         "save_strategy": "steps",

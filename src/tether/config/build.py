@@ -149,8 +149,8 @@ def _online(run: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
         given = [name for name in ("rewards", "rollout") if getattr(run, name) is not None]
         if given:
             raise ConfigError(
-                f"`{given[0]}` came with loss {loss!r}, whose rows have completions already. Leave it out, or take a "
-                "loss of sampled completions, such as dapo."
+                f"`{given[0]}` was given with loss {loss!r}, whose rows have completions already. Leave it out, or "
+                "take a loss of sampled completions, such as dapo."
             )
         return options
     if run.rewards is None:

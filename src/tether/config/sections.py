@@ -184,7 +184,8 @@ class Data(Section, section="data"):
     )
     check: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = key(
         None,
-        "Largest shares of rows that `tether data check` passes; null: any.",
+        "Largest shares of rows with each finding of `tether data check`; above one, the check fails and a run is "
+        "refused before weights load; null: any.",
         "a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md",
     )
     cache: Text | Literal[False] | None = key(

@@ -150,7 +150,7 @@ def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, fur
     """
     known = {*OFFERED, *columns}
     for reward in rewards:
-        lacking = set(getattr(reward.function, "columns", ()))
+        lacking: set[str] = set(getattr(reward.function, "columns", ()))
         for one in inspect.signature(reward.function).parameters.values():
             if one.kind is one.POSITIONAL_ONLY:
                 raise ConfigError(

@@ -70,10 +70,12 @@ class Decoding:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, forest: Forest | None, **options: Any
     ) -> Tensor:
         """See `tree_attention`; with a forest the prompts, and without one a token of each row."""
+        # Under autocast rotary embeddings leave queries and keys wider than values.
+        narrow = key.to(value.dtype)
         if forest is not None:
-            self._layers[module] = _Layer((self._padded(key, forest), self._padded(value, forest)))
+            self._layers[module] = _Layer((self._padded(narrow, forest), self._padded(value, forest)))
             return tree_attention(module, query, key, value, forest, **options)
-        return self._decode(self._layers[module], query, key, value, **options)
+        return self._decode(self._layers[module], query.to(value.dtype), narrow, value, **options)
 
     def _padded(self, states: Tensor, forest: Forest) -> Tensor:
         """`[1, heads, T, head_dim]` of all prompts, tree by tree."""
@@ -115,7 +117,7 @@ class Decoding:
         else:
             weights = scores.softmax(-1)
         weights = weights.to(value.dtype)
-        spread = asked.new_zeros(len(self._lengths), width, *asked.shape[1:3], self._widest)
+        spread = weights.new_zeros(len(self._lengths), width, *asked.shape[1:3], self._widest)
         spread[self._trees, places] = weights[..., : self._widest]
         mixed = (spread.transpose(1, 2).flatten(2, 3) @ layer.trunks[1]).unflatten(2, (width, groups)).transpose(1, 2)
         found = mixed[self._trees, places] + weights[..., self._widest :] @ values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +60,7 @@ def compare(
     score: Callable[[ScoringBatch], Tensor],
     requests: Sequence[RolloutRequest],
     sampling: Sampling,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Agreement:
     """Sample a few short completions, and score them as the trainer does.
 
@@ -69,6 +70,7 @@ def compare(
         score: `token_logps [N]` of a batch at the temperature.
         requests: prompts of the run, at least one.
         sampling: of the run.
+        precision: a context of the run's precision, which says what rounding explains.
     """
     asked = [replace(one, branches=range(_BRANCHES), number="proof") for one in requests[:_PROMPTS]]
     groups = engine.generate(policy, asked, replace(sampling, max_tokens=min(_TOKENS, sampling.max_tokens)))
@@ -80,7 +82,8 @@ def compare(
     difference = (torch.cat([logps for logps in theirs if logps is not None]) - ours).abs().max().item()
     if difference != difference:
         difference = float("inf")
-    return Agreement(difference, len(ours), tolerance(policy))
+    with precision():
+        return Agreement(difference, len(ours), tolerance(policy))
 
 
 def choose_engine(
@@ -110,7 +113,7 @@ def choose_engine(
         if requested not in ("auto", name):
             continue
         try:
-            found = compare(engine, policy, score, requests, sampling)
+            found = compare(engine, policy, score, requests, sampling, precision)
         except (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason += f"; {name} refused: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
             continue

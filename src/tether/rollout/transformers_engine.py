@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class TransformersEngine:
         self._precision, self._rows = precision, rows
 
     def generate(self, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Group]:
-        """Sample a group for each request, each completion as a left-padded sequence of its own."""
+        """Sample a group for each request, each completion as a padded sequence of its own."""
         wanted = [(request, branch) for request in requests for branch in request.branches]
         found: list[Completion] = []
         with torch.no_grad(), evaluation_mode(policy), self._precision():
@@ -67,13 +67,17 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
     prompts = [request.prompt_ids for request, _ in wanted]
     width = max(map(len, prompts))
     ids, mask = torch.zeros(len(prompts), width, dtype=torch.int64), torch.zeros(len(prompts), width, dtype=torch.int64)
+    # A decoder of its own begins after its start token, and what an encoder reads begins at its first place.
+    encodes = is_encoder_decoder(inner)
+    start = 1 if encodes else width
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    # A decoder of its own begins after its start token.
-    start = 1 if is_encoder_decoder(inner) else width
+        place = slice(0, len(prompt)) if encodes else slice(width - len(prompt), width)
+        ids[row, place], mask[row, place] = prompt, 1
     draws = _Draws([request.key(branch, sampling.seed) for request, branch in wanted], start, sampling)
     # All settings that change what is sampled, so that none comes from the checkpoint's own generation settings.
+    starts = {name: getattr(inner.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")}
     config = GenerationConfig(
+        **{name: value for name, value in starts.items() if value is not None},
         do_sample=False,
         num_beams=1,
         max_new_tokens=sampling.max_tokens,
@@ -82,19 +86,27 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
         eos_token_id=list(sampling.stop_ids) or None,
         pad_token_id=sampling.stop_ids[0] if sampling.stop_ids else 0,
     )
-    output = (
-        cast(Any, unwrap(policy))
-        .generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([draws]),
-        )[:, start:]
-        .cpu()
-    )
+    sampler: Any = unwrap(policy)
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    with _own_settings_away(sampler, inner):
+        output = sampler.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([draws]))
+    output = output[:, start:].cpu()
     logps = torch.stack(draws.logps, 1)
     kept = torch.stack(draws.kept, 1) if draws.kept else None
     return [_cut(output[row], logps[row], None if kept is None else kept[row], sampling) for row in range(len(wanted))]
+
+
+@contextmanager
+def _own_settings_away(*models: Any) -> Iterator[None]:
+    """Inside, `generate` finds no settings of the checkpoint to fill in, such as a last token that is forced."""
+    held = [(model, model.generation_config) for model in models if hasattr(model, "generation_config")]
+    for model, _ in held:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for model, config in held:
+            model.generation_config = config
 
 
 def _cut(ids: Tensor, logps: Tensor, kept: Tensor | None, sampling: Sampling) -> Completion:

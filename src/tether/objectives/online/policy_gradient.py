@@ -194,8 +194,8 @@ def _metrics(policy: Scores, sampled: Sampled, objective: PolicyGradient, log_ra
                     real.amin() if extreme == "low_min" else real.amax(),
                     mask.new_ones(()),
                 )
-    elif objective.row.takes("log_ratios") and options.get("epsilon_high") is not None:
-        metrics["cispo_clip_ratio"] = _mean(((r > options["epsilon_high"]) & (advantages > 0)).float(), mask)
+    elif (largest := options.get("epsilon_high")) is not None:
+        metrics["cispo_clip_ratio"] = _mean(((r > largest) & (advantages > 0)).float(), mask)
     return metrics
 
 

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from tether.data import Prepared
+from tether.data.show import Counted
 from tether.errors import DataError
 from tether.models import load_policy
 from tether.scoring import score
@@ -101,6 +102,11 @@ class Algorithm(ABC, Generic[Answer]):
         return Needs()
 
     @property
+    def counted(self) -> Counted:
+        """What of a row the loss is of, as `tether data show` shows it."""
+        return "texts" if self.needs.prompts else "completions"
+
+    @property
     def name(self) -> str:
         """What it is called in messages."""
         return type(self).__name__
@@ -178,6 +184,39 @@ class Algorithm(ABC, Generic[Answer]):
             part: the micro-batch, on the run's device.
             context: what `begin_step`, or `begin_evaluation`, returned.
         """
+
+    def completion_values(self, policy: Answer, reference: Scores | None) -> dict[str, Tensor]:
+        """Numbers of each completion, `[K]` or more, for `compute_metrics`."""
+        scores = cast(Scores, policy)
+        values = {"logps": scores.logps}
+        ratios = scores.logps
+        if reference is not None:
+            values["reference_logps"] = reference.logps
+            ratios = ratios - reference.logps
+        beta = getattr(self.args, "beta", None)
+        return values if beta is None else {**values, "rewards": beta * ratios}
+
+    def predictions(self, policy: Answer, reference: Scores | None, batch: ScoringBatch) -> dict[str, Tensor]:
+        """The same of each example: of pairs `chosen_…` and `rejected_…`, of lists `[B, K]`.
+
+        Raises:
+            DataError: lists of several lengths, whose numbers are no table.
+        """
+        sizes = set(batch.sizes)
+        if len(sizes) != 1:
+            raise DataError(
+                f"compute_metrics takes a table of numbers, and the rows have {sorted(sizes)} completions each. Leave "
+                "compute_metrics out, or evaluate lists of one length."
+            )
+        (size,), found = sizes, {}
+        for name, values in self.completion_values(policy, reference).items():
+            table = values.detach()[: len(batch.branches)].view(-1, size)
+            if size == 2 and self.args.kind == "pair":
+                of, plain = ("reference_", name[10:]) if name.startswith("reference_") else ("", name)
+                found |= {f"{of}chosen_{plain}": table[:, 0], f"{of}rejected_{plain}": table[:, 1]}
+            else:
+                found[name] = table[:, 0] if size == 1 else table
+        return found
 
     def end_step(self, context: Context, passes: Passes) -> None:
         """The last micro-batch of a step was computed."""

@@ -166,6 +166,7 @@ class Online(Algorithm[Scores]):
         check_signatures(self.rewards, raw.column_names, further=self._own_fields)
         if "images" in source.rows.column_names:
             raise DataError("The prompts have images; rollouts of images are not built yet. Remove the column.")
+        self._require_room(source.rows)
         self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))
         self._experience = Experience(self._plan(), self._decode, self._engine)
         others = [name for name in raw.column_names if name not in ("prompt", "tools", "chat_template_kwargs")]
@@ -185,7 +186,26 @@ class Online(Algorithm[Scores]):
             eval_group=args.num_generations_eval or args.num_generations,
             eval_batch=args.per_device_eval_batch_size,
         )
-        return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of)
+        return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must have as it was, for its completions and rewards to be those of the whole run."""
+        names = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "num_generations", "num_iterations")
+        rewards = [[one.name, one.weight] for one in self.rewards]
+        seed = self.args.seed if self.args.rollout_seed is None else self.args.rollout_seed
+        return {name: getattr(self.args, name) for name in names} | {"rewards": rewards, "rollout_seed": seed}
+
+    def _require_room(self, rows: Any) -> None:
+        """Refuse prompts after which the model has no place for a whole completion, before any weights load."""
+        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        longest, most = max(map(len, rows["prompt_ids"])), self.args.max_completion_length
+        if isinstance(context, int) and not self.model_config.is_encoder_decoder and longest + most > context:
+            fits = f"max_prompt_length to {context - most} or less, or " if context - most > 1 else ""
+            raise ConfigError(
+                f"The longest prompt has {longest} tokens and max_completion_length is {most}: more than the "
+                f"{context} that the model has places for. Set {fits}max_completion_length to "
+                f"{max(1, context - longest)} or less."
+            )
 
     def _plan(self) -> Plan:
         args = self.args

@@ -83,7 +83,7 @@ class OnlineConfig(PreferenceConfig):
     max_prompt_length: int | None = option(
         None,
         "Tokens of a prompt; longer ones are left out and counted. Unset: any.",
-        allowed=(None, Whole(1)),
+        allowed=(None, Whole(2)),
         key="rollout.max_prompt",
     )
     shuffle_dataset: bool = option(True, "Draw prompts in another order in each epoch.", key="rollout.shuffle")
@@ -208,26 +208,32 @@ class OnlineConfig(PreferenceConfig):
         self._check_correction()
         if not self.needs_reference:
             self._do_without_reference()
-        self.max_length = None if self.max_prompt_length is None else max(2, self.max_prompt_length)
+        # Prepared rows know one limit; set twice, as in a copy of the arguments, it is the same.
+        self.max_length = self.max_prompt_length
         super().__post_init__()
         self._count_batches()
 
     def _check_rows(self) -> None:
-        if self.max_length is not None:
+        if self.max_length not in (None, self.max_prompt_length):
             raise ConfigError(
                 f"is {self.max_length}; prompts have max_prompt_length, completions max_completion_length.",
                 "max_length",
             )
         if self.truncation_mode != "drop":
             raise ConfigError(f"is {self.truncation_mode!r}; a prompt that is too long is left out.", "truncation_mode")
-        if self.dataset_streaming:
+        if self.stream_dataset:
             raise ConfigError(
-                "is True; prompts are drawn from all rows, so that they are read whole.", "dataset_streaming"
+                "is True; prompts are drawn from all rows, so that they are read whole.", "stream_dataset"
             )
         if self.wants_store():
             raise ConfigError(
-                "came, and no completion is known before it is sampled. Leave the store out.", self._store_field
+                "was given, and no completion is known before it is sampled. Leave the store out.", self._store_field
             )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name):
+                raise ConfigError(
+                    "was given, and a policy in shards cannot sample yet. Train in one process, or by DDP.", name
+                )
         if self.top_k and self.top_k < 2:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
 
@@ -275,7 +281,9 @@ class OnlineConfig(PreferenceConfig):
         """Refuse rollouts, batches and optimizer steps that do not fit together."""
         together = self.per_device_train_batch_size * self.world_size
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ConfigError("came with steps_per_generation; one follows from the other.", "generation_batch_size")
+            raise ConfigError(
+                "was given with steps_per_generation; one follows from the other.", "generation_batch_size"
+            )
         if self.generation_batch_size is not None and self.generation_batch_size % together:
             raise ConfigError(
                 f"is {self.generation_batch_size}; it must be a multiple of the {together} completions that all "

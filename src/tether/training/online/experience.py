@@ -120,7 +120,7 @@ class Experience:
         keep = self._keeper(wanted, groups, texts, engine)
         keep(None)
         judged = judge_by(groups, texts, wanted.conversational)
-        table = self._call(judged, engine)
+        table = self._call(judged)
         keep(table)
         facts = torch.tensor([[one.length, one.finish == "length"] for group in groups for one in group.completions])
         whole = self._gathered(torch.cat([table.values, facts.float()], 1))
@@ -130,7 +130,7 @@ class Experience:
         kept = self._kept(total, truncated, wanted.group)
         count, first = len(texts), len(texts) * passes.accelerator.process_index
         batches = self._batches(wanted, groups, kept[first : first + count], engine)
-        batches = [self._scored(batch, engine) for batch in batches]
+        batches = [self._scored(batch) for batch in batches]
         kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if self.plan.kl_in_reward else None
         advantages = self.plan.advantages(rewards, weights, kl, wanted.group)
         mine = iter(torch.stack([advantages, kept.float()], 1)[first : first + count].split(1))
@@ -165,7 +165,7 @@ class Experience:
                 lambda batch: passes.policy(batch).token_logps,
                 requests,
                 self.plan.sampling,
-                passes.accelerator.autocast,
+                lambda: passes.accelerator.autocast(),
             )
         return self.engine
 
@@ -191,11 +191,10 @@ class Experience:
 
         return keep
 
-    def _call(self, judged: Judged, engine: RolloutEngine) -> RewardTable:
+    def _call(self, judged: Judged) -> RewardTable:
         """The rewards; an error of one process reaches all."""
         passes = self._passes()
-        given = judged.columns.get(GIVEN)
-        error: RewardError | None = None
+        given, table, error = judged.columns.get(GIVEN), None, None
         try:
             if given is not None and not self.plan.rewards:
                 table = RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
@@ -203,10 +202,10 @@ class Experience:
                 table = call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
         except RewardError as problem:
             error = problem
-        failed = self._gathered(torch.tensor([float(error is not None)]))
+        failed = self._gathered(torch.tensor([float(table is None)]))
         if error is not None:
             raise error
-        if failed.any():
+        if table is None or failed.any():
             raise RewardError(f"A reward function failed in process {int(failed.argmax())}; its message is there.")
         return table
 
@@ -237,7 +236,7 @@ class Experience:
             found.append(examples)
         return found
 
-    def _scored(self, batch: list[Example], engine: RolloutEngine) -> list[Example]:
+    def _scored(self, batch: list[Example]) -> list[Example]:
         """With log-probs by the policy and the reference as they are now, of the micro-batches that steps will make."""
         passes, plan = self._passes(), self.plan
         proximal = plan.proximal or plan.kl_in_reward or any("rollout" in one.token_values for one in batch)

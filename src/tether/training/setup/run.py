@@ -23,7 +23,7 @@ from tether.errors import ConfigError
 from tether.models.adapters import in_one_way
 from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
-from tether.models.spec import add_tokens, embed_tokens
+from tether.models.spec import embed_tokens
 from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
 from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
@@ -38,20 +38,24 @@ from tether.training.saving.settings import OwnSettings
 from tether.training.setup.data import Rows, RunData
 from tether.training.setup.limits import checked, limits_of
 from tether.training.setup.policy import (
+    announce_columns,
     at_the_start,
     check_arguments,
+    check_collator,
     check_policy,
     check_router,
     config_of,
+    default_arguments,
     learning_tokens,
-    policy_spec,
+    processing_of,
     router_coefficient,
     source_of,
+    use_pad_token,
     with_adapter,
 )
 from tether.training.setup.reference import declared_meaning, reference_spec
 from tether.training.source import Source
-from tether.training.step import MicroBatch, Step, own_rows
+from tether.training.step import Context, MicroBatch, Step, own_rows
 from tether.training.store import with_store
 from tether.types import ScoringBatch
 
@@ -72,6 +76,8 @@ class Given:
     quantization_config: Any
     peft_config: PeftConfig | None
     parts: Mapping[str, Any] = field(default_factory=dict)
+    data_collator: Any = None
+    given_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,7 @@ def build_run(
         ConfigError, DataError: before any weights are loaded, where that is possible.
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
-    args = check_arguments(
-        given.args, algorithm_class.config, given.train_dataset, given.eval_dataset, given.quantization_config
-    )
+    args = _arguments(given, algorithm_class.config)
     model, ref_model = given.model, given.ref_model
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
@@ -145,8 +149,7 @@ def build_run(
     meaning = declared_meaning(args, ref_model)
     algorithm = algorithm_class(args, config_of(model, args), **given.parts)
     algorithm.check_model(model)
-    tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
-    new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
+    tokenizer, new_tokens = processing_of(source_name, args, given.processing_class)
     data, source, evaluation = _rows(algorithm, given, args, tokenizer, new_tokens)
     policy, settings, before = _policy(algorithm, given, args, source_name, tokenizer, new_tokens)
     proof = TrainingProof(policy)
@@ -155,6 +158,7 @@ def build_run(
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
+    announce_columns(algorithm.needs.columns, source.known, complete=source.complete)
     prove = _Prover(algorithm, args, source, accelerator)
     layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
     router = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
@@ -182,7 +186,9 @@ def _rows(
     if given.peft_config is not None and not isinstance(given.model, nn.Module):
         rehearse(given.peft_config, algorithm.model_config)
     data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
+    use_pad_token(text_tokenizer(tokenizer), args.pad_token)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
+    check_collator(given.data_collator, source.known)
     return data, algorithm.source(source, data), evaluation
 
 
@@ -209,6 +215,18 @@ def _policy(
     algorithm.prepare_model(policy, tokenizer)
     choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
     return policy, settings, before
+
+
+def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig:
+    args = default_arguments(given.model, wanted) if given.args is None else given.args
+    args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
+    if args.auto_find_batch_size and given.given_optimizer:
+        raise ConfigError(
+            "is True, and an optimizer was given, which would go on with what it has seen where a run begins again. "
+            "Leave one of them out.",
+            "auto_find_batch_size",
+        )
+    return args
 
 
 class _Prover:
@@ -247,7 +265,8 @@ class _Prover:
 
     def _again(self, choice: LayoutChoice, policy: nn.Module, updates: int) -> None:
         """Prove a layout once more, see `prove_again`."""
-        with self._proving():
+        # By now accelerate has put its precision around the model's own forward.
+        with self._accelerator.autocast():
             difference = prove_again(policy, self._short, choice, updates)
         logger.info(f"scoring: {choice.name}, at most {difference:.1e} {choice.measures.unit} after {updates} updates")
 
@@ -273,6 +292,13 @@ class _Prover:
                 f"With dropout disabled, {type(transformers_model(policy)).__name__} still differs between training "
                 f"and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to keep its randomness."
             )
+
+
+def whole_step(part: MicroBatch, run: Run, context: Context, processes: int) -> Step:
+    """A micro-batch of an evaluation as a step of its own: the loss of it is its mean, on any number of processes."""
+    batch = part.batch
+    counts = [batch.num_examples, len(batch.branches), run.algorithm.loss_tokens(batch)]
+    return Step(((part,),), processes * torch.tensor(counts), context, evaluates=True)
 
 
 def build_step(inputs: list[Any], run: Run, accelerator: Accelerator, device: torch.device) -> Step:

@@ -97,6 +97,7 @@ class RolloutSource(Source):
         shape: how completions become batches.
         make: samples, judges and scores; see `Experience.make`.
         raw_of: the rows that an evaluation set was made of.
+        identity: what a resumed run must have as it was, by name.
     """
 
     complete = True
@@ -109,9 +110,11 @@ class RolloutSource(Source):
         shape: Shape,
         make: Callable[[Wanted], list[list[Example]]],
         raw_of: Callable[[Any], Dataset],
+        identity: dict[str, Any],
     ) -> None:
         self.rows = self.known = rows
         self._raw, self._shape, self._make, self._raw_of = raw, shape, make, raw_of
+        self._identity = {**identity, "prompts": shape.prompts, "batches": shape.batches, "seed": shape.seed}
         if len(rows) < shape.prompts:
             raise DataError(
                 f"train: a rollout takes {shape.prompts} prompts and there are {len(rows)}. Give more rows, or lower "
@@ -212,7 +215,8 @@ class RolloutSource(Source):
     def save(self, folder: Path, process: int) -> None:
         """The position; and between two updates of one rollout this process' share of it."""
         if process == 0:
-            (folder / POSITION).write_text(json.dumps({"epoch": self.epoch, "batches": self.done}) + "\n", "utf-8")
+            kept = {"epoch": self.epoch, "batches": self.done, "identity": self._identity}
+            (folder / POSITION).write_text(json.dumps(kept) + "\n", "utf-8")
         if self.done % self._shape.rounds and self._held is not None:
             save_file(_tensors(self._held[1]), folder / f"rollout-{process}.safetensors")
 
@@ -220,9 +224,19 @@ class RolloutSource(Source):
         """See `Source.resume`.
 
         Raises:
-            ConfigError: the checkpoint lies between two updates of a rollout, of which it has nothing.
+            ConfigError: rollouts would be others than the run's; or the checkpoint lies between two updates of a
+                rollout, of which it has nothing.
         """
         kept = json.loads((folder / POSITION).read_text("utf-8"))
+        changed = [name for name, value in self._identity.items() if kept["identity"].get(name) != value]
+        if changed:
+            said = ", ".join(
+                f"{name} {kept['identity'].get(name)!r} then and {self._identity[name]!r} now" for name in changed
+            )
+            raise ConfigError(
+                f"The run is resumed with other rollouts: {said}. Give what it began with; for another reward or loss "
+                "on the same completions begin a run with replay_rollouts."
+            )
         self.epoch, self.done = kept["epoch"], kept["batches"] if skip else 0
         if self.done == len(self):
             self.epoch, self.done = self.epoch + 1, 0
