@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from peft import PeftConfig
 from torch import nn
 
@@ -63,9 +62,11 @@ def checked(limits: Limits, *, apart: bool) -> Check:
         longest = [max(lengths, default=0) for lengths in completions]
         pairs = zip(prompts.tolist(), longest, strict=True)
         tokens = max(max(pair) if apart else sum(pair) for pair in pairs)
-        ids = [table["prompt_ids"].combine_chunks().flatten(), table["completion_ids"].combine_chunks().flatten()]
-        tops = (cast(Any, pc).max(part if part.type == pa.int32() else part.flatten()) for part in ids)
-        largest = max(top.as_py() or 0 for top in tops)
+        ids = [
+            table["prompt_ids"].combine_chunks().flatten(),
+            table["completion_ids"].combine_chunks().flatten().flatten(),
+        ]
+        largest = max(int(part.to_numpy(zero_copy_only=False).max(initial=0)) for part in ids)
         problem = limits.problem(tokens, largest)
         if problem:
             raise DataError(f"{name}: {problem}.")
