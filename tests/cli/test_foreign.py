@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tether.cli.foreign import COMMANDS, flags
+from tether.cli.foreign.trl import COMMANDS, flags
 from tether.config import load_run_file
 from tether.config.foreign import COMMANDS as KNOWN
 from tether.errors import ConfigError
@@ -101,12 +101,12 @@ def test_an_axolotl_file_trains(workplace: Any, tether: Tether) -> None:
     run = load_run_file(workplace.path / "out" / "config.yaml")
     assert (run.objective.further["beta"], run.lora.r, run.train.further["warmup_steps"]) == (0.5, 2, 0)  # type: ignore
     # The converted file is the same run.
-    code, out, err = tether("convert", "axolotl.yaml", "lora_r=2", "-o", "run.yaml")
-    assert (code, out) == (0, "run file: run.yaml\n")
-    assert load_run_file("run.yaml").to_dict() == run.to_dict()
-    code, _, err = tether("convert", "axolotl.yaml", "-o", "run.yaml")
+    code, out, err = tether("convert", "axolotl.yaml", "lora_r=2", "-o", "made.yaml")
+    assert (code, out) == (0, "run file: made.yaml\n")
+    assert load_run_file("made.yaml").to_dict() == run.to_dict()
+    code, _, err = tether("convert", "axolotl.yaml", "-o", "made.yaml")
     assert code == 2
-    assert "'run.yaml' is there already" in err
+    assert "'made.yaml' is there already" in err
 
 
 def test_a_llamafactory_file_trains(workplace: Any, tether: Tether) -> None:
@@ -159,7 +159,7 @@ def test_a_file_that_is_refused_loads_no_weights(workplace: Any, tether: Tether,
         (["grpo", "--config", "trl.yaml"], "no trainer here does yet"),
         (["kto"], "`model_name_or_path` is missing"),
         (["train", "axolotl.yaml", "relora=true"], "argument 'relora=true': `relora` is true (a switch); no restarts"),
-        (["convert", "run.yaml"], "is no file of TRL, Axolotl or LLaMA-Factory"),
+        (["convert", "run.yaml"], "is not a file of TRL, Axolotl or LLaMA-Factory"),
         (["convert", "none.yaml"], "'none.yaml' does not exist"),
     )
     for arguments, said in cases:

@@ -525,7 +525,7 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (TRL, ["datasets=[{path: a, fraction: 0.5}]"], "`fraction` of a data set has no key in a run file"),
         ("model_name_or_path: m\nreward_funcs: [a]\n", [], "no trainer here does yet"),
         ("base_model: m\n\tlearning_rate: 1\n", [], "there is a tab"),
-        ("model: m\n", [], "is no file of TRL, Axolotl or LLaMA-Factory"),
+        ("model: m\n", [], "is not a file of TRL, Axolotl or LLaMA-Factory"),
     ],
 )
 def test_what_cannot_be_done_stops_with_key_reason_and_way_out(text: str, overrides: list[str], said: str) -> None:

@@ -13,7 +13,8 @@ from tether.cli import data
 from tether.cli.demo import demo
 from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
-from tether.cli.foreign import COMMANDS, convert, trl_command
+from tether.cli.foreign.convert import convert
+from tether.cli.foreign.trl import COMMANDS, trl_command
 from tether.cli.precompute import precompute
 from tether.cli.store import app as store_app
 from tether.cli.train import TrainCommand, train

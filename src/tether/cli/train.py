@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
-from tether.cli.foreign import AUTO, As, say_and_prepare
+from tether.cli.foreign.convert import AUTO, As, say_and_prepare
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:

@@ -136,7 +136,7 @@ def convert_file(path: str | Path, overrides: Sequence[str] = (), command: str |
     tool = "trl" if command else detect(document.values)
     if tool is None:
         raise ConfigError(
-            f"{path} is no file of TRL, Axolotl or LLaMA-Factory: it has neither `base_model` nor "
+            f"{path} is not a file of TRL, Axolotl or LLaMA-Factory: it has neither `base_model` nor "
             "`model_name_or_path`. A run file is trained as it is."
         )
     return convert(TOOLS[tool], document, given, command)

@@ -57,7 +57,7 @@ def load_table(name: str) -> dict[str, Row]:
     Raises:
         ValueError: a line is malformed, or a key stands in two lines.
     """
-    text = resources.files(__package__).joinpath("tables", f"{name}.tsv").read_text(encoding="utf-8")
+    text = resources.files("tether.config.foreign").joinpath("tables", f"{name}.tsv").read_text(encoding="utf-8")
     header, *lines = text.splitlines()
     if tuple(header.split("\t")) != _COLUMNS:
         raise ValueError(f"{name}.tsv: its first line must be {' '.join(_COLUMNS)}")
