@@ -42,3 +42,11 @@ class ScoringError(TetherError):
 
 class StoreError(TetherError):
     """The store of reference log-probabilities cannot be read, written or trusted."""
+
+
+class RolloutError(TetherError):
+    """Completions that could not be sampled, or that are not the policy's."""
+
+
+class RewardError(TetherError):
+    """A reward function that failed, or returned what is no reward."""

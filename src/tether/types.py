@@ -104,6 +104,9 @@ class Example:
         scored: K bool tensors `[C_k]`, True for completion tokens that are scored; None when all are. It leaves out
             what the model did not write, such as the user's turns inside a conversation.
         images: of the prompt, for vision-language models; None for none.
+        completion_values: float32 `[K]` each, by name: what belongs to a completion, such as its advantage.
+        token_values: K float32 tensors `[C_k]` each, by name: what belongs to a token, such as the log-probability that
+            it was sampled with.
 
     Example:
         >>> example = Example.of([1, 5, 6], [[7, 2], [8, 9, 2]])
@@ -119,6 +122,8 @@ class Example:
     values: Mapping[str, float] = field(default_factory=dict)
     scored: tuple[Tensor, ...] | None = None
     images: ImageInputs | None = None
+    completion_values: Mapping[str, Tensor] = field(default_factory=dict)
+    token_values: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -226,6 +231,8 @@ class ScoringBatch:
         branches: K pairs `(tree, branch)`, where in the forest each completion lies.
         examples: the B examples, as they came; what splits a batch packs some of them again.
         values: float32 `[B]` each, by name, see `Preference`.
+        completion_values: float32 `[K]` each, by name, see `Example`.
+        token_values: float32 `[N]` each, by name, of the scored tokens.
         images: of the prompt of each tree, or None for one without; empty where no prompt has any.
 
     Example:
@@ -251,6 +258,8 @@ class ScoringBatch:
     branches: tuple[tuple[int, int], ...]
     examples: tuple[Example, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    completion_values: Mapping[str, Tensor] = field(default_factory=dict)
+    token_values: Mapping[str, Tensor] = field(default_factory=dict)
     images: tuple[ImageInputs | None, ...] = ()
 
     @property
@@ -276,14 +285,14 @@ class ScoringBatch:
 
     def to(self, device: torch.device | str) -> ScoringBatch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self.__dict__.items()
-            if isinstance(value, Tensor)
-        }
-        values = {name: value.to(device, non_blocking=True) for name, value in self.values.items()}
+        moved: dict[str, Any] = {}
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, Mapping):
+                moved[name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
         images = tuple(image if image is None else image.to(device) for image in self.images)
-        return replace(self, **moved, values=values, images=images)
+        return replace(self, **moved, images=images)
 
 
 @dataclass(frozen=True)
@@ -368,6 +377,7 @@ class LossOutput:
     Args:
         terms: parts of the loss, each averaged over something of its own.
         metrics: name to `(sum, count)`, both detached; the mean over a step is the quotient of the summed parts.
+        predictions: name to a number for each example, detached, where an evaluation hands them to a function.
 
     Example:
         >>> output = LossOutput((LossTerm(torch.tensor([0.5, 1.5])),), {})
@@ -377,6 +387,7 @@ class LossOutput:
 
     terms: tuple[LossTerm, ...]
     metrics: dict[str, tuple[Tensor, Tensor]]
+    predictions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def values(self, over: Over = "examples") -> Tensor | None:
         """The term that is averaged over something; None when there is none."""

@@ -72,14 +72,49 @@ def test_every_error_is_one_paragraph_with_its_code(error: BaseException, code: 
 def test_an_error_that_nobody_expected_shows_its_traceback_only_on_request(
     tether: Tether, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: object) -> None:
-        raise ZeroDivisionError("of nothing")
-
-    monkeypatch.setattr("tether.config.load_run_file", fail)
+    # Of no file: what a file of the user's own raises is told apart below.
+    monkeypatch.setattr("tether.config.load_run_file", eval("lambda *_: 1 / 0"))
     code, _, err = tether("train", "run.yaml")
     assert code == 1
-    assert "ZeroDivisionError: of nothing. This is a bug" in err
+    assert "ZeroDivisionError: division by zero. This is a bug" in err
     assert "Traceback" not in err
     code, _, err = tether("train", "run.yaml", "--debug")
     assert code == 1
     assert "Traceback" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            ModuleNotFoundError("No module named 'wandb'", name="wandb"),
+            2,
+            "is not installed (package wandb): No module",
+        ),
+        (RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`."), 2, "is not installed"),
+        (RuntimeError("Found no NVIDIA driver on your system."), 2, "this machine has no GPU that torch can use"),
+        (AssertionError("Torch not compiled with CUDA enabled"), 2, "Set `model.device` to cpu"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "out/checkpoint-2/optimizer.pt"),
+            2,
+            "optimizer.pt' is missing",
+        ),
+    ],
+)
+def test_what_a_machine_or_a_folder_lacks_is_no_bug(error: BaseException, code: int, words: str) -> None:
+    paragraph, found = explain(error)
+    assert words in paragraph
+    assert "bug" not in paragraph
+    assert found == code
+
+
+def test_an_error_in_a_function_of_the_users_own_names_it(tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_reward(*args: object) -> None:
+        subprocess.run([0], check=True)  # type: ignore[list-item]  # raises inside a library
+
+    monkeypatch.setattr("tether.config.load_run_file", own_reward)
+    code, _, err = tether("train", "run.yaml")
+    assert code == 1
+    assert "TypeError in own_reward() (test_main.py, line" in err
+    assert "which is not Tether's: " in err
+    assert "a bug" not in err

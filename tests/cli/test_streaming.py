@@ -69,7 +69,7 @@ def test_a_wrong_row_leaves_a_checkpoint_and_its_number(workplace: Any, tether: 
         (("data.streaming=true",), "`train.max_steps` is -1, and the training rows are streamed"),
         (("data.buffer_size=5",), "`data.buffer_size` is 5, but the rows are not streamed"),
         (("data.streaming=true", "data.buffer_size=0", *SET), "data.buffer_size"),
-        (("train.dataset_streaming=true",), "`data.streaming`"),
+        (("train.stream_dataset=true",), "`data.streaming`"),
         (("data.streaming=true", *SET, "data.eval={split: 0.1}"), "eval asks for a part of the training rows"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from compat_calls import calls
 from tether.compat import trainer as places
@@ -90,3 +92,47 @@ def test_trainers_say_is_fsdp_enabled_and_is_deepspeed_enabled(trainer):
 def test_trainers_keep_their_deepspeed_engine(trainer):
     assert places.deepspeed_engine(trainer) is None
     assert "self.deepspeed = self.model_wrapped" in inspect.getsource(Trainer._prepare_for_training)
+
+
+def test__get_grad_norm_comes_before_the_update_whatever_is_clipped_or_logged():
+    source = inspect.getsource(Trainer._run_epoch)
+    assert calls("_run_epoch", "self._get_grad_norm") == ["self._get_grad_norm(model, grad_norm=grad_norm)"]
+    assert source.index("self._get_grad_norm(") < source.index("self.optimizer.step()")
+
+
+def test_evaluation_loop_asks_an_optimizer_for_its_averages(trainer):
+    class Modes(torch.optim.SGD):
+        said = ()
+
+        def train(self):
+            self.said += ("train",)
+
+        def eval(self):
+            self.said += ("eval",)
+
+    assert calls("evaluation_loop", "self.optimizer.eval") == ["self.optimizer.eval()"]
+    plain, modes = (kind([torch.zeros(1, requires_grad=True)], lr=0.1) for kind in (torch.optim.SGD, Modes))
+    for optimizer in (None, plain, modes):
+        places.use_averages(optimizer)
+        places.use_live_weights(optimizer)
+    assert modes.said == ("eval", "train")
+
+
+def test_a_stand_in_for_layer_wise_optimizers_is_known():
+    assert places.steps_in_backward(LayerWiseDummyOptimizer(optimizer_dict={}))
+    assert not places.steps_in_backward(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+
+
+def test_what_may_add_metrics_is_known(trainer):
+    class Adds(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_more"] = 1.0
+
+    class Evaluates(Trainer):
+        def evaluate(self, *args, **kwargs):
+            return {}
+
+    assert not places.reports_more(trainer, Trainer)
+    assert places.reports_more(Evaluates(trainer.model, trainer.args), Trainer)
+    trainer.add_callback(Adds())
+    assert places.reports_more(trainer, Trainer)

@@ -13,8 +13,19 @@ from tether.training import DPOConfig, PreferenceConfig
 from tether.training.declared import Text
 
 CONFIGS = [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, PreferenceConfig)]
-# A lead, exponents: any number. `ld_alpha` and `loss_weights` are checked with the losses they go with.
-ANY_NUMBER = {"simpo_gamma", "alpha", "f_alpha_divergence_coef", "ld_alpha", "loss_weights"}
+# A lead, exponents: any number. `ld_alpha` and `loss_weights` are checked with the losses they go with, the limits of
+# `dataset_check` with their names.
+ANY_NUMBER = {
+    "simpo_gamma",
+    "alpha",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "loss_weights",
+    "dataset_check",
+    "pad_to_multiple_of",  # of TRL, without effect
+    "reward_weights",
+    "reward_clip_range",
+}
 
 
 def numbers(config):
@@ -38,8 +49,14 @@ def test_the_run_file_says_what_is_allowed():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("ld_alpha", -1.0), ("loss_weights", [-1.0]), ("dataset_num_proc", 0), ("dataset_num_proc", -1)],
+    [
+        ("ld_alpha", -1.0),
+        ("dataset_check", {"identical": -1}),
+        ("loss_weights", [-1.0]),
+        ("dataset_num_proc", 0),
+        ("dataset_num_proc", -1),
+    ],
 )
 def test_what_losses_check_is_refused_too(field, value, tmp_path):
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(ConfigError, match=field.removeprefix("dataset_") if field == "dataset_check" else field):
         DPOConfig(output_dir=str(tmp_path), use_cpu=True, **{field: value})

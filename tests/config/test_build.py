@@ -20,6 +20,8 @@ def run_with(**sections: Any) -> RunConfig:
 
 def test_defaults_are_those_of_the_python_configuration() -> None:
     run, defaults = run_with(), {field.name: field.default for field in dataclasses.fields(DPOConfig)}
+    defaults["loss_type"] = "sigmoid"  # of a list, as argument parsers want it: its factory gives ["sigmoid"]
+    assert DPOConfig.__dataclass_fields__["loss_type"].default_factory() == ["sigmoid"]
     assert defaults["num_train_epochs"] == run.train.epochs
     assert defaults["per_device_train_batch_size"] == run.train.batch_size
     arguments = objective_arguments(run.objective)
@@ -43,6 +45,7 @@ def test_every_section_arrives() -> None:
                 "adapter": "runs/sft",
                 "trust_remote_code": True,
                 "add_tokens": ["<a>"],
+                "chat_template": "other.jinja",
                 "train": ["norm"],
                 "freeze": ["post"],
             },
@@ -55,7 +58,7 @@ def test_every_section_arrives() -> None:
                 "init": "olora",
                 "target_parameters": ["mlp.experts.down_proj"],
             },
-            data={"train": ["a.jsonl", "b.jsonl"], "eval": {"x": "c.jsonl"}},
+            data={"train": ["a.jsonl", "b.jsonl"], "eval": {"x": "c.jsonl"}, "check": {"identical": 0.1}},
             reference={"meaning": "start", "method": "snapshot"},
             objective={"beta": 0.3, "label_smoothing": 0.1},
             train={"epochs": 2, "learning_rate": 5e-6, "batch_size": 12, "max_length": 99, "logging_steps": 7},
@@ -77,6 +80,7 @@ def test_every_section_arrives() -> None:
     }
     assert arguments.trust_remote_code is False, "which would be the reference's too"
     assert arguments.add_tokens == ["<a>"]
+    assert (arguments.chat_template_path, arguments.dataset_check) == ("other.jinja", {"identical": 0.1})
     assert (arguments.train_parameters, arguments.freeze_parameters) == (["norm"], ["post"])
     assert adapter is not None
     assert (adapter.r, adapter.lora_alpha, adapter.target_modules) == (4, 8, {"q_proj"})

@@ -43,6 +43,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "tokenizer": None,
             "adapter": None,
             "add_tokens": None,
+            "chat_template": None,
             "train": None,
             "freeze": None,
         },
@@ -89,6 +90,8 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "simpo_gamma": 0.5,
             "cpo_alpha": 1.0,
         },
+        "rewards": None,
+        "rollout": None,
         "train": {"epochs": 3.0, "learning_rate": 1e-6, "batch_size": 8, "max_length": 1024, "max_steps": -1},
         "output": "runs/run",
     }

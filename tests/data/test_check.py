@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, chat, pair, user
+from tether.cli.data_tables import notes
 from tether.data import load_rows
+from tether.data.audit import language as languages
 from tether.data.audit.audit import FINDINGS, check
-from tether.data.audit.language import language, script
+from tether.data.audit.language import is_in_another_language, language, script
 from tether.data.audit.lengths import Limited, measured
-from tether.data.audit.near_duplicates import NearDuplicates, jaccard, near_duplicates
+from tether.data.audit.limits import check_limits, passed
+from tether.data.audit.near_duplicates import jaccard, near_duplicates, words_of
 from tether.data.rows.schema import preferences, read_preferences
 from tether.errors import ConfigError
 
@@ -128,12 +132,14 @@ def test_a_sample_is_drawn_evenly_and_keeps_row_numbers() -> None:
 
 def test_limits() -> None:
     result = check(load_rows([pair(chosen=" green."), *(distinct(n) for n in range(9))]))
-    assert result.passed({"identical": 0.1}) == []
-    assert result.passed({"identical": 0.05, "duplicates": 0.0}) == [
+    assert passed([result], {"identical": 0.1}) == []
+    assert passed([result], {"identical": 0.05, "duplicates": 0.0}) == [
         "data: 10.00% of the rows completions are equal (identical); the limit is 5.00%"
     ]
     with pytest.raises(ConfigError, match="check: `identcal` is not known"):
-        result.passed({"identcal": 0.1})
+        check_limits({"identcal": 0.1})
+    with pytest.raises(ConfigError, match=r"check\.identical is 2; it must be a share from 0 to 1"):
+        check_limits({"identical": 2})
 
 
 def test_the_result_is_plain_json(byte_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -159,21 +165,45 @@ def test_scripts(text: str, name: str) -> None:
     assert script(text) == name
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("Le chat est dans la maison, et il est avec les enfants pour une heure.", "french"),
-        ("El gato está en la casa con los niños y no se va por una hora más.", "spanish"),
-        ("Il gatto è nella casa con i bambini, e non va via per un'ora; sono della zia.", "italian"),
-        ("O gato não está em casa, mas na rua com os meninos, e é para você que ele vem.", "portuguese"),
-        ("De kat is niet in het huis, maar op het dak met een van de vogels die er ook zijn.", "dutch"),
-        ("Paris, London", ""),
-        ("def f(x): return x + 1", ""),
-        ("el the der le", ""),
-    ],
-)
-def test_languages(text: str, name: str) -> None:
+SAID = {
+    "english": "What is the name of that city, and what is it for?",
+    "french": "Le chat est dans la maison, et il est avec les enfants pour une heure.",
+    "spanish": "El gato está en la casa con los niños y no se va por una hora más.",
+    "portuguese": "O gato não está em casa, mas na rua com os meninos, e é para você que ele vem.",
+    "dutch": "De kat is niet in het huis, maar op het dak met een van de vogels die er ook zijn.",
+    "russian": "Это очень хороший ответ на ваш вопрос, и я согласен.",
+    "ukrainian": "Це дуже гарна відповідь на ваше запитання. Дякую.",
+    "danish": "Hvad er navnet på den by, og hvad er den kendt for?",
+    "bokmal": "Hva er navnet på den byen, og hva er den kjent for?",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [*SAID.items(), ("", "Paris, London"), ("", "def f(x):\n    return x + 1")])
+def test_languages(name: str, text: str) -> None:
     assert language(text) == name
+
+
+def test_near_languages_and_what_is_no_language_are_no_other_language() -> None:
+    near = [("danish", "bokmal"), ("bokmal", "danish")]
+    for one, text in SAID.items():
+        for other, answer in SAID.items():
+            assert is_in_another_language(answer, text) == (one != other and (one, other) not in near), (one, other)
+        assert not is_in_another_language("def f(x):\n    return x + 1", text)
+        assert not is_in_another_language("42", text)
+
+
+def test_without_its_library_languages_are_left_out_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_rows([pair(SAID["english"], SAID["dutch"], " no")])
+    assert check(rows).findings["other_language"].rows == (1,)
+    monkeypatch.setattr(languages, "detector", lambda: None)
+    monkeypatch.setattr("tether.data.audit.audit.detector", lambda: None)
+    monkeypatch.setattr("tether.data.audit.limits.detector", lambda: None)
+    monkeypatch.setattr("tether.cli.data_tables.detector", lambda: None)
+    without = check(rows)
+    assert "other_language" not in without.findings
+    assert any("install tether[language]" in line for line in notes(without))
+    with pytest.raises(ConfigError, match=r"no library tells languages: install tether\[language\]"):
+        check_limits({"other_language": 0.1})
 
 
 # -- near duplicates ---------------------------------------------------------------------------------------------------
@@ -191,11 +221,39 @@ def test_near_duplicates_are_exactly_those_of_comparing_all_with_all() -> None:
         for _ in range(generator.choice([0, 1, 3, 8, 20])):
             changed[generator.randrange(80)] = "other"
         texts.append(" ".join(changed))
-    seen = NearDuplicates()
-    sets = [seen.shingles(text) for text in texts]
-    pairwise = [n for n, own in enumerate(sets) if any(jaccard(own, earlier) >= 0.8 for earlier in sets[:n])]
+    sets = [{tuple(text.split()[place : place + 3]) for place in range(78)} for text in texts]
+    alike = [[len(own & other) / len(own | other) >= 0.8 for other in sets] for own in sets]
+    pairwise = [n for n, row in enumerate(alike) if any(row[:n])]
     assert 10 < len(pairwise) < 60
     assert near_duplicates(texts) == pairwise
+
+
+@pytest.mark.parametrize(
+    "spoken", ["天空是蓝色的因为空气散射光线而大海是绿色的", "ท้องฟ้าเป็นสีฟ้าเพราะอากาศกระจายแสงและทะเลเป็นสีเขียว"]
+)
+def test_scripts_without_spaces_are_compared_by_characters(spoken: str) -> None:
+    long = spoken * 3
+    assert near_duplicates([long, long[:-1] + "x", spoken[::-1] * 3, long[: len(spoken)] + spoken[::-1] * 2]) == [1]
+    assert len(words_of(spoken)) == len(spoken)
+
+
+def test_half_a_character_is_compared_like_any_other() -> None:
+    assert near_duplicates(["a b c \ud83d d", "something else here", "a b c \ud83d d"]) == [2]
+
+
+def test_many_texts_that_are_half_alike_are_compared_with_few() -> None:
+    """A long system prompt in every row makes all of them half alike; the work must not grow with their square."""
+    texts = [" ".join([*(f"s{n}" for n in range(60)), *(f"{row}-{n}" for n in range(40))]) for row in range(400)]
+    compared: list[int] = []
+
+    def counted(first: np.ndarray, second: np.ndarray) -> float:
+        compared.append(1)
+        return jaccard(first, second)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tether.data.audit.near_duplicates.jaccard", counted)
+        assert near_duplicates([*texts, texts[399]]) == [400]
+    assert 0 < len(compared) < 400 * 64
 
 
 @pytest.mark.parametrize("text", ["", "one", "two words", "   "])

@@ -65,5 +65,5 @@ def test_the_run_files_of_the_page_are_right() -> None:
     assert checked.data.check is not None
     assert set(checked.data.check) <= set(FINDINGS)
     arguments, _, keywords = build(streamed)
-    assert (arguments.dataset_streaming, arguments.dataset_buffer_size, arguments.max_steps) == (True, 10000, 5000)
+    assert (arguments.stream_dataset, arguments.dataset_buffer_size, arguments.max_steps) == (True, 10000, 5000)
     assert keywords["train_dataset"] == {"path": "shards/*.parquet"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, byte_level, chat, chat_tokenizer, pair, user
-from tether.data import Prepared, example_from_row, overlap, prepare, truncate
+from tether.data import Prepared, example_from_row, overlap, prepare, truncated_lengths
 from tether.data.prepare.collector import paused_collector
-from tether.data.prepare.report import MarkerFinder, Tally
+from tether.data.prepare.report import DROPS, MarkerFinder, Tally, nothing_left
+from tether.data.text.truncate import kept_prompt
 from tether.errors import ConfigError, DataError
 
 
@@ -88,11 +90,14 @@ def test_inv_32_cut_and_dropped_rows_are_counted(tokenizer: PreTrainedTokenizerF
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end", "middle"])
 def test_inv_32_the_prepared_rows_are_those_of_the_pure_function(mode: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [pair(chosen=" blue" * n, rejected=" green" * (9 - n)) for n in range(1, 9)]
-    cut = [example_from_row(row) for row in run(rows, tokenizer, max_length=8, truncation_mode=mode).dataset]
-    for row, example in zip(run(rows, tokenizer).dataset, cut, strict=True):
-        expected = truncate(example_from_row(row), 8, mode)
-        assert expected is not None
-        assert (example.keys, example.source_row) == (expected.keys, expected.source_row)
+    cut = run(rows, tokenizer, max_length=8, truncation_mode=mode).dataset
+    for whole, row in zip(run(rows, tokenizer).dataset, cut, strict=True):
+        prompt, completions = whole["prompt_ids"], whole["completion_ids"]
+        lengths = truncated_lengths(len(prompt), [len(ids) for ids in completions], 8, mode)
+        assert lengths is not None
+        assert row["prompt_ids"] == kept_prompt(prompt, lengths[0], mode)
+        assert row["completion_ids"] == [ids[:kept] for ids, kept in zip(completions, lengths[1], strict=True)]
+        assert row["source_row"] == whole["source_row"]
 
 
 def test_inv_30_truncation_puts_no_end_of_turn_where_it_cut(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -129,6 +134,63 @@ def test_no_row_left_is_an_error_that_says_why(
 ) -> None:
     with pytest.raises(DataError, match=message):
         run(rows, tokenizer, **options)
+
+
+WRITES_LITTLE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "(message['content'].split('</think>')[-1] if message['content'] != 'secret' else '') + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "reasons", "advice"),
+    [
+        (
+            assistant("<think>well</think>So."),
+            assistant("<think>badly</think>So."),
+            "1 with completions that differ in the rows and not in tokens; the chat template does not write thoughts "
+            "(of 1 rows)",
+            "set a chat template, or a tokenizer, that writes what the completions differ in",
+        ),
+        (
+            {**assistant(""), "tool_calls": [_CALL]},
+            assistant("No."),
+            "1 with a completion that the chat template does not write; the chat template does not write tool calls "
+            "(of 1 rows)",
+            "set a chat template that writes tool calls (chat_template_path, in a run file `model.chat_template`), or "
+            "remove them from the rows",
+        ),
+        (
+            assistant("secret"),
+            assistant("No."),
+            "1 with a completion that the chat template does not write; the chat template does not write assistant "
+            "messages (of 1 rows)",
+            "set a chat template that writes assistant messages (chat_template_path, in a run file "
+            "`model.chat_template`), or remove them from the rows",
+        ),
+    ],
+)
+def test_what_the_template_leaves_out_is_the_cause_that_is_named(
+    good: dict, bad: dict, reasons: str, advice: str
+) -> None:
+    with pytest.raises(DataError) as raised:
+        run([pair([user("Hi")], [good], [bad])], chat_tokenizer(WRITES_LITTLE))
+    assert str(raised.value) == f"train: none of the 1 rows can be used: {reasons}. To do: {advice}."
+
+
+def test_every_reason_has_its_own_advice() -> None:
+    """Of all reasons at once, each is named, and nothing is said of a limit that does not exist."""
+    said = nothing_left(Tally(dropped=Counter(list(DROPS))), "train", len(DROPS), 20)
+    said_of_each = [nothing_left(Tally(dropped=Counter([reason])), "train", 1, 20) for reason in DROPS]
+    assert all(words in said for words in DROPS.values())
+    assert all(one.partition("To do: ")[2].removesuffix(".") in said for one in said_of_each)
+    assert len(set(said_of_each)) == len(DROPS)
+    limited = {reason for reason, one in zip(DROPS, said_of_each, strict=True) if "max_length (now 20)" in one}
+    assert limited == {
+        *("prompt_too_long", "too_long", "image_cut", "identical_after_truncation", "nothing_scored"),
+    }
 
 
 def test_inv_29_boundaries_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:

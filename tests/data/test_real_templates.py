@@ -1,9 +1,10 @@
 """Ends and masks on the real chat templates that the installed TRL ships: all of them, by what they write.
 
-A template is a fact of another package, so nothing is expected of one by its name. What is expected holds for each: a
-completion is the assistant's own text and one end; a mask holds what the assistant says and nothing that a user, a
-system or a tool says; and what a template does not write is named. Where TRL ships a variant of a template that marks
-what the assistant says, the mask that Tether measures for the plain one covers those words.
+What is expected of each: a completion is the assistant's own text and one end; a mask holds what the assistant says
+and nothing that a user, a system or a tool says; and what a template does not write is named. `FAMILIES` says, read off
+each template's text, with what an answer ends in the midst of a conversation, at its end, and after a tool call. Where
+TRL ships a variant of a template that marks what the assistant says, the mask that Tether measures for the plain one
+covers those words.
 """
 
 from __future__ import annotations
@@ -42,6 +43,42 @@ CONTROLS = (
     "<|eot|>",
     *("<end_of_utterance>", "<tool_call>", "</tool_call>", "<think>", "</think>", "[gMASK]", "<sop>"),
 )
+# Beginning of a template's name to the end of an answer inside a conversation, at its end, and of one that calls a tool
+# (None: the template writes no calls). GLM-4.5 writes no end, so that its last answer gets the tokenizer's; DeepSeek's
+# end of sentence is its end of turn; Gemma 4 hands over to the tool, but for the one version that closes the turn.
+_TURN, _IM, _EOT, _SENTENCE = (
+    "<|END_OF_TURN_TOKEN|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+FAMILIES: dict[str, tuple[str, str, str | None]] = {
+    "cohere": (_TURN, _TURN, None),
+    "cohere2": (f"<|END_RESPONSE|>{_TURN}", f"<|END_RESPONSE|>{_TURN}", None),
+    "deepseek_r1": (_SENTENCE, _SENTENCE, None),
+    "deepseekv3": (_SENTENCE, _SENTENCE, f"<\uff5ctool\u2581calls\u2581end\uff5c>{_SENTENCE}"),
+    "diffusion_gemma": ("<turn|>", "<turn|>", "<tool_call|><|tool_response>"),
+    "gemma": ("<end_of_turn>", "<end_of_turn>", None),
+    "gemma4": ("<turn|>", "<turn|>", "<tool_call|><|tool_response>"),
+    "gemma4_v2": ("<turn|>", "<turn|>", "<tool_call|><turn|>"),
+    "glm4moe": ("", "</s>", "</tool_call></s>"),
+    "gptoss": ("<|end|>", "<|return|>", '{"city": "PARIS"}<|call|>'),
+    "idefics3": ("<end_of_utterance>", "<end_of_utterance>", None),
+    "lfm2": (_IM, _IM, None),
+    "lfm2_2_5": (_IM, _IM, f"<|tool_call_end|>{_IM}"),
+    "lfm2_v2": (_IM, _IM, f"<|tool_call_end|>{_IM}"),
+    "llama3": (_EOT, _EOT, None),
+    "llama3_1": (_EOT, _EOT, '"parameters": {"city": "PARIS"}}' + _EOT),
+    "llama3_2": (_EOT, _EOT, '"parameters": {"city": "PARIS"}}' + _EOT),
+    "llava_next": ("</s>", "</s>", None),
+    "muse_glimmer": ("<|eot|>", "<|eot|>", "</atem:function_calls><|eot|>"),
+    "nemotron_3": (_IM, _IM, f"</tool_call>\n{_IM}"),
+    "phi3": ("<|end|>", "<|end|>", None),
+    "qwen2_5": (_IM, _IM, f"</tool_call>{_IM}"),
+    "qwen2_5_vl": (_IM, _IM, None),
+    "qwen3": (_IM, _IM, f"</tool_call>{_IM}"),
+    "smolvlm": ("<end_of_utterance>", "<end_of_utterance>", None),
+}
 TALK = [user("UONE asks"), assistant("AONE says"), user("UTWO asks"), assistant("ATWO says")]
 TOOLS = [
     {
@@ -124,6 +161,29 @@ def test_a_completion_is_the_answer_and_one_end(tokenizer: PreTrainedTokenizerFa
         assert found
         assert behind.count(found[-1]) == 1
         assert behind.replace("<|END_RESPONSE|>", "").strip() in found
+
+
+def family(name: str) -> tuple[str, str, str | None]:
+    """Of the longest beginning of a template's name."""
+    return FAMILIES[max((one for one in FAMILIES if name.startswith(one)), key=len)]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_training")])
+def test_answers_end_as_the_family_ends_them(name: str, plain: PreTrainedTokenizerFast) -> None:
+    inside, last, called = family(name)
+    tokenizer = use(name, plain)
+    first, second = scored([{"messages": TALK}], tokenizer, "assistant")
+    assert first.endswith(f"AONE says{inside}")
+    assert second.endswith(f"ATWO says{last}")
+    rows = [
+        pair([user("UONE asks")], [assistant("AONE says")], [assistant("ATWO says")]),
+        pair([user("Weather?")], [call({"city": "PARIS"})], [assistant("It says no")], tools=TOOLS),
+    ]
+    said = texts(rows, tokenizer)
+    assert [one[-len(f"AONE says{last}") :] for one in said[0][1]] == [f"AONE says{last}", f"ATWO says{last}"]
+    assert (len(said) == 1) == (called is None)
+    if called is not None:
+        assert said[1][1][0].endswith(called)
 
 
 @pytest.mark.parametrize("turns", ["assistant", "last"])

@@ -6,59 +6,58 @@ import itertools
 
 import pytest
 
-from tether.data import truncate, truncated_lengths
-from tether.data.text.truncate import TRUNCATION_MODES
+from tether.data import truncated_lengths
+from tether.data.text.truncate import TRUNCATION_MODES, TruncationMode, kept_prompt
 from tether.errors import ConfigError
-from tether.types import Example
 
 PROMPT = [1, 2, 3, 4]
-EXAMPLE = Example.of(PROMPT, [[11, 12, 13, 14, 15], [21]], source_row=7)
+LONG, SHORT = [11, 12, 13, 14, 15], [21]
+Cut = tuple[list[int], list[list[int]]] | None
 
 
-def lists(example: Example | None) -> tuple[list[int], list[list[int]]]:
-    assert example is not None
-    return example.prompt_ids.tolist(), [ids.tolist() for ids in example.completion_ids]
+def cut(limit: int | None, mode: TruncationMode = "keep_start", prompt: list[int] = PROMPT, never: tuple = ()) -> Cut:
+    """The prompt with a long and a short completion, as they are left."""
+    lengths = truncated_lengths(len(prompt), [len(LONG), len(SHORT)], limit, mode)
+    kept = lengths and kept_prompt(prompt, lengths[0], mode, never)
+    return None if not lengths or kept is None else (kept, [LONG[: lengths[1][0]], SHORT[: lengths[1][1]]])
 
 
 def test_keep_start_keeps_the_prompt_and_the_beginning_of_each_completion() -> None:
-    assert lists(truncate(EXAMPLE, 6)) == (PROMPT, [[11, 12], [21]])
+    assert cut(6) == (PROMPT, [[11, 12], [21]])
 
 
 def test_keep_end_cuts_a_long_completion_at_its_end_and_the_prompt_at_its_start() -> None:
-    assert lists(truncate(EXAMPLE, 6, "keep_end")) == ([2, 3, 4], [[11, 12, 13], [21]])
+    assert cut(6, "keep_end") == ([2, 3, 4], [[11, 12, 13], [21]])
 
 
 def test_middle_keeps_the_beginning_and_the_end_of_the_prompt() -> None:
-    assert lists(truncate(EXAMPLE, 6, "middle")) == ([1, 3, 4], [[11, 12, 13], [21]])
-    long = Example.of(list(range(10)), [[11, 12]])
-    assert lists(truncate(long, 6, "middle")) == ([0, 1, 8, 9], [[11, 12]])
+    assert cut(6, "middle") == ([1, 3, 4], [[11, 12, 13], [21]])
+    assert truncated_lengths(10, [2], 6, "middle") == (4, [2])
+    assert kept_prompt(list(range(10)), 4, "middle") == [0, 1, 8, 9]
 
 
 def test_drop_cuts_nothing() -> None:
-    assert truncate(EXAMPLE, 8, "drop") is None
-    assert lists(truncate(EXAMPLE, 9, "drop")) == lists(EXAMPLE)
+    assert cut(8, "drop") is None
+    assert cut(9, "drop") == (PROMPT, [LONG, SHORT])
 
 
 @pytest.mark.parametrize("mode", ["keep_end", "middle"])
-def test_a_row_whose_image_would_be_cut_is_dropped(mode: str) -> None:
+def test_a_row_whose_image_would_be_cut_is_dropped(mode: TruncationMode) -> None:
     prompt = [7, 7, 3, 4] if mode == "keep_end" else [1, 7, 7, 4]
-    with_image = Example.of(prompt, [[11, 12, 13, 14, 15]])
-    assert truncate(with_image, 6, mode, never_cut=[7]) is None  # type: ignore[arg-type]
-    assert truncate(with_image, 6, mode, never_cut=[8]) is not None  # type: ignore[arg-type]
-    assert truncate(with_image, 9, mode, never_cut=[7]) is not None  # type: ignore[arg-type]
+    assert cut(6, mode, prompt, never=(7,)) is None
+    assert cut(6, mode, prompt, never=(8,)) is not None
+    assert cut(9, mode, prompt, never=(7,)) == (prompt, [LONG, SHORT])
 
 
-def test_no_limit_and_short_rows_change_nothing() -> None:
-    for mode in TRUNCATION_MODES:
-        assert lists(truncate(EXAMPLE, None, mode)) == lists(EXAMPLE)
-        assert lists(truncate(EXAMPLE, 9, mode)) == lists(EXAMPLE)
+@pytest.mark.parametrize("mode", TRUNCATION_MODES)
+def test_no_limit_and_short_rows_change_nothing(mode: TruncationMode) -> None:
+    assert cut(None, mode) == cut(9, mode) == (PROMPT, [LONG, SHORT])
 
 
 def test_a_completion_keeps_at_least_one_token_or_the_row_is_dropped() -> None:
-    assert lists(truncate(EXAMPLE, 5)) == (PROMPT, [[11], [21]])
-    assert truncate(EXAMPLE, 4) is None
-    assert lists(truncate(EXAMPLE, 2, "middle")) == ([4], [[11], [21]])
-    assert lists(truncate(EXAMPLE, 2, "keep_end")) == ([4], [[11], [21]])
+    assert cut(5) == (PROMPT, [[11], [21]])
+    assert cut(4) is None
+    assert cut(2, "middle") == cut(2, "keep_end") == ([4], [[11], [21]])
 
 
 @pytest.mark.parametrize("mode", [mode for mode in TRUNCATION_MODES if mode != "drop"])
@@ -76,17 +75,10 @@ def test_a_cut_does_not_depend_on_the_sibling(mode: str) -> None:
             assert all(1 <= kept <= limit - both[0] for kept in both[1])
 
 
-def test_the_example_is_not_changed_and_keeps_its_row() -> None:
-    cut = truncate(EXAMPLE, 5)
-    assert cut is not None
-    assert cut.source_row == 7
-    assert lists(EXAMPLE) == (PROMPT, [[11, 12, 13, 14, 15], [21]])
-
-
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(
         ConfigError, match="truncation_mode is 'ends'; it must be one of `keep_start`, `keep_end`, `middle`, `drop`"
     ):
-        truncate(EXAMPLE, 5, "ends")  # type: ignore[arg-type]
+        truncated_lengths(1, [1], 5, "ends")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_length is 1; a prompt and a completion need at least 2 tokens"):
-        truncate(EXAMPLE, 1)
+        truncated_lengths(1, [1], 1)

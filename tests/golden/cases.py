@@ -225,8 +225,7 @@ REFERENCES: dict[str, Case] = {
 _EACH = {"dpo": _LORA, "kto": _KTO, "bco": _BCO, "orpo": _ORPO, "sft": _SFT, "reward": _REWARD}
 # Seven rows: the second step ends the first pass with a micro-batch of one row, the third begins the second.
 STREAMED = {
-    name: case.but(dataset_streaming=True, dataset_buffer_size=4).also(rows=case.rows[:7])
-    for name, case in _EACH.items()
+    name: case.but(stream_dataset=True, dataset_buffer_size=4).also(rows=case.rows[:7]) for name, case in _EACH.items()
 }
 # An optimizer with a state, which resuming must bring back; its epsilon keeps it from dividing rounding by rounding.
 RESUMED = {
@@ -255,7 +254,7 @@ TWO_PROCESSES: dict[str, Case] = {
     for name, case in {
         "dpo": _LORA,
         "dpo combination, streamed": TRAINERS["dpo combination"]
-        .but(dataset_streaming=True, dataset_buffer_size=4)
+        .but(stream_dataset=True, dataset_buffer_size=4)
         .also(peft_config=lora(), rows=PAIRS[:7]),
         "kto": _KTO,
         "sft": _SFT,

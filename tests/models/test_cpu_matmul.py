@@ -38,6 +38,18 @@ def test_values_and_gradients(shape, has_bias, onednn):
     assert len(onednn) == 3
 
 
+@pytest.mark.parametrize("shape", [(70, 48), (1, 70, 48), (2, 5, 7, 48)], ids=str)
+def test_an_output_may_be_changed_in_place(shape, onednn):
+    """As OLMo and DBRX clip their projections: values and gradients are those of torch's own layer."""
+    inputs = tensors(shape, (33, 48))
+    found, expected = product(*inputs).clamp_(-1, 1), linear(*inputs).clamp(-1, 1)
+    assert close(found, expected)
+    grad = torch.randn(expected.shape)
+    pairs = zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
+    assert all(close(*pair) for pair in pairs)
+    assert onednn
+
+
 def test_only_the_gradients_that_are_needed(onednn):
     """A frozen weight costs no product, and its inputs are not kept: what LoRA saves."""
     inputs, weight = tensors((70, 48), (33, 48))

@@ -11,6 +11,7 @@ import torch
 from objectives.formulae import AT_ZERO, FLIPPED, FORMULAE
 from tether.objectives import OBJECTIVES, Combination, check_options, options_of
 from tether.objectives.objective import Input, of_pair
+from tether.objectives.registry import FIELD_NAMES, unknown_loss
 
 ROWS = OBJECTIVES["dpo"]
 NAMES = sorted(ROWS)
@@ -228,3 +229,13 @@ def test_two_completions_of_a_ranking_are_dpo():
     lists = torch.tensor([[0.3, -1.0], [2.0, 2.5]], dtype=torch.float64)
     pairs = ROWS["sigmoid"](lists[:, 0], lists[:, 1], beta=0.4)
     torch.testing.assert_close(ROWS["plackett_luce"].function(lists, beta=0.4), pairs)
+
+
+@pytest.mark.parametrize(("said", "meant"), [("dpo", "sigmoid"), ("cDPO", "sigmoid"), ("exo", "exo_pair")])
+def test_a_name_of_the_field_leads_to_the_objective_and_not_to_a_like_spelling(said, meant):
+    assert f"did you mean {meant}?" in unknown_loss("dpo", said)
+
+
+def test_every_name_of_the_field_leads_to_an_objective_that_exists():
+    assert not FIELD_NAMES.keys() & OBJECTIVES["dpo"].keys()
+    assert set(FIELD_NAMES.values()) <= OBJECTIVES["dpo"].keys()

@@ -18,6 +18,7 @@ from tether.reference import (
     compare_with_start,
     require_start_equality,
     resolve,
+    why_not_at_start,
 )
 from tether.reference.guard import require_trainable
 from tether.scoring import score
@@ -112,8 +113,26 @@ def test_a_policy_away_from_its_start_is_refused():
         policy.lm_head.weight.mul_(1.1)
     result = compare_with_start(policy, reference, score, PROBE, SAME)
     assert not result.passed
+    cause = why_not_at_start(policy, reference, updates=0)
     with pytest.raises(ReferencePolicyError, match="weights changed after the trainer was made"):
-        require_start_equality(result, reference)
+        require_start_equality(result, reference, cause)
+    assert "trained already, 3 updates" in why_not_at_start(policy, reference, updates=3)
+
+
+def test_a_cause_is_told_from_what_was_recorded():
+    """An adapter that holds something now, weights that changed, and neither: each has its own words."""
+    policy = with_lora()
+    reference = resolved(policy)
+    assert "a hook, a buffer" in why_not_at_start(policy, reference, updates=0)
+    with torch.no_grad():
+        next(p for name, p in policy.named_parameters() if "lora_B" in name).add_(0.1)
+    cause = why_not_at_start(policy, reference, updates=0)
+    assert "already holds something, and it was nothing when the trainer was made" in cause
+    assert "lora_B" not in cause
+    assert "layers.0.self_attn.q_proj" in cause
+    with torch.no_grad():
+        policy.get_base_model().lm_head.weight.mul_(1.1)
+    assert "weights changed after the trainer was made" in why_not_at_start(policy, reference, updates=0)
 
 
 def test_an_inference_adapter_says_why_nothing_trains(tmp_path):

@@ -325,3 +325,34 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name:
     (folder / f"{name}.json").write_text(text)
     with pytest.raises(ConfigError, match=rf"{name}\.json .* remove it"):
         write_report(folder)
+
+
+def _judged(tmp_path: Path, rows: int = 64, **last: float) -> str:
+    """Verdicts of a run of 40 steps with a perfect accuracy, whose last log is changed."""
+    first = {**STEP, "mean_token_accuracy": 0.4}
+    lines = [first, {**first, "step": 40, **last}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = {"reward_accuracy": {"value": 1.0, "low": 0.9, "high": 1.0, "n": rows}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    return " ".join(re.findall(r'<p class="verdict (\w+)">([^<]*)</p>', source)[0])
+
+
+def test_a_run_that_learnt_is_judged_by_its_accuracy(tmp_path: Path) -> None:
+    assert _judged(tmp_path) == "good Above chance"
+
+
+@pytest.mark.parametrize(
+    ("last", "verdict"),
+    [
+        ({"mean_token_accuracy": 0.0}, "bad Above chance, but the model no longer predicts the tokens of the data"),
+        ({"logps/chosen": -110.0}, "bad Above chance, but chosen completions became 80 nats less likely"),
+        ({"eval_rewards/margins": 0.0}, "open Above chance, but the mean margin is not above zero"),
+        ({"step": 2}, "open Above chance, but 2 steps are too few to have learnt much"),
+        ({"rows": 8}, "open Above chance, but 8 rows are too few to tell"),
+        ({"step": 2, "logps/chosen": -110.0}, "bad Above chance, but chosen completions became 80 nats less likely; 2"),
+    ],
+)
+def test_an_accuracy_that_misleads_is_no_good_verdict(last: dict[str, Any], verdict: str, tmp_path: Path) -> None:
+    """A wrecked model, or a run that cannot have learnt anything, has an accuracy above chance as well."""
+    assert _judged(tmp_path, **last).startswith(verdict)

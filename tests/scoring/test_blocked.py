@@ -110,3 +110,21 @@ def test_under_autocast_float32_inputs_are_products_in_bfloat16():
     assert {grad.dtype for grad in grads} == {torch.float32}
     for grad, other in zip(grads, torch.autograd.grad(expected.sum(), narrow), strict=True):
         torch.testing.assert_close(grad, other.float(), atol=0, rtol=0)
+
+
+def test_values_narrower_than_keys():
+    """Multi-head latent attention (DeepSeek): keys have a part for positions, values have none."""
+    torch.manual_seed(0)
+    shapes = ((4, 130, 16), (2, 200, 16), (2, 200, 10))
+    inputs = [torch.randn(1, *shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    found = blocked_attention(*inputs, scaling=0.25)
+    assert found.shape == (1, 4, 130, 10)
+    assert max(differences(found, oracle(*inputs, 0), inputs)) < 1e-12
+
+
+def test_what_it_returns_may_be_changed_in_place():
+    """A view that a function of its own returns may not be."""
+    inputs = tensors(70, 70, 6)
+    found = blocked_attention(*inputs, scaling=0.25)
+    found.mul_(2.0)
+    assert max(differences(found, 2.0 * oracle(*inputs, 0), inputs)) < 1e-12

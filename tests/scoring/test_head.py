@@ -22,6 +22,7 @@ def plain(head, hidden, targets):
     logits = head.module(hidden) * head.scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = logits / head.temperature
     return logits, logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
@@ -48,6 +49,8 @@ HEADS = {
     "scaled": Head(make(True), scale=0.25),
     "softcapped": Head(make(False), scale=3.0, softcap=1.5),
     "wrapped": Head(make(True, wrap=True), softcap=4.0),
+    "tempered": Head(make(True), scale=3.0, softcap=1.5, temperature=0.7),
+    "wrapped, tempered": Head(make(True, wrap=True), temperature=1.3),
 }
 
 

@@ -191,7 +191,7 @@ def test_virtual_tokens_that_a_checkpoint_cannot_hold_are_refused(config, words,
 
 def test_virtual_tokens_before_an_encoder_are_refused():
     with pytest.raises(ConfigError, match="encodes each prompt once"):
-        refuse_unfit_virtual_tokens(PromptTuningConfig(num_virtual_tokens=3), tiny_seq2seq("t5_tied"))
+        refuse_unfit_virtual_tokens(PromptTuningConfig(num_virtual_tokens=3), tiny_seq2seq("t5_tied").config)
 
 
 def saved_adapter(folder, **changes):

@@ -56,7 +56,7 @@ def able(monkeypatch):
         monkeypatch.setattr(precision, "_LEAST_WEIGHT", 1)
         monkeypatch.setattr(precision, "processor_flags", lambda: frozenset({"avx512_bf16"}))
         seconds = {"default": 2.0 * library, "onednn": 2.0, "bfloat16": 2.0 / gain}
-        monkeypatch.setattr(precision, "product_seconds", lambda weight: seconds)
+        monkeypatch.setattr(precision, "kept_seconds", lambda weight: seconds)
 
     return measured
 
@@ -93,7 +93,7 @@ def test_a_measured_gain_decides(able, tmp_path, caplog):
 @pytest.mark.parametrize("forced", [True, False])
 def test_a_choice_is_kept_without_a_measurement(forced, able, tmp_path, monkeypatch):
     able(9.0)
-    monkeypatch.setattr(precision, "product_seconds", lambda weight: pytest.fail("measured all the same"))
+    monkeypatch.setattr(precision, "kept_seconds", lambda weight: pytest.fail("measured all the same"))
     assert trainer(tmp_path, bf16=forced, cpu_matmul="default").args.bf16 is forced
 
 
@@ -117,6 +117,32 @@ def test_a_resumed_run_keeps_its_precision(able, tmp_path):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     expected = dict(whole.policy.named_parameters())
     assert all(torch.equal(value, expected[name]) for name, value in resumed.policy.named_parameters())
+
+
+def test_a_busy_machine_decides_as_it_did_when_it_was_measured(tmp_path, monkeypatch, caplog):
+    """Of one processor, thread count, version of torch and shape, the first measurement counts."""
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path))
+    found = iter([{"default": 2.0, "onednn": float("inf"), "bfloat16": 1.0}, {"default": 1.0, "onednn": 1.0}])
+    monkeypatch.setattr(precision, "product_seconds", lambda weight: next(found))
+    first = precision.kept_seconds(torch.zeros(8, 4))
+    assert (
+        precision.kept_seconds(torch.ones(8, 4)) == first == {"default": 2.0, "onednn": float("inf"), "bfloat16": 1.0}
+    )
+    assert precision.kept_seconds(torch.zeros(4, 8)) == {"default": 1.0, "onednn": 1.0}
+    (one, other) = (tmp_path / "products").glob("*.json")
+    again = iter([{"default": 3.0}])
+    monkeypatch.setattr(precision, "product_seconds", lambda weight: next(again))
+    one.write_text("{half")
+    other.write_text("[]")
+    assert precision.kept_seconds(torch.zeros(8, 4)) == {"default": 3.0}
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(precision, "product_seconds", lambda weight: {"default": 1.0})
+    assert precision.kept_seconds(torch.zeros(8, 4)) == {"default": 1.0}
+    assert "cannot be kept" in caplog.text
 
 
 def test_the_measurement_uses_the_layers(monkeypatch):

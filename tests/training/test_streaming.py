@@ -64,7 +64,7 @@ def _small(monkeypatch):
 
 def trainer_of(folder, kind="dpo", rows=None, *, stream=True, eval_dataset=None, **changes):
     trainer, own_rows, own_settings = KINDS[kind]
-    settings = {**SETTINGS, "dataset_streaming": stream, **own_settings, **changes}
+    settings = {**SETTINGS, "stream_dataset": stream, **own_settings, **changes}
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS" if trainer == "Reward" else "CAUSAL_LM")
     torch.manual_seed(0)
     return getattr(tether, f"{trainer}Trainer")(

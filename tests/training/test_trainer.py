@@ -286,7 +286,7 @@ def test_a_warm_up_from_zero_is_no_error(tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     """INV-28."""
-    with pytest.raises(TetherError, match="is nan at step"):
+    with pytest.raises(TetherError, match=r"The loss of step 2 is not a number. The update was not made"):
         trainer(tmp_path, optim="sgd", learning_rate=1e30, max_grad_norm=0.0).train()
 
 
@@ -517,7 +517,6 @@ def test_the_saved_adapter_scores_as_the_model_in_memory(tmp_path):
         ({"reference": "old"}, ConfigError, "allowed are start, base, model, adapter, none"),
         ({"reference": "base", "reference_method": "model"}, ConfigError, "cannot compute"),
         ({"reference": "model"}, ConfigError, "no ref_model was given"),
-        ({"remove_unused_columns": True}, ConfigError, "remove_unused_columns is True; it must stay False"),
         ({"label_smoothing_factor": 0.1}, ConfigError, "`label_smoothing` is the objective's"),
         ({"use_liger_kernel": True}, ConfigError, "which scoring relies on"),
         ({"reference_check_steps": -1}, ConfigError, "a whole number from 0"),

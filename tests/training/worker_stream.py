@@ -30,7 +30,7 @@ def run(folder: Path, stream: bool) -> None:
             gradient_accumulation_steps=2,
             max_steps=6,
             train_sampling_strategy="sequential",
-            dataset_streaming=stream,
+            stream_dataset=stream,
             learning_rate=0.01,
             optim="sgd",
             **QUIET,

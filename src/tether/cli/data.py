@@ -14,9 +14,10 @@ from tether.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from tether.data import Report
     from tether.data.audit.audit import Check
-    from tether.data.show import Token
+    from tether.data.show import Counted, Token
     from tether.models.spec import ModelSpec
     from tether.training import PreferenceConfig
+    from tether.training.algorithms.base import Algorithm
     from tether.types import Kind
 
 app = typer.Typer(help="Look at preference data before it is trained on.", no_args_is_help=True)
@@ -76,11 +77,12 @@ def check(
         TetherError: the rows cannot be read at all, or an option is wrong.
     """
     from tether.cli.output import terminal_output
+    from tether.data.audit.limits import passed
 
     asked = _Asked(files, tokenizer, layout, kind, split, max_length, evaluation)
     with terminal_output(debug):
         found = asked.checks(sample)
-    over = [line for one in found for line in one.passed(asked.limits)]
+    over = passed(found, asked.limits)
     if as_json:
         typer.echo(json.dumps({"sets": [one.to_dict() for one in found], "passed": over}, indent=2))
     else:
@@ -169,6 +171,7 @@ class _Asked:
         self.evaluation: Any = evaluation
         self._tokenizer, self._model, self.max_length = tokenizer, "", max_length
         self.run: PreferenceConfig | None = None
+        self._algorithm: type[Algorithm[Any]] | None = None
         self.truncation, self.turns, self.boundary = "keep_start", "all", "split"
         if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
             self._read_run_file(files[0])
@@ -176,8 +179,10 @@ class _Asked:
     def _read_run_file(self, file: str) -> None:
         """All that decides how a run reads its rows, from the configuration that its trainer gets."""
         from tether.config import build, load_run_file
+        from tether.config.fields import trainer_class
 
         run = load_run_file(file)
+        self._algorithm = trainer_class(run.objective.loss).algorithm_class
         self.run, _, _ = build(run)
         self.train = run.data.train_rows
         self.evaluation = self.evaluation or run.data.eval_rows
@@ -191,11 +196,10 @@ class _Asked:
     def tokenizer(self) -> Any:
         """The tokenizer that was named, or the processor where its model sees images; None without one.
 
-        With a run file it is the run's, with the tokens that the run adds.
+        With a run file it is the run's, with the tokens that it adds and the chat template that it names.
         """
-        from tether.data import text_tokenizer
         from tether.models import load_processing, load_tokenizer
-        from tether.models.spec import add_tokens
+        from tether.training.setup.policy import processing_of
 
         if self._tokenizer is not None:
             try:
@@ -204,9 +208,7 @@ class _Asked:
                 return load_tokenizer(self._tokenizer)
         if self.run is None:
             return None
-        made = self._spec().load_processing()
-        add_tokens(text_tokenizer(made), self.run.add_tokens or ())
-        return made
+        return processing_of(self._model, self.run)[0]
 
     def encoder_decoder(self) -> bool:
         """Whether the model reads prompts in an encoder; a tokenizer may stand alone."""
@@ -265,12 +267,19 @@ class _Asked:
             truncation_mode=cast(Any, truncation or self.truncation),
             boundary=self.boundary,
             encoder_decoder=self.encoder_decoder(),
+            counted=self.counted(),
         )
+
+    def counted(self) -> Counted:
+        """What the run's loss is of; without a run, completions."""
+        if self.run is None or self._algorithm is None:
+            return "completions"
+        return self._algorithm(self.run, self._spec().load_config()).counted
 
     def checks(self, sample: int | None) -> list[Check]:
         """The audit of the training rows, and of each evaluation set."""
         from tether.data import is_origin, is_split, split_rows
-        from tether.data.audit.audit import check
+        from tether.data.audit.limits import check_sets
 
         tokenizer = self.tokenizer()
         train, kind = self.rows(self.train, name="train")
@@ -280,11 +289,12 @@ class _Asked:
             "max_length": self.max_length,
             "truncation_mode": self.truncation,
             "encoder_decoder": self.encoder_decoder(),
+            "sample": sample,
         }
         held = self.evaluation
         if held is None:
-            return [check(train, sample=sample, name="train", **options)]
-        if is_split(held):
+            sets = {}
+        elif is_split(held):
             train, aside = split_rows(train, held, kind=kind)
             sets = {"eval": aside}
         else:
@@ -293,5 +303,4 @@ class _Asked:
                 f"eval_{name}" if name else "eval": self.rows(part, kind, f"eval_{name}" if name else "eval")[0]
                 for name, part in named.items()
             }
-        first = check(train, evaluation=list(sets.values()), sample=sample, name="train", **options)
-        return [first, *(check(part, sample=sample, name=name, **options) for name, part in sets.items())]
+        return check_sets(train, sets, **options)

@@ -55,7 +55,8 @@ def tokens_page(rows: Sequence[list[list[Token]]], number: int) -> str:
     for row in rows:
         for place, tokens in enumerate(row):
             scored = sum(token.scored for token in tokens)
-            title = "Prompt" if not place else f"Completion {place}: {scored} of {len(tokens)} tokens scored"
+            title = f"Completion {place}" if place else "Prompt"
+            title += f": {scored} of {len(tokens)} tokens scored" if place or scored else ""
             end = tag("span", "▌", class_="boundary", title="end of the prompt") if not place else None
             pieces = (piece for before, token in pairwise([None, *tokens]) for piece in _with_role(before, token))
             parts += [tag("h2", title), tag("p", pieces, end, class_="tokens")]
@@ -143,7 +144,7 @@ def _with_role(before: Token | None, token: Token | None) -> list[Html]:
 
 
 def _token(token: Token) -> Html:
-    kind = "p" if token.part == "prompt" else "s" if token.scored else "u"
+    kind = "s" if token.scored else "p" if token.part == "prompt" else "u"
     shown = token.text.replace("\n", "⏎\n")
     title = f"id {token.id}" + (f", {token.role}" if token.role else "")
     return tag("span", shown, class_=f"{kind} x" if token.special else kind, title=title)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tether.data.audit.audit import FINDINGS
+from tether.data.audit.language import EXTRA, detector
 
 if TYPE_CHECKING:
     from tether.data.audit.audit import Check
@@ -58,6 +59,8 @@ def notes(found: Check) -> list[str]:
         lines.append("template markers: " + ", ".join(f"{name} ({count})" for name, count in found.markers.items()))
     if len(found.scripts) > 1:
         lines.append("scripts: " + ", ".join(f"{name} {count:,}" for name, count in found.scripts.items()))
+    if found.scripts and detector() is None:
+        lines.append(f"languages: {EXTRA}")
     lengths = found.lengths
     if lengths is None:
         return [*lines, "lengths in tokens: name a --tokenizer"]
@@ -97,7 +100,9 @@ def print_tokens(parts: list[list[Token]], row: int) -> None:
     for place, tokens in enumerate(parts):
         name = "prompt" if not place else f"completion {place}"
         scored = sum(token.scored for token in tokens)
-        console.print(Text(f"— {name}: {len(tokens)} tokens" + (f", {scored} scored" if place else ""), style="bold"))
+        console.print(
+            Text(f"— {name}: {len(tokens)} tokens" + (f", {scored} scored" if place or scored else ""), style="bold")
+        )
         pieces = [piece for before, token in pairwise([None, *tokens]) for piece in _with_role(before, token)]
         console.print(Text.assemble(*pieces, _BOUNDARY if not place else ""), soft_wrap=True)
 
@@ -111,7 +116,8 @@ def _with_role(before: Token | None, token: Token | None) -> list[tuple[str, str
 
 
 def _styled(token: Token) -> tuple[str, str]:
-    style = _STYLES["prompt"] if token.part == "prompt" else _STYLES["scored" if token.scored else "unscored"]
+    quiet = "prompt" if token.part == "prompt" else "unscored"
+    style = _STYLES["scored" if token.scored else quiet]
     return visible(token.text), _STYLES["special"] + (" on green" if token.scored else "") if token.special else style
 
 

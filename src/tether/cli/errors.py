@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import sysconfig
+import traceback
+from pathlib import Path
 
 import typer
 
@@ -11,6 +14,17 @@ from tether.errors import TetherError
 # The parent of typer's public BadParameter: every misuse of commands and options. Typer does not export it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
+
+
+_TRACEBACK = "With --debug there is a traceback."
+# What libraries say of a machine that lacks what was asked for, and what to do.
+_MACHINE = {
+    "Found no NVIDIA driver": "Set `model.device` to cpu, or leave it out; this machine has no GPU that torch can use.",
+    "Torch not compiled with CUDA": "Set `model.device` to cpu, or leave it out, or install torch with CUDA.",
+    "CUDA is not available": "Set `model.device` to cpu, or leave it out; this machine has no GPU that torch can use.",
+    "No CUDA GPUs are available": "Set `model.device` to cpu, or leave it out; torch sees no GPU.",
+    "invalid device ordinal": "Name a device that this machine has in `model.device`.",
+}
 
 
 class Interrupted(TetherError):
@@ -42,12 +56,40 @@ def explain(error: BaseException) -> tuple[str, int]:
             1,
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return _explain_system(error), 1
+        return _explain_system(error), 2 if error.errno == errno.ENOENT else 1
+    if isinstance(error, ImportError) or "to be installed" in str(error) or "is not installed" in str(error):
+        package = getattr(error, "name", None)
+        name = f" (package {package})" if package else ""
+        return (
+            f"Something that was asked for is not installed{name}: {_first_line(error)} Install it, or change the "
+            "option that asks for it (a tracker in `train.report_to`, an optimizer in `train.optim`, a quantisation).",
+            2,
+        )
+    if (place := _place(error)) is not None:
+        return f"{type(error).__name__} in {place}, which is not Tether's: {_first_line(error)} {_TRACEBACK}", 1
+    said = _first_line(error)
+    for mark, advice in _MACHINE.items():
+        if mark in said:
+            return f"{said} {advice}", 2
     return (
         f"An error that Tether did not expect: {type(error).__name__}: {_first_line(error)} This is a bug in Tether or "
         "in a library under it. Run the same command with --debug for the traceback, and report it together with that.",
         1,
     )
+
+
+def _place(error: BaseException) -> str | None:
+    """Where an error comes from, if that is a function of the user's own that Tether called; None for another place."""
+    paths = sysconfig.get_paths()
+    libraries = [Path(paths[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    own = Path(__file__).resolve().parents[1]
+    for step in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(step.filename).resolve()
+        if file.is_relative_to(own):
+            return None
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in libraries):
+            return f"{step.name}() ({file.name}, line {step.lineno})"
+    return None
 
 
 def print_error(paragraph: str) -> None:
@@ -66,6 +108,11 @@ def _explain_system(error: OSError) -> str:
         return (
             f"There is no space left on the disk for{place or ' the run'}. Free some (old checkpoint-* folders are the "
             "largest), or write elsewhere with `output=FOLDER`; `train.save_total_limit` keeps fewer checkpoints."
+        )
+    if error.errno == errno.ENOENT:
+        return (
+            f"The file{place} is missing. Where it belongs to a checkpoint, that was not written whole or was changed "
+            "since: go on from an earlier one with --resume=PATH."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = place or " a file of the run"

@@ -100,7 +100,7 @@ def _batch_line(arguments: PreferenceConfig) -> str:
         arguments.world_size,
     )
     split = f", {steps} times {micro}" * (steps > 1) + f" on each of {devices} devices" * (devices > 1)
-    rows = "pairs" if arguments.kind == "pair" else "rows"
+    rows = {"pair": "pairs", "prompt_only": "completions"}.get(arguments.kind, "rows")
     return f"batch: {micro * steps * devices} {rows} per step{split}"
 
 

@@ -128,9 +128,9 @@ def _run(run: RunConfig, resume: str | None) -> TetherTrainer:
 
 
 def _how_to_go_on(output: Path, command: Sequence[str]) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+    from tether.training.checkpoint import last_checkpoint
 
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    last = last_checkpoint(output)
     if last is None:
         return "Stopped, before the first checkpoint was written. Start again with the same command."
     return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join(command)}"

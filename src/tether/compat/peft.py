@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -86,6 +88,72 @@ def set_active(model: PeftModel, names: Sequence[str], *, trains: bool) -> None:
     tuner: Any = model.base_model
     # The tuner remembers what it is given, and PEFT writes one name where it is given one.
     tuner.set_adapter(list(names) if len(names) > 1 else names[0], inference_mode=not trains)
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and layer of every layer that an adapter acts through."""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield path, module
+
+
+def copied_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters of copies that train whole or in rows, in place of a layer or of some of its rows."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from module.parameters()
+
+
+def switch_layers(model: nn.Module, *, on: bool) -> None:
+    """Switch every layer that adapters have been put into, as `PeftModel.disable_adapter` does."""
+    for module in model.modules():
+        if isinstance(module, ADDED):
+            module.enable_adapters(enabled=on)
+
+
+def injected_configs(model: nn.Module) -> dict[str, Any]:
+    """Name to configuration of adapters that transformers has put into a model, which then is no `PeftModel`."""
+    return dict(getattr(model, "peft_config", None) or {}) if getattr(model, "_hf_peft_config_loaded", False) else {}
+
+
+def adopted(model: Any) -> PeftModel:
+    """A `PeftModel` around the adapters that transformers has put into a model; no tensor changes, nor what trains.
+
+    PEFT's constructor would inject an adapter of its own, over one of the same name. `inject_adapter` is what does it,
+    and everything else of the constructor is wanted.
+    """
+    configs, active = injected_configs(model), list(model.active_adapters())
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    first = active[0] if active else next(iter(configs))
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    # The class for classification would train a copy of the head too.
+    classifies = "ForSequenceClassification" in type(model).__name__
+    kind = PeftModelForSeq2SeqLM if model.config.is_encoder_decoder else PeftModelForCausalLM
+    kind = PeftModel if classifies else kind
+    with _without_injection(PEFT_TYPE_TO_TUNER_MAPPING[configs[first].peft_type]):
+        policy = cast(PeftModel, kind(model, configs[first], first, autocast_adapter_dtype=False))
+    tuner: Any = policy.base_model
+    tuner.peft_config.update(configs)
+    tuner.targeted_module_names = [path for path, _ in tuner_layers(model)]
+    set_active(policy, active or [first], trains=False)
+    for parameter, value in required:
+        parameter.requires_grad_(value)
+    return policy
+
+
+@contextmanager
+def _without_injection(tuner: Any) -> Iterator[None]:
+    own = "inject_adapter" in vars(tuner)
+    before = tuner.inject_adapter
+    tuner.inject_adapter = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if own:
+            tuner.inject_adapter = before
+        else:
+            del tuner.inject_adapter
 
 
 def restored_tensors(model: PeftModel, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:

@@ -55,8 +55,11 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         `[..., M]`.
     """
-    if products() == "onednn" and _fits(inputs, weight, bias):
-        return _Product.apply(inputs, weight, bias)  # type: ignore[return-value]
+    if products() == "onednn" and inputs.dim() > 1 and _fits(inputs, weight, bias):
+        # By rows, and shaped outside: what a function of its own returns as a view may not be changed in place, as
+        # some models do with a projection.
+        found: Tensor = _Product.apply(inputs.flatten(0, -2), weight, bias)  # type: ignore[assignment]
+        return found.unflatten(0, inputs.shape[:-1])
     return nn.functional.linear(inputs, weight, bias)
 
 

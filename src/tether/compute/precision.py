@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import time
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ from transformers import TrainingArguments
 
 from tether.compute.cpu_matmul import has_onednn, onednn_product, use_products
 from tether.errors import ConfigError
+from tether.models.gguf import cache_root
 from tether.models.structure import dtype_of, transformers_model
 
 logger = logging.getLogger("tether")
@@ -84,7 +88,7 @@ def _decide(model: nn.Module, cpu_matmul: str, on_cpu: bool, bf16_is_open: bool)
     if weight is None or weight.numel() < _LEAST_WEIGHT:
         kind = "float32 matrices in its layers" if weight is None else f"layers of {_LEAST_WEIGHT} weights or more"
         return forced._replace(bf16_reason=f"it has no {kind} to gain from bfloat16; set bf16 to choose")
-    seconds = product_seconds(weight)
+    seconds = kept_seconds(weight)
     decision = _faster_library(seconds) if library_is_open else forced
     bf16, reason = _worth_bfloat16(seconds[decision.library] / seconds["bfloat16"])
     return decision._replace(bf16=bf16, bf16_reason=reason)
@@ -125,6 +129,40 @@ def widest_weight(model: nn.Module) -> Tensor | None:
         if type(p) is nn.Parameter and p.dtype == torch.float32 and p.dim() == 2 and not any(p is end for end in ends)
     ]
     return max(inside, key=Tensor.numel, default=None)
+
+
+def kept_seconds(weight: Tensor) -> dict[str, float]:
+    """`product_seconds` of this machine and shape as it was first measured, so that a busy machine decides alike.
+
+    It is kept in the cache folder (`$TETHER_CACHE`), by what its outcome hangs on: processor, threads, torch, shape.
+    """
+    about = [_processor(), *sorted(processor_flags()), torch.__version__, torch.get_num_threads(), *weight.shape]
+    key = blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+    path = cache_root() / "products" / f"{key}.json"
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError):
+        pass  # not measured yet, or a file that a killed process left
+    seconds = product_seconds(weight)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        logger.warning(
+            f"precision: what was measured cannot be kept in {path.parent} ({error.strerror}), so that a later run may "
+            "decide otherwise. Set bf16 and cpu_matmul to choose, or TETHER_CACHE to a folder that can be written."
+        )
+    return seconds
+
+
+def _processor() -> str:
+    """The processor's name, as Linux has it; elsewhere what Python knows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def product_seconds(weight: Tensor) -> dict[str, float]:

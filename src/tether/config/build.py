@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
-from tether.config.sections import LOADING, Lora, Model, Peft, Reference, Section
+from tether.config.sections import LOADING, Judge, Lora, Model, Peft, Reference, Rollout, Section
 from tether.errors import ConfigError
-from tether.training import PreferenceConfig
+from tether.rewards import READY_MADE, python_function
+from tether.training import OnlineConfig, PreferenceConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,6 +52,8 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, PeftConfig | None, dict[str
     arguments = _configuration(options, config_class(run.objective.loss))
     if "ref_model" not in inspect.signature(trainer_class(run.objective.loss)).parameters:
         del keywords["ref_model"]
+    if issubclass(config_class(run.objective.loss), OnlineConfig):
+        keywords["reward_funcs"] = [_reward(judge) for judge in run.rewards or ()]
     task = "SEQ_CLS" if run.objective.loss == "reward" else None
     return arguments, adapter_config(run.lora, run.peft, task=task), keywords
 
@@ -79,7 +82,9 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
             raise ConfigError(f"`train.{name}` is {value}; allowed is a whole number from 1.")
     if "batch_size" not in run.train.model_fields_set and (micro or steps):
         return micro or MICRO_BATCH, steps or 1
-    pairs = run.train.batch_size
+    online = issubclass(config_class(run.objective.loss), OnlineConfig)
+    # Of sampled completions a batch has so many prompts, each with its group.
+    pairs = run.train.batch_size * ((run.rollout or Rollout()).group if online else 1)
     said = ", ".join(
         f"{count} {what}" for count, what in ((micro, "pairs a micro-batch"), (steps, "micro-batches")) if count
     )
@@ -119,6 +124,7 @@ def _options(run: RunConfig) -> dict[str, Any]:
         **_reference(run.reference),
         **_model(run.model),
     }
+    options = _online(run, options)
     _refuse_idle_options(run)
     return options
 
@@ -130,6 +136,59 @@ def objective_arguments(objective: Objective) -> dict[str, Any]:
     if "loss" in fields:
         found["loss_type"] = row.name if row else objective.loss
     return found
+
+
+def _online(run: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of rollouts and rewards, which belong to losses of sampled completions and to no others.
+
+    Raises:
+        ConfigError: they came with another loss, or rewards are missing.
+    """
+    loss = run.objective.loss
+    if not issubclass(config_class(loss), OnlineConfig):
+        given = [name for name in ("rewards", "rollout") if getattr(run, name) is not None]
+        if given:
+            raise ConfigError(
+                f"`{given[0]}` was given with loss {loss!r}, whose rows have completions already. Leave it out, or "
+                "take a loss of sampled completions, such as dapo."
+            )
+        return options
+    if run.rewards is None:
+        raise ConfigError(f"`rewards` is missing: loss {loss!r} samples completions, and something must judge them.")
+    if "max_length" in run.train.model_fields_set:
+        raise ConfigError(
+            "`train.max_length` is said by `rollout.max_prompt` and `rollout.max_tokens` for sampled completions. "
+            "Write it there."
+        )
+    del options["max_length"]
+    section = run.rollout or Rollout()
+    asked = section.model_fields_set | {"group"}
+    fields = {key: field for key, field in fields_under("rollout", OnlineConfig).items() if key in asked}
+    rollout = {field: getattr(section, key) for key, field in fields.items()}
+    return {**options, **rollout, "reward_weights": [judge.weight for judge in run.rewards]}
+
+
+def _reward(judge: Judge) -> Any:
+    """The reward function of an entry of `rewards`.
+
+    Raises:
+        ConfigError: no ready-made one has that name, or it does not take an option.
+    """
+    if judge.python is not None:
+        return python_function(judge.python)
+    if judge.name is None:
+        return judge.model
+    if judge.name not in READY_MADE:
+        raise ConfigError(f"`rewards` has the name {judge.name!r}; ready-made are {', '.join(READY_MADE)}.")
+    make = READY_MADE[judge.name]
+    try:
+        inspect.signature(make).bind(**judge.further)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(make).parameters) or "none"
+        raise ConfigError(
+            f"The reward {judge.name!r} got the options {judge.further} and takes {takes}: {error}."
+        ) from error
+    return make(**judge.further)
 
 
 def _under(name: str, section: Section) -> dict[str, Any]:

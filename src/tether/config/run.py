@@ -7,7 +7,20 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from tether.config.document import write_document
-from tether.config.sections import Allowed, Data, Lora, Model, Peft, Reference, Section, Text, key, named
+from tether.config.sections import (
+    Allowed,
+    Data,
+    Judge,
+    Lora,
+    Model,
+    Peft,
+    Reference,
+    Rollout,
+    Section,
+    Text,
+    key,
+    named,
+)
 from tether.training import PreferenceConfig
 
 _DEFAULTS = {name: field.default for name, field in PreferenceConfig.__dataclass_fields__.items()}
@@ -34,8 +47,8 @@ class Train(Section, extra="allow"):
     )
     batch_size: int = key(
         _DEFAULTS["per_device_train_batch_size"],
-        "Pairs per optimizer step over all devices. Split into micro-batches by the program: as few as fit "
-        "`max_tokens_per_forward`, or of `per_device_train_batch_size`.",
+        "Pairs per optimizer step over all devices; prompts, where completions are sampled. Split into micro-batches "
+        "by the program: as few as fit `max_tokens_per_forward`, or of `per_device_train_batch_size`.",
         "a whole number from 1",
         ge=1,
     )
@@ -78,6 +91,8 @@ class RunConfig(Section):
         data: the rows.
         reference: what the policy is held to.
         objective: the loss.
+        rewards: what judges completions that the policy samples; None where the rows have completions.
+        rollout: how these are sampled.
         train: the steps.
         output: the run folder.
     """
@@ -94,6 +109,12 @@ class RunConfig(Section):
         Reference, named("reference", Reference), Allowed("start, base, none, {model: name} or {adapter: name}")
     ] = Reference()
     objective: Objective = Objective()
+    rewards: Annotated[list[Judge], Field(min_length=1)] | None = key(
+        None,
+        "What judges completions that the policy samples, as in [{name: numeric_answer}]; null: rows have completions.",
+        "a list of mappings such as {name: numeric_answer, column: answer}, or null",
+    )
+    rollout: Rollout | None = Field(default=None, description="How these completions are sampled; null: the defaults.")
     train: Train = Train()
     output: Text = key("runs/run", "The run folder; left out: runs/ and the run file's name.")
 

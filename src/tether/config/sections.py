@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic_core import PydanticCustomError
 
 from tether.config.words import describe_type, field_types
-from tether.training import PreferenceConfig
+from tether.training import OnlineConfig, PreferenceConfig
 from tether.training.declared import Text as Declaration
 from tether.types import Meaning
 
@@ -35,12 +35,13 @@ def key(default: Any, text: str, allowed: str = "", **bounds: Any) -> Any:
 
 def declared(section: str) -> dict[str, tuple[Any, Any, Declaration]]:
     """Type, default and declaration of each field of every configuration that is a key of a section, by that key."""
-    types = field_types(PreferenceConfig)
     found = {}
-    for name, field in PreferenceConfig.__dataclass_fields__.items():
-        text = field.metadata.get("help")
-        if isinstance(text, Declaration) and text.key.rpartition(".")[0] == section:
-            found[text.key.rpartition(".")[2]] = (types[name], field.default, text)
+    for config in (OnlineConfig, PreferenceConfig):
+        types = field_types(config)
+        for name, field in config.__dataclass_fields__.items():
+            text = field.metadata.get("help")
+            if isinstance(text, Declaration) and text.key.rpartition(".")[0] == section:
+                found[text.key.rpartition(".")[2]] = (types[name], field.default, text)
     return found
 
 
@@ -183,7 +184,8 @@ class Data(Section, section="data"):
     )
     check: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = key(
         None,
-        "Largest shares of rows that `tether data check` passes; null: any.",
+        "Largest shares of rows with each finding of `tether data check`; above one, the check fails and a run is "
+        "refused before weights load; null: any.",
         "a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md",
     )
     cache: Text | Literal[False] | None = key(
@@ -314,6 +316,31 @@ class Peft(Section, extra="allow"):
     type: Literal["lora", "vera", "ia3", "loha", "lokr", "oft", "hra", "layer_norm", "prompt", "prefix"] = key(
         ..., f"Name the kind of adapter: {', '.join(ADAPTERS)}."
     )
+
+
+class Rollout(Section, section="rollout"):
+    """`rollout:` how completions are sampled, how often they are trained on, and what is left out."""
+
+
+class Judge(Section, extra="allow"):
+    """`rewards:` a list of these, each with one of `name`, `python` and `model`; a ready-made one with its options."""
+
+    name: Text | None = key(
+        None,
+        "A ready-made one, see docs/grpo.md; other keys are its options, as in {name: numeric_answer, column: gold}.",
+    )
+    python: Text | None = key(None, "A function in a local file, as in rewards.py:brevity; the file is run.")
+    model: Text | None = key(None, "A model that classifies sequences, with one label.")
+    weight: float = key(1.0, "Weight in the sum of rewards.", "a number")
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Judge:
+        given = [name for name in ("name", "python", "model") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"it has {', '.join(given) or 'none'} of name, python and model; a reward has one of them")
+        if self.further and self.name is None:
+            raise ValueError(f"`{next(iter(self.further))}` is an option, which a ready-made reward (`name`) alone has")
+        return self
 
 
 class Sync(Section, section="reference.sync"):

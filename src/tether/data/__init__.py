@@ -11,7 +11,7 @@ from tether.data.split import is_split, split_rows
 from tether.data.text.render import Rendered, render
 from tether.data.text.template import chat_template, text_tokenizer
 from tether.data.text.tokenize import Encoder, Tokenized, tokenize
-from tether.data.text.truncate import truncate, truncated_lengths
+from tether.data.text.truncate import truncated_lengths
 
 __all__ = [
     "Encoder",
@@ -37,7 +37,6 @@ __all__ = [
     "split_rows",
     "text_tokenizer",
     "tokenize",
-    "truncate",
     "truncated_lengths",
     "unpaired",
 ]

@@ -21,6 +21,8 @@ from tether.data.text.truncate import TruncationMode, kept_prompt
 from tether.types import Kind
 
 Part = Literal["prompt", "completion"]
+# What the loss is of: the scored tokens of completions; those, and the prompt's; or the last token of a whole text.
+Counted = Literal["completions", "texts", "ends"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def shown_row(
     kind: Kind = "pair",
     truncation_mode: TruncationMode = "keep_start",
     max_length: int | None = None,
+    counted: Counted = "completions",
     **options: Any,
 ) -> tuple[list[list[list[Token]]], Report]:
     """One row as the model is given it.
@@ -63,6 +66,8 @@ def shown_row(
         kind: see `prepare`, as for the others.
         truncation_mode: see `prepare`.
         max_length: see `prepare`.
+        counted: what the run's loss is of: `completions`, `texts` (prompts too, as ORPO scores them) or `ends` (the
+            last token of each, where a reward is read).
         options: the others of `prepare`.
 
     Returns:
@@ -81,14 +86,11 @@ def shown_row(
     shown = []
     for row in prepared.dataset.with_format(None).to_list():
         own = roles.get(_first_completion(row, roles))
-        cut = (
-            own
-            and [
-                kept_prompt(own[0], len(row["prompt_ids"]), truncation_mode) or [],  # type: ignore[type-var]
-                *(mine[: len(ids)] for mine, ids in zip(own[1:], row["completion_ids"], strict=True)),
-            ]
-        )
-        shown.append(tokens_of(row, text_tokenizer(processing), cut))
+        cut = own and [
+            kept_prompt(own[0], len(row["prompt_ids"]), truncation_mode) or [],
+            *(mine[: len(ids)] for mine, ids in zip(own[1:], row["completion_ids"], strict=True)),
+        ]
+        shown.append(tokens_of(row, text_tokenizer(processing), cut, counted, _image_token(processing)))
     return shown, prepared.report
 
 
@@ -110,7 +112,7 @@ def _roles(
     found = {}
     for record, row in zip(records, whole.dataset.with_format(None).to_list(), strict=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
-        image = getattr(processing, "image_token_id", None)
+        image = _image_token(processing)
         found[tuple(chain(*completions))] = roles_of(record, prompt, completions, encoder, template, image)
     return found
 
@@ -123,8 +125,17 @@ def _first_completion(row: Mapping[str, Any], roles: Mapping[tuple[int, ...], An
     return next((key for key in roles if list(key[: len(own)]) == own), ())
 
 
+def _image_token(processing: Any) -> int | None:
+    """Id of the token that stands for a part of an image."""
+    return getattr(processing, "image_token_id", None)
+
+
 def tokens_of(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, roles: Sequence[Roles] | None = None
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    roles: Sequence[Roles] | None = None,
+    counted: Counted = "completions",
+    image_token: int | None = None,
 ) -> list[list[Token]]:
     """The tokens of a prepared row: those of the prompt, then those of each completion.
 
@@ -132,11 +143,17 @@ def tokens_of(
         row: of `Prepared.dataset`.
         tokenizer: that made it.
         roles: of the prompt's tokens and of each completion's; None for text.
+        counted: see `shown_row`.
+        image_token: id of the token that stands for a part of an image, which no one writes.
     """
     completions = row["completion_ids"]
     masks = row.get("scored") or [[True] * len(ids) for ids in completions]
+    if counted == "ends":
+        masks = [[False] * (len(ids) - 1) + [True] for ids in completions]
+    # Nothing predicts the first token.
+    asked = [counted == "texts" and place > 0 and token != image_token for place, token in enumerate(row["prompt_ids"])]
     said = roles or [[""] * len(ids) for ids in (row["prompt_ids"], *completions)]
-    prompt = _tokens(row["prompt_ids"], [False] * len(row["prompt_ids"]), said[0], "prompt", tokenizer)
+    prompt = _tokens(row["prompt_ids"], asked, said[0], "prompt", tokenizer)
     parts = zip(completions, masks, said[1:], strict=True)
     return [prompt, *(_tokens(ids, mask, own, "completion", tokenizer) for ids, mask, own in parts)]
 

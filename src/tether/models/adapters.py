@@ -19,17 +19,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tether.compat.messages import ADAPTER_INCOMPLETE
-from tether.compat.peft import set_active
+from tether.compat.peft import adopted, injected_configs, set_active
 from tether.errors import ConfigError
-from tether.models.beside import WEIGHTS, remember_brought
+from tether.models.adapting.beside import WEIGHTS, remember_brought
+from tether.models.adapting.rewritten import named_initialisation, remember_initial
+from tether.models.fingerprint import base_tensors, digest_of, fingerprint
 from tether.models.structure import unwrap
 
 logger = logging.getLogger("tether")
 ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
-# Initialisations that write into the base weights, so that what is under the adapter is no longer the base.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
+# Initialisations that write into the base weights, see `rewrites_base`; tests/models/test_adapters.py measures them.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -58,18 +60,54 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     return policy.eval()
 
 
+def in_one_way(model: nn.Module) -> nn.Module:
+    """The model as PEFT itself would have it, where transformers put its adapters in (`add_adapter`, or
+    `from_pretrained` of an adapter's folder); any other as it is.
+
+    Saving, loading and several adapters go one way then. No tensor changes, and nothing begins or ceases to train.
+
+    Raises:
+        ConfigError: the adapters are of several kinds, or PEFT would change them.
+    """
+    inner = unwrap(model)
+    configs = injected_configs(inner)
+    if isinstance(inner, PeftModel) or not configs:
+        return model
+    kinds = {kind_of(config) for config in configs.values()}
+    advice = "Load it with peft's PeftModel.from_pretrained(base, folder, is_trainable=True), or give its folder."
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"The model has adapters of {len(kinds)} kinds ({', '.join(sorted(kinds))}), of which PEFT can save and "
+            f"load one. {advice}"
+        )
+    before = {id(parameter): digest_of(parameter) for parameter in inner.parameters()}
+    policy = adopted(inner)
+    if {id(parameter): digest_of(parameter) for parameter in policy.parameters()} != before:
+        raise ConfigError(
+            f"PEFT changes tensors of the {kinds.pop()} adapter that transformers put into {type(inner).__name__}. "
+            f"{advice}"
+        )
+    logger.info(f"adapter: {', '.join(map(repr, configs))}, which transformers put into the model")
+    return policy
+
+
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """A base with a new adapter, see `peft.get_peft_model`.
 
     Raises:
         ConfigError: PEFT cannot put it there, for instance as no module has a name that it asks for.
     """
+    named = named_initialisation(config)
+    before = fingerprint(base_tensors(base)) if named else ""
     try:
-        return cast(PeftModel, get_peft_model(base, config))
+        policy = cast(PeftModel, get_peft_model(base, config))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"PEFT cannot put this adapter on {type(base).__name__}: {' '.join(str(error).split())}"
         ) from error
+    if named and fingerprint(base_tensors(policy)) != before:
+        remember_initial(policy)
+    return policy
 
 
 def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig) -> PeftModel:
@@ -89,20 +127,15 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     folder = Path(folder).expanduser()
     places = [folder, *(folder / name for name in _beneath(folder))]
     saved = [_read(place) for place in places]
-    kinds = {_kind(one) for one in saved}
-    if any(map(rewrites_base, [*saved, config])):
-        raise ConfigError(
-            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (PiSSA, "
-            "OLoRA and the like), on which the others stand too. Take another `init`, or merge the first into its base "
-            "with merge_and_unload() and name the result."
-        )
-    if kinds != {_kind(config)} or config.is_prompt_learning:
+    kinds = {kind_of(one) for one in saved}
+    if kinds != {kind_of(config)} or config.is_prompt_learning:
         raise ConfigError(
             f"The adapter '{folder}' is {', '.join(sorted(kinds))} and the new one over it "
-            f"{_kind(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
+            f"{kind_of(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
             "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
         )
     names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
+    before = fingerprint(base_tensors(base))
     policy = _load(base, places[0], names[0], trainable=False)
     try:
         for place, name in zip(places[1:], names[1:], strict=True):
@@ -116,11 +149,20 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
             f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its "
             "base with merge_and_unload() and name the result."
         ) from error
+    if fingerprint(base_tensors(policy)) != before:
+        raise ConfigError(
+            f"Of the adapters over '{base.config.name_or_path}', one begins by writing into the base weights (as PiSSA "
+            "and OLoRA do), on which the others stand too. Take another `init`, or merge the first into its base with "
+            "merge_and_unload() and name the result."
+        )
     return policy.eval()
 
 
 def rewrites_base(config: PeftConfig) -> bool:
-    """Whether an adapter writes into the base weights when it is made or loaded."""
+    """Whether an adapter says that it begins by writing into the base weights; for a base without a source.
+
+    With one, or before and after the adapter is made, fingerprints tell, whatever it says.
+    """
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.lower().startswith(_REWRITES_BASE)
 
@@ -150,7 +192,7 @@ def train_new_tokens(config: PeftConfig, ids: list[int], model: PreTrainedModel)
         return config
     if not isinstance(config, LoraConfig):
         raise ConfigError(
-            f"add_tokens was given with a {_kind(config)} adapter, in which nothing would train the new tokens' "
+            f"add_tokens was given with a {kind_of(config)} adapter, in which nothing would train the new tokens' "
             f"embeddings. Use LoRA, or train them whole with modules_to_save ({', '.join(names)})."
         )
     if config.trainable_token_indices is None:
@@ -189,15 +231,19 @@ def load_active(model: nn.Module | None, folder: str | Path) -> bool:
     return True
 
 
-def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> None:
+def refuse_unfit_virtual_tokens(config: PeftConfig, model: Any) -> None:
     """Refuse the kinds of virtual tokens that cannot be scored, saved or resumed rightly.
+
+    Args:
+        config: of the adapter.
+        model: the configuration of the model.
 
     Raises:
         ConfigError: with what to use instead.
     """
     if not config.is_prompt_learning:
         return
-    kind = _kind(config)
+    kind = kind_of(config)
     if config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
         raise ConfigError(
             f"peft_config is {kind}, of which PEFT saves what its encoder made and not the encoder, or which needs "
@@ -209,10 +255,11 @@ def refuse_unfit_virtual_tokens(config: PeftConfig, model: PreTrainedModel) -> N
             "peft_config has prefix_projection, whose network PEFT does not save, so that a run could not be resumed. "
             "Leave it out."
         )
-    if model.config.is_encoder_decoder:
+    if model.is_encoder_decoder:
         raise ConfigError(
-            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and {type(model).__name__} "
-            "encodes each prompt once for several completions. Use LoRA or another adapter on layers."
+            f"peft_config is {kind}, which PEFT puts before encoder and decoder alike, and a model of "
+            f"{type(model).__name__} encodes each prompt once for several completions. Use LoRA or another adapter on "
+            "layers."
         )
 
 
@@ -225,7 +272,8 @@ def virtual_tokens(model: nn.Module) -> int:
     return config.num_virtual_tokens if config.peft_type == PeftType.PROMPT_TUNING else 0
 
 
-def _kind(config: PeftConfig) -> str:
+def kind_of(config: PeftConfig) -> str:
+    """Kind of an adapter, as PEFT names it."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -290,7 +338,7 @@ def _remember(policy: PeftModel, folder: Path, beneath: list[str]) -> None:
 
 def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
     """PEFT loads virtual tokens for inference only; so they are made anew and given the saved values."""
-    refuse_unfit_virtual_tokens(config, base)
+    refuse_unfit_virtual_tokens(config, base.config)
     policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
     policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
     _remember(policy, folder, [])

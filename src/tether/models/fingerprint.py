@@ -20,7 +20,7 @@ from tether.compat.peft import ADDED, is_original
 from tether.compat.torch import inner_tensors
 from tether.compat.transformers import PRIVATE_CONFIG
 from tether.errors import ReferencePolicyError
-from tether.models.structure import transformers_model, unwrap
+from tether.models.structure import adapter_configs, transformers_model, unwrap
 
 THREADS = max(2, min(16, os.cpu_count() or 2))
 CHUNK = 1 << 24
@@ -137,15 +137,16 @@ def model_fingerprint(model: nn.Module, *, without_adapters: bool) -> str:
     identity = computation(transformers_model(model))
     tensors = base_tensors(model)
     inner = unwrap(model)
-    if isinstance(inner, PeftModel) and not without_adapters:
+    configs = adapter_configs(inner)
+    if configs and not without_adapters:
         under = {id(tensor) for tensor in tensors.values()}
         added = {f"adapter:{name}": tensor for name, tensor in _state(inner) if id(tensor) not in under}
         tensors = {**tensors, **added}
         identity["adapters"] = {
             name: _plain({key: value for key, value in config.to_dict().items() if key not in _VOLATILE_ADAPTER})
-            for name, config in inner.peft_config.items()
+            for name, config in configs.items()
         }
-        identity["active"] = inner.active_adapters
+        identity["active"] = inner.active_adapters if isinstance(inner, PeftModel) else inner.active_adapters()
     return fingerprint(tensors, extra=as_bytes(identity))
 
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.compat.bitsandbytes import keep_quantized_layout
 from tether.compat.messages import BIAS_STAYS
-from tether.compat.peft import added_parameters, set_active
+from tether.compat.peft import added_parameters, injected_configs, set_active, switch_layers
 from tether.compat.torch import DropoutLayer, compiled_module
 from tether.errors import ConfigError
 
@@ -49,8 +49,6 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name to parameter, for everything that is out of effect while adapters are off."""
     inner = unwrap(model)
-    if not isinstance(inner, PeftModel):
-        return {}
     return {
         f"{path}.{name}" if path else name: parameter
         for path, module in inner.named_modules()
@@ -58,11 +56,17 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
+    """Name to configuration of the adapters on a model, whether PEFT is around it or transformers put them into it."""
+    inner = unwrap(model)
+    return dict(inner.peft_config) if isinstance(inner, PeftModel) else injected_configs(inner)
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes what it computes without any adapter."""
     inner = unwrap(model)
-    if not isinstance(inner, PeftModel):
+    if not adapter_configs(inner):
         yield
         return
     # Turning adapters on again makes PEFT mark their tensors trainable, also those that were not.
@@ -71,7 +75,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", BIAS_STAYS)
-                stack.enter_context(inner.disable_adapter())
+                if isinstance(inner, PeftModel):
+                    stack.enter_context(inner.disable_adapter())
+                else:
+                    stack.callback(switch_layers, inner, on=True)
+                    switch_layers(inner, on=False)
             yield
     finally:
         for parameter, value in required:

@@ -24,6 +24,7 @@ _PARTS: tuple[tuple[str, str, tuple[Algorithm, ...]], ...] = (
     ("Ranked lists: a prompt with several completions, the best first", "ranked", ("dpo",)),
     ("Single completions, each labelled desirable or not", "unpaired", ("kto",)),
     ("Completions to imitate", "completion", ("sft",)),
+    ("Completions that the policy samples, judged by rewards", "prompt_only", ("grpo", "rloo")),
 )
 
 

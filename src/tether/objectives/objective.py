@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tether.types import Kind
 
-Algorithm = Literal["dpo", "kto", "orpo", "cpo", "sft", "reward"]
-Averaged = Literal["examples", "tokens", "micro_batch"]
+Algorithm = Literal["dpo", "kto", "orpo", "cpo", "sft", "reward", "grpo", "rloo"]
+Averaged = Literal["examples", "tokens", "micro_batch", "completions", "completion_sums", "longest"]
+Level = Literal["token", "sequence", "sum"]
 Quantity = Literal[
     "logratios",
     "logps",
@@ -27,6 +28,9 @@ Quantity = Literal[
     "margins",
     "desirable",
     "baseline",
+    "log_ratios",
+    "log_weights",
+    "advantages",
 ]
 # What only a reference can give; a row that takes one of these has a reference loaded or run.
 _OF_A_REFERENCE: tuple[Quantity, ...] = ("logratios", "reference_logps", "reference_kl")
@@ -83,7 +87,9 @@ class Input:
         quantity: what it is: `logratios` (policy minus reference, through the f-divergence's derivative), `logps` (the
             policy's), `token_logps` (of every token), `reference_logps`, `reference_kl` (of whole distributions, summed
             over tokens), `rewards` (of a reward model), `margins` (the column `margin`), `desirable` (the column
-            `label`), `baseline` (one number for all).
+            `label`), `baseline` (one number for all); of sampled completions, at each token, `log_ratios` (policy minus
+            the policy that began the updates), `log_weights` (policy minus what sampled, summed over a completion) and
+            `advantages`.
         of: which completion of a pair; `each`: of a list, all of them; of one completion, that one.
         per_token: divided by the completion's tokens.
         optional: None where the rows have no such column.
@@ -122,11 +128,15 @@ class Objective:
         learning_rate: typical learning rates, for LoRA and for full fine-tuning.
         averaged: what the losses belong to: `examples` (averaged over the examples of a step), `tokens` (averaged over
             the tokens of a step), or `micro_batch` (one per example, but each depends on the other rows of its
-            micro-batch, so that the split of a step changes the numbers).
+            micro-batch, so that the split of a step changes the numbers). Of sampled completions, whose losses are per
+            token, also `completions` (the mean over its tokens, averaged over the completions of a step),
+            `completion_sums` (the sum over its tokens) and `longest` (that sum over the most tokens there may be).
         f_divergence: an f-divergence other than the reverse KL has a meaning for it.
         around: options that the algorithm applies before or beside the function.
         key: what a run file calls it when it stands alone; empty: its name; None: only Python has it.
         preset: options that the run file's name stands for besides the loss.
+        level: what a log-ratio of sampled completions is: of each `token`; their mean over the completion
+            (`sequence`); or their `sum`.
     """
 
     name: str
@@ -142,7 +152,8 @@ class Objective:
     f_divergence: bool = False
     around: tuple[Option, ...] = ()
     key: str | None = ""
-    preset: Mapping[str, float] = field(default_factory=dict)
+    preset: Mapping[str, float | str] = field(default_factory=dict)
+    level: Level = "token"
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.function).parameters.values()

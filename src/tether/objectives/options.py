@@ -36,3 +36,28 @@ CENTER = Option(
 
 # TRL's order, and any lead as in TRL.
 SIMPO = (BETA, LABEL_SMOOTHING, replace(SIMPO_GAMMA, allowed=ALPHA.allowed))
+
+# Of sampled completions.
+KL_WEIGHT = Option("beta", 0.0, Range(0), "Weight of the KL divergence from the reference, per nat; 0: no reference.")
+KL_PENALTY = Option(
+    "beta", 0.05, Range(0), "What a nat of KL divergence from the reference costs in reward; 0: no reference."
+)
+_EPSILON_HIGH = Option("epsilon_high", None, _POSITIVE, "How far a ratio may be above 1; unset: as `epsilon`.")
+CLIP = (
+    Option("epsilon", 0.2, Range(0, 1), "How far a ratio may be below 1 before it is clipped."),
+    _EPSILON_HIGH,
+    Option("delta", None, _POSITIVE, "Bound of the ratio where the advantage is negative (dual clip); unset: none."),
+)
+LARGEST_WEIGHT = replace(
+    _EPSILON_HIGH, text="Largest weight of `cispo`, itself and not its distance from 1; must be set."
+)
+SAPO = (
+    Option("sapo_temperature_pos", 1.0, _POSITIVE, "Temperature of `sapo` where the advantage is above 0."),
+    Option("sapo_temperature_neg", 1.05, _POSITIVE, "Temperature of `sapo` elsewhere."),
+)
+VESPO = (
+    Option("vespo_k_pos", 2.0, Range(0), "Power of the weight in `vespo` where the advantage is at least 0."),
+    Option("vespo_lambda_pos", 3.0, Range(0), "Its decay there."),
+    Option("vespo_k_neg", 3.0, Range(0), "Power of the weight in `vespo` where the advantage is negative."),
+    Option("vespo_lambda_neg", 2.0, Range(0), "Its decay there."),
+)

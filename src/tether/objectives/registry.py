@@ -39,13 +39,34 @@ def options_of(algorithm: Algorithm) -> dict[str, Option]:
     return found
 
 
+# What papers and other tools call an objective whose name here is another; a likeness in spelling would mislead.
+FIELD_NAMES = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid",
+    "dpo_pair": "sigmoid",
+    "logistic": "sigmoid",
+    "slic": "hinge",
+    "slic_hf": "hinge",
+    "rdpo": "robust",
+    "robust_dpo": "robust",
+    "dpo_positive": "dpop",
+    "bco": "bco_pair",
+    "nll": "sft",
+    "sppo": "sppo_hard",
+    "exo": "exo_pair",
+    "nca": "nca_pair",
+    "apo": "apo_zero",
+}
+
+
 def unknown_loss(algorithm: Algorithm, name: str) -> str:
     """Words that follow `loss_type`, with the nearest name that exists.
 
     >>> unknown_loss("sft", "nlll")
     "'nlll' is not known; did you mean nll? Allowed are nll, dft."
     """
-    near = get_close_matches(name, OBJECTIVES[algorithm], n=1)
+    said = FIELD_NAMES.get(name.lower(), "")
+    near = [said] if said in OBJECTIVES[algorithm] else get_close_matches(name, OBJECTIVES[algorithm], n=1)
     hint = f"did you mean {near[0]}? Allowed" if near else "allowed"
     return f"{name!r} is not known; {hint} are {', '.join(OBJECTIVES[algorithm])}."
 

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from functools import partial
 
 from tether.objectives import options
-from tether.objectives.losses import anchored, pairwise, ranked, reference_free, reward, supervised, unpaired
+from tether.objectives.losses import (
+    anchored,
+    pairwise,
+    policy_gradient,
+    ranked,
+    reference_free,
+    reward,
+    supervised,
+    unpaired,
+)
 from tether.objectives.objective import Input, Objective, of_pair
 
 _LOGRATIOS, _MEAN_LOGRATIOS = of_pair("logratios"), of_pair("logratios", per_token=True)
@@ -38,6 +47,22 @@ _sft = partial(
     averaged="tokens",
 )
 _cpo = partial(Objective, algorithm="cpo", kind="pair", around=(options.CPO_ALPHA, options.ALPHA))
+
+_RATIOS, _ADVANTAGES, _OF_POLICY = Input("log_ratios"), Input("advantages"), Input("token_logps")
+_AS_GRPO = ("1e-5 to 1e-4", "1e-6 to 3e-6")
+_grpo = partial(
+    Objective,
+    algorithm="grpo",
+    kind="prompt_only",
+    function=policy_gradient.clipped,
+    inputs=(_RATIOS, _ADVANTAGES),
+    options=options.CLIP,
+    around=(options.KL_WEIGHT,),
+    learning_rate=_AS_GRPO,
+)
+_PER_COMPLETION = "averaged over the tokens of each completion, then over the completions of a step"
+_PER_TOKEN = "averaged over the trained tokens of a step"
+_SUMMED_UP = "summed over the tokens of each completion, averaged over the completions of a step"
 
 ROWS: Sequence[Objective] = (
     _dpo(
@@ -358,5 +383,91 @@ ROWS: Sequence[Objective] = (
         convention="stands for `simpo` with `cpo_alpha` 0; `alpha` shapes the reward",
         when="SimPO with another shape of the reward.",
         learning_rate=_AS_SIMPO,
+    ),
+    _grpo(
+        name="grpo",
+        averaged="completions",
+        convention=f"ratios per token; {_PER_COMPLETION}",
+        when="Completions that the policy samples in groups, judged by rewards; each completion counts alike.",
+    ),
+    _grpo(
+        name="dapo",
+        averaged="tokens",
+        convention=f"ratios per token; {_PER_TOKEN}",
+        when="The default: as `grpo`, where long completions should count by their tokens.",
+    ),
+    _grpo(
+        name="dr_grpo",
+        averaged="longest",
+        preset={"scale_rewards": "none"},
+        convention="ratios per token; summed over tokens, over the most tokens a completion may have, averaged over "
+        "the completions of a step",
+        when="When lengths drift: no completion's own length divides its loss; with `scale_rewards: none`.",
+    ),
+    _grpo(
+        name="bnpo",
+        averaged="tokens",
+        convention=f"ratios per token; {_PER_TOKEN}: `dapo` here (TRL's is over the micro-batch)",
+        when="For runs that were made with it.",
+    ),
+    _grpo(
+        name="gspo",
+        averaged="completions",
+        level="sequence",
+        convention=f"one ratio for each completion, of mean log-probs per token; {_PER_COMPLETION}",
+        when="Mixtures of experts, and long completions, where ratios of tokens are noisy.",
+    ),
+    _grpo(
+        name="cispo",
+        function=policy_gradient.cispo,
+        inputs=(_RATIOS, _ADVANTAGES, _OF_POLICY),
+        options=(options.LARGEST_WEIGHT,),
+        preset={"epsilon_high": 5.0},
+        averaged="tokens",
+        convention=f"ratios per token are weights without gradient, at most epsilon_high; {_PER_TOKEN}",
+        when="When rare tokens that decide should keep their gradient, which a clip takes.",
+    ),
+    _grpo(
+        name="sapo",
+        function=policy_gradient.sapo,
+        options=options.SAPO,
+        averaged="completions",
+        convention=f"ratios per token through a soft gate; {_PER_COMPLETION}",
+        when="When several updates are made of one rollout and a hard clip loses too much.",
+    ),
+    _grpo(
+        name="luspo",
+        averaged="completion_sums",
+        level="sequence",
+        convention=f"one ratio for each completion, of mean log-probs per token; {_SUMMED_UP}",
+        when="As `gspo`, when completions become too short.",
+    ),
+    _grpo(
+        name="vespo",
+        function=policy_gradient.vespo,
+        inputs=(Input("log_weights"), _ADVANTAGES, _OF_POLICY),
+        options=options.VESPO,
+        averaged="tokens",
+        convention=f"a weight of each whole completion without gradient; {_PER_TOKEN}",
+        when="When rollouts are older than the policy.",
+    ),
+    _grpo(
+        name="reinforce",
+        function=policy_gradient.reinforce,
+        inputs=(_ADVANTAGES, _OF_POLICY),
+        options=(),
+        averaged="tokens",
+        convention=f"no ratios: one update of each rollout; {_PER_TOKEN}",
+        when="The plainest estimate, to compare with.",
+    ),
+    _grpo(
+        algorithm="rloo",
+        name="rloo",
+        averaged="completions",
+        level="sum",
+        around=(options.KL_PENALTY,),
+        convention="one ratio for each completion, of summed log-probs; averaged over the completions of a step; the "
+        "KL divergence is a part of the reward",
+        when="Completions that the policy samples, each compared with the others of its prompt.",
     ),
 )

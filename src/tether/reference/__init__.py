@@ -1,7 +1,14 @@
 """The reference policy: what it means, how it is computed, and the guards that keep it right."""
 
 from tether.reference.base import SAME, Reference, Scorer
-from tether.reference.guard import FrozenProbe, GuardResult, TrainingProof, compare_with_start, require_start_equality
+from tether.reference.guard import (
+    FrozenProbe,
+    GuardResult,
+    TrainingProof,
+    compare_with_start,
+    require_start_equality,
+    why_not_at_start,
+)
 from tether.reference.methods.model import refuse_other_tokenizer
 from tether.reference.resolve import Resolved, resolve
 from tether.reference.spec import ReferenceSpec, RemoteOptions, Sync
@@ -29,4 +36,5 @@ __all__ = [
     "refuse_other_tokenizer",
     "require_start_equality",
     "resolve",
+    "why_not_at_start",
 ]

@@ -70,6 +70,11 @@ class Reference(ABC):
         """Whether it has weights of its own that can go, and come back when something is scored."""
         return False
 
+    @property
+    def model(self) -> nn.Module | None:
+        """A model of the reference's own, apart from the policy; None without one."""
+        return None
+
     def release(self) -> None:
         """Let the weights go; the next `score` brings them back."""
 

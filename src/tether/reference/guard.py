@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from tether.compat.accelerate import plain_optimizer
 from tether.compat.deepspeed import parameter_groups
 from tether.errors import ReferencePolicyError
-from tether.models.structure import trainable_tensors
+from tether.models.fingerprint import model_fingerprint
+from tether.models.structure import adapter_configs, trainable_tensors, unwrap
 from tether.reference.base import Reference, Scorer, frozen_pass, log_probs
+from tether.reference.methods.adapter_check import acting_layer
 from tether.reference.methods.shards import sums
 from tether.types import ScoringBatch
 
@@ -52,27 +54,61 @@ def largest_difference(first: Tensor, second: Tensor) -> float:
     return float("inf") if difference != difference else difference
 
 
-def require_start_equality(result: GuardResult, reference: Reference) -> None:
+def require_start_equality(result: GuardResult, reference: Reference, cause: str = "") -> None:
     """Refuse to train when the policy does not start at a `start` reference.
 
+    Args:
+        result: of the comparison.
+        reference: what the policy was compared with.
+        cause: why they differ, and what to do, see `why_not_at_start`.
+
     Raises:
-        ReferencePolicyError: with the difference and the likely cause.
+        ReferencePolicyError: with the difference and the cause.
     """
     if result.passed:
         return
-    identity = reference.identity
-    causes = {
-        "adapter_off": "the adapter is not zero at the start (a continued adapter, or an initialisation such as "
-        "PiSSA or OLoRA that rewrites the base), so the weights without it are not the start. Leave `reference_method` "
-        "unset, or set it to snapshot",
-        "snapshot": "the policy's weights changed after the trainer was made. Make the trainer after the last change",
-        "remote": "the server's model is not the policy's start. Serve the weights that this run starts from",
-        "model": "the copy was made from other weights than the policy holds now. Leave `reference_method` unset",
-    }
     raise ReferencePolicyError(
         f"The policy is not at its reference before the first update: on {result.rows} rows a token's log-probability "
         f"differs by {result.max_difference:.3g} nats (allowed {result.tolerance:.0e}). The reference means the "
-        f"policy at the start, computed by {identity.method}. Likely cause: {causes.get(identity.method, 'unknown')}."
+        f"policy at the start, computed by {reference.identity.method}. Cause: {cause or 'unknown'}."
+    )
+
+
+def why_not_at_start(policy: nn.Module, reference: Reference, updates: int) -> str:
+    """Why a policy is no longer at its `start` reference, found by comparing it with what was recorded then.
+
+    Args:
+        policy: as it is now.
+        reference: resolved when the trainer was made.
+        updates: that the trainer has made since then.
+    """
+    identity = reference.identity
+    if updates:
+        return (
+            f"this trainer has trained already, {updates} updates, and its reference is the policy before them. Make "
+            "a new trainer from the policy as it is now, or go on with train(resume_from_checkpoint=...)"
+        )
+    try:
+        whole, under = (model_fingerprint(unwrap(policy), without_adapters=without) for without in (False, True))
+    except ReferencePolicyError:
+        return "the policy's weights changed after the trainer was made, or are not as they were when they are sharded"
+    if identity.fingerprint == under and adapter_configs(policy):
+        acting = acting_layer(policy)
+        if acting:
+            return (
+                f"{acting}, and it was nothing when the trainer was made; the weights under it are as they were. Make "
+                "the trainer after the last change of the adapter"
+            )
+    if identity.fingerprint not in (whole, under):
+        return (
+            f"the policy's weights changed after the trainer was made (their fingerprint was {identity.fingerprint} "
+            f"and is {under if identity.method == 'adapter_off' else whole}). Make the trainer after the last change"
+        )
+    if identity.method == "remote":
+        return "the server's model is not the policy's start. Serve the weights that this run starts from"
+    return (
+        "the weights are as they were when the trainer was made, so it is the computation that changed: a hook, a "
+        "buffer, an attention implementation or the device. Leave it as it was, or make the trainer later"
     )
 
 
@@ -121,11 +157,16 @@ class FrozenProbe:
 
 
 class TrainingProof:
-    """Proof that something trains: trainable tensors exist, the optimizer holds them, and a step changes one."""
+    """Proof that something trains: trainable tensors exist, the optimizer holds them, and a step changes one.
+
+    Attributes:
+        updates: steps so far that could change something, of all calls of `train`.
+    """
 
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
         self._before: dict[str, Tensor] | None = None
+        self.updates = 0
         require_trainable(policy)
 
     def require_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -12,12 +12,22 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ReferencePolicyError
+from tether.models.adapting.perturbed import perturbed
 from tether.models.fingerprint import fingerprint, model_fingerprint
-from tether.models.structure import adapter_on, adapter_tensors, adapters_off, dtype_of, trainable_tensors, unwrap
-from tether.reference.base import SAME, Reference, Scorer
-from tether.reference.guard import GuardResult, compare_with_start
+from tether.models.structure import (
+    adapter_configs,
+    adapter_on,
+    adapter_tensors,
+    adapters_off,
+    dtype_of,
+    trainable_tensors,
+    unwrap,
+)
+from tether.reference.base import SAME, Reference, Scorer, log_probs
+from tether.reference.guard import GuardResult, compare_with_start, largest_difference
 from tether.reference.methods.adapter import AdapterOffReference, AdapterOnReference
 from tether.reference.methods.adapter_check import (
+    acting_layer,
     active_adapters,
     learnt_for_some_tokens,
     outside_adapters,
@@ -134,12 +144,14 @@ def _resolve_start(run: _Run) -> Resolved:
 
 def _resolve_base(run: _Run) -> Resolved:
     spec, policy = run.spec, run.policy
-    rewritten = rewritten_base(policy)
+    source = spec.base() if spec.base is not None else None
+    rewritten = rewritten_base(policy, source)
     if rewritten:
         raise ReferencePolicyError(
             f"reference: base was asked for, but {rewritten} wrote into the base weights, so the model without "
             "its adapter is no longer the base. Use reference: start, or name the base as reference: {model: ...}."
         )
+    known = "; its weights are the source's" if source is not None else "; there is no source to compare it with"
     outside = outside_adapters(policy)
     if spec.method == "adapter_off" and (outside or not adapter_tensors(policy)):
         raise ReferencePolicyError(
@@ -151,7 +163,8 @@ def _resolve_base(run: _Run) -> Resolved:
     identity = _identity(spec, method, policy, without_adapters=True)
     if method == "adapter_off":
         what = f"adapter {active_adapters(policy)} switched off" if adapter_tensors(policy) else "no adapter, no update"
-        return Resolved(AdapterOffReference(policy, run.scorer, identity), f"reference: base, by adapter_off: {what}")
+        line = f"reference: base, by adapter_off: {what}{known}"
+        return Resolved(AdapterOffReference(policy, run.scorer, identity), line)
     why = f"because {some(outside)} outside any adapter would train" if outside else "as forced"
     reference, what = _snapshot(
         run,
@@ -161,7 +174,7 @@ def _resolve_base(run: _Run) -> Resolved:
         around=partial(adapters_off, policy),
         fingerprint=lambda: model_fingerprint(unwrap(policy), without_adapters=True),
     )
-    return Resolved(reference, f"reference: base, by snapshot: {what}")
+    return Resolved(reference, f"reference: base, by snapshot: {what}{known}")
 
 
 def _resolve_adapter(run: _Run) -> Resolved:
@@ -227,7 +240,7 @@ class _WithoutAdapter:
 
 def _without_adapter(run: _Run) -> _WithoutAdapter:
     policy = run.policy
-    if not isinstance(unwrap(policy), PeftModel):
+    if not adapter_configs(policy):
         return _WithoutAdapter(False, "the policy has no adapter")
     outside = outside_adapters(policy)
     objection = f"{some(outside)} outside the adapter would train" if outside else ""
@@ -236,12 +249,18 @@ def _without_adapter(run: _Run) -> _WithoutAdapter:
         return _WithoutAdapter(False, objection or f"the adapter on {learnt!r} already holds something")
     off = AdapterOffReference(policy, run.scorer, NoReference.identity)
     result = compare_with_start(policy, off, run.scorer, run.probe, SAME)
-    if result.passed:
-        return _WithoutAdapter(True, objection)
-    rewritten = rewritten_base(policy)
-    because = f"{rewritten} rewrote the base weights" if rewritten else "the adapter already holds something"
-    far = f"without the adapter a token is {result.max_difference:.2g} nats from the start ({because})"
-    return _WithoutAdapter(False, objection or far)
+    if not result.passed:
+        far = f"without the adapter a token is {result.max_difference:.2g} nats from the start"
+        return _WithoutAdapter(False, f"{far} (the adapter already holds something, or its base was rewritten)")
+    acting = acting_layer(policy)
+    if acting:
+        return _WithoutAdapter(False, objection or acting)
+    start = log_probs(off, run.probe)
+    with perturbed(policy):
+        moved = largest_difference(log_probs(off, run.probe), start)
+    if moved > SAME:
+        return _WithoutAdapter(False, objection or f"the adapter acts by {moved:.2g} nats while it is switched off")
+    return _WithoutAdapter(True, objection)
 
 
 def _start_fingerprint(run: _Run) -> str:

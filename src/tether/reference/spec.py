@@ -116,6 +116,7 @@ class ReferenceSpec:
         sync: how the reference moves; None for not at all.
         spill: folder that takes a large snapshot while a full store does not need it; None keeps it in memory.
         reload: loads the other model again after a full store let it go; None for one that was given in memory.
+        base: for `base`, gives the fingerprint of the base as its source has it; None where there is no source.
     """
 
     meaning: Meaning = "start"
@@ -129,6 +130,7 @@ class ReferenceSpec:
     sync: Sync | None = None
     spill: Path | None = None
     reload: Callable[[], nn.Module] | None = field(default=None, repr=False, compare=False)
+    base: Callable[[], str | None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.meaning not in METHODS:

@@ -25,7 +25,7 @@ def verdict_cards(run: Run) -> list[Html]:
         if isinstance(result, dict) and "before_mean" in result:
             cards.append(_change_card(name, result))
         elif isinstance(result, dict) and "value" in result:
-            cards.append(_value_card(name, result))
+            cards.append(_value_card(run, name, result))
     accuracy = run.last("eval_rewards/accuracies")
     if "reward_accuracy" not in run.evaluation and math.isfinite(accuracy):
         cards.insert(0, _card("Reward accuracy", number(accuracy, 3), None, ["last evaluation during training"], None))
@@ -68,7 +68,42 @@ def _count(result: dict[str, Any], of: str) -> str:
     return f"{number(result['n'])} {of}" if "n" in result else ""
 
 
-def _value_card(name: str, result: dict[str, Any]) -> Html:
+# Nats a chosen completion may lose whatever its length (longer ones: half of what they began with), and steps and rows
+# below which a figure says little of what was learnt.
+_LOST_NATS = 20.0
+_FEW_STEPS = 10
+_FEW_ROWS = 30
+
+
+def doubts_about(run: Run) -> list[tuple[str, str]]:
+    """What else is known of a run that speaks against a good verdict, each with `bad` or `open`.
+
+    An accuracy counts pairs alone: it is 1 as well where both completions became impossible, the rejected one more so.
+
+    Args:
+        run: what was read.
+    """
+    found: list[tuple[str, str]] = []
+    start, hit, before = run.first("logps/chosen"), run.last("mean_token_accuracy"), run.first("mean_token_accuracy")
+    ends = [run.last(key) for key in ("eval_logps/chosen", "logps/chosen")]
+    lost = start - next((end for end in ends if math.isfinite(end)), math.nan)
+    if hit < before / 4 or hit == 0.0:
+        found.append((f"the model no longer predicts the tokens of the data (accuracy {number(hit, 3)})", "bad"))
+    if lost > max(_LOST_NATS, abs(start) / 2):
+        found.append((f"chosen completions became {number(lost, 0)} nats less likely", "bad"))
+    if run.last("eval_rewards/margins") <= 0:
+        found.append(("the mean margin is not above zero", "open"))
+    steps = max((as_number(line.get("step")) for line in run.metrics if "step" in line), default=math.nan)
+    if steps < _FEW_STEPS:
+        found.append((f"{number(steps)} steps are too few to have learnt much", "open"))
+    result = run.evaluation.get("reward_accuracy")
+    rows = as_number(result.get("n")) if isinstance(result, dict) else math.nan
+    if rows < _FEW_ROWS:
+        found.append((f"{number(rows)} rows are too few to tell", "open"))
+    return found
+
+
+def _value_card(run: Run, name: str, result: dict[str, Any]) -> Html:
     value, low, high = (as_number(result.get(key)) for key in ("value", "low", "high"))
     notes = [_interval(result, 3), _count(result, "held-out pairs" if name == "reward_accuracy" else "rows")]
     chance = "accuracy" in name or "win_rate" in name
@@ -76,6 +111,9 @@ def _value_card(name: str, result: dict[str, Any]) -> Html:
     if chance:
         strip = interval_strip(value, low, high, 0.5, (0.0, 1.0))
         verdict = _verdict(low, high, 0.5, ("Above chance", "Below chance", "Not told apart from chance"))
+        doubts = doubts_about(run)
+        if doubts and verdict is not None and verdict[1] == "good":
+            verdict = (f"{verdict[0]}, but {'; '.join(doubt for doubt, _ in doubts)}", min(kind for _, kind in doubts))
     return _card(title_of(name), number(value, 3), strip, notes, verdict)
 
 

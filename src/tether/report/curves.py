@@ -18,6 +18,8 @@ _MORE = (
     ("Learning rate", "learning_rate"),
     ("Entropy of the policy, nats per token", "entropy"),
     ("Mean token accuracy", "mean_token_accuracy"),
+    ("Mean length of sampled completions, tokens", "completions/mean_length"),
+    ("Groups whose rewards are all equal", "frac_reward_zero_std"),
     ("Tokens per second", "tokens_per_second"),
 )
 
@@ -100,6 +102,8 @@ def main_charts(run: Run) -> list[Html]:
             "Reward accuracy", lines(metrics, "rewards/accuracies"), baseline=(0.5, "chance"), bounds=(0.0, 1.0)
         ),
         line_chart("Rewards", rewards, baseline=(0.0, "")),
+        line_chart("Reward of sampled completions", lines(metrics, "reward")),
+        line_chart("KL divergence from the reference, nats per token", lines(metrics, "kl"), baseline=(0.0, "")),
     )
     return [chart for chart in charts if chart is not None]
 

@@ -39,6 +39,10 @@ class Run:
     evaluation: dict[str, Any]
     samples: list[dict[str, Any]]
 
+    def first(self, key: str) -> float:
+        """The first value of a metric; NaN where none was logged."""
+        return next((as_number(line[key]) for line in self.metrics if key in line), float("nan"))
+
     def last(self, key: str) -> float:
         """The last value of a metric; NaN where none was logged."""
         return next((as_number(line[key]) for line in reversed(self.metrics) if key in line), float("nan"))

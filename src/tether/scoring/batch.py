@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
     Args:
         examples: at least one; each with completions of at least one token, of which at least one is scored, and with a
             prompt of at least one token (it predicts the first completion token) unless no first token is scored. All
-            have the same `values`.
+            have values of the same names, at each level.
 
     Returns:
         The batch; completions are numbered in order, so pair i is completions 2i (chosen) and 2i + 1 (rejected).
@@ -78,7 +79,9 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
         keys=tuple(key for example in examples for key in example.keys),
         branches=tuple(places),
         examples=tuple(examples),
-        values=_values(examples),
+        values=_by_name(examples, "values", lambda value, _: torch.tensor([float(value)])),
+        completion_values=_by_name(examples, "completion_values", lambda value, _: value),
+        token_values=_by_name(examples, "token_values", lambda value, masks: torch.cat(value)[torch.cat(masks)]),
         images=images if any(image is not None for image in images) else (),
     )
 
@@ -114,15 +117,57 @@ def _scored(example: Example) -> list[Tensor]:
     return list(masks)
 
 
-def _values(examples: Sequence[Example]) -> dict[str, Tensor]:
-    names = examples[0].values.keys()
-    for example in examples:
-        if example.values.keys() != names:
+def _by_name(examples: Sequence[Example], level: str, flat: Callable[[Any, list[Tensor]], Tensor]) -> dict[str, Tensor]:
+    """The examples' values of one level, joined.
+
+    Args:
+        examples: with the same names.
+        level: the field that holds them.
+        flat: one example's value, and its masks of scored tokens, to a tensor of one dimension.
+    """
+    held = [getattr(example, level) for example in examples]
+    for example, values in zip(examples, held, strict=True):
+        if values.keys() != held[0].keys():
             raise ScoringError(
-                f"Row {example.source_row} has the values {sorted(example.values)} and the first row of its batch "
-                f"{sorted(names)}; give every row the same."
+                f"Row {example.source_row} has the {level} {sorted(values)} and the first row of its batch "
+                f"{sorted(held[0])}; give every row the same."
             )
-    return {name: torch.tensor([float(example.values[name]) for example in examples]) for name in names}
+    if not held[0]:
+        return {}
+    masks = [_scored(example) for example in examples]
+    found = {}
+    for name in held[0]:
+        parts = [flat(values[name], mask) for values, mask in zip(held, masks, strict=True)]
+        found[name] = torch.cat(parts).float()
+    return found
+
+
+def with_token_values(batch: ScoringBatch, values: Mapping[str, Tensor]) -> tuple[Example, ...]:
+    """The examples of a batch, with further numbers of their tokens: what `pack` then joins again.
+
+    Args:
+        batch: as `pack` made it.
+        values: `[N]` each, by name; tokens that are not scored get 0.
+
+    Example:
+        >>> batch = pack([Example.of([1, 5], [[7, 2], [8]], scored=[[False, True], [True]])])
+        >>> (example,) = with_token_values(batch, {"reference": torch.tensor([-1.0, -2.0])})
+        >>> [part.tolist() for part in example.token_values["reference"]]
+        [[0.0, -1.0], [-2.0]]
+        >>> pack([example]).token_values["reference"].tolist()
+        [-1.0, -2.0]
+    """
+    masks = [_scored(example) for example in batch.examples]
+    lengths = [int(mask.sum()) for group in masks for mask in group]
+    parts = {name: iter(tensor.detach().cpu().float().split(lengths)) for name, tensor in values.items()}
+    found = []
+    for example, group in zip(batch.examples, masks, strict=True):
+        new = {
+            name: tuple(torch.zeros(len(mask)).masked_scatter(mask, next(part)) for mask in group)
+            for name, part in parts.items()
+        }
+        found.append(replace(example, token_values={**example.token_values, **new}))
+    return tuple(found)
 
 
 def with_prompts(batch: ScoringBatch) -> ScoringBatch:
@@ -142,6 +187,10 @@ def with_prompts(batch: ScoringBatch) -> ScoringBatch:
         >>> batch.targets.tolist(), batch.completion_index.tolist()
         ([7, 2, 8, 5, 6], [0, 0, 1, 2, 2])
     """
+    if batch.token_values or batch.completion_values:
+        raise ScoringError(
+            "Prompts are scored beside completions, and values by completion or token have none of them."
+        )
     row = batch.input_ids[0]
     prompts = [_prompt_sources(batch, tree) for tree in trees_of_examples(batch)]
     sources = torch.cat(prompts)

@@ -47,7 +47,7 @@ def frozen_head(head: Head) -> Head:
     copy.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     if module.bias is not None:
         copy.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
-    return Head(copy, head.scale, head.softcap, head.shift)
+    return replace(head, module=copy)
 
 
 def token_divergence(reference: Scores, policy: Scores, *, chunk: int = CHUNK) -> Tensor:

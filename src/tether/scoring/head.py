@@ -33,13 +33,15 @@ OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
 class Head:
     """A language-model head: `logits = softcap * tanh(scale * (linear(hidden) + shift) / softcap)`, all in float32.
 
-    `shift [vocabulary]` is a constant that the architecture adds to the logits outside the module.
+    `shift [vocabulary]` is a constant that the architecture adds to the logits outside the module. What is returned is
+    divided by `temperature`: that of the distribution that is asked for, 1 for the model's own.
     """
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
     shift: Tensor | None = None
+    temperature: float = 1.0
 
     @property
     def is_plain(self) -> bool:
@@ -63,13 +65,16 @@ class Head:
         return self.finish(raw if self.shift is None else raw + self.shift.flatten())
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Scale and softcap of the raw product, in float32."""
+        """Scale, softcap and temperature of the raw product, in float32."""
         logits = logits.to(_sum_dtype(logits.dtype))
         logits = logits if self.scale == 1.0 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def unfinish(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Gradient with respect to the raw product, from the one with respect to the finished `logits`."""
+        if self.temperature != 1.0:
+            grad, logits = grad / self.temperature, logits * self.temperature
         if self.softcap is not None:
             grad = grad * (1 - (logits / self.softcap) ** 2)
         return grad if self.scale == 1.0 else grad * self.scale

@@ -14,6 +14,15 @@ def has_router(model: PreTrainedModel) -> bool:
     return hasattr(model.config.get_text_config(), "output_router_logits")
 
 
+def lacking_router(model: PreTrainedModel) -> str:
+    """Why an architecture has no load-balancing loss, as far as its code says so; empty where it may have one."""
+    if not has_router(model):
+        return f"{type(model).__name__} has no experts to balance"
+    if router_loss(model) is None:
+        return f"transformers computes no load-balancing loss for {type(model).__name__}"
+    return ""
+
+
 def load_balancing_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     """`E * sum_e f_e P_e`, the architecture's own function, over real tokens and all layers.
 

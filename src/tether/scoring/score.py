@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from tether.compat.transformers import carries_state, logits_bias
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import virtual_tokens
+from tether.models.before.limits import rotary_limit
 from tether.models.structure import transformers_model
 from tether.scoring.attention.interface import (
     Backend,
@@ -28,6 +30,8 @@ from tether.scoring.layout.vision import padded_images, tree_images
 from tether.scoring.router import has_router, load_balancing_loss
 from tether.types import Scores, ScoringBatch
 
+# How long each row of a padded forward is without its padding, for hooks on the model; None outside of one.
+row_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("row_lengths", default=None)
 Layout = Literal["tree", "padded", "encoder_decoder"]
 Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden"]
 
@@ -40,6 +44,7 @@ def score(
     layout: Layout = "tree",
     backend: Backend | Literal["auto"] = "auto",
     chunk: int = CHUNK,
+    temperature: float = 1.0,
 ) -> Scores:
     """Log-probability of every completion token of a batch under a language model.
 
@@ -50,13 +55,12 @@ def score(
         model: a transformers or PEFT model, wrapped or not, that begins on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
-            `log_collision`; its `hidden` state before the head; of the whole batch `aux_loss`, see
-            `load_balancing_loss`.
+            `log_collision`; its `hidden` state before the head; `aux_loss` (`load_balancing_loss`) of the batch.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own; `encoder_decoder` encodes each prompt once, for models with an encoder.
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
             device's first choice.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once; `temperature`: what these logits are divided by.
 
     Returns:
         `Scores` with `token_logps [N]` in float32 nats.
@@ -67,14 +71,14 @@ def score(
     """
     inner = transformers_model(model)
     _check_request(inner, outputs, layout, virtual_tokens(model))
-    head, routed, kept = head_of(inner), "aux_loss" in outputs, "hidden" in outputs
+    head, routed, kept = head_of(inner, temperature), "aux_loss" in outputs, "hidden" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     if "forest" in inputs:
         inputs["tree_backend"] = backends_for(batch.input_ids.device, gradients=False, requested=backend)[0]
     if has_router(inner):
         inputs["output_router_logits"] = routed
-    with _capture_hidden(head.module) as captured, context as attended:
+    with capture_hidden(head.module) as captured, context as attended:
         answer = model(**inputs, use_cache=False)
     if attended is not None:
         require_all_attended(inner, attended)
@@ -108,20 +112,16 @@ def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str
 
 def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:
     """Some rotary embeddings take their factors from the longest sequence of a forward, so that rows would mix."""
-    config: Any = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("longrope", "dynamic"):
-        return
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    limit = rotary_limit(model.config)
     longest = int(batch.position_ids.max()) + 1
-    if longest > limit:
+    if limit is not None and longest > limit[0]:
         raise ScoringError(
             f"A sequence has {longest} tokens, and {type(model).__name__} changes its rotary embedding "
-            f"({rope['rope_type']}) for every row of a forward beyond {limit}. Set max_length to {limit} or less."
+            f"({limit[1]}) for every row of a forward beyond {limit[0]}. Set max_length to {limit[0]} or less."
         )
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
     """The language-model head, with the scale and softcap that the architecture applies to its logits."""
     module = model.get_output_embeddings()
     if module is None:
@@ -133,7 +133,8 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     # BART adds a bias of its own to the logits; its head is a linear layer without one.
-    return Head(module, scale / divisor, getattr(config, "final_logit_softcapping", None), logits_bias(model))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module, scale / divisor, softcap, logits_bias(model), temperature)
 
 
 def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tensor:
@@ -143,7 +144,7 @@ def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tens
 
 
 @contextmanager
-def _capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
+def capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what enters the head and let it compute nothing: the fused head does its work on scored rows only."""
     captured: list[Tensor] = []
 
@@ -158,15 +159,33 @@ def _capture_hidden(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+def require_tree(model: PreTrainedModel) -> None:
+    """Refuse a model that is known not to keep branches apart.
+
+    Raises:
+        ScoringError: with the reason.
+    """
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
     if chunk:
         raise ScoringError(f"{type(model).__name__} attends in chunks of {chunk} tokens along the row")
     if carries_state(model):
         raise ScoringError(f"{type(model).__name__} carries state along the row, which would run through the branches")
+
+
+def _tree(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
+    require_tree(model)
     install_tree_attention(model)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "forest": batch.forest}
     return tree_images(model, batch, inputs), batch.sources, forest_forward()
+
+
+@contextmanager
+def _lengths_of(rows: list[Tensor]) -> Iterator[None]:
+    token = row_lengths.set(tuple(map(len, rows)))
+    try:
+        yield
+    finally:
+        row_lengths.reset(token)
 
 
 def _padded(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any], Tensor, Any]:
@@ -176,10 +195,10 @@ def _padded(model: PreTrainedModel, batch: ScoringBatch) -> tuple[dict[str, Any]
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    positions = torch.arange(width, device=ids.device).expand_as(ids)
     sources = torch.cat([i * width + where for i, where in enumerate(sequence_sources(batch))])
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return padded_images(model, batch, inputs), sources, nullcontext()
+    # Each model counts positions as it does for itself; padding comes last.
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return padded_images(model, batch, inputs), sources, _lengths_of(rows)
 
 
 _LAYOUTS: dict[str, Callable[[PreTrainedModel, ScoringBatch], tuple[dict[str, Any], Tensor, Any]]] = {

@@ -12,24 +12,35 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import TetherError
-from tether.reference import FrozenProbe, TrainingProof
+from tether.reference import FrozenProbe
+from tether.training.setup.run import Run
 
 METRICS = "metrics.jsonl"
 _STUCK_LOGS = 20
+# Updates after which the layout is proved once more: the first changes an adapter's zero half alone.
+_PROVED_AFTER = 2
 
 
 class GuardCallback(TrainerCallback):
     """Runs the guards of `tether.reference.guard` at their moments.
 
     Args:
-        proof: that something trains.
+        run: has the proof that something trains; a step of its algorithm may have no gradient, and proves nothing then.
         begin: called once before the first step; checks start equality and returns the frozen probe, or None for no
             reference.
         every: steps between two checks of the frozen probe; 0 for never.
+        prove_again: proves the layout once more, given how many updates there were; called once.
     """
 
-    def __init__(self, proof: TrainingProof, begin: Callable[[TrainerState], FrozenProbe | None], every: int) -> None:
-        self._proof, self._begin, self._every = proof, begin, every
+    def __init__(
+        self,
+        run: Run,
+        begin: Callable[[TrainerState], FrozenProbe | None],
+        every: int,
+        prove_again: Callable[[int], None],
+    ) -> None:
+        self._proof, self._still = run.proof, run.algorithm.still_steps
+        self._begin, self._every, self._prove_again = begin, every, prove_again
         self._probe: FrozenProbe | None = None
         self._moving = False
         self._zero_margins = 0
@@ -46,20 +57,29 @@ class GuardCallback(TrainerCallback):
         """Remember whether this step can change anything: a warm-up starts at a learning rate of 0."""
         optimizer: torch.optim.Optimizer = kwargs["optimizer"]
         self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
+        if self._moving and self._still and self._proof.pending:
+            tensors = (one for group in optimizer.param_groups for one in group["params"])
+            self._moving = any(one.grad is not None and bool(one.grad.any()) for one in tensors)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Something changed, and the reference did not."""
         # In float16 the gradient scaler skips steps until it has found its scale.
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
-        if self._proof.pending and self._moving and not skipped:
-            self._proof.require_change(state.global_step)
+        if self._moving and not skipped:
+            self._proof.updates += 1
+            if self._proof.pending:
+                self._proof.require_change(state.global_step)
+            if self._proof.updates == _PROVED_AFTER:
+                self._prove_again(self._proof.updates)
         if self._probe is not None and self._every and state.global_step % self._every == 0:
             self._probe.check(state.global_step)
         if self._probe is not None:
             self._probe.follow(state.global_step, rescore=bool(self._every))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """The reference is still where it was."""
+        """The reference is still where it was; a run too short for the second proof of the layout has it here."""
+        if 0 < self._proof.updates < _PROVED_AFTER:
+            self._prove_again(self._proof.updates)
         if self._probe is not None and self._every:
             self._probe.check(state.global_step)
 

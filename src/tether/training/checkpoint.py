@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from tether.errors import ConfigError
 from tether.models.adapters import load_active
+from tether.models.adapting.rewritten import load_plain
 from tether.models.structure import unwrap
-from tether.reference.record import read_record
+from tether.reference.record import RECORD, read_record
 
 logger = logging.getLogger("tether")
 OBJECTIVE = "objective.json"
 _STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-\d+")
 # Parts of a checkpoint that `save_only_model` leaves out, by the first words of their files and folders.
 _OPTIMIZER = {
     "the optimizer": ("optimizer", "global_step"),
@@ -41,13 +43,30 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
     if not resume:
         return None
     if resume is True:
-        last = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
+        last = last_checkpoint(output_dir)
         if last is None:
-            raise ConfigError(f"There is no checkpoint in {output_dir} to resume from. Start without resuming.")
-        return Path(last)
+            raise ConfigError(f"There is no whole checkpoint in {output_dir} to resume from. Start without resuming.")
+        return last
     if not Path(resume).is_dir():
         raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
     return Path(resume)
+
+
+def last_checkpoint(output_dir: str | Path | None) -> Path | None:
+    """The last whole checkpoint of a run folder; None where there is none.
+
+    One that a killed run or a full disk left half written lacks what is written last; it is passed over, with a
+    warning.
+    """
+    folder = Path(output_dir) if output_dir else None
+    if folder is None or not folder.is_dir():
+        return None
+    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)}
+    for _, path in sorted(found.items(), reverse=True):
+        if all((path / name).is_file() for name in (_STATE, RECORD)):
+            return path
+        logger.warning(f"{path} is half written and passed over; the checkpoint before it is taken")
+    return None
 
 
 def refuse_second_run(steps: int, folder: Path | None) -> None:
@@ -148,8 +167,8 @@ def load_renamed(model: nn.Module | None, folder: str | Path) -> bool:
 
 
 def load_checkpoint(model: nn.Module, folder: str | Path) -> bool:
-    """Load weights where transformers would lose some, see `load_renamed` and `load_active`; False: it may."""
-    return load_active(model, folder) or load_renamed(model, folder)
+    """Load weights where transformers would lose some, see the three functions; False: it may."""
+    return load_active(model, folder) or load_plain(model, folder) or load_renamed(model, folder)
 
 
 def _names(file: Path) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from tether.compute.cpu_matmul import LIBRARIES
+from tether.data.audit.limits import check_limits
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
@@ -17,11 +18,11 @@ from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
 from tether.scoring import Layout
 from tether.training.declared import Declared, Whole, keywords, option
+from tether.training.surface.accepted import AcceptedArguments
 from tether.types import Kind, Meaning, Method
 
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
-    "remove_unused_columns": (False, "the batch is made of columns that no model's forward names"),
     "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
     "label_smoothing_factor": (0.0, "it belongs to a loss over labels; `label_smoothing` is the objective's"),
     "label_names": (None, "batches have no labels"),
@@ -32,9 +33,20 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "fp16_full_eval": (False, "evaluation scores as training does"),
     "prediction_loss_only": (False, "evaluation keeps no predictions in any case"),
     "eval_use_gather_object": (False, "no predictions are gathered"),
-    "resume_from_checkpoint": (None, "pass it to train()"),
     "use_liger_kernel": (False, "it would replace the model's forward, which scoring relies on"),
+    "liger_kernel_config": (None, "Liger's kernels would replace the model's forward, which scoring relies on"),
+    "eval_do_concat_batches": (True, "no predictions are kept during evaluation"),
+    "include_num_input_tokens_seen": ("no", "num_tokens is logged in any case"),
+    "average_tokens_across_devices": (True, "a loss has the denominators of the whole step in any case"),
+    "length_column_name": ("length", "rows are not grouped by length"),
+    "parallelism_config": (None, "a packed row cannot be cut over devices; use FSDP or DeepSpeed to shard weights"),
+    "use_cache": (False, "training makes no use of a key-value cache"),
+    "torch_empty_cache_steps": (None, "a step is split by max_tokens_per_forward; lower that where memory is short"),
 }
+_DEBUG = (
+    "transformers' detector stops at the output of the head, which is empty here since logits are never built; a loss "
+    "or gradient that is not finite stops a run in any case. Leave it out"
+)
 # Fields of TrainingArguments that take a mapping, or one as JSON text.
 _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
 
@@ -197,7 +209,7 @@ class ReferenceArguments(Declared):
 
 
 @dataclass
-class PreferenceConfig(ReferenceArguments, TrainingArguments):
+class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments):
     """What every preference trainer takes, on top of `transformers.TrainingArguments` and `ReferenceArguments`.
 
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
@@ -221,7 +233,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         allowed=LIBRARIES,
     )
     remove_unused_columns: bool = option(
-        False, "Stays off, the batch is made of columns that no model's forward names."
+        True, "Taken as TRL has it; no column is removed by it, since rows are prepared beforehand."
     )
     logging_nan_inf_filter: bool = option(False, "Stays off, a loss that is not a number must be seen.")
     max_length: int | None = option(
@@ -253,7 +265,13 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         "in `$TETHER_CACHE` or in `~/.cache/tether`; None: nowhere, and each process prepares for itself.",
         key="data.cache",
     )
-    dataset_streaming: bool = option(
+    dataset_check: dict[str, float] | str | None = option(
+        None,
+        'Largest shares of rows with each finding of `tether data check`, such as `{"identical": 0.01}`; a run whose '
+        "rows are above one is refused before weights load. Of a stream, its first rows are looked at.",
+        key="data.check",
+    )
+    stream_dataset: bool = option(
         False,
         "Prepare the training rows while training goes on, and never hold them all; so it is done for a "
         "`datasets.IterableDataset` in any case. Needs `max_steps`.",
@@ -261,7 +279,7 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     )
     dataset_buffer_size: int = option(
         1000,
-        "Rows of a stream among which each next one is drawn, as `datasets` shuffles streams; with "
+        "Rows of a stream among which each next one is drawn; with "
         '`train_sampling_strategy="sequential"` none is drawn and rows come in their order.',
         allowed=(Whole(1, "row"),),
         key="data.buffer_size",
@@ -277,6 +295,12 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         None,
         "New tokens for tokenizer and model; each begins as the mean of all others.",
         key="model.add_tokens",
+    )
+    chat_template_path: str | None = option(
+        None,
+        "Chat template that conversations are written with: a file of it (.jinja), or the name or folder of a "
+        "tokenizer whose template it is; None: the model's own.",
+        key="model.chat_template",
     )
     train_parameters: list[str] | None = option(
         None,
@@ -311,6 +335,10 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Without an accelerator there is nothing else to compute on, and transformers wants it said.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.activation_checkpointing is not None:  # the newer name of the two, which has no default of TRL's
+            self.gradient_checkpointing = self.activation_checkpointing  # type: ignore[override]
         if self.bf16 is None and (self.fp16 or not self.computes_on_cpu()):
             self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
@@ -319,22 +347,49 @@ class PreferenceConfig(ReferenceArguments, TrainingArguments):
         if isinstance(limit, str) and limit.isdigit():  # from a command line
             self.max_tokens_per_forward = int(limit)
         self.check_declared()
+        self.check_accepted()
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ConfigError(
                 f"is {self.train_sampling_strategy!r}; allowed are random, sequential.", "train_sampling_strategy"
             )
-        if self.dataset_streaming:
+        if self.stream_dataset:
             self.require_streamable()
+        self.dataset_check = keywords("dataset_check", self.dataset_check)
+        check_limits(self.dataset_check or {})
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.check_reference()
+        if self.include_num_input_tokens_seen is False:  # what a command line says of the default
+            self.include_num_input_tokens_seen = "no"
         for name, (kept, reason) in _WITHOUT_EFFECT.items():
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"is {getattr(self, name)!r}; it must stay {kept!r}: {reason}.", name)
         for name in _MAPPINGS:
             if isinstance(value := getattr(self, name, None), str) and value.startswith("{"):
                 setattr(self, name, keywords(name, value))
+        self.remove_unused_columns = False
+        self._check_machine()
         super().__post_init__()
+
+    def _check_machine(self) -> None:
+        """Refuse what cannot work, before transformers fails at it later or calls it by another name."""
+        if self.debug:
+            raise ConfigError(f"is {self.debug!r}: {_DEBUG}.", "debug")
+        if self.fp16 and self.use_cpu:
+            raise ConfigError("is True, and the run computes on a CPU, which has no float16. Set bf16=True.", "fp16")
+        settings = self.accelerator_config
+        if isinstance(settings, dict) and settings.get("dispatch_batches"):
+            raise ConfigError(
+                f"is {settings!r}: one process cannot deal out the batches of all, as packed batches have no common "
+                "shape. Leave dispatch_batches out; each process makes its own.",
+                "accelerator_config",
+            )
+        if self.auto_find_batch_size and (self.fsdp or self.fsdp_config or self.deepspeed):
+            raise ConfigError(
+                "is True, and weights are sharded, so that a run cannot begin again with those of its start. Leave it "
+                "out; max_tokens_per_forward bounds what is computed at once.",
+                "auto_find_batch_size",
+            )
 
     def require_streamable(self) -> None:
         """Refuse what training rows that are streamed cannot do.

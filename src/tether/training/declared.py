@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES, Algorithm, Objective, Range, check_options, options_of, unknown_loss
+from tether.training.surface.retired import Configuration
 
 # Stands for the default of a field that the registry declares; the annotation beside it is for type checkers.
 REGISTERED: Any = object()
@@ -40,7 +41,7 @@ class Whole:
         return f"a whole number from {self.low} {self.unit}".rstrip()
 
 
-Alternative = Range | Whole | str | None
+Alternative = Range | Whole | str | float | None
 
 
 class Text(str):
@@ -79,9 +80,9 @@ class Text(str):
         return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _words(one: Range | Whole | str, *, quoted: bool) -> str:
-    if isinstance(one, str):
-        return f"`{one}`" if quoted else one
+def _words(one: Range | Whole | str | float, *, quoted: bool) -> str:
+    if not isinstance(one, (Range, Whole)):
+        return f"`{one}`" if quoted else str(one)
     return f"a number {one.words}" if isinstance(one, Range) else one.words
 
 
@@ -100,10 +101,18 @@ def option(default: Any, text: str, *, allowed: tuple[Alternative, ...] = (), ke
         allowed: see `Text`.
         key: of the run file; left out: under `objective` for what one algorithm alone has, else under `train`.
     """
-    return dataclasses.field(default=default, metadata={"help": Text(text, allowed, key)})
+    metadata = {"help": Text(text, allowed, key)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-class Declared:
+def refused(kept: Any, reason: str) -> Any:
+    """A field that TRL has and that would do nothing here: it must stay as it is, for a reason."""
+    return option(kept, f"Stays {kept!r}: {reason}.", allowed=(kept,))
+
+
+class Declared(metaclass=Configuration):
     """Base of configurations; a subclass that names its algorithm gets a field for each option in the registry."""
 
     algorithm: ClassVar[Algorithm | None] = None

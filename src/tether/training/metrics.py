@@ -13,7 +13,7 @@ from torch import Tensor
 class MetricSums:
     """Means over real rows and tokens, whatever the split into micro-batches and processes.
 
-    Of a name that begins with `min_` or `max_` the smallest or largest value is kept instead of a mean.
+    Of a name whose last part begins or ends with `min` or `max` the smallest or largest value is kept, and no mean.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,8 @@ def sum_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _extreme(name: str) -> str:
-    return name[:3] if name.startswith(("min_", "max_")) else ""
+    words = name.rpartition("/")[2].split("_")
+    return next((word for word in (words[0], words[-1]) if word in ("min", "max")), "")
 
 
 def _nothing(name: str) -> Tensor:

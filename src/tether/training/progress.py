@@ -23,6 +23,7 @@ _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/margins", "margin", "{:.3g}"),
     ("rewards/accuracies", "accuracy", "{:.2f}"),
+    ("reward", "reward", "{:.3f}"),
 )
 # With these figures a line of a run of some hundred steps fits a terminal of 80 columns; a bar needs a wider one.
 SEPARATOR = "  "
@@ -231,7 +232,7 @@ def evaluations(logs: dict[str, Any]) -> list[str]:
 
 
 def figures(logs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Loss, margin and accuracy of a log in words, where they are there.
+    """Loss, margin, accuracy and reward of a log in words, where they are there.
 
     Args:
         logs: name to value, as the trainer logs them.

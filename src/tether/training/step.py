@@ -43,9 +43,11 @@ class Context:
 
     Args:
         references: scores of micro-batches that the reference has computed already.
+        metrics: to report beside those of the losses, see `LossOutput`.
     """
 
     references: Mapping[MicroBatch, Scores | None] = field(default_factory=dict)
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ class Step:
             a stream lacks.
         totals: `[3]`, the examples, completions and loss tokens of the whole step, over all processes.
         context: what the algorithm found out when the step began.
+        evaluates: it is a micro-batch of an evaluation, which counts in no training log.
     """
 
     shares: tuple[tuple[MicroBatch, ...], ...]
     totals: Tensor
     context: Context = field(default_factory=Context)
+    evaluates: bool = False
 
     @property
     def parts(self) -> tuple[MicroBatch, ...]:

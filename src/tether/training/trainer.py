@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,10 +13,9 @@ from accelerate import Accelerator
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainerState
+from transformers import EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from tether.compat.accelerate import uneven_batches
 from tether.compat.trainer import (
     announce_prediction_step,
     checkpoint_folder,
@@ -32,7 +31,7 @@ from tether.compat.trainer import (
 )
 from tether.compute.precision import require_same_precision, write_precision
 from tether.data.prepare.report import write_reports
-from tether.errors import ConfigError, DataError
+from tether.errors import DataError, RewardError, RolloutError
 from tether.models.partitioned import on_whole_weights, whole_weights
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import FrozenProbe, GuardResult
@@ -51,25 +50,36 @@ from tether.training.checkpoint import (
     write_objective,
 )
 from tether.training.config import PreferenceConfig
-from tether.training.evaluation import evaluate, evaluated_names, prepare_unseen, require_metric
+from tether.training.evaluation import (
+    checked_outputs,
+    evaluate,
+    evaluated_names,
+    require_metric,
+    user_metrics,
+)
 from tether.training.metrics import MetricSums
+from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.saving.before import check_optimizer, rehearse
 from tether.training.saving.saving import Saving
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
-from tether.training.setup.run import Given, Run, build_run, build_step
+from tether.training.setup.restart import Attempts
+from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
 from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.surface.members import Members
+from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
 from tether.types import LossOutput, Scores, ScoringBatch
 
 
-class TetherTrainer(Trainer):
+class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes TRL's arguments first
     """Scores policy and reference with one function and lets an `Algorithm` combine them; see `DPOTrainer` for the
     arguments."""
 
     algorithm_class: ClassVar[type[Algorithm[Any]]]
+    algorithm_parts: Mapping[str, Any] = {}
     args: PreferenceConfig
 
     @on_whole_weights
@@ -82,11 +92,18 @@ class TetherTrainer(Trainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        **others: Any,
     ) -> None:
+        refuse_overrides(type(self), TetherTrainer)
+        others, processing_class = accepted_arguments(others, self.algorithm_class.config, processing_class)
+        for callback in callbacks or ():
+            refuse_callback(callback)
+
         def start(args: Any, policy: nn.Module, train: Any, evaluation: Any, tokenizer: Any) -> Accelerator:
             check_optimizer(args, optimizers[0])
             # A nested function has no first argument that a bare `super()` could take for the trainer.
@@ -97,34 +114,26 @@ class TetherTrainer(Trainer):
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=tokenizer,
+                compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                **others,
             )
             return self.accelerator
 
-        given = Given(
-            model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config, peft_config
-        )
+        data = train_dataset, eval_dataset, processing_class
+        own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
+        more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
+        given = Given(model, ref_model, args, *data, *more)
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
+        self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)
-        self._sums = MetricSums()
-        self._new_tokens = 0
+        self._sums, self._new_tokens, self._attempts = MetricSums(), 0, Attempts()
         self.guard: GuardResult | None = None
+        self._tag_names = ["tether", self.algorithm_class.__name__.lower()]
         self._saving = Saving(self.run, self.args, self.accelerator, self.processing_class)
-        self.add_callback(MetricsFile(self.run_folder))
-        self.add_callback(GuardCallback(self.run.proof, self._begin, self.args.reference_check_steps))
-        if self.run.stored is not None:
-            verify_store(self.run.stored, self.run.source.known)
-            self.add_callback(StoreCallback(self.run.stored, self.run.source, self.accelerator))
         self._display = install_progress(self)
-        for callback in self.run.source.callbacks(self.run.data, self.run_folder, main=self.is_world_process_zero()):
-            self.add_callback(callback)
-        if self.is_world_process_zero():
-            write_reports(self.run_folder, self.run.data.reports)
-        if self.eval_dataset is not None and not reports_more(self, TetherTrainer):
-            names = evaluated_names(self.run, self._scored_loss, self.policy, self._passes(), self.accelerator)
-            require_metric(self.args.metric_for_best_model, names, self.eval_dataset)
-        rehearse(self._save, self.policy, self.args)
+        _follow(self)
 
     @property
     def policy(self) -> nn.Module:
@@ -151,22 +160,25 @@ class TetherTrainer(Trainer):
         source, mark = self.run.source, self.run.source.mark()
         try:
             inputs = list(islice(epoch_iterator, num_batches))
-        except DataError as error:
+        except (DataError, RewardError, RolloutError) as error:
             source.rewind(mark)
-            raise DataError(f"{error}{self._kept_steps()}") from error
+            raise type(error)(f"{error}{_kept_steps(self)}") from error
         if not inputs:
             return [], None
-        step = build_step(inputs, self.run, self.accelerator, device)
-        step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+        step = self._begun(build_step(inputs, self.run, self.accelerator, device))
         # transformers counts as many batches for every step; those that the end of a pass lacks are none.
         return [*[()] * (num_batches - len(inputs)), *step.shares], step
+
+    def _begun(self, step: Step) -> Step:
+        context = self.run.algorithm.begin_step(step, self._passes())
+        self._sums.add(context.metrics)
+        return replace(step, context=context)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of a batch after the other; their gradients add up."""
         step, parts = num_items_in_batch, inputs
         if not isinstance(step, Step):  # called outside the loop, with what the collator returned
-            step = build_step([inputs], self.run, self.accelerator, self.args.device)
-            step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
+            step = self._begun(build_step([inputs], self.run, self.accelerator, self.args.device))
             (parts,) = step.shares
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
@@ -191,10 +203,9 @@ class TetherTrainer(Trainer):
         if not isinstance(step, Step):  # called outside the loop: the batch is all of its step, and one micro-batch
             step = build_step([inputs], self.run, self.accelerator, self.args.device)
             part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(self.run.scored(batch_of(inputs)))
-            step = replace(step, shares=((part,),))
-            step = replace(step, context=self.run.algorithm.begin_step(step, self._passes()))
-        output = self._scored_loss(model, part, step.context)
-        if part.counts:
+            step = self._begun(replace(step, shares=((part,),)))
+        output = self._scored_loss(model, part, step.context, predictions=step.evaluates)
+        if part.counts and not step.evaluates:
             self._sums.add(output.metrics)
             self._new_tokens += self.run.algorithm.trained_tokens(part.batch)
         loss = reduce_loss(output, step.totals, self.accelerator.num_processes)
@@ -204,7 +215,9 @@ class TetherTrainer(Trainer):
             self._saving.finite.check_step(None, self.state.global_step)
         return (loss, output) if return_outputs else loss
 
-    def _scored_loss(self, model: nn.Module, part: MicroBatch, context: Context) -> LossOutput:
+    def _scored_loss(
+        self, model: nn.Module, part: MicroBatch, context: Context, *, predictions: bool = False
+    ) -> LossOutput:
         """The two passes over a micro-batch, and the loss of their scores."""
         run, needs = self.run, self.run.algorithm.needs
         moved = part.to(self.args.device)
@@ -218,13 +231,18 @@ class TetherTrainer(Trainer):
         output = run.algorithm.loss(policy, reference, moved, context)
         if run.router_weight and policy.aux_loss is not None:
             output = with_term(output, "aux_loss", policy.aux_loss, run.router_weight, moved.batch.num_examples)
+        if predictions and self.compute_metrics is not None:
+            output = replace(output, predictions=run.algorithm.predictions(policy, reference, moved.batch))
         return output
 
     def _passes(self) -> Passes:
         return Passes(
             policy=self._frozen_scores,
             reference=lambda batch: self.run.reference.score(batch, self.run.algorithm.needs.reference),
-            total=lambda tensor: cast(Tensor, self.accelerator.reduce(tensor, reduction="sum")),
+            accelerator=self.accelerator,
+            model=lambda: self.policy,
+            split=lambda batch: self.run.budget.split(batch, self.accelerator),
+            state=lambda: self.state,
         )
 
     def _frozen_scores(self, batch: ScoringBatch) -> Scores:
@@ -244,11 +262,6 @@ class TetherTrainer(Trainer):
         self._saving.finite.check_step(None if self.accelerator.scaler else norm, self.state.global_step)
         return norm
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Two per parameter and token forward, four backward; the estimate that transformers makes."""
-        tokens = sum(part.batch.input_ids.numel() for part in inputs)
-        return 6 * tokens * transformers_model(self.policy).num_parameters(exclude_embeddings=True)
-
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -264,49 +277,33 @@ class TetherTrainer(Trainer):
         model.eval()
         use_averages(self.optimizer)
         context = self.run.algorithm.begin_evaluation(self._passes())
+        own, kept = overrides(self, TetherTrainer.compute_loss), []
 
-        def outputs() -> Iterator[tuple[MicroBatch, LossOutput]]:
+        def outputs() -> Iterator[tuple[MicroBatch, LossOutput, Tensor | None]]:
             for part in joined(self._evaluated_parts(dataloader), self.accelerator, together=is_sharded(model)):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     if part is None:
                         self._take_part(model)
                         continue
-                    output = self._scored_loss(model, part, context)
-                yield part, output
+                    step = whole_step(part, self.run, context, self.accelerator.num_processes)
+                    loss, output = checked_outputs(self.compute_loss(model, cast(Any, part), True, step))
+                if self.compute_metrics is not None:
+                    kept.append(output.predictions)
+                yield part, output, loss if own else None
 
         means, rows = evaluate(outputs(), self.run.algorithm, context, self.run.router_weight, self.accelerator)
         if self.is_in_train:
             self._saving.finite.check_evaluation(means["loss"], self.state.global_step)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        if self.compute_metrics is not None:
+            metrics |= user_metrics(self.compute_metrics, kept, metric_key_prefix)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
     def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[MicroBatch]:
-        for inputs in dataloader:
+        for inputs in self.run.source.evaluated(dataloader):
             for part in self.run.budget.split(batch_of(inputs)):
                 yield MicroBatch(self.run.scored(part.batch))
             announce_prediction_step(self)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Rows are shared among processes without repeating some to even them out: each counts once."""
-        with uneven_batches(self.accelerator):
-            return super().get_eval_dataloader(eval_dataset)
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
-        """Evaluate on the evaluation set, or on rows that were not seen before; see `transformers.Trainer.evaluate`."""
-        named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict)
-        if eval_dataset is not None and not (named and eval_dataset in cast(Any, self.eval_dataset)):
-            eval_dataset = prepare_unseen(self.run.data, eval_dataset)
-        try:
-            # Before training, a policy that was loaded in shards has no engine yet that would gather them.
-            with whole_weights(self.model):
-                return super().evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
-        except BaseException:
-            self._display.close()
-            raise
-
-    def predict(self, test_dataset: Any, *_: Any, **__: Any) -> Any:
-        """Not offered: what a preference trainer predicts of rows are its metrics."""
-        raise ConfigError("predict() has no meaning here. Use evaluate(rows), or tether.scoring.score for log-probs.")
 
     # -- a run -----------------------------------------------------------------------------------------------------
 
@@ -318,9 +315,10 @@ class TetherTrainer(Trainer):
         Raises:
             ReferencePolicyError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
-        run, folder = self.run, resume_folder(resume_from_checkpoint, self.args.output_dir)
+        resume = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
+        run, folder = self.run, resume_folder(resume, self.args.output_dir)
         refuse_second_run(self.state.global_step, folder)
-        self._sums, self._new_tokens = MetricSums(), 0
+        self._attempts = Attempts()
         run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
             if folder is not None:
@@ -349,15 +347,31 @@ class TetherTrainer(Trainer):
             held_by(self.policy, engine)
         shard_reference(run.reference.live, self.accelerator)
         if state.global_step == 0:
-            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe) or self.guard
+            updates = run.proof.updates
+            self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
         live = run.reference.live
         return None if live.identity.meaning == "none" else FrozenProbe(live, run.probe, live.tolerance)
+
+    def _prove_layout(self, updates: int) -> None:
+        self.run.prove_again(self.policy, updates)
 
     def get_train_dataloader(self) -> DataLoader:
         """The source's own, where it has one; see `tether.training.source`."""
         own = self.run.source.loader(self._order(), self.accelerator.process_index, cast(Any, self.data_collator))
         return super().get_train_dataloader() if own is None else cast(DataLoader, own)
+
+    def _inner_training_loop(  # type: ignore[override]
+        self, batch_size: int | None = None, **keywords: Any
+    ) -> Any:
+        # Called again where memory has ended, see `auto_find_batch_size`.
+        self._sums, self._new_tokens = MetricSums(), 0
+        if self.args.auto_find_batch_size:
+            self.run.algorithm.load_state(
+                read_objective(resume_folder(keywords.get("resume_from_checkpoint"), self.args.output_dir))
+            )
+            batch_size = self._attempts.begin(self, self.policy, self.run.budget, cast(int, batch_size))
+        return super()._inner_training_loop(batch_size=batch_size, **keywords)
 
     def _init_training_state(
         self,
@@ -402,17 +416,7 @@ class TetherTrainer(Trainer):
         if main:
             write_precision(folder, self.args.mixed_precision)
             write_objective(folder, self.run.algorithm.state())
-            self.run.source.save(folder)
-
-    def _kept_steps(self) -> str:
-        """Save the last finished step, where that was not done already, and say so."""
-        folder = checkpoint_folder(self)
-        if not self.state.global_step:
-            return ""
-        if not folder.is_dir():
-            save_checkpoint(self)
-        steps = self.state.global_step
-        return f" The {steps} steps before it are kept in {folder}: correct the row and resume from there."
+        self.run.source.save(folder, self.accelerator.process_index)
 
     def _record(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -469,10 +473,7 @@ class ReferenceFreeTrainer(TetherTrainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: PeftConfig | None = None,
+        **others: Any,
     ) -> None:
         super().__init__(
             model=model,
@@ -481,8 +482,44 @@ class ReferenceFreeTrainer(TetherTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
+            **others,
         )
+
+
+def _follow(trainer: TetherTrainer) -> None:
+    """What goes along with a run: its files, guards, rows and displays, and what is tried before the first step."""
+    if callable(tagged := getattr(transformers_model(trainer.policy), "add_model_tags", None)):
+        tagged(trainer._tag_names)
+    trainer.add_callback(MetricsFile(trainer.run_folder))
+    check = trainer.args.reference_check_steps
+    trainer.add_callback(GuardCallback(trainer.run, trainer._begin, check, trainer._prove_layout))
+    if trainer.args.neftune_noise_alpha is not None:
+        trainer.add_callback(SequenceNoise(trainer))
+    if trainer.run.stored is not None:
+        verify_store(trainer.run.stored, trainer.run.source.known)
+        trainer.add_callback(StoreCallback(trainer.run.stored, trainer.run.source, trainer.accelerator))
+    for callback in trainer.run.source.callbacks(
+        trainer.run.data, trainer.run_folder, main=trainer.is_world_process_zero()
+    ):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        write_reports(trainer.run_folder, trainer.run.data.reports)
+    # Only where it is asked for: the evaluation of a few rows would be in a store that the run fills.
+    wanted = trainer.args.metric_for_best_model if trainer.eval_dataset is not None else None
+    if wanted is not None and not reports_more(trainer, TetherTrainer):
+        names = evaluated_names(
+            trainer.run, trainer._scored_loss, trainer.policy, trainer._passes(), trainer.accelerator
+        )
+        require_metric(wanted, names, trainer.eval_dataset)
+    rehearse(trainer._save, trainer._saving.prove_start, trainer.policy, trainer.args)
+
+
+def _kept_steps(trainer: TetherTrainer) -> str:
+    """Save the last finished step, where that was not done already, and say so."""
+    folder = checkpoint_folder(trainer)
+    if not trainer.state.global_step:
+        return ""
+    if not folder.is_dir():
+        save_checkpoint(trainer)
+    steps = trainer.state.global_step
+    return f" The {steps} steps before it are kept in {folder}: correct the row and resume from there."

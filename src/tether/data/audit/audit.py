@@ -6,7 +6,7 @@ Called by `tether data check`, and by a run on a sample of its rows. It needs no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any, cast
@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit.language import is_odd, is_refusal, language, script
+from tether.data.audit.language import detector, is_in_another_language, is_odd, is_refusal, script
 from tether.data.audit.lengths import Lengths, Limited, Reading, measured
 from tether.data.audit.near_duplicates import NearDuplicates
 from tether.data.images.inputs import reads_images, require_processor
@@ -25,7 +25,6 @@ from tether.data.rows.schema import Schema, python_rows, record, row_faults, sch
 from tether.data.rows.values import is_blank, texts_of
 from tether.data.text.template import text_tokenizer
 from tether.data.text.truncate import TruncationMode
-from tether.errors import ConfigError
 from tether.types import Kind, Messages, Preference
 
 # What is looked for, in the words in which it is reported; each is a share of the rows.
@@ -108,23 +107,6 @@ class Check:
             plain["lengths"] = self.lengths.to_dict()
         plain["faults"] = list(self.faults)
         return plain
-
-    def passed(self, limits: Mapping[str, float]) -> list[str]:
-        """Findings whose share is above a limit, in words.
-
-        Raises:
-            ConfigError: a limit has no finding of its name.
-        """
-        for name, limit in limits.items():
-            if name not in FINDINGS:
-                raise ConfigError(f"check: `{name}` is not known. Known are {', '.join(FINDINGS)}.")
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit <= 1:
-                raise ConfigError(f"check.{name} is {limit!r}; it must be a share from 0 to 1.")
-        return [
-            f"{self.name}: {found.share:.2%} of the rows {FINDINGS[name]} ({name}); the limit is {limits[name]:.2%}"
-            for name, found in self.findings.items()
-            if name in limits and found.share > limits[name]
-        ]
 
 
 @dataclass
@@ -304,9 +286,8 @@ def _look_at_answers(row: Preference, number: int, seen: _Seen) -> None:
     question = " ".join(texts_of(row.prompt))
     asked, answered = script(question), script(first)
     seen.note("other_script", number, bool(asked and answered and asked != answered))
-    if asked == answered == "latin":
-        spoken = language(first)
-        seen.note("other_language", number, bool(spoken) and language(question) not in ("", spoken))
+    if asked and asked == answered and detector() is not None:
+        seen.note("other_language", number, is_in_another_language(first, question))
     if answered:
         seen.scripts[answered] += 1
     opening = " ".join(first.split(None, 4)[:4])

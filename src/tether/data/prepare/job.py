@@ -207,7 +207,8 @@ class Job:
         tally.markers.update(markers)
         tally.marker_rows += bool(markers)
         prompt = record.prompt
-        repeats = isinstance(prompt, str) and prompt.strip() and all(text.startswith(prompt) for text in completions)
+        repeats = isinstance(prompt, str) and prompt.strip() and completions
+        repeats = repeats and all(text.startswith(str(prompt)) for text in completions)
         tally.repeated_prompts += bool(repeats) and not self.schema.shared_prompt
 
     def _other_prompts(self, records: list[Preference], start: int, stop: int) -> int:
@@ -234,11 +235,11 @@ class Job:
             return None
         kept = [all_of[:length] for all_of, length in zip(ids.completion_ids, completions, strict=True)]
         if len(kept) > 1 and len(set(map(tuple, kept))) < len(kept):
-            tally.dropped["identical_after_truncation" if kept != ids.completion_ids else "identical"] += 1
+            tally.dropped["identical_after_truncation" if kept != ids.completion_ids else "alike"] += 1
             return None
         scored = ids.scored and [mask[:length] for mask, length in zip(ids.scored, completions, strict=True)]
         if scored and not all(map(any, scored)):
-            tally.dropped["nothing_scored"] += 1
+            tally.dropped["nothing_scored" if all(map(any, ids.scored or ())) else "unscored"] += 1
             return None
         tally.cut_prompts += prompt < before[0]
         tally.cut_tokens.update(prompt=before[0] - prompt, completions=sum(before[1]) - sum(completions))

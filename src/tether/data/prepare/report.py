@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows.values import Form
+from tether.data.text.marks import UNUSABLE
 from tether.data.text.render import Rendered
 from tether.types import Kind
 
@@ -27,12 +28,32 @@ DROPS = {
     "unwritten": "a completion that the chat template does not write",
     "turns": "turns that cannot be told apart",
     "boundary": "no exact prompt boundary",
+    "alike": "completions that differ in the rows and not in tokens",
+    "unscored": "an answer to score that has no tokens",
     "empty_prompt": "a prompt of no tokens",
     "prompt_too_long": "a prompt that fills max_length",
     "too_long": "more tokens than max_length",
     "image_cut": "an image that truncation would cut",
     "identical_after_truncation": "chosen equal to rejected within max_length",
     "nothing_scored": "no scored token within max_length",
+}
+_ROOM = "raise max_length (now {max_length})"
+# What to do about each of them.
+_ADVICE = {
+    "identical": "give completions that differ",
+    "empty_completion": "give completions that are not empty",
+    "unwritten": "set a chat template that writes {lost} (chat_template_path, in a run file `model.chat_template`), or "
+    "remove them from the rows",
+    "turns": "leave `turns` at `all`, or set a chat template with `{{% generation %}}` marks",
+    "boundary": "allow such rows with boundary `split`",
+    "alike": "set a chat template, or a tokenizer, that writes what the completions differ in",
+    "unscored": "give answers that are not empty, or score further turns",
+    "empty_prompt": "give prompts that are not empty, or a tokenizer with a BOS token",
+    "prompt_too_long": _ROOM + " or shorten the prompts",
+    "too_long": _ROOM + " or shorten the rows",
+    "image_cut": _ROOM + " or give smaller images",
+    "identical_after_truncation": _ROOM,
+    "nothing_scored": _ROOM + ", or score further turns",
 }
 # What the completions of a row are called in the report, and the rows themselves.
 PARTS: dict[Kind, tuple[str, ...]] = {
@@ -42,6 +63,8 @@ PARTS: dict[Kind, tuple[str, ...]] = {
     "completion": ("completion",),
     "prompt_only": (),
 }
+# What becomes of columns that preparation does not read, where it is something.
+_UNUSED = {"prompt_only": "left to rewards"}
 _NOUNS: dict[Kind, str] = {
     "pair": "pairs",
     "ranked": "ranked lists",
@@ -143,7 +166,7 @@ class Report:
         head += f"; median length: {middle}"
         dropped = ", ".join(f"{count} with {DROPS[reason]}" for reason, count in self.dropped.items() if count)
         moved = self.boundaries.get("split", 0), self.boundaries.get("template", 0)
-        lost = ", ".join(f"{what} (of {count:,} rows)" for what, count in self.unwritten.items())
+        lost = listed_rows(self.unwritten)
         desirable = self.values.get("label", 0.0)
         notes = {
             f"{desirable:.1%} labelled desirable": "label" in self.values,
@@ -162,7 +185,7 @@ class Report:
             f"not written by the chat template: {lost}": lost,
             f"in {self.other_prompts} rows `prompt` is none of the messages, and is not read": self.other_prompts,
             f"{self.marker_rows} rows carry template markers: {', '.join(self.markers)}": self.marker_rows,
-            f"not read: columns {', '.join(self.unused_columns)}": self.unused_columns,
+            f"{_UNUSED.get(self.kind, 'not read')}: columns {', '.join(self.unused_columns)}": self.unused_columns,
             f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,
         }
         return [f"{self.name}: {text}" for text, holds in {head: True, **notes}.items() if holds]
@@ -191,29 +214,19 @@ class Tally:
 
 
 def nothing_left(tally: Tally, name: str, rows: int, max_length: int | None) -> str:
-    """The message for rows of which none can be used: why, and what to do."""
-    reasons = ", ".join(f"{tally.dropped[reason]} with {DROPS[reason]}" for reason in DROPS if tally.dropped[reason])
-    advice = []
-    if (
-        tally.dropped["prompt_too_long"]
-        or tally.dropped["too_long"]
-        or tally.dropped["image_cut"]
-        or tally.dropped["identical_after_truncation"]
-    ):
-        advice.append(f"raise max_length (now {max_length}) or shorten the prompts")
-    if tally.dropped["identical"] or tally.dropped["empty_completion"]:
-        advice.append("give completions that differ and are not empty")
-    if tally.dropped["empty_prompt"]:
-        advice.append("give prompts that are not empty, or a tokenizer with a BOS token")
-    if tally.dropped["nothing_scored"]:
-        advice.append(f"raise max_length (now {max_length}), or score further turns")
-    if tally.dropped["unwritten"]:
-        advice.append("set a chat template that writes tool calls (tokenizer.chat_template), or remove them")
-    if tally.dropped["turns"]:
-        advice.append("leave `turns` at `all`, or set a chat template with `{% generation %}` marks")
-    if tally.dropped["boundary"]:
-        advice.append("allow such rows with boundary `split`")
+    """The message for rows of which none can be used: why, and what to do about each reason."""
+    dropped = [reason for reason in DROPS if tally.dropped[reason]]
+    reasons = ", ".join(f"{tally.dropped[reason]} with {DROPS[reason]}" for reason in dropped)
+    if tally.unwritten:
+        reasons += f"; the chat template does not write {listed_rows(tally.unwritten)}"
+    lost = " and ".join(what for what in tally.unwritten if what in UNUSABLE)
+    advice = dict.fromkeys(_ADVICE[reason].format(max_length=max_length, lost=lost) for reason in dropped)
     return f"{name}: none of the {rows} rows can be used: {reasons}. To do: {'; '.join(advice)}."
+
+
+def listed_rows(counts: Mapping[str, int]) -> str:
+    """Things with the number of rows that each was found in."""
+    return ", ".join(f"{what} (of {count:,} rows)" for what, count in counts.items())
 
 
 class MarkerFinder:

@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tether.data.images.parts import references_of
 from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, KINDS, TEXTS, kind_of
-from tether.data.rows.conversion import convert, detected, reads
+from tether.data.rows.conversion import convert, detected, fitting, reads
 from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
 from tether.data.rows.values import joined_parts
@@ -88,7 +88,8 @@ def load_of_kind(source: Source, *, split: str = "train", name: str = "data") ->
         sample = list(islice(plain_rows(rows), 1))
         formats = {one: layout or (None if origin.format else detected(columns, one)) for one in KINDS}
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
-        kind = cast(Kind, read[0] if read else kind or "pair")
+        fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
+        kind = cast(Kind, read[0] if read else kind or next(fits, "pair"))
     if is_origin(source) or len(origins_of(source, split, name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
     return load_rows(source, kind=kind, split=split, name=name), kind

@@ -85,6 +85,10 @@ class Closings:
         place, end = min(found)
         return place + len(end)
 
+    def is_bare(self, text: str) -> bool:
+        """Whether a completion is nothing but control tokens."""
+        return not self._controls.sub("", text).strip()
+
     def plain_end(self, text: str, start: int) -> int:
         """The place after an answer in the midst of a conversation that is closed with no token."""
         said = self.said

@@ -21,6 +21,8 @@ Given = tuple[str, int, int]
 _MARK = re.compile("\ue010([0-9]+)\ue011")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT_TAGS = re.compile(r"\s*</?think>\s*")
+# An answer without these is another one than was given.
+UNUSABLE = ("tool calls", "assistant messages")
 # What the texts of a message are called where they are lost.
 _BY_ROLE = {"system": "system messages", "developer": "system messages", "tool": "tool results"}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows.schema import Turns
 from tether.data.text.closing import Closings, cut_of, is_plainly_closed
-from tether.data.text.marks import lost_texts, marked, needs_marks
+from tether.data.text.marks import UNUSABLE, lost_texts, marked, needs_marks, shared_length
 from tether.data.text.template import Writer, conversation, opening
 from tether.data.text.turns import Written, scored_spans
 from tether.types import Messages, Preference
@@ -155,11 +155,11 @@ class _Text:
             lost += found.lost() if found is not None else []
         cut, closed = cut_of(closings, messages, text, found)
         first = len(record.prompt)
-        # An answer without its tool call, or without all of its words, is another one than was given.
-        gone = {place for name, place in lost if place >= first and name in ("tool calls", "assistant messages")}
-        return cls(
-            Written(record, messages, prompt, text, cut), closed, frozenset(name for name, _ in lost), bool(gone)
-        )
+        gone = any(place >= first and name in UNUSABLE for name, place in lost)
+        if lost and not gone and closings.is_bare(text[shared_length(prompt, text) : cut]):
+            lost = [one for one in lost if one[0] != "parts of assistant messages"] + [("assistant messages", first)]
+            gone = True
+        return cls(Written(record, messages, prompt, text, cut), closed, frozenset(name for name, _ in lost), gone)
 
 
 def _lost(record: Preference, prompt: str, write: Writer) -> set[str]:

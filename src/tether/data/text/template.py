@@ -51,10 +51,10 @@ def chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin, *,
         if isinstance(inherited, str):
             return inherited
         raise DataError(
-            f"{name}: the rows are conversations, but the tokenizer has no chat template to write them as text. Set "
-            "tokenizer.chat_template to the model's own (in a run file, `model: {tokenizer: FOLDER}` names a folder "
-            "whose tokenizer has one), take the tokenizer of an instruction-tuned model, or give prompt, chosen and "
-            "rejected as text."
+            f"{name}: the rows are conversations, but the tokenizer has no chat template to write them as text. Name "
+            "one (in a run file `model: {chat_template: …}`, in Python `chat_template_path`): a .jinja file, or the "
+            "tokenizer of an instruction-tuned model with the same tokens. `model: {tokenizer: FOLDER}` takes such a "
+            "tokenizer as a whole. Or give the rows as text."
         ) from error
 
 

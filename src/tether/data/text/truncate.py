@@ -21,16 +21,11 @@ token that stands for a part of an image is dropped, since the model would have 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import Literal, TypeVar, cast
-
-import torch
-from torch import Tensor
+from typing import Literal, TypeVar
 
 from tether.errors import ConfigError
-from tether.types import Example
 
-Ids = TypeVar("Ids", list[int], Tensor)
+Item = TypeVar("Item")
 TruncationMode = Literal["keep_start", "keep_end", "middle", "drop"]
 TRUNCATION_MODES: tuple[TruncationMode, ...] = ("keep_start", "keep_end", "middle", "drop")
 
@@ -79,11 +74,13 @@ def truncated_lengths(
     return min(prompt, max_length - max(kept, default=1)), kept
 
 
-def kept_prompt(ids: Ids, length: int, mode: TruncationMode, never_cut: Collection[int] = ()) -> Ids | None:
+def kept_prompt(
+    ids: list[Item], length: int, mode: TruncationMode, never_cut: Collection[Item] = ()
+) -> list[Item] | None:
     """The tokens that are left of a prompt.
 
     Args:
-        ids: of the prompt, a list or a tensor `[P]`.
+        ids: of the prompt, or what belongs to each of its tokens.
         length: how many are kept, see `truncated_lengths`.
         mode: one of `TRUNCATION_MODES`.
         never_cut: ids of tokens that must all be kept, such as the one that stands for a part of an image.
@@ -101,50 +98,6 @@ def kept_prompt(ids: Ids, length: int, mode: TruncationMode, never_cut: Collecti
         return ids
     front = length // 2 if mode == "middle" else 0
     lost = ids[front : len(ids) - length + front]
-    if never_cut and any(int(token) in never_cut for token in lost):
+    if never_cut and any(token in never_cut for token in lost):
         return None
-    tail = ids[len(ids) - length + front :]
-    if isinstance(ids, Tensor):
-        return torch.cat([ids[:front], cast(Tensor, tail)])
-    return cast(Ids, ids[:front] + tail)
-
-
-def truncate(
-    example: Example, max_length: int | None, mode: TruncationMode = "keep_start", never_cut: Collection[int] = ()
-) -> Example | None:
-    """Cut an example to `max_length` tokens of prompt and completion together.
-
-    Args:
-        example: one prompt and its K completions.
-        max_length: in tokens, at least 2; None for no limit.
-        mode: one of `TRUNCATION_MODES`, see the module.
-        never_cut: see `kept_prompt`.
-
-    Returns:
-        The example cut, or None when no completion token, or none that is scored, would be left, or one of `never_cut`
-        would be lost.
-
-    Raises:
-        ConfigError: see `truncated_lengths`.
-
-    Example:
-        >>> cut = truncate(Example.of([1, 5, 6], [[7, 2], [8, 9, 4, 2]]), 5)
-        >>> [ids.tolist() for ids in cut.completion_ids]
-        [[7, 2], [8, 9]]
-    """
-    lengths = truncated_lengths(len(example.prompt_ids), [len(ids) for ids in example.completion_ids], max_length, mode)
-    if lengths is None:
-        return None
-    length, completions = lengths
-    prompt = kept_prompt(example.prompt_ids, length, mode, never_cut)
-    if prompt is None:
-        return None
-    scored = example.scored and tuple(mask[:kept] for mask, kept in zip(example.scored, completions, strict=True))
-    if scored and not all(mask.any() for mask in scored):
-        return None
-    return replace(
-        example,
-        prompt_ids=prompt,
-        completion_ids=tuple(ids[:kept] for ids, kept in zip(example.completion_ids, completions, strict=True)),
-        scored=scored,
-    )
+    return ids[:front] + ids[len(ids) - length + front :]

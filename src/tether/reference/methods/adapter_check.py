@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tether.compat.peft import values_of_few_tokens
+from tether.compat.peft import layer_under, tuner_layers, values_of_few_tokens
 from tether.models.adapters import rewrites_base
-from tether.models.structure import adapter_tensors, trainable_tensors, unwrap
+from tether.models.adapting.perturbed import perturbed
+from tether.models.fingerprint import model_fingerprint
+from tether.models.structure import (
+    adapter_configs,
+    adapter_tensors,
+    adapters_off,
+    dtype_of,
+    evaluation_mode,
+    trainable_tensors,
+    unwrap,
+)
+
+# Tokens that a layer is called with by itself.
+_FEW = 8
+# Roundings by which two right computations of a layer may differ: a rotation by the identity is not exact.
+_ROUNDINGS = 64
 
 
 def learnt_for_some_tokens(policy: nn.Module) -> str:
@@ -19,14 +36,103 @@ def learnt_for_some_tokens(policy: nn.Module) -> str:
     return ""
 
 
-def rewritten_base(policy: nn.Module) -> str:
-    """Which adapter wrote into the base weights when it was made, in words; empty for none."""
-    inner = unwrap(policy)
-    configs = inner.peft_config if isinstance(inner, PeftModel) else {}
-    for name, config in configs.items():
-        if rewrites_base(config):
-            return f"adapter {name!r} with init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
-    return ""
+def acting_layer(policy: nn.Module) -> str:
+    """Why the adapters in effect are not nothing at all, in words; empty where they are, on whatever row.
+
+    A probe has few rows, and an adapter may act on others. So each adapted layer is called by itself: with its
+    adapter, without, and with the adapter perturbed. A layer that is the same with and without holds nothing yet, if
+    the perturbed one differs; if that does not differ either, the adapter acts by what the layer alone is not told.
+    """
+    layers = dict(tuner_layers(unwrap(policy)))
+    if not layers:
+        return "the adapter acts in no single layer" if adapter_configs(policy) else ""
+    # What acts on few tokens is judged by its values, see `learnt_for_some_tokens`.
+    layers = {path: layer for path, layer in layers.items() if next(values_of_few_tokens(layer), None) is None}
+    inputs = {path: _inputs(layer, dtype_of(policy)) for path, layer in layers.items()}
+    with torch.no_grad(), evaluation_mode(policy):
+        now = {path: _output(layer, inputs[path]) for path, layer in layers.items()}
+        with adapters_off(policy):
+            without = {path: _output(layer, inputs[path]) for path, layer in layers.items()}
+        with perturbed(policy):
+            moved = {path: _output(layer, inputs[path]) for path, layer in layers.items()}
+    unmoved = ""
+    for path, layer in layers.items():
+        first, second, third = now[path], without[path], moved[path]
+        if first is None or second is None or third is None:
+            if not _adds_nothing(layer):
+                return f"the adapter on {path!r} already holds something, or cannot be seen in that layer alone"
+        elif _differ(first, second):
+            return f"the adapter on {path!r} already holds something"
+        elif not _differ(third, second) and _in_effect(layer):
+            unmoved = unmoved or f"the adapter on {path!r} acts by what is in a row, not on each token alike"
+    return unmoved
+
+
+def _in_effect(layer: Any) -> bool:
+    held = {name for kept in layer.adapter_layer_names for name in getattr(getattr(layer, kept, None), "keys", dict)()}
+    return bool(held & set(layer.active_adapters)) and not layer.disable_adapters
+
+
+def _inputs(layer: Any, dtype: torch.dtype) -> Tensor | None:
+    """A few random inputs of an adapted layer; None where what it takes is not known."""
+    plain: Any = layer_under(layer)
+    weight = next(plain.parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    if isinstance(plain, nn.Embedding):
+        return torch.arange(min(_FEW, plain.num_embeddings), device=device)[None]
+    width = getattr(plain, "in_features", None) or getattr(layer, "in_features", None)
+    width = weight.shape[-1] if width is None and weight is not None and weight.dim() == 1 else width
+    if not isinstance(width, int):
+        return None
+    inputs = torch.randn(1, _FEW, width, generator=torch.Generator().manual_seed(0))
+    kept = dtype if weight is None or not weight.is_floating_point() else weight.dtype
+    return inputs.to(device, kept)
+
+
+def _output(layer: nn.Module, inputs: Tensor | None) -> Tensor | None:
+    """What a layer makes of inputs; None where it cannot be called with them alone."""
+    if inputs is None:
+        return None
+    try:
+        found = layer(inputs)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    """Whether two outputs differ by more than a different order of the same sums explains."""
+    if first.shape != second.shape:
+        return True
+    size = second.abs().max().item()
+    return not (first - second).abs().max().item() <= _ROUNDINGS * torch.finfo(second.dtype).eps * max(size, 1e-30)
+
+
+def _adds_nothing(layer: Any) -> bool:
+    """Whether what every active adapter would add to the weights of a layer that cannot be called alone is zero."""
+    try:
+        return all(not layer.get_delta_weight(name).any() for name in layer.active_adapters)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError):
+        return False
+
+
+def rewritten_base(policy: nn.Module, source: str | None) -> str:
+    """What of the weights under the adapters is not the base, in words; empty where nothing is.
+
+    Args:
+        policy: with its adapters.
+        source: fingerprint of the base as its source has it; None where there is no source to compare with.
+    """
+    configs = adapter_configs(policy)
+    names = ", ".join(
+        f"{name!r}" + (f" with init_lora_weights={init!r}" if isinstance(init, str) else "")
+        for name, config in configs.items()
+        for init in [getattr(config, "init_lora_weights", None)]
+    )
+    if source is not None:
+        changed = model_fingerprint(unwrap(policy), without_adapters=True) != source
+        return f"adapter {names or 'none'} or something else" if changed else ""
+    return f"adapter {names}" if any(map(rewrites_base, configs.values())) else ""
 
 
 def outside_adapters(policy: nn.Module) -> dict[str, Tensor]:

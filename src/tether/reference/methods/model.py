@@ -44,6 +44,11 @@ class ModelReference(Reference):
         return on_device(scores, batch.input_ids.device)
 
     @property
+    def model(self) -> nn.Module:
+        """The model, loaded again where it was let go."""
+        return self._recalled()
+
+    @property
     def resident(self) -> bool:
         """Whether the weights are in memory, on their device."""
         return self._model is not None and next(self._model.parameters()).device == self._device

@@ -29,18 +29,20 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: flo
 
     Args:
         query: `[1, heads, L, head_dim]`.
-        key: `[1, key_value_heads, S, head_dim]` with `S >= L`; as `value`.
+        key: `[1, key_value_heads, S, head_dim]` with `S >= L`; as `value`, which may have another width.
         scaling: factor of the scores.
         window: a query sees keys less than this many places before it; 0 for all.
 
     Returns:
-        `[1, heads, L, head_dim]`, differentiable once.
+        `[1, heads, L, width of a value]`, differentiable once.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # The backward runs outside autocast, so what autocast would do to each product is done here once.
     with torch.autocast(kind, enabled=False):
-        return _Blocked.apply(query.to(dtype), key.to(dtype), value.to(dtype), scaling, window)  # type: ignore
+        rows: Tensor = _Blocked.apply(query.to(dtype), key.to(dtype), value.to(dtype), scaling, window)  # type: ignore
+    # Outside, as a view that a function of its own returns may not be changed in place by a model.
+    return _as_heads(rows, query.shape[1] // key.shape[1])
 
 
 class _Blocked(torch.autograd.Function):
@@ -48,7 +50,8 @@ class _Blocked(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:  # type: ignore
         groups, heads = key.shape[1], query.shape[1] // key.shape[1]
         rows, keys, values = _as_rows(query, groups, scaling), key[0], value[0]
-        output, kept = torch.empty_like(rows), []
+        # Values may be narrower than keys, as where both are expanded from latents.
+        output, kept = rows.new_empty(*rows.shape[:2], values.shape[2]), []
         for block, seen in _blocks(query.shape[2], key.shape[2], window):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, window)
@@ -56,14 +59,14 @@ class _Blocked(torch.autograd.Function):
             kept.append(weights if weights.shape[2] <= KEPT else None)
         ctx.save_for_backward(rows, key, value, *kept)
         ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
-        return _as_heads(output, heads)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore
         rows, key, value, *kept = ctx.saved_tensors
         heads, keys, values = ctx.heads, key[0], value[0]
-        grads = _as_rows(grad, key.shape[1], 1.0)
+        grads = grad.contiguous()
         grad_rows = torch.empty_like(rows)
         # Sums over blocks, in float32 or better.
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32

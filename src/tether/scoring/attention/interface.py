@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,15 @@ BACKENDS = {
     "flex": flex_tree_attention,
     "flash": flash_attention,
 }
+
+
+class Decoding(Protocol):
+    """What attends in place of a forest, a token of each branch at a time; see `tether.rollout.decode`."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """See `tree_attention`."""
+        ...
+
 
 PREFIX = "tether_tree_"
 # Inside a forest's forward, the modules that attended to the forest so far; None outside.
@@ -97,18 +106,41 @@ def require_all_attended(model: PreTrainedModel, attended: list[nn.Module]) -> N
 
 def _over(inner: Any) -> Any:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
-        forest = kwargs.pop("forest", None)
-        if forest is None:
+        if kwargs.get("forest") is None and kwargs.get("decoding") is None:
+            kwargs.pop("forest", None)
             return inner(module, query, key, value, attention_mask, **kwargs)
-        return tree_attention(module, query, key, value, forest, **kwargs), None
+        return _attend(module, query, key, value, **kwargs), None
 
     return attention
 
 
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    forest: Forest | None = None,
+    decoding: Decoding | None = None,
+    **options: Any,
+) -> Tensor:
+    if decoding is not None:
+        note_attended(module)
+        return decoding.attend(module, query, key, value, forest=forest, **options)
+    assert forest is not None
+    return tree_attention(module, query, key, value, forest, **options)
+
+
+def note_attended(module: nn.Module) -> None:
+    """Count a module among those that read the layout, for `require_all_attended`."""
+    if (attended := _attended.get()) is not None and module not in attended:
+        attended.append(module)
+
+
 def _over_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
-    forest = kwargs.pop("forest", None)
-    if forest is not None:
-        return tree_attention(module, query, key, value, forest, **kwargs), None
+    if kwargs.get("forest") is not None or kwargs.get("decoding") is not None:
+        return _attend(module, query, key, value, **kwargs), None
+    kwargs.pop("forest", None)
     eager = eager_attention(module)
     if eager is None:
         raise ScoringError(f"{type(module).__name__} has no eager attention function; load the model with sdpa.")
@@ -189,7 +221,6 @@ def tree_attention(
         raise ScoringError(f"A forest of {forest.length} tokens met queries of shape {tuple(query.shape)}.")
     if position_bias is not None:
         raise ScoringError(f"{type(module).__name__} adds a position bias to its scores; use the padded layout.")
-    if (attended := _attended.get()) is not None:
-        attended.append(module)
+    note_attended(module)
     options = Options(dropout, scaling, sliding_window, softcap, s_aux)
     return BACKENDS[tree_backend](query, key, value, forest, options)

@@ -6,19 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import pyarrow as pa
+from accelerate import Accelerator
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from tether.data import Prepared
+from tether.data.show import Counted
 from tether.errors import DataError
 from tether.models import load_policy
 from tether.scoring import score
 from tether.scoring.layout.proof import LOG_PROBS, Measures
 from tether.training.config import PreferenceConfig
+from tether.training.setup.data import RunData
 from tether.training.setup.policy import policy_spec
+from tether.training.source import Source
 from tether.training.step import Context, MicroBatch, Step
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -52,12 +56,26 @@ class Passes:
     Args:
         policy: scores of a batch by the policy as it is, without gradient.
         reference: the same by the reference; None where there is none.
-        total: sum of a tensor over all processes; each has to call.
+        accelerator: of the run's processes.
+        model: the policy, outside wrappers of data parallelism.
+        split: a batch into micro-batches, as the steps split it; each process has to call.
+        state: of transformers' trainer.
     """
 
     policy: Callable[[ScoringBatch], Scores]
     reference: Callable[[ScoringBatch], Scores | None]
-    total: Callable[[Tensor], Tensor]
+    accelerator: Accelerator
+    model: Callable[[], nn.Module]
+    split: Callable[[ScoringBatch], list[MicroBatch]]
+    state: Callable[[], Any]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over all processes; each has to call."""
+        return cast(Tensor, self.accelerator.reduce(tensor, reduction="sum"))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of all processes, one after another; each has to call, with as many rows."""
+        return cast(Tensor, self.accelerator.gather(tensor))
 
 
 class Algorithm(ABC, Generic[Answer]):
@@ -72,6 +90,8 @@ class Algorithm(ABC, Generic[Answer]):
     # The function that scores a batch by the policy, and what its layout is proved by.
     scoring: Callable[..., Any] = staticmethod(score)
     measures: Measures = LOG_PROBS
+    # A step may have no gradient at all, as where the rewards of every group are equal.
+    still_steps: ClassVar[bool] = False
 
     def __init__(self, args: Any, model_config: Any) -> None:
         self.args, self.model_config = args, model_config
@@ -80,6 +100,11 @@ class Algorithm(ABC, Generic[Answer]):
     def needs(self) -> Needs:
         """What it needs of rows and passes."""
         return Needs()
+
+    @property
+    def counted(self) -> Counted:
+        """What of a row the loss is of, as `tether data show` shows it."""
+        return "texts" if self.needs.prompts else "completions"
 
     @property
     def name(self) -> str:
@@ -98,6 +123,13 @@ class Algorithm(ABC, Generic[Answer]):
     def chunks(self) -> Callable[[pa.Table], pa.Table]:
         """The same for a stream: what changes the rows of one pass over it, a chunk after the other."""
         return lambda table: table
+
+    def source(self, source: Source, data: RunData) -> Source:
+        """What gives the batches, from the prepared training rows; before any weights load."""
+        return source
+
+    def attach(self, passes: Passes) -> None:
+        """Take what may be asked of the run, when it is put together."""
 
     def load_model(self, source: str) -> nn.Module:
         """Load a policy that was named by a string."""
@@ -152,6 +184,39 @@ class Algorithm(ABC, Generic[Answer]):
             part: the micro-batch, on the run's device.
             context: what `begin_step`, or `begin_evaluation`, returned.
         """
+
+    def completion_values(self, policy: Answer, reference: Scores | None) -> dict[str, Tensor]:
+        """Numbers of each completion, `[K]` or more, for `compute_metrics`."""
+        scores = cast(Scores, policy)
+        values = {"logps": scores.logps}
+        ratios = scores.logps
+        if reference is not None:
+            values["reference_logps"] = reference.logps
+            ratios = ratios - reference.logps
+        beta = getattr(self.args, "beta", None)
+        return values if beta is None else {**values, "rewards": beta * ratios}
+
+    def predictions(self, policy: Answer, reference: Scores | None, batch: ScoringBatch) -> dict[str, Tensor]:
+        """The same of each example: of pairs `chosen_…` and `rejected_…`, of lists `[B, K]`.
+
+        Raises:
+            DataError: lists of several lengths, whose numbers are no table.
+        """
+        sizes = set(batch.sizes)
+        if len(sizes) != 1:
+            raise DataError(
+                f"compute_metrics takes a table of numbers, and the rows have {sorted(sizes)} completions each. Leave "
+                "compute_metrics out, or evaluate lists of one length."
+            )
+        (size,), found = sizes, {}
+        for name, values in self.completion_values(policy, reference).items():
+            table = values.detach()[: len(batch.branches)].view(-1, size)
+            if size == 2 and self.args.kind == "pair":
+                of, plain = ("reference_", name[10:]) if name.startswith("reference_") else ("", name)
+                found |= {f"{of}chosen_{plain}": table[:, 0], f"{of}rejected_{plain}": table[:, 1]}
+            else:
+                found[name] = table[:, 0] if size == 1 else table
+        return found
 
     def end_step(self, context: Context, passes: Passes) -> None:
         """The last micro-batch of a step was computed."""

@@ -27,8 +27,8 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
             together.
     """
 
-    loss_type: str | list[str] = option(
-        "sigmoid",
+    loss_type: list[str] = option(
+        ["sigmoid"],
         'One or several names in `tether.objectives.OBJECTIVES["dpo"]`, for pairs or for ranked lists.',
         key="objective.loss",
     )
@@ -57,6 +57,8 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
 
     def __post_init__(self) -> None:
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if self.f_alpha_divergence_coef == 0.5 and self.f_divergence_type != "alpha_divergence":
+            self.f_alpha_divergence_coef = None  # TRL's default, which files and scripts write out
         names, combination = ", ".join(self.loss_type), self.combination()
         if problem := combination.problem():
             raise ConfigError(problem.words, problem.field)

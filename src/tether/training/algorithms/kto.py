@@ -113,6 +113,12 @@ class KTO(Algorithm[Scores]):
 
         return change
 
+    def predictions(self, policy: Scores, reference: Scores | None, batch: ScoringBatch) -> dict[str, Tensor]:
+        """Numbers of each row's own completion, and its label."""
+        values = self.completion_values(policy, reference)
+        found = {name: one.detach()[:: self._branches] for name, one in values.items()}
+        return {**found, "label": batch.values["label"]}
+
     def trained_tokens(self, batch: ScoringBatch) -> int:
         """Tokens of each prompt with its own completion."""
         return sum(batch.sequence_lengths[:: self._branches])
@@ -132,7 +138,7 @@ class KTO(Algorithm[Scores]):
             logratios = _log_ratios_by_token(passes.policy(batch), references[part])
             if part.counts:
                 found += _mismatched(logratios)
-        return Baselines(references, _mean(passes.total(found)).clamp(min=0))
+        return Baselines(references, baseline=_mean(passes.total(found)).clamp(min=0))
 
     def begin_evaluation(self, passes: Passes) -> Baselines:
         """The running mean; `kto` knows its own baseline only at the end."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, set_seed
 
 from tether.data import text_tokenizer
+from tether.data.show import Counted
 from tether.errors import ConfigError
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
@@ -23,6 +24,7 @@ from tether.training.config import ReferenceFreeConfig
 from tether.training.declared import REGISTERED
 from tether.training.setup.policy import policy_spec
 from tether.training.step import Context, MicroBatch
+from tether.training.surface.accepted import AcceptedTemplateArguments
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -35,7 +37,7 @@ def _rewards(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] 
 
 
 @dataclass
-class RewardConfig(ReferenceFreeConfig, algorithm="reward"):
+class RewardConfig(AcceptedTemplateArguments, ReferenceFreeConfig, algorithm="reward"):
     """Configuration of `RewardTrainer`; names and defaults as in TRL 1.16.
 
     Pairs of which one completion is longer than `max_length` are dropped, since the end of a text decides its reward.
@@ -81,6 +83,11 @@ class Reward(Algorithm[Tensor]):
         """Pairs with margins and weights; of the policy only rewards."""
         return Needs(columns=("margin", "weight"), policy=())
 
+    @property
+    def counted(self) -> Counted:
+        """The last token, where the reward is read."""
+        return "ends"
+
     def check_model(self, model: str | Path | nn.Module) -> None:
         """A reward is read at the end of prompt and completion as one text, by a head that the architecture has."""
         kind = type(self.model_config).__name__
@@ -98,6 +105,10 @@ class Reward(Algorithm[Tensor]):
                 "loaded again. Take an architecture that has one (for images Gemma 3, say), or pass a model in memory "
                 "that has a head `score` with one output."
             )
+
+    def completion_values(self, policy: Tensor, reference: Scores | None) -> dict[str, Tensor]:
+        """The rewards."""
+        return {"rewards": policy}
 
     def load_model(self, source: str) -> nn.Module:
         """Load the model; the same seed gives the same new head."""

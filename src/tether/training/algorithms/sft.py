@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset, IterableDataset
 from torch import nn
 
 from tether.errors import ConfigError
@@ -13,12 +16,13 @@ from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig
 from tether.training.declared import option
 from tether.training.step import Context, MicroBatch
+from tether.training.surface.accepted import AcceptedSupervisedArguments
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 
 
 @dataclass
-class SFTConfig(ReferenceFreeConfig, algorithm="sft"):
+class SFTConfig(AcceptedSupervisedArguments, ReferenceFreeConfig, algorithm="sft"):
     """Configuration of `SFTTrainer`; names and defaults as in TRL 1.16.
 
     Rows are always packed without padding, so there is no option for it. Dropout is on, as it is a part of supervised
@@ -104,6 +108,7 @@ class SFTTrainer(ReferenceFreeTrainer):
     Args:
         model: the policy; see `DPOTrainer` for all arguments.
         train_dataset: rows with `prompt` and `completion`, or `messages`, or `text`.
+        formatting_func: makes a text of a row, in place of these columns; of rows in memory.
 
     Reference:
         Ouyang et al., Training language models to follow instructions with human feedback, arXiv:2203.02155.
@@ -111,3 +116,31 @@ class SFTTrainer(ReferenceFreeTrainer):
 
     args: SFTConfig  # type: ignore[override]
     algorithm_class = SFT
+
+    def __init__(
+        self,
+        *given: Any,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        **others: Any,
+    ) -> None:
+        if formatting_func is not None:
+            train_dataset, eval_dataset = _texts(train_dataset, formatting_func), _texts(eval_dataset, formatting_func)
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(*given, **{name: rows for name, rows in sets.items() if rows is not None}, **others)
+
+
+def _texts(rows: Any, write: Callable[[dict[str, Any]], str]) -> Any:
+    """Rows of one text each, or a dictionary of several sets of them."""
+    if rows is None:
+        return None
+    if isinstance(rows, (Dataset, IterableDataset)):
+        return rows.map(lambda row: {"text": write(row)}, remove_columns=rows.column_names)
+    if isinstance(rows, Mapping):
+        return {name: _texts(part, write) for name, part in rows.items()}
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return [{"text": write(row)} for row in rows]
+    raise ConfigError(
+        f"formatting_func takes rows in memory; got {type(rows).__name__}. Load them first: datasets.load_dataset(...)."
+    )

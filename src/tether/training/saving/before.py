@@ -17,9 +17,12 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
+from yaml import YAMLError
 
 from tether.compat.trainer import steps_in_backward
 from tether.errors import ConfigError, TetherError
+from tether.models.adapters import rewrites_base
+from tether.models.adapting.rewritten import is_rewritten
 from tether.models.structure import unwrap
 from tether.training.saving.settings import invalid_generation
 
@@ -59,16 +62,23 @@ def check_optimizer(args: TrainingArguments, optimizer: Any = None) -> None:
     if optimizer is None and (name.endswith("layerwise") or name in ("lomo", "adalomo")):
         raise ConfigError(f"is {name!r}. {_BACKWARD}", "optim")
     if steps_in_backward(optimizer):
-        raise ConfigError(f"optimizers: a layer-wise optimizer came, by hooks on the parameters. {_BACKWARD}")
+        raise ConfigError(f"optimizers: a layer-wise optimizer was given, by hooks on the parameters. {_BACKWARD}")
 
 
-def rehearse(save: Callable[[str, Any], None], policy: nn.Module, args: TrainingArguments) -> None:
+def rehearse(
+    save: Callable[[str, Any], None],
+    prove: Callable[[nn.Module, Path], None],
+    policy: nn.Module,
+    args: TrainingArguments,
+) -> None:
     """Save once before the first step, in a folder that is removed again: all but the weights of a whole model.
 
     Of a policy with adapters these are written too, so that a trained tensor that no file would hold is known now.
 
     Args:
         save: what the trainer saves by, given a folder and the tensors (None: the model's own).
+        prove: what compares the saved model with the one in memory; where the base under an adapter was rewritten, a
+            second model is loaded for it now.
         policy: at the start.
         args: of the run.
 
@@ -89,13 +99,26 @@ def rehearse(save: Callable[[str, Any], None], policy: nn.Module, args: Training
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is to be said comes with the real save
                 save(folder, None if isinstance(unwrap(policy), PeftModel) else {})
-        except TetherError:
+                if _rewrites(policy):
+                    prove(policy, Path(folder))
+        except ConfigError:
             raise
+        except TetherError as error:
+            raise ConfigError(
+                f"What this run would save is not what it trains: {error} Where an adapter begins by writing into its "
+                "base (PiSSA, OLoRA, LoftQ), give the base and peft_config in place of a PeftModel, or another `init`."
+            ) from error
         except Exception as error:
             raise ConfigError(
                 f"The run could not be saved when it is done: {type(error).__name__}: {' '.join(str(error).split())} "
                 "Correct the model, its configuration or its tokenizer before training."
             ) from error
+
+
+def _rewrites(policy: nn.Module) -> bool:
+    inner = unwrap(policy)
+    configs = inner.peft_config.values() if isinstance(inner, PeftModel) else ()
+    return is_rewritten(policy) or any(map(rewrites_base, configs))
 
 
 def _check_folder(folder: Path) -> None:
@@ -130,7 +153,7 @@ def _check_card(card: Path, policy: nn.Module) -> None:
         return
     try:
         ModelCard.load(card)
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         raise ConfigError(
             f"'{card}' has a head that is not valid ({' '.join(str(error).split())}), and the model card is written "
             "over it. Correct or remove it."

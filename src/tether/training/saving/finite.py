@@ -7,11 +7,12 @@ import math
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
 
+from tether.compat.deepspeed import is_away, is_only_copy
 from tether.errors import TetherError
 from tether.models.structure import trainable_tensors
 from tether.reference.methods.shards import local_part
+from tether.training.checkpoint import last_checkpoint
 
 
 class FiniteGuard:
@@ -74,7 +75,12 @@ class FiniteGuard:
         Raises:
             TetherError: with the name of a tensor.
         """
-        tensors = trainable_tensors(model)
+        # What DeepSpeed keeps on a disk is not read back for this; its losses are looked at.
+        tensors = {
+            name: tensor
+            for name, tensor in trainable_tensors(model).items()
+            if not is_away(tensor) or is_only_copy(tensor)
+        }
         finite = [torch.isfinite(local_part(tensor)).all().to(self._bad.device) for tensor in tensors.values()]
         if not finite:
             return
@@ -94,8 +100,5 @@ class FiniteGuard:
         return found
 
     def _kept(self) -> str:
-        try:
-            last = get_last_checkpoint(self._output_dir)
-        except OSError:
-            last = None
+        last = last_checkpoint(self._output_dir)
         return f" The last checkpoint is {last}." if last else " There is no checkpoint yet."

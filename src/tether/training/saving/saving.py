@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tether.training.config import PreferenceConfig
 from tether.training.saving.finite import FiniteGuard
 from tether.training.saving.reload import ReloadProof
 from tether.training.setup.run import Run
+
+logger = logging.getLogger("tether")
 
 
 class Saving:
@@ -45,7 +48,14 @@ class Saving:
         """Compare what is loaded from a folder with the policy; `shards`: what was saved is in a form of its own."""
         if self._accelerator.is_main_process:
             reason = "its weights are in shards" if shards or is_sharded(policy) else ""
-            ReloadProof(self._args, self._load, self._run.scorer, self._run.probe).check(policy, folder, reason)
+            logger.info(f"saved: {folder}: {self._compared(policy, folder, reason)}")
+
+    def prove_start(self, policy: nn.Module, folder: Path) -> None:
+        """The same for a rehearsal, of a policy whose base was rewritten by its adapter."""
+        logger.info(f"saving: the adapter rewrote its base; rehearsed: {self._compared(policy, folder)}")
+
+    def _compared(self, policy: nn.Module, folder: Path, reason: str = "") -> str:
+        return ReloadProof(self._args, self._load, self._run.scorer, self._run.probe).check(policy, folder, reason)
 
     def _load(self, source: str, **options: Any) -> nn.Module:
         model = self._run.algorithm.load_saved(source, **options)

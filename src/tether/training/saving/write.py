@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 from tether.compat.messages import EMBEDDINGS_SAVED
 from tether.errors import TetherError
 from tether.models.adapters import write_active
-from tether.models.beside import shared_by_hand, write_beside
+from tether.models.adapting.beside import shared_by_hand, write_beside
+from tether.models.adapting.rewritten import write_plain
 from tether.models.structure import trainable_tensors, unwrap
 from tether.training.saving.settings import OwnSettings, generation_as_it_is
 
@@ -53,6 +54,7 @@ def whole_save(
     write_active(model, folder)
     if isinstance(unwrap(model), PeftModel):
         write_beside(model, folder, state)
+        write_plain(model, folder)
     elif state != {}:
         require_written(model, folder)
 

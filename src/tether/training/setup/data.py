@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from tether.compat.datasets import arrow_table
 from tether.data import (
     Overlap,
     Prepared,
@@ -24,12 +26,14 @@ from tether.data import (
     split_rows,
 )
 from tether.data.audit.audit import FINDINGS, check
+from tether.data.audit.limits import check_sets, passed
 from tether.data.prepare.job import Options
 from tether.data.prepare.stream import Arrange, PreparedStream
 from tether.data.sources.stream import RowStream, is_streamed
-from tether.errors import ConfigError
+from tether.errors import ConfigError, DataError
 from tether.models.gguf import cache_root
 from tether.training.config import PreferenceConfig
+from tether.training.setup.limits import Check
 from tether.training.source import RowSource, Source, StreamSource
 
 logger = logging.getLogger("tether")
@@ -50,18 +54,27 @@ class RunData:
         args: lengths, truncation, boundary policy.
         arrange: what is done to prepared rows before they are packed.
         encoder_decoder: whether the policy reads prompts in an encoder.
+        check: refuses prepared rows that the model cannot compute, by the name of their set and their table.
         arrange_chunks: the same as `arrange` for a stream: called once a pass, gives what changes its chunks.
         reports: name of a set to its report, for `data.json`.
         evaluated: name of an evaluation set to digests of its rows and of its prompts, where training is streamed.
+        sets: prepared sets, each with the rows that it was made of.
     """
 
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     args: PreferenceConfig
     arrange: Callable[[Prepared], Prepared] = field(default=lambda prepared: prepared)
     encoder_decoder: bool = False
+    check: Check = field(default=lambda name, table: None)
     arrange_chunks: Callable[[], Arrange] = field(default=lambda: lambda table: table)
     reports: dict[str, Any] = field(default_factory=dict)
     evaluated: dict[str, tuple[set[bytes], set[bytes]]] = field(default_factory=dict)
+    _loaded: dict[str, Dataset] = field(default_factory=dict, repr=False)
+    sets: list[tuple[Dataset, Dataset]] = field(default_factory=list)
+
+    def rows_of(self, prepared: Any) -> Dataset:
+        """The rows that a prepared set was made of, whose numbers its column `source_row` has."""
+        return next(rows for dataset, rows in self.sets if dataset is prepared)
 
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set, or take it from the cache; see `tether.data.prepare.prepare`."""
@@ -81,8 +94,11 @@ class RunData:
             encoder_decoder=self.encoder_decoder,
             name=name,
         )
+        self.check(name, arrow_table(prepared.dataset))
         prepared = self.arrange(prepared)
+        self.sets.append((prepared.dataset, data))
         self.reports[name] = prepared.report.to_dict()
+        self._loaded[name] = data
         if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
             self.reports[name]["audit"] = self._audit(name, data)
         for line in prepared.report.lines():
@@ -102,8 +118,19 @@ class RunData:
             self.encoder_decoder,
         )
         source = RowStream(cast(Any, rows), args.kind, name)
-        stream = PreparedStream(source, self.tokenizer, options, arrange=self.arrange_chunks)
+
+        def arranged() -> Arrange:
+            arrange = self.arrange_chunks()
+
+            def checked(table: pa.Table) -> pa.Table:
+                self.check(name, table)
+                return arrange(table)
+
+            return checked
+
+        stream = PreparedStream(source, self.tokenizer, options, arrange=arranged)
         self.reports[name] = stream.report.to_dict()
+        self._loaded[name] = stream.sample
         if args.process_index == 0:  # see `prepare`
             self.reports[name]["audit"] = self._audit(name, stream.sample)
         logger.info(f"{name}: streamed; of the first {stream.report.rows:,} rows:")
@@ -133,7 +160,7 @@ class RunData:
         Returns:
             The training rows, and the evaluation set, a dictionary of them, or None.
         """
-        streamed = self.args.dataset_streaming or is_streamed(train)
+        streamed = self.args.stream_dataset or is_streamed(train)
         if streamed:
             self.args.require_streamable()
             _refuse_split(evaluation)
@@ -144,11 +171,13 @@ class RunData:
         source = StreamSource(training) if isinstance(training, PreparedStream) else RowSource(training.dataset)
         self._keep_template(training.report)
         if evaluation is None:
+            self._hold_to_limits(streamed=streamed)
             return source, None
         named = isinstance(evaluation, Mapping) and not is_origin(evaluation)
         sets = cast(Mapping[str, Rows], evaluation if named else {"": evaluation})
         parts = {f"eval_{name}" if named else "eval": rows for name, rows in sets.items()}
         prepared = {name: self.prepare(name, rows) for name, rows in parts.items()}
+        self._hold_to_limits(streamed=streamed)
         for name, part in prepared.items():
             if isinstance(training, PreparedStream):
                 self.evaluated[name] = set(part.row_digests), set(part.prompt_digests)
@@ -158,6 +187,27 @@ class RunData:
         if named:
             return source, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
         return source, prepared["eval"].dataset
+
+    def _hold_to_limits(self, *, streamed: bool) -> None:
+        """Refuse rows in which more is found than `dataset_check` allows; of a stream, its first rows."""
+        loaded, limits = self._loaded, cast(dict[str, float], self.args.dataset_check or {})
+        self._loaded = {}
+        if not limits or self.args.process_index != 0:  # the first process ends the others
+            return
+        train = loaded.pop("train")
+        found = check_sets(
+            train,
+            loaded,
+            kind=self.args.kind,
+            tokenizer=self.tokenizer,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            encoder_decoder=self.encoder_decoder,
+        )
+        if over := passed(found, limits):
+            raise DataError(f"{'; '.join(over)}. Correct the rows, or raise the limits (dataset_check, `data.check`).")
+        of = f"of the first {len(train):,} rows of the stream" if streamed else "of all rows"
+        logger.info(f"train: {', '.join(limits)} {of} within the limits")
 
     def say_overlap(self, name: str, rows: int, prompts: int, train_rows: int) -> None:
         """Keep and say how many training rows, and rows with its prompts, are in an evaluation set."""

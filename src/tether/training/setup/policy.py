@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tether.errors import ConfigError
+from tether.data import text_tokenizer
+from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
     continue_adapter,
     new_adapter,
@@ -21,15 +25,21 @@ from tether.models.adapters import (
     stack_adapter,
     train_new_tokens,
 )
-from tether.models.spec import ModelSpec, select_trainable
-from tether.models.structure import disable_dropout, transformers_model
+from tether.models.before.limits import Limits
+from tether.models.chat_template import use_chat_template
+from tether.models.spec import ModelSpec, add_tokens, select_trainable
+from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
 from tether.reference.methods.model import may_move
-from tether.scoring.router import has_router
+from tether.scoring.router import has_router, lacking_router
 from tether.training.checkpoint import refuse_silent_reanchoring
 from tether.training.config import PreferenceConfig
 from tether.training.saving.before import check_before_loading
+from tether.training.step import batch_of
 
 logger = logging.getLogger("tether")
+_IN_MEMORY = "object in memory"
+# Where launchers say how many processes they started.
+_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _NOTHING_TRAINS = (
     "The policy's weights are quantised and there is no adapter, so nothing could train. Add one (`peft_config`, in a "
     "run file `lora:` or `peft:`), or leave the quantisation out."
@@ -37,23 +47,58 @@ _NOTHING_TRAINS = (
 
 
 def check_arguments(
-    args: PreferenceConfig | None, wanted: type[PreferenceConfig], train: Any, evaluation: Any, quantization: Any
+    args: PreferenceConfig, wanted: type[PreferenceConfig], train: Any, evaluation: Any, quantization: Any
 ) -> PreferenceConfig:
     """The arguments of a run, found to be fit for one; with the quantisation that was given beside them, as in TRL."""
     if not isinstance(args, wanted):
-        came = "nothing" if args is None else f"a {type(args).__name__}"
-        raise ConfigError(f"args is {came}; pass a configuration such as {wanted.__name__}(output_dir=...).")
+        kind = type(args)
+        theirs = kind.__module__.partition(".")[0] == "trl"
+        advice = (
+            f"import {kind.__name__} from tether in place of trl; names and defaults are the same" if theirs else ""
+        )
+        raise ConfigError(
+            f"args is a {'trl.' * theirs}{kind.__name__}; "
+            + (advice or f"pass a configuration such as {wanted.__name__}(output_dir=...)")
+            + "."
+        )
     if train is None:
         raise ConfigError("train_dataset is missing; pass a datasets.Dataset, a list of rows or a path.")
     if args.eval_strategy != "no" and evaluation is None:
         raise ConfigError(f"eval_strategy is {args.eval_strategy} but there is no eval_dataset. Pass one, or set no.")
+    _require_one_run(args)
     if args.n_gpu > 1:
         raise ConfigError(
             f"One process sees {args.n_gpu} GPUs, which it would use by splitting batches; a packed row cannot be. "
             f"Start with `torchrun --nproc_per_node {args.n_gpu}`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
     check_before_loading(args)
+    make_audible(args)
     return args if quantization is None else _with_quantization(args, quantization)
+
+
+def default_arguments(model: str | Path | nn.Module, wanted: type[PreferenceConfig]) -> PreferenceConfig:
+    """The configuration where none was given, as in TRL: all defaults, in a folder named after model and trainer."""
+    source = str(model) if isinstance(model, (str, Path)) else source_of(model)
+    name = Path(source).name if source != _IN_MEMORY else type(transformers_model(cast(nn.Module, model))).__name__
+    return wanted(output_dir=f"{name}-{wanted.__name__.removesuffix('Config')}")
+
+
+def _require_one_run(args: PreferenceConfig) -> None:
+    """Several processes that a launcher started must be one run, or each trains alone and writes the same folder."""
+    started = max((int(os.environ[name]) for name in _PROCESSES if os.environ.get(name, "").isdigit()), default=1)
+    if started > 1 and args.world_size == 1:
+        name = next(name for name in _PROCESSES if os.environ.get(name, "") == str(started))
+        raise ConfigError(
+            f"{started} processes were started ({name}), and each would be a run of its own that writes the folder "
+            f"{args.output_dir!r}. Start them with `torchrun --nproc_per_node {started}` or `accelerate launch`, or "
+            "start one; on a machine where they cannot be joined, unset the variable."
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ConfigError(
+            "is True in a run of several processes: one that begins again would leave the others waiting. Leave it "
+            "out; max_tokens_per_forward bounds what is computed at once.",
+            "auto_find_batch_size",
+        )
 
 
 def _with_quantization(args: PreferenceConfig, quantization: Any) -> PreferenceConfig:
@@ -79,10 +124,77 @@ def make_audible(args: PreferenceConfig) -> None:
         logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
 
 
+def use_pad_token(tokenizer: Any, token: str | None) -> None:
+    """Have a tokenizer pad with the token that was asked for; it is saved with the model, and no row here is padded.
+
+    Raises:
+        ConfigError: the vocabulary lacks it.
+    """
+    if token is None or token == tokenizer.pad_token:
+        return
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"is {token!r}, which the tokenizer's vocabulary lacks. Name one it has.", "pad_token")
+    tokenizer.pad_token = token
+    logger.info(f"tokenizer: pads with {token!r} from now on")
+
+
+def check_collator(collator: Any, rows: Dataset) -> None:
+    """Refuse a collator that makes no batch of prepared rows, before weights load.
+
+    Raises:
+        ConfigError: with what it did with two of them.
+    """
+    if collator is None:
+        return
+    try:
+        batch_of(collator([rows[i] for i in range(min(2, len(rows)))]))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"data_collator: {type(collator).__name__} fails on prepared rows ({type(error).__name__}: {error}), whose "
+            f"columns are {', '.join(rows.column_names)}. Leave it out: rows are packed without padding. Your own must "
+            "return {'batch': ScoringBatch}, as tether.training.step.collate does."
+        ) from error
+
+
+_EFFECTS = {
+    "weight": "multiplies the loss of its row",
+    "margin": "is subtracted from the difference of rewards, or is the gap to fit",
+}
+
+
+def announce_columns(columns: tuple[str, ...], rows: Dataset, *, complete: bool) -> None:
+    """Say which columns of numbers change the loss; they may have come with the data for another purpose."""
+    for name in columns:
+        if name in _EFFECTS and name in rows.column_names:
+            values = rows.with_format(None)[name][:]
+            logger.info(
+                f"column `{name}`: used; it {_EFFECTS[name]}; from {min(values):g} to {max(values):g}, mean "
+                f"{sum(values) / len(values):g}{'' if complete else ', in the first rows'}. Remove it where that is "
+                "not meant."
+            )
+
+
 def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:
     """How a policy that is named is loaded."""
     options = cast(dict[str, Any], args.model_init_kwargs or {})
     return ModelSpec.of(source, options, trust_remote_code=args.trust_remote_code)
+
+
+def processing_of(source: str | Path, args: PreferenceConfig, given: Any = None) -> tuple[Any, list[int]]:
+    """The tokenizer or processor of a run, with its new tokens and its chat template, and the ids of the new tokens.
+
+    Args:
+        source: the policy that is named.
+        args: the run's.
+        given: the one that was passed; it is changed in place.
+    """
+    processing = given or policy_spec(source, args).load_processing()
+    new_tokens = add_tokens(text_tokenizer(processing), args.add_tokens or ())
+    if args.chat_template_path is not None:
+        use_chat_template(processing, args.chat_template_path)
+    return processing, new_tokens
 
 
 def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config: PeftConfig | None) -> None:
@@ -93,6 +205,8 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
                 "model_init_kwargs or a quantization_config was given with models in memory, which they cannot change. "
                 "Leave them out."
             )
+        if peft_config is not None and isinstance(model, nn.Module):
+            _refuse_second_adapter(model)
         return
     spec = policy_spec(model, args)
     if args.reference is None and ref_model is None:
@@ -114,26 +228,60 @@ def config_of(model: str | Path | nn.Module, args: PreferenceConfig) -> Any:
 
 def source_of(model: nn.Module) -> str:
     config = transformers_model(model).config
-    return getattr(config, "name_or_path", "") or "object in memory"
+    return getattr(config, "name_or_path", "") or _IN_MEMORY
 
 
-def router_coefficient(args: PreferenceConfig, policy: nn.Module) -> float:
-    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 without experts."""
+def check_router(args: PreferenceConfig, limits: Limits) -> None:
+    """Refuse a weight for the load-balancing loss of a model that has none, as far as its code says so.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if args.router_aux_loss_coef:
+        model = limits.built
+        lacking = "" if model is None else lacking_router(model)
+        if lacking:
+            raise ConfigError(f"router_aux_loss_coef is {args.router_aux_loss_coef} and {lacking}. Leave it unset.")
+
+
+def router_coefficient(args: PreferenceConfig, policy: nn.Module, measure: Callable[[], Any]) -> float:
+    """Weight of the load-balancing loss: the option, or what the model's configuration says; 0 where there is none.
+
+    Args:
+        args: of the run.
+        policy: as it is trained.
+        measure: scores a few rows with that loss.
+
+    Raises:
+        ConfigError: the option was set, and the model gives no such loss.
+    """
     model = transformers_model(policy)
-    if not has_router(model):
-        if args.router_aux_loss_coef:
-            raise ConfigError(
-                f"router_aux_loss_coef is {args.router_aux_loss_coef} and {type(model).__name__} has no experts to "
-                "balance. Leave it unset."
-            )
+    wanted = args.router_aux_loss_coef
+    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) if has_router(model) else 0.0
+    weight = declared if wanted is None else wanted
+    if not weight:
         return 0.0
-    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-    weight = declared if args.router_aux_loss_coef is None else args.router_aux_loss_coef
-    if weight:
-        logger.info(
-            f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
-        )
+    lacking = lacking_router(model) or _without_router_loss(model, measure)
+    if lacking and wanted:
+        raise ConfigError(f"router_aux_loss_coef is {wanted} and {lacking}. Leave it unset.")
+    if lacking:
+        logger.info(f"experts: no load-balancing loss, although the configuration weighs one by {weight:g}: {lacking}")
+        return 0.0
+    logger.info(
+        f"experts: load-balancing loss of each micro-batch, weight {weight:g}, over the tokens of all sequences"
+    )
     return weight
+
+
+def _without_router_loss(model: PreTrainedModel, measure: Callable[[], Any]) -> str:
+    """Why scoring gives no load-balancing loss, found by asking for it; empty where it does."""
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            loss = getattr(measure(), "aux_loss", None)
+    except (ScoringError, ConfigError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return f"{type(model).__name__} gives none ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    given = isinstance(loss, torch.Tensor) and bool(loss.isfinite())
+    return "" if given else f"{type(model).__name__}, scored as this run scores it, gives none"
 
 
 def at_the_start(policy: nn.Module, args: PreferenceConfig) -> nn.Module:
@@ -221,16 +369,11 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
         elif getattr(policy, "is_quantized", False):
             raise ConfigError(_NOTHING_TRAINS)
         return policy
-    if isinstance(policy, PeftModel):
-        raise ConfigError(
-            "peft_config was given and the model already has an adapter. Leave peft_config out to continue that "
-            "adapter; or merge it first with model.merge_and_unload(); or, to freeze it beneath the new one, name its "
-            "base as the model and its folder as `adapter` in model_init_kwargs (in a run file `model.adapter`)."
-        )
+    _refuse_second_adapter(policy)
     if not isinstance(policy, PreTrainedModel):
         raise ConfigError(f"peft_config needs a transformers model; got a {type(policy).__name__}.")
     _refuse_virtual_tokens(peft_config, policy, args)
-    peft_config = for_task(peft_config, policy)
+    peft_config = _with_revision(for_task(peft_config, policy), args)
     if getattr(peft_config, "lora_dropout", 0.0) and args.disable_dropout:
         logger.warning(
             "lora_dropout has no effect: disable_dropout is on, so that policy and reference differ by training"
@@ -244,8 +387,26 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
     return stacked
 
 
+def _refuse_second_adapter(policy: nn.Module) -> None:
+    """A new adapter over one that is there would take its place where it has its name, and stand on it elsewhere."""
+    names = ", ".join(map(repr, adapter_configs(policy)))
+    if names:
+        raise ConfigError(
+            f"peft_config was given and the model already has an adapter, {names}. Leave peft_config out to continue "
+            "that adapter; or merge it first (model.merge_and_unload() of peft); or, to freeze it beneath the new one, "
+            "name its base as the model and its folder as `adapter` in model_init_kwargs (in a run file "
+            "`model.adapter`)."
+        )
+
+
+def _with_revision(peft_config: PeftConfig, args: PreferenceConfig) -> PeftConfig:
+    """The configuration of a new adapter with its base's revision, without which the adapter leads to another base."""
+    revision = cast(dict[str, Any], args.model_init_kwargs or {}).get("revision")
+    return peft_config if revision is None else replace(peft_config, revision=revision)
+
+
 def _refuse_virtual_tokens(config: PeftConfig, policy: PreTrainedModel, args: PreferenceConfig) -> None:
-    refuse_unfit_virtual_tokens(config, policy)
+    refuse_unfit_virtual_tokens(config, policy.config)
     if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
         raise ConfigError(
             "peft_config is prefix tuning, whose prefix is a key-value cache, and gradient checkpointing recomputes "

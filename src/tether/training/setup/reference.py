@@ -17,13 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from tether.compat.accelerate import shard_by_fsdp2, stage3_settings, uses_fsdp2
 from tether.compat.deepspeed import inference_engine
 from tether.compat.transformers import commit_of
-from tether.errors import ConfigError
-from tether.models import load_tokenizer
-from tether.models.beside import refuse_brought
+from tether.errors import ConfigError, ReferencePolicyError
+from tether.models import load_policy, load_tokenizer
+from tether.models.adapters import in_one_way
+from tether.models.adapting.beside import refuse_brought
+from tether.models.fingerprint import model_fingerprint
+from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.load import check_source
 from tether.models.partitioned import whole_weights
 from tether.models.spec import ModelSpec
-from tether.models.structure import transformers_model, unwrap
+from tether.models.structure import dtype_of, transformers_model, unwrap
 from tether.reference import (
     GuardResult,
     Reference,
@@ -31,6 +34,7 @@ from tether.reference import (
     compare_with_start,
     refuse_other_tokenizer,
     require_start_equality,
+    why_not_at_start,
 )
 from tether.reference.base import Scorer
 from tether.reference.methods.model import may_move
@@ -81,8 +85,11 @@ def reference_spec(
     policy: nn.Module,
     policy_source: str,
     tokenizer: PreTrainedTokenizerBase,
+    before: str | None,
 ) -> ReferenceSpec:
     """The declaration with what it names: another model is loaded and placed, an adapter is added beside the policy's.
+
+    `before` is the fingerprint of the policy before this run put an adapter on it, see `base_fingerprint`.
 
     Raises:
         ConfigError: what is named cannot be loaded.
@@ -94,9 +101,12 @@ def reference_spec(
         ref_model = reload()
     elif ref_model is not None:
         source = source_of(ref_model)
+        ref_model = in_one_way(ref_model)
         _place(ref_model, args.device)
     # What a full store needs no longer waits beside the run's other files.
     found: dict[str, Any] = {"spill": Path(str(args.output_dir))} if args.wants_store() else {}
+    if meaning == "base":
+        found["base"] = partial(base_fingerprint, policy, before)
     if meaning == "adapter":
         source = str(args.reference_adapter)
         found["adapter"], ref_model = _adapter(args, policy)
@@ -192,8 +202,17 @@ def _require_same_base(folder: Path, policy: nn.Module) -> None:
         logger.warning(f"reference: the adapter {folder} was made on {theirs!r} and the policy comes from {ours!r}")
 
 
-def check_start(policy: nn.Module, reference: Reference, scorer: Scorer, probe: ScoringBatch) -> GuardResult | None:
+def check_start(
+    policy: nn.Module, reference: Reference, scorer: Scorer, probe: ScoringBatch, updates: int
+) -> GuardResult | None:
     """Compare the policy with a `start` reference before the first step; None for another meaning.
+
+    Args:
+        policy: as it is now.
+        reference: of the run.
+        scorer: the scoring function.
+        probe: a few rows.
+        updates: that the trainer has made before.
 
     Raises:
         ReferencePolicyError: the policy is not at its reference.
@@ -205,8 +224,34 @@ def check_start(policy: nn.Module, reference: Reference, scorer: Scorer, probe: 
         f"start equality: at most {found.max_difference:.1e} nats between policy and reference on "
         f"{found.rows} rows, {found.tokens} tokens (allowed {reference.tolerance:.0e})"
     )
-    require_start_equality(found, reference)
+    if not found.passed:
+        require_start_equality(found, reference, why_not_at_start(policy, reference, updates))
     return found
+
+
+def base_fingerprint(policy: nn.Module, before: str | None) -> str | None:
+    """Fingerprint of the base under a policy's adapters, as its source has it; None where there is no source to read.
+
+    Args:
+        policy: with its adapters.
+        before: the same of the policy before this run put an adapter on it; None if it came with one.
+    """
+    if before is not None:
+        return before
+    model = transformers_model(policy)
+    source, dtype = model.config.name_or_path, dtype_of(policy)
+    if not source:
+        return None
+    try:
+        if Path(source).is_dir():
+            return checkpoint_fingerprint(source, dtype=dtype)
+    except ReferencePolicyError:
+        pass  # its files do not say what the model will be
+    try:
+        base = load_policy(source, dtype=dtype, revision=commit_of(model))
+    except ConfigError:
+        return None
+    return model_fingerprint(base, without_adapters=True)
 
 
 def shard_reference(reference: Reference, accelerator: Accelerator) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,32 +20,42 @@ from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.precision import choose_precision
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
-from tether.models.spec import add_tokens, embed_tokens
-from tether.models.structure import evaluation_mode, transformers_model
+from tether.models.adapters import in_one_way
+from tether.models.before.blueprint import rehearse
+from tether.models.fingerprint import model_fingerprint
+from tether.models.spec import embed_tokens
+from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
 from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
 from tether.scoring import Layout, choose_layout, pack
 from tether.scoring.batch import with_prompts
+from tether.scoring.layout.proof import LayoutChoice, prove_again
 from tether.training.algorithms.base import Algorithm
 from tether.training.budget import TokenBudget, choose_budget
 from tether.training.config import PreferenceConfig
+from tether.training.noise import layout_for_noise
 from tether.training.saving.settings import OwnSettings
 from tether.training.setup.data import Rows, RunData
+from tether.training.setup.limits import checked, limits_of
 from tether.training.setup.policy import (
+    announce_columns,
     at_the_start,
     check_arguments,
+    check_collator,
     check_policy,
+    check_router,
     config_of,
+    default_arguments,
     learning_tokens,
-    make_audible,
-    policy_spec,
+    processing_of,
     router_coefficient,
     source_of,
+    use_pad_token,
     with_adapter,
 )
 from tether.training.setup.reference import declared_meaning, reference_spec
 from tether.training.source import Source
-from tether.training.step import MicroBatch, Step, own_rows
+from tether.training.step import Context, MicroBatch, Step, own_rows
 from tether.training.store import with_store
 from tether.types import ScoringBatch
 
@@ -54,7 +65,7 @@ _PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class Given:
-    """What a trainer's constructor was given; see `DPOTrainer`."""
+    """What a trainer's constructor was given, see `DPOTrainer`; and arguments of its algorithm, such as rewards."""
 
     model: str | Path | nn.Module
     ref_model: str | Path | nn.Module | None
@@ -64,6 +75,9 @@ class Given:
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
     quantization_config: Any
     peft_config: PeftConfig | None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    data_collator: Any = None
+    given_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Run:
         stored: the reference's store; None without one.
         proof: that something trains.
         settings: the policy's own, which it is saved with.
+        prove_again: proves the policy's layout once more, given the policy and how many updates there were.
     """
 
     algorithm: Algorithm[Any]
@@ -99,6 +114,7 @@ class Run:
     stored: StoredReference | None
     proof: TrainingProof
     settings: OwnSettings
+    prove_again: Callable[[nn.Module, int], None]
 
     def scored(self, batch: ScoringBatch) -> ScoringBatch:
         """A batch with all that the algorithm has scored of it."""
@@ -125,51 +141,92 @@ def build_run(
         ConfigError, DataError: before any weights are loaded, where that is possible.
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
-    args = check_arguments(
-        given.args, algorithm_class.config, given.train_dataset, given.eval_dataset, given.quantization_config
-    )
-    make_audible(args)
+    args = _arguments(given, algorithm_class.config)
     model, ref_model = given.model, given.ref_model
     source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
-    algorithm = algorithm_class(args, config_of(model, args))
+    algorithm = algorithm_class(args, config_of(model, args), **given.parts)
     algorithm.check_model(model)
-    tokenizer = given.processing_class or policy_spec(source_name, args).load_processing()
-    new_tokens = add_tokens(text_tokenizer(tokenizer), args.add_tokens or ())
-    data = RunData(tokenizer, args, algorithm.rows, bool(algorithm.model_config.is_encoder_decoder), algorithm.chunks)
-    source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
-    # The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then its precision.
-    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else model
-    settings = OwnSettings(policy)
-    embed_tokens(policy, new_tokens)
-    peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
-    policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
-    algorithm.prepare_model(policy, tokenizer)
-    choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
+    tokenizer, new_tokens = processing_of(source_name, args, given.processing_class)
+    data, source, evaluation = _rows(algorithm, given, args, tokenizer, new_tokens)
+    policy, settings, before = _policy(algorithm, given, args, source_name, tokenizer, new_tokens)
     proof = TrainingProof(policy)
     accelerator = start(args, policy, source.rows, evaluation, tokenizer)
     settings.restore_cache()
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
-    router_weight = router_coefficient(args, policy)
+    announce_columns(algorithm.needs.columns, source.known, complete=source.complete)
     prove = _Prover(algorithm, args, source, accelerator)
-    layout, scorer = prove(policy, "")
+    layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
+    router = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
     padded, whole = layout != "tree", algorithm.needs.whole_batch
     budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
     if args.disable_dropout:
         prove.determinism(policy, probe)
-    spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer))
+    spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer), before)
     resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
     stored, line = with_store(resolved, args, accelerator, policy_now)
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    return Run(
-        algorithm, data, source, probe, layout, scorer, budget, router_weight, reference, line, stored, proof, settings
-    )
+    more = settings, prove.again
+    return Run(algorithm, data, source, probe, layout, scorer, budget, router, reference, line, stored, proof, *more)
+
+
+def _rows(
+    algorithm: Algorithm[Any], given: Given, args: PreferenceConfig, tokenizer: Any, new_tokens: list[int]
+) -> tuple[RunData, Source, Any]:
+    """The rows of a run, prepared and found to fit the model: training rows and evaluation rows."""
+    apart = bool(algorithm.model_config.is_encoder_decoder)
+    limits = limits_of(given.model, algorithm.model_config, args, new_tokens, given.peft_config)
+    check_router(args, limits)
+    if given.peft_config is not None and not isinstance(given.model, nn.Module):
+        rehearse(given.peft_config, algorithm.model_config)
+    data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
+    use_pad_token(text_tokenizer(tokenizer), args.pad_token)
+    source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
+    check_collator(given.data_collator, source.known)
+    return data, algorithm.source(source, data), evaluation
+
+
+def _policy(
+    algorithm: Algorithm[Any],
+    given: Given,
+    args: PreferenceConfig,
+    source_name: str,
+    tokenizer: Any,
+    new_tokens: list[int],
+) -> tuple[nn.Module, OwnSettings, str | None]:
+    """The policy as it will be at the first step: tokens, adapter, what trains, dropout, device; then its precision.
+
+    With it, its own settings, and the fingerprint of what it was before this run put an adapter on it.
+    """
+    model = given.model
+    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else in_one_way(model)
+    settings = OwnSettings(policy)
+    embed_tokens(policy, new_tokens)
+    plain = args.reference == "base" and not adapter_configs(policy)
+    before = model_fingerprint(policy, without_adapters=True) if plain else None
+    peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
+    policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
+    algorithm.prepare_model(policy, tokenizer)
+    choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
+    return policy, settings, before
+
+
+def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig:
+    args = default_arguments(given.model, wanted) if given.args is None else given.args
+    args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
+    if args.auto_find_batch_size and given.given_optimizer:
+        raise ConfigError(
+            "is True, and an optimizer was given, which would go on with what it has seen where a run begins again. "
+            "Leave one of them out.",
+            "auto_find_batch_size",
+        )
+    return args
 
 
 class _Prover:
@@ -178,21 +235,26 @@ class _Prover:
     def __init__(self, algorithm: Algorithm[Any], args: PreferenceConfig, source: Source, accelerator: Accelerator):
         self._algorithm, self._args, self._accelerator = algorithm, args, accelerator
         self._examples = source.probe(2, longest=True)
+        # Short ones, for a proof beside an optimizer's memory.
+        self._short = source.probe(2)
         self._options: dict[str, Any] = {}
+        self.again: Callable[[nn.Module, int], None] = lambda policy, updates: None
 
-    def __call__(self, model: nn.Module, whose: str) -> tuple[Layout, Scorer]:
+    def __call__(self, model: nn.Module, whose: str, requested: Layout | None = None) -> tuple[Layout, Scorer]:
         """A model's layout, proved, and the scoring function in it, in the run's precision everywhere."""
         compute_by_products(model)
         with self._proving():
             choice = choose_layout(
                 model,
                 self._examples,
-                requested=self._args.scoring_layout,
+                requested=requested or self._args.scoring_layout,
                 backend=self._args.attention_backend,
                 measures=self._algorithm.measures,
             )
         logger.info(f"{whose}{choice.line}")
         self._options = choice.options
+        if not whose:
+            self.again = partial(self._again, choice)
         autocast, scoring = self._accelerator.autocast, self._algorithm.scoring
 
         def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
@@ -200,6 +262,13 @@ class _Prover:
                 return scoring(model, batch, outputs=outputs, **choice.options)
 
         return choice.layout, scorer
+
+    def _again(self, choice: LayoutChoice, policy: nn.Module, updates: int) -> None:
+        """Prove a layout once more, see `prove_again`."""
+        # By now accelerate has put its precision around the model's own forward.
+        with self._accelerator.autocast():
+            difference = prove_again(policy, self._short, choice, updates)
+        logger.info(f"scoring: {choice.name}, at most {difference:.1e} {choice.measures.unit} after {updates} updates")
 
     def _proving(self) -> AbstractContextManager[Any]:
         """The precision of a proof: the weights' own, as rounding under autocast would hide small mistakes."""
@@ -223,6 +292,13 @@ class _Prover:
                 f"With dropout disabled, {type(transformers_model(policy)).__name__} still differs between training "
                 f"and evaluation mode, by {difference:.2g} nats. Set disable_dropout=False to keep its randomness."
             )
+
+
+def whole_step(part: MicroBatch, run: Run, context: Context, processes: int) -> Step:
+    """A micro-batch of an evaluation as a step of its own: the loss of it is its mean, on any number of processes."""
+    batch = part.batch
+    counts = [batch.num_examples, len(batch.branches), run.algorithm.loss_tokens(batch)]
+    return Step(((part,),), processes * torch.tensor(counts), context, evaluates=True)
 
 
 def build_step(inputs: list[Any], run: Run, accelerator: Accelerator, device: torch.device) -> Step:

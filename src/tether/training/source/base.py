@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,12 @@ class Source(ABC):
         """Go on from where a checkpoint stands, or without `skip` from the beginning of its epoch; gives the epoch."""
         raise TypeError(f"{type(self).__name__} keeps no position.")
 
-    def save(self, folder: Path) -> None:
-        """Keep in a checkpoint where the run stands."""
+    def save(self, folder: Path, process: int) -> None:
+        """Keep in a checkpoint where the run stands; every process calls, with its number."""
+
+    def evaluated(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Batches of an evaluation set, from transformers' loader of it."""
+        return loader
 
     def close(self) -> None:
         """Prepare no more rows."""

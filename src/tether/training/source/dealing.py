@@ -3,6 +3,14 @@
 Every process reads and prepares all rows and takes its share of them, so that none waits for another and nothing is
 sent between them. The rows of a round (a batch for each process) are dealt as accelerate deals those of a set in
 memory.
+
+By hand, since what libraries keep does not give the same batches after resuming:
+- `datasets.IterableDataset.state_dict` (5.2) is the place of the last row that was read. Its docstring says that rows
+  in shuffle buffers are lost and the buffers filled with new ones, and that batched `map` over Arrow may skip a batch.
+- `torchdata.stateful_dataloader` (0.11) counts batches and fast-forwards the data set, which prepares every row again,
+  or asks the data set for a state of its own, which is the one above; it knows workers, and not several processes.
+- Neither notices that rows, tokenizer or batch size are others, nor deals the last round.
+So a checkpoint has how many rows each chunk gave and what they are told apart by, and draws are played again.
 """
 
 from __future__ import annotations
@@ -103,7 +111,7 @@ class Row:
 
 
 def shuffled(items: Iterator[Item], buffer: list[Item], size: int, draw: Callable[[], float]) -> Iterator[Item]:
-    """Each item once, drawn from a buffer in which the next one takes its place, as `datasets` shuffles streams.
+    """Each item once, drawn from a buffer in which the next one takes its place.
 
     Args:
         items: in any order.

@@ -86,9 +86,9 @@ class StreamSource(Source):
             self._loader.resume(position, skip=skip)
         return position.epoch
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, process: int) -> None:
         """Keep the position in a checkpoint."""
-        if self._loader is not None:
+        if self._loader is not None and process == 0:
             self._loader.position.write(folder)
 
     def close(self) -> None:

@@ -1,0 +1,62 @@
+"""Another chat template for a tokenizer or processor: a file of it, or that of another tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from tether.errors import ConfigError
+from tether.models.load import load_tokenizer
+
+logger = logging.getLogger("tether")
+# Control tokens as templates spell them: <|im_start|>, [INST], <start_of_turn>.
+_CONTROLS = re.compile(r"<[|\uff5c][^\s<>|{}]{1,40}[|\uff5c]>|<[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
+_SHOWN = 4
+
+
+def use_chat_template(processing: PreTrainedTokenizerBase | ProcessorMixin, source: str | Path) -> None:
+    """Write conversations with another chat template from now on.
+
+    Args:
+        processing: a tokenizer or a processor; changed in place, so that it is saved with the template.
+        source: a file of the template, or the name or folder of a tokenizer that has one.
+
+    Raises:
+        ConfigError: there is no template.
+    """
+    template = _template_of(source)
+    tokenizer: Any = getattr(processing, "tokenizer", processing)
+    tokenizer.chat_template = template
+    if processing is not tokenizer:
+        processing.chat_template = template  # type: ignore[union-attr]
+    known = tokenizer.get_vocab()
+    texts = template.values() if isinstance(template, dict) else [template]
+    strange = sorted({found for text in texts for found in _CONTROLS.findall(text)} - known.keys())
+    if strange:
+        shown = ", ".join(strange[:_SHOWN]) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
+        logger.warning(
+            f"chat template: {shown} of '{source}' are no tokens of the model's tokenizer, which writes each in "
+            "several. Add them with `add_tokens` where each is to be one."
+        )
+
+
+def _template_of(source: str | Path) -> str | dict[str, str]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise ConfigError(f"chat_template: '{source}' is empty; it must hold a template.")
+        return text
+    if path.suffix == ".jinja":
+        raise ConfigError(f"chat_template: there is no file '{source}', looked for from {Path.cwd()}. Correct it.")
+    template = load_tokenizer(source).chat_template
+    if not template:
+        raise ConfigError(
+            f"chat_template: the tokenizer '{source}' has none. Name one that has, such as that of the model's "
+            "instruction-tuned variant, or give a file (.jinja)."
+        )
+    return template

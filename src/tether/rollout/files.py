@@ -1,0 +1,154 @@
+"""Rollouts on disk: a Parquet file for each and process, written before rewards run; and what replays them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import torch
+from torch import Tensor, nn
+
+from tether.errors import RolloutError
+from tether.rollout.records import Completion, Group, RolloutRequest, Sampling, as_ids
+
+FOLDER = "rollouts"
+_SCHEMA = pa.schema(
+    {
+        "source_row": pa.int64(),
+        "branch": pa.int32(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "completion_ids": pa.list_(pa.int32()),
+        "logps": pa.list_(pa.float32()),
+        "written": pa.list_(pa.bool_()),
+        "kept": pa.list_(pa.float32()),
+        "finish": pa.string(),
+        "text": pa.string(),
+        "rewards": pa.string(),
+    }
+)
+
+
+def rollout_file(folder: Path, number: int, process: int) -> Path:
+    """Where a process keeps its share of a rollout."""
+    return folder / FOLDER / f"{number:06d}-{process}.parquet"
+
+
+def write_rollout(
+    path: Path,
+    groups: Sequence[Group],
+    texts: Sequence[str],
+    *,
+    rewards: Sequence[dict[str, float | None]] | None = None,
+    engine: str,
+    sampling: Sampling,
+) -> None:
+    """Write a rollout; a file appears whole or not at all.
+
+    Args:
+        path: see `rollout_file`.
+        groups: with K completions.
+        texts: K, for people.
+        rewards: of each completion by function; None before they are known.
+        engine: that sampled.
+        sampling: how.
+    """
+    flat = [
+        (group, branch, one)
+        for group in groups
+        for branch, one in zip(group.request.branches, group.completions, strict=True)
+    ]
+    given = rewards if rewards is not None else [{} for _ in flat]
+    rows = [
+        {
+            "source_row": group.request.source_row,
+            "branch": branch,
+            "prompt_ids": group.prompt.tolist(),
+            "completion_ids": one.ids.tolist(),
+            "logps": _listed(one.logps),
+            "written": _listed(one.written),
+            "kept": _listed(one.kept),
+            "finish": one.finish,
+            "text": text,
+            "rewards": json.dumps(reward) if reward else None,
+        }
+        for (group, branch, one), text, reward in zip(flat, texts, given, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"engine": engine, "sampling": sampling.digest}
+    table = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata(about)
+    whole = path.with_suffix(".unfinished")
+    parquet.write_table(table, whole)
+    whole.replace(path)
+
+
+def _listed(values: Tensor | None) -> list[float] | None:
+    return None if values is None else values.tolist()
+
+
+class ReplayEngine:
+    """Gives the completions of an earlier run's folder in place of new ones.
+
+    Args:
+        folder: of the earlier run.
+    """
+
+    name = "replay"
+    embedded = False
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder).expanduser()
+        if not (self._folder / FOLDER).is_dir():
+            raise RolloutError(f"There are no rollouts in {self._folder}: give the folder of a run that kept them.")
+        self._number: int | str | None = None
+        self._held: dict[tuple[int, int], tuple[list[int], Completion]] = {}
+
+    def generate(self, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Group]:
+        """The kept completions of each request.
+
+        Raises:
+            RolloutError: one was not kept, or its prompt was another.
+        """
+        found = []
+        for request in requests:
+            self._load(request.number)
+            completions = []
+            for branch in request.branches:
+                prompt, completion = self._held.get((request.source_row, branch), (None, None))
+                if completion is None or prompt != request.prompt_ids.tolist():
+                    why = "was not kept" if completion is None else "has another prompt"
+                    raise RolloutError(
+                        f"Completion {branch} of row {request.source_row} in rollout {request.number} {why} in "
+                        f"{self._folder}. Replay with the rows, the seed and the numbers of completions of that run."
+                    )
+                completions.append(completion)
+            found.append(Group(request, tuple(completions)))
+        return found
+
+    def _load(self, number: int | str) -> None:
+        if number == self._number:
+            return
+        paths = sorted((self._folder / FOLDER).glob(f"{number:06d}-*.parquet")) if isinstance(number, int) else []
+        self._held = {
+            (row["source_row"], row["branch"]): (row["prompt_ids"], _completion(row))
+            for path in paths
+            for row in parquet.read_table(path).to_pylist()
+        }
+        self._number = number
+
+
+def _completion(row: dict[str, object]) -> Completion:
+    ids: list[int] = row["completion_ids"]  # type: ignore[assignment]
+
+    def tensor(name: str, dtype: torch.dtype) -> Tensor | None:
+        return None if row[name] is None else torch.tensor(row[name], dtype=dtype)
+
+    return Completion(
+        as_ids(ids),
+        tensor("logps", torch.float32),
+        row["finish"],  # type: ignore[arg-type]
+        tensor("written", torch.bool),
+        tensor("kept", torch.float32),
+    )

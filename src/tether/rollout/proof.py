@@ -1,0 +1,133 @@
+"""Which engine a run samples with, and the proof that it samples from what the trainer scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tether.errors import RolloutError, ScoringError
+from tether.rollout.records import Group, RolloutEngine, RolloutRequest, Sampling
+from tether.rollout.transformers_engine import TransformersEngine
+from tether.rollout.tree_engine import TreeEngine
+from tether.scoring import pack
+from tether.scoring.layout.proof import tolerance
+from tether.types import Example, ScoringBatch
+
+logger = logging.getLogger("tether")
+_PROMPTS, _BRANCHES, _TOKENS = 2, 2, 16
+
+
+def as_example(group: Group) -> Example:
+    """A group as what is scored: its prompt and completions, and which tokens the policy wrote."""
+    written = [one.written for one in group.completions]
+    masks = [
+        torch.ones(len(one.ids), dtype=torch.bool) if mask is None else mask
+        for one, mask in zip(group.completions, written, strict=True)
+    ]
+    ids = tuple(one.ids for one in group.completions)
+    scored = None if all(mask is None for mask in written) else tuple(masks)
+    return Example(group.prompt, ids, group.request.source_row, scored=scored)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an engine's log-probs compare with the trainer's.
+
+    Args:
+        difference: largest of one token, in nats.
+        tokens: that were compared.
+        allowed: what rounding explains.
+    """
+
+    difference: float
+    tokens: int
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the engine samples from what the trainer scores."""
+        return self.difference <= self.allowed
+
+
+def compare(
+    engine: RolloutEngine,
+    policy: nn.Module,
+    score: Callable[[ScoringBatch], Tensor],
+    requests: Sequence[RolloutRequest],
+    sampling: Sampling,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Agreement:
+    """Sample a few short completions, and score them as the trainer does.
+
+    Args:
+        engine: an embedded one.
+        policy: the model in training.
+        score: `token_logps [N]` of a batch at the temperature.
+        requests: prompts of the run, at least one.
+        sampling: of the run.
+        precision: a context of the run's precision, which says what rounding explains.
+    """
+    asked = [replace(one, branches=range(_BRANCHES), number="proof") for one in requests[:_PROMPTS]]
+    groups = engine.generate(policy, asked, replace(sampling, max_tokens=min(_TOKENS, sampling.max_tokens)))
+    theirs = [one.logps for group in groups for one in group.completions]
+    device = next(policy.parameters()).device
+    ours = score(pack([as_example(group) for group in groups]).to(device)).cpu()
+    if any(logps is None for logps in theirs):
+        raise RolloutError(f"The engine {engine.name!r} reports no log-probs, so that it cannot be compared.")
+    difference = (torch.cat([logps for logps in theirs if logps is not None]) - ours).abs().max().item()
+    if difference != difference:
+        difference = float("inf")
+    with precision():
+        return Agreement(difference, len(ours), tolerance(policy))
+
+
+def choose_engine(
+    requested: str,
+    policy: nn.Module,
+    score: Callable[[ScoringBatch], Tensor],
+    requests: Sequence[RolloutRequest],
+    sampling: Sampling,
+    precision: Callable[[], AbstractContextManager[object]],
+) -> RolloutEngine:
+    """The embedded engine of a run, proved, with a line that says which and why.
+
+    Args:
+        requested: `auto`, `tree` or `transformers`.
+        policy: the model in training.
+        score: `token_logps [N]` of a batch at the temperature.
+        requests: prompts of the run.
+        sampling: of the run.
+        precision: a context of the run's precision.
+
+    Raises:
+        RolloutError: no engine samples from what the trainer scores.
+    """
+    engines: dict[str, RolloutEngine] = {"tree": TreeEngine(precision), "transformers": TransformersEngine(precision)}
+    reason = ""
+    for name, engine in engines.items():
+        if requested not in ("auto", name):
+            continue
+        try:
+            found = compare(engine, policy, score, requests, sampling, precision)
+        except (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason += f"; {name} refused: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
+            continue
+        figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
+        if found.holds:
+            logger.info(f"rollouts: {name} engine, at most {figure} (allowed {found.allowed:.0e}){reason}")
+            if sampling.cuts:
+                logger.info(
+                    "rollouts: tokens are drawn from a part of the policy's distribution (top_k, top_p or min_p); "
+                    "gradients and ratios are those of the whole one"
+                )
+            return engine
+        reason += f"; {name} refused: {figure}, allowed are {found.allowed:.0e}"
+    raise RolloutError(
+        f"No engine samples from what the trainer scores{reason}. Set engine to auto, or give a rollout_func that "
+        "samples from the policy."
+    )

@@ -1,0 +1,86 @@
+"""Draws that are functions of a key and a place: the same completion on every machine, in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tether.rollout.records import Sampling
+
+
+class Drawn(NamedTuple):
+    """Tokens of A completions.
+
+    Args:
+        ids: int64 `[A]`.
+        logps: float32 `[A]` nats, before any cut.
+        kept: float32 `[A]`, the probability that the cut left; None where nothing was cut.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    kept: Tensor | None
+
+
+def uniform(key: bytes, place: int) -> float:
+    """A number from 0 to below 1 for a place in a completion.
+
+    >>> uniform(b"a", 0) == uniform(b"a", 0), uniform(b"a", 0) == uniform(b"a", 1)
+    (True, False)
+    """
+    digest = blake2b(place.to_bytes(4, "little"), key=key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def draw(logits: Tensor, keys: Sequence[bytes], place: int, sampling: Sampling) -> Drawn:
+    """The next token of each completion: the first whose cumulative probability exceeds its uniform number.
+
+    Args:
+        logits: float32 `[A, vocabulary]`, divided by the temperature.
+        keys: A keys, see `RolloutRequest.key`.
+        place: of the token in its completion.
+        sampling: what is cut.
+    """
+    logps = logits.log_softmax(-1)
+    probs = logps.double().exp()
+    kept = None
+    if sampling.cuts:
+        whole = probs.sum(-1)
+        probs = probs.masked_fill(~allowed(probs, sampling), 0.0)
+        kept = (probs.sum(-1) / whole).float()
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1]
+    numbers = torch.tensor([uniform(key, place) for key in keys], dtype=torch.float64, device=logits.device)
+    wanted = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]
+    return Drawn(ids, logps.gather(-1, ids[:, None])[:, 0], kept)
+
+
+def allowed(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Bool `[A, vocabulary]`: what may be drawn, the most likely token always.
+
+    Args:
+        probs: `[A, vocabulary]`.
+        sampling: `top_k`, then `top_p` of what it left, then `min_p`.
+
+    Example:
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> allowed(probs, Sampling(1.0, 8, (), top_p=0.7)).tolist()
+        [[True, True, False, False]]
+    """
+    ordered, places = probs.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if sampling.top_k:
+        keep[:, sampling.top_k :] = False
+    if sampling.top_p < 1:
+        left = ordered * keep
+        before = (left.cumsum(-1) - left) / left.sum(-1, keepdim=True)
+        keep &= before < sampling.top_p
+    if sampling.min_p:
+        keep &= ordered >= sampling.min_p * ordered[:, :1]
+    keep[:, 0] = True
+    return torch.zeros_like(keep).scatter(-1, places, keep)

@@ -1,0 +1,252 @@
+"""Group relative policy optimization, and its variants DAPO, Dr. GRPO, GSPO, CISPO, SAPO, LUSPO, VESPO, REINFORCE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+
+from tether.errors import ConfigError
+from tether.objectives import OBJECTIVES, Range
+from tether.objectives.online.advantages import group_advantages, normalize_then_sum, weighted_sum
+from tether.objectives.online.policy_gradient import PolicyGradient
+from tether.rollout import RolloutEngine
+from tether.training.declared import REGISTERED, option, refused
+from tether.training.online.algorithm import Online
+from tether.training.online.config import REFUSED, OnlineConfig
+from tether.training.setup.data import Rows
+from tether.training.trainer import TetherTrainer
+
+_SCALES: tuple[Any, ...] = ("group", "batch", "none", True, False)
+
+
+@dataclass
+class GRPOConfig(OnlineConfig, algorithm="grpo"):
+    """Configuration of `GRPOTrainer`; names and defaults as in TRL 1.16.
+
+    Raises:
+        ConfigError: an unknown loss, an option outside its range or without effect, or options that have no meaning
+            together.
+    """
+
+    loss_type: str = option(
+        "dapo",
+        "`grpo`, `dapo`, `dr_grpo`, `bnpo`, `gspo`, `cispo`, `sapo`, `luspo`, `vespo` or `reinforce`.",
+        key="objective.loss",
+    )
+    beta: float = REGISTERED
+    epsilon: float = REGISTERED
+    epsilon_high: float | None = REGISTERED
+    delta: float | None = REGISTERED
+    sapo_temperature_pos: float = REGISTERED
+    sapo_temperature_neg: float = REGISTERED
+    vespo_k_pos: float = REGISTERED
+    vespo_lambda_pos: float = REGISTERED
+    vespo_k_neg: float = REGISTERED
+    vespo_lambda_neg: float = REGISTERED
+    importance_sampling_level: str | None = option(
+        None,
+        "Ratios of each `token`, or one of each completion (`sequence`); unset: as the loss has it.",
+        allowed=(None, "token", "sequence"),
+    )
+    scale_rewards: str | bool = option(
+        "group",
+        "What centred rewards are divided by: the deviation of their `group`, of the whole `batch`, or nothing "
+        "(`none`); True and False stand for `group` and `none`.",
+    )
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize",
+        "Several rewards are summed first, or each normalised in its group first (`normalize_then_sum`).",
+        allowed=("sum_then_normalize", "normalize_then_sum"),
+    )
+    zero_variance: str = option(
+        "keep",
+        "`skip`: completions of groups whose rewards are all equal are not computed, which changes nothing at beta 0.",
+        allowed=("keep", "skip"),
+    )
+    kl_estimator: str = option("k3", "Estimate of the KL divergence in the loss, `k2` or `k3`.", allowed=("k2", "k3"))
+    kl_place: str = option(
+        "loss", "The KL divergence is in the `loss`, or a part of the `reward` (by k1).", allowed=("loss", "reward")
+    )
+    use_bias_correction_kl: bool = option(
+        True, "Multiply the estimate by the ratio, so that its gradient is right off policy."
+    )
+    off_policy_mask_threshold: float | None = option(
+        None,
+        "Leave out completions with a negative advantage from which the policy has moved more than this per token.",
+        allowed=(None, Range(0, low_included=False)),
+    )
+    top_entropy_quantile: float = option(
+        1.0,
+        "Share of a micro-batch's tokens, those of the highest entropy, that have a policy gradient.",
+        allowed=(Range(0, 1, low_included=False, high_included=True),),
+    )
+    entropy_coef: float = refused(*REFUSED["entropy_coef"])
+    use_adaptive_entropy: bool = refused(*REFUSED["use_adaptive_entropy"])
+    entropy_coef_min: float = refused(*REFUSED["entropy_coef_min"])
+    entropy_coef_max: float = refused(*REFUSED["entropy_coef_max"])
+    entropy_coef_delta: float = refused(*REFUSED["entropy_coef_delta"])
+    entropy_target: float = refused(*REFUSED["entropy_target"])
+
+    def __post_init__(self) -> None:
+        if self.scale_rewards not in _SCALES:
+            raise ConfigError(f"is {self.scale_rewards!r}; allowed are group, batch, none.", "scale_rewards")
+        self.scale_rewards = {True: "group", False: "none"}.get(cast(Any, self.scale_rewards), self.scale_rewards)
+        super().__post_init__()
+        row = self.objective_rows[0]
+        if row.name == "cispo" and self.epsilon_high is None:
+            raise ConfigError(
+                "is unset, and cispo takes it as the largest weight itself: TRL's default of 0.2 would cut every "
+                "weight to a fifth. Set it, for instance to 5.",
+                "epsilon_high",
+            )
+        if row.name == "reinforce" and self.reuses_rollouts:
+            raise ConfigError(
+                "is 'reinforce', which knows no ratio, and a rollout is trained on after the policy has moved. Take a "
+                "loss with ratios, or one step for each rollout.",
+                "loss_type",
+            )
+        if self.zero_variance == "skip" and self.beta:
+            raise ConfigError(
+                "is 'skip' and beta is above 0: groups without variance are still held to the reference. Keep them, or "
+                "set beta to 0.",
+                "zero_variance",
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ConfigError(
+                f"is {self.scale_rewards!r}, and normalize_then_sum scales by itself. Leave it out.", "scale_rewards"
+            )
+
+
+class GRPO(Online):
+    """The losses of groups in the registry; see `GRPOTrainer`."""
+
+    config = GRPOConfig
+    args: GRPOConfig  # type: ignore[assignment]
+
+    @cached_property
+    def objective(self) -> PolicyGradient:
+        """Surrogate, KL, correction, reduction."""
+        args = self.args
+        return PolicyGradient(
+            OBJECTIVES["grpo"][args.loss_type],
+            {name: value for name, value in args.objective_options().items() if name != "beta"},
+            level=cast(Any, args.importance_sampling_level),
+            beta=0.0 if self.kl_in_reward else args.beta,
+            kl=args.kl_estimator,
+            kl_ratio=args.use_bias_correction_kl,
+            correction=args.correction(),
+            off_policy_threshold=args.off_policy_mask_threshold,
+            top_entropy=args.top_entropy_quantile,
+            longest=args.max_completion_length,
+        )
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """As `kl_place` says."""
+        return self.args.kl_place == "reward"
+
+    @property
+    def leaves_without_variance(self) -> bool:
+        """As `zero_variance` says."""
+        return self.args.zero_variance == "skip"
+
+    def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
+        """Rewards against the mean of their group."""
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            return normalize_then_sum(rewards, weights, group)[0]
+        total = weighted_sum(rewards, weights)
+        total = total if kl is None else total - self.args.beta * kl
+        return group_advantages(total, group, cast(Any, self.args.scale_rewards))
+
+
+class OnlineTrainer(TetherTrainer):
+    """What trainers of sampled completions have in common; see `GRPOTrainer` for the arguments."""
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        reward_funcs: Any = None,
+        args: OnlineConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: Any = None,
+        rollout_func: Callable[..., Any] | None = None,
+        environment_factory: Any = None,
+        ref_model: str | Path | nn.Module | None = None,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} was given; multi-turn rollouts come from a rollout_func that returns env_mask. Leave it "
+                    "out."
+                )
+        self.algorithm_parts = {
+            "reward_funcs": reward_funcs,
+            "reward_processing_classes": reward_processing_classes,
+            "rollout_func": rollout_func,
+            "engine": engine,
+            "trainer": self,
+        }
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+
+class GRPOTrainer(OnlineTrainer):
+    """Group relative policy optimization; arguments as in TRL 1.16.
+
+    Args:
+        model: the policy; see `DPOTrainer`.
+        reward_funcs: what judges completions: a function, or several, each called as
+            `f(prompts=, completions=, completion_ids=, column=, ...)` with what it names, and returning a number, or
+            None, for each completion; the name of a ready-made one (`tether.rewards.READY_MADE`); `file.py:function`;
+            or a model that classifies sequences. None: `rollout_func` returns `rewards`.
+        args: `GRPOConfig`.
+        train_dataset: rows with `prompt`, and columns for reward functions.
+        eval_dataset: the same, or a dictionary of several sets.
+        processing_class: the tokenizer; left out, it is loaded from the model's source.
+        reward_processing_classes: tokenizers of reward models, one for each of `reward_funcs`; None: their own.
+        callbacks: further transformers callbacks.
+        optimizers: an optimizer and a scheduler in place of those that `args` describe.
+        quantization_config: of transformers, for a model that is named.
+        peft_config: a PEFT configuration; adds a new adapter to the model.
+        tools: refused; so is `environment_factory`.
+        rollout_func: samples in place of an engine, see `tether.training.online.function`.
+        ref_model: another model as the reference, with `beta` above 0; left out, it is what `args.reference` says.
+        engine: a `tether.rollout.RolloutEngine`.
+
+    Raises:
+        ConfigError, DataError: before any weights are loaded, where that is possible.
+        ReferencePolicyError: the reference is wrong, or nothing would train.
+        RolloutError: no engine samples from what is trained.
+        RewardError: a reward function failed; the message names it and the row.
+
+    Reference:
+        Shao et al., DeepSeekMath, arXiv:2402.03300.
+    """
+
+    args: GRPOConfig  # type: ignore[override]
+    algorithm_class = GRPO

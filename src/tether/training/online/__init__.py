@@ -1,0 +1,1 @@
+"""What trainers of sampled completions have in common: configuration, algorithm, and how prompts become experience."""

@@ -1,0 +1,306 @@
+"""The algorithm of every trainer whose completions the policy samples itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from tether.data import text_tokenizer
+from tether.errors import ConfigError, DataError
+from tether.models.structure import transformers_model
+from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
+from tether.rewards import (
+    READY_MADE,
+    Calling,
+    ModelReward,
+    Reward,
+    as_rewards,
+    check_signatures,
+    python_function,
+)
+from tether.rollout import ReplayEngine, RolloutEngine, Sampling
+from tether.scoring import score
+from tether.training.algorithms.base import Algorithm, Needs, Passes
+from tether.training.online.config import OnlineConfig
+from tether.training.online.experience import GIVEN, Experience, Plan, means_of
+from tether.training.online.function import FunctionEngine
+from tether.training.setup.data import RunData
+from tether.training.source.base import Source
+from tether.training.source.rollouts import RolloutSource, Shape
+from tether.training.step import Context, MicroBatch, Step
+from tether.types import LossOutput, Scores, ScoringBatch
+
+logger = logging.getLogger("tether")
+
+
+def as_reward_functions(given: Any, processing: Any = None) -> list[Any]:
+    """What a trainer was given, as callables: functions, names of ready-made ones, files, models.
+
+    Args:
+        given: one or several.
+        processing: tokenizers of reward models, one for each; None: their own.
+
+    Raises:
+        ConfigError: a name that is no reward, or tokenizers that do not match.
+    """
+    functions = list(given) if isinstance(given, (list, tuple)) else [given]
+    tokenizers = list(processing) if isinstance(processing, (list, tuple)) else [processing] * len(functions)
+    if len(tokenizers) != len(functions):
+        raise ConfigError(
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward functions; give one "
+            "each, None for a function."
+        )
+    return [_function(one, tokenizer) for one, tokenizer in zip(functions, tokenizers, strict=True)]
+
+
+def _function(given: Any, tokenizer: Any) -> Any:
+    if isinstance(given, nn.Module):
+        return ModelReward(given, tokenizer)
+    if not isinstance(given, str):
+        return given
+    if given in READY_MADE:
+        try:
+            return READY_MADE[given]()
+        except TypeError as error:
+            raise ConfigError(
+                f"The reward {given!r} needs options: call tether.rewards.READY_MADE[{given!r}]."
+            ) from error
+    return python_function(given) if ".py:" in given else ModelReward(given, tokenizer)
+
+
+class Online(Algorithm[Scores]):
+    """Groups of sampled completions, judged by rewards; see `GRPOTrainer` and `RLOOTrainer`.
+
+    Args:
+        args: the run's configuration.
+        model_config: of the model.
+        tokenizer: of the policy; None: it is loaded from the policy's source, as the trainer does.
+        reward_funcs: see `as_reward_functions`; None with a `rollout_func` that returns `rewards`.
+        reward_processing_classes: tokenizers of reward models.
+        rollout_func: samples in place of an engine.
+        engine: the same, as a `RolloutEngine`.
+        trainer: what `rollout_func` is given.
+    """
+
+    args: OnlineConfig
+    still_steps = True
+
+    def __init__(
+        self,
+        args: Any,
+        model_config: Any,
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        rollout_func: Callable[..., Any] | None = None,
+        engine: RolloutEngine | None = None,
+        trainer: Any = None,
+    ) -> None:
+        super().__init__(args, model_config)
+        if sum(one is not None for one in (rollout_func, engine, args.replay_rollouts)) > 1:
+            raise ConfigError(
+                "rollout_func, engine and replay_rollouts each say where completions come from; give one."
+            )
+        if reward_funcs is None and rollout_func is None:
+            raise ConfigError("reward_funcs is missing; give a function, or a list of functions.")
+        self.rewards: tuple[Reward, ...] = ()
+        if reward_funcs is not None:
+            self.rewards = as_rewards(as_reward_functions(reward_funcs, reward_processing_classes), args.reward_weights)
+        self._own_fields = rollout_func is not None
+        self._engine = engine if args.replay_rollouts is None else ReplayEngine(args.replay_rollouts)
+        self._tokenizer: Any = None
+        if rollout_func is not None:
+            self._engine = FunctionEngine(rollout_func, trainer, self._stops)
+        self._experience: Experience | None = None
+        self.scoring = partial(score, temperature=args.temperature)
+
+    # -- before a run ------------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> Needs:
+        """The entropy is reported; and tokens may be chosen by it, among those of a micro-batch."""
+        return Needs(policy=("entropy",), whole_batch=self.objective.top_entropy < 1)
+
+    @cached_property
+    def objective(self) -> PolicyGradient:
+        """Surrogate, KL, correction, reduction."""
+        raise NotImplementedError
+
+    def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
+        """Advantages of completions; see `tether.training.online.experience.Advantages`."""
+        raise NotImplementedError
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL divergence is a part of the reward, and not of the loss."""
+        return False
+
+    @property
+    def leaves_without_variance(self) -> bool:
+        """Whether groups whose rewards are all equal are left out."""
+        return False
+
+    @property
+    def name(self) -> str:
+        """The loss."""
+        return self.objective.row.name
+
+    def check_rows(self, batch: ScoringBatch) -> None:
+        """Numbers of rows go to reward functions, so that none is ignored."""
+
+    def source(self, source: Source, data: RunData) -> Source:
+        """Prompts whose completions are sampled on the way; reward functions are checked against their columns.
+
+        Raises:
+            ConfigError: a reward function names a column that the rows lack.
+            DataError: images, which no engine samples after yet.
+        """
+        args, raw = self.args, data.rows_of(source.rows)
+        check_signatures(self.rewards, raw.column_names, further=self._own_fields)
+        if "images" in source.rows.column_names:
+            raise DataError("The prompts have images; rollouts of images are not built yet. Remove the column.")
+        self._require_room(source.rows)
+        self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))
+        self._experience = Experience(self._plan(), self._decode, self._engine)
+        others = [name for name in raw.column_names if name not in ("prompt", "tools", "chat_template_kwargs")]
+        if others:
+            logger.info(
+                f"rewards: {', '.join(one.name for one in self.rewards)}; columns for them: {', '.join(others)}"
+            )
+        shape = Shape(
+            group=args.num_generations,
+            batch=args.per_device_train_batch_size,
+            batches=args.batches_per_rollout,
+            iterations=args.num_iterations,
+            processes=args.world_size,
+            process=args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.shuffle_dataset,
+            eval_group=args.num_generations_eval or args.num_generations,
+            eval_batch=args.per_device_eval_batch_size,
+        )
+        return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must have as it was, for its completions and rewards to be those of the whole run."""
+        names = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "num_generations", "num_iterations")
+        rewards = [[one.name, one.weight] for one in self.rewards]
+        seed = self.args.seed if self.args.rollout_seed is None else self.args.rollout_seed
+        return {name: getattr(self.args, name) for name in names} | {"rewards": rewards, "rollout_seed": seed}
+
+    def _require_room(self, rows: Any) -> None:
+        """Refuse prompts after which the model has no place for a whole completion, before any weights load."""
+        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        longest, most = max(map(len, rows["prompt_ids"])), self.args.max_completion_length
+        if isinstance(context, int) and not self.model_config.is_encoder_decoder and longest + most > context:
+            fits = f"max_prompt_length to {context - most} or less, or " if context - most > 1 else ""
+            raise ConfigError(
+                f"The longest prompt has {longest} tokens and max_completion_length is {most}: more than the "
+                f"{context} that the model has places for. Set {fits}max_completion_length to "
+                f"{max(1, context - longest)} or less."
+            )
+
+    def _plan(self) -> Plan:
+        args = self.args
+        sampling = Sampling(
+            args.temperature,
+            args.max_completion_length,
+            (),
+            args.top_k,
+            args.top_p,
+            args.min_p or 0.0,
+            args.seed if args.rollout_seed is None else args.rollout_seed,
+        )
+        return Plan(
+            sampling,
+            args.rollout_engine,
+            self.rewards,
+            Calling(args.reward_timeout, cast(Any, args.reward_on_error)),
+            self.advantages,
+            proximal=args.reuses_rollouts,
+            correct=args.vllm_importance_sampling_correction,
+            reference=args.needs_reference,
+            kl_in_reward=self.kl_in_reward and args.needs_reference,
+            leave_truncated=args.mask_truncated_completions,
+            leave_without_variance=self.leaves_without_variance,
+            folder=Path(str(args.output_dir)) if args.keep_rollouts else None,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _stops(self) -> tuple[int, ...]:
+        """Every token that ends a completion: those of the tokenizer and of the model."""
+        ends = getattr(self._generation, "eos_token_id", None)
+        listed: Sequence[int | None] = ends if isinstance(ends, (list, tuple)) else [ends]
+        return tuple(sorted({one for one in (*listed, self._tokenizer.eos_token_id) if one is not None}))
+
+    def attach(self, passes: Passes) -> None:
+        """Sample by the run's policy."""
+        assert self._experience is not None
+        self._generation = transformers_model(passes.model()).generation_config
+        plan = self._experience.plan
+        self._experience.plan = replace(plan, sampling=replace(plan.sampling, stop_ids=self._stops()))
+        self._experience.passes = passes
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def loss_tokens(self, batch: ScoringBatch) -> int:
+        """Tokens that are trained on."""
+        return int(batch.completion_values["weight"][batch.completion_index].sum())
+
+    def begin_step(self, step: Step, passes: Passes) -> Context:
+        """What the reference said when the rollout began, and figures of rollouts that began since the last step."""
+        references = {part: _reference(part.batch) for part in step.parts} if self.args.needs_reference else {}
+        assert self._experience is not None
+        found, self._experience.pending = self._experience.pending, []
+        return Context(references, means_of(found, self.args.device))
+
+    def begin_evaluation(self, passes: Passes) -> Context:
+        """Figures of an evaluation are its own."""
+        assert self._experience is not None
+        self._experience.evaluated = []
+        return Context()
+
+    def end_evaluation(self, context: Context, means: dict[str, float]) -> dict[str, float]:
+        """With the figures of its rollouts."""
+        assert self._experience is not None
+        found = means_of(self._experience.evaluated, "cpu")
+        if not found:  # a look at what an evaluation gives, before there is one
+            return {**means, **dict.fromkeys(self._experience.figures, 0.0)}
+        return {**means, **{name: (total / count).item() for name, (total, count) in found.items()}}
+
+    def loss(self, policy: Scores, reference: Scores | None, part: MicroBatch, context: Context) -> LossOutput:
+        """The surrogate of the completions of a micro-batch."""
+        batch = part.batch
+        sampled = Sampled(
+            batch.completion_values["advantage"],
+            batch.completion_values["weight"],
+            batch.token_values.get("proximal"),
+            batch.token_values.get("rollout"),
+            batch.token_values.get("reference"),
+        )
+        return policy_gradient_loss(policy, sampled, self.objective)
+
+    def describe(self) -> str:
+        """What the objective's options mean."""
+        objective, args = self.objective, self.args
+        options = ", ".join(f"{name} {value:g}" for name, value in objective.options.items() if value is not None)
+        beta = getattr(args, "beta", 0.0)
+        place = "as a part of the reward (k1)" if self.kl_in_reward else f"in the loss ({objective.kl})"
+        kl = f"KL {place}, beta {beta:g}" if beta else "no KL, beta 0"
+        names = ", ".join(one.name for one in self.rewards) or GIVEN
+        said = f"{objective.row.name} ({options or 'no options'}): {objective.row.convention}"
+        return f"objective: {said}; {kl}; rewards: {names}"
+
+
+def _reference(batch: ScoringBatch) -> Scores | None:
+    found = batch.token_values.get("reference")
+    return None if found is None else Scores(found, batch.completion_index, batch.num_completions)

@@ -1,0 +1,329 @@
+"""What the configurations of `GRPOTrainer` and `RLOOTrainer` have in common; names and defaults as in TRL 1.16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from tether.errors import ConfigError
+from tether.objectives import Range
+from tether.objectives.online.correction import MODES, Correction, Mode
+from tether.training.config import PreferenceConfig
+from tether.training.declared import Whole, option, refused
+
+_LATER = "multi-turn rollouts and servers are not built yet; a `rollout_func` may sample wherever it likes"
+# TRL's fields that are refused when they are set: what they must stay, and why.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "use_vllm": (False, f"a vLLM server is not started or fed with weights yet: {_LATER}"),
+    "vllm_mode": ("colocate", f"it belongs to use_vllm: {_LATER}"),
+    "vllm_model_impl": ("vllm", f"it belongs to use_vllm: {_LATER}"),
+    "vllm_enable_sleep_mode": (False, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_structured_outputs_regex": (None, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_server_base_url": (None, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_server_host": ("0.0.0.0", f"it belongs to use_vllm: {_LATER}"),
+    "vllm_server_port": (8000, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_server_timeout": (240.0, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_group_port": (51216, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_gpu_memory_utilization": (0.3, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_max_model_length": (None, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_tensor_parallel_size": (1, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_importance_sampling_cap": (None, "TRL has renamed it; set vllm_importance_sampling_clip_max"),
+    "max_tool_calling_iterations": (None, "multi-turn rollouts come from a `rollout_func` that returns `env_mask`"),
+    "use_transformers_paged": (False, "the tree engine drops finished rows already"),
+    "use_transformers_continuous_batching": (False, "the tree engine drops finished rows already"),
+    "transformers_continuous_batching_config": (None, "the tree engine drops finished rows already"),
+    "cache_implementation": (None, "the tree engine has no cache object"),
+    "pad_to_multiple_of": ("auto", "nothing is padded"),
+    "ds3_gather_for_generation": (True, "rollouts of a policy in shards are not built yet"),
+    "cast_lm_head_to_fp32": (False, "log-probs are computed in float32 from the logits on in any case"),
+    "generation_kwargs": (
+        None,
+        "an unknown one would change the distribution unseen; temperature, top_p, top_k and "
+        "min_p are fields of their own",
+    ),
+    "repetition_penalty": (1.0, "tokens would be drawn from another distribution than the one that is trained"),
+    "chat_template_kwargs": (None, "give the rows a column chat_template_kwargs"),
+    "log_completions": (False, "rollouts are kept in the run folder, with their texts and rewards"),
+    "log_multimodal": (True, "rollouts of images are not built yet"),
+    "num_completions_to_print": (None, "rollouts are kept in the run folder, with their texts and rewards"),
+    "log_unique_prompts": (False, "rollouts are kept in the run folder, with their texts and rewards"),
+    "log_completions_hub_repo": (None, "rollouts are kept in the run folder; push that"),
+    "entropy_coef": (0.0, "the entropy is reported, and has no gradient yet"),
+    "use_adaptive_entropy": (False, "the entropy is reported, and has no gradient yet"),
+    "entropy_coef_min": (0.0, "the entropy is reported, and has no gradient yet"),
+    "entropy_coef_max": (1.0, "the entropy is reported, and has no gradient yet"),
+    "entropy_coef_delta": (0.005, "the entropy is reported, and has no gradient yet"),
+    "entropy_target": (0.2, "the entropy is reported, and has no gradient yet"),
+    "auto_find_batch_size": (False, "a rollout holds whole groups; lower per_device_train_batch_size"),
+}
+
+
+@dataclass
+class OnlineConfig(PreferenceConfig):
+    """Fields that every trainer of sampled completions has.
+
+    Batches are counted in completions, as in TRL: a rollout of `generation_batch_size` completions is used in
+    `steps_per_generation` batches of every process, `num_iterations` times over.
+
+    Raises:
+        ConfigError: a value that is not allowed, numbers that do not divide each other, or an option that would do
+            nothing.
+    """
+
+    max_length: int | None = option(None, "Stays None, prompts have `max_prompt_length`.", allowed=(None, Whole(1)))
+    truncation_mode: str = option("drop", "Stays `drop`, a prompt that is too long is left out and counted.")
+    num_generations: int = option(8, "Completions of each prompt.", allowed=(Whole(2),), key="rollout.group")
+    num_generations_eval: int | None = option(
+        None, "The same in evaluation; unset: as in training.", allowed=(None, Whole(1)), key="rollout.eval_group"
+    )
+    max_completion_length: int = option(
+        512, "The most tokens of a completion.", allowed=(Whole(1),), key="rollout.max_tokens"
+    )
+    max_prompt_length: int | None = option(
+        None,
+        "Tokens of a prompt; longer ones are left out and counted. Unset: any.",
+        allowed=(None, Whole(2)),
+        key="rollout.max_prompt",
+    )
+    shuffle_dataset: bool = option(True, "Draw prompts in another order in each epoch.", key="rollout.shuffle")
+    generation_batch_size: int | None = option(
+        None, "Completions of a rollout over all processes; unset: by `steps_per_generation`.", allowed=(None, Whole(1))
+    )
+    steps_per_generation: int | None = option(
+        None,
+        "Batches of each process that a rollout gives; unset: those of one optimizer step.",
+        allowed=(None, Whole(1)),
+        key="rollout.per_rollout",
+    )
+    num_iterations: int = option(1, "How often a rollout is trained on.", allowed=(Whole(1),), key="rollout.updates")
+    temperature: float = option(
+        1.0,
+        "What logits are divided by, in rollouts and wherever completions are scored.",
+        allowed=(Range(0, low_included=False),),
+        key="rollout.temperature",
+    )
+    top_p: float = option(
+        1.0,
+        "Draw among the fewest most likely tokens that hold this share of the probability.",
+        allowed=(Range(0, 1, low_included=False, high_included=True),),
+        key="rollout.top_p",
+    )
+    top_k: int = option(0, "Draw among that many most likely tokens; 0: all.", allowed=(Whole(0),), key="rollout.top_k")
+    min_p: float | None = option(
+        None,
+        "Draw among tokens of at least this share of the most likely one's probability.",
+        allowed=(None, Range(0, 1, high_included=True)),
+        key="rollout.min_p",
+    )
+    rollout_seed: int | None = option(
+        None, "Of all draws; unset: `seed`.", allowed=(None, Whole(0)), key="rollout.seed"
+    )
+    rollout_engine: str = option(
+        "auto",
+        "What samples: `tree`, each prompt computed once for its group; `transformers`, by `generate`; `auto`: the "
+        "tree where it is proved.",
+        allowed=("auto", "tree", "transformers"),
+        key="rollout.engine",
+    )
+    replay_rollouts: str | None = option(
+        None, "Folder of an earlier run whose completions are taken in place of new ones.", key="rollout.replay"
+    )
+    keep_rollouts: bool = option(True, "Keep rollouts in the run folder.", key="rollout.keep_files")
+    reward_weights: list[float] | None = option(
+        None, "Weight of each reward function in the sum; None: 1 each.", key="rewards"
+    )
+    reward_timeout: float | None = option(
+        None,
+        "Seconds that a call of a reward function may take; unset: any.",
+        allowed=(None, Range(0, low_included=False)),
+        key="rollout.reward_timeout",
+    )
+    reward_on_error: str = option(
+        "raise",
+        "`none`: a completion that a reward function fails on has no reward of it, for up to a tenth of a rollout.",
+        allowed=("raise", "none"),
+        key="rollout.reward_on_error",
+    )
+    mask_truncated_completions: bool = option(
+        False, "Leave completions that were cut off out of the loss.", key="rollout.mask_truncated"
+    )
+    vllm_importance_sampling_correction: bool = option(
+        True,
+        "Correct for log-probs of the engine that are not the trainer's, where it reports them and does not compute "
+        "with the policy's own weights; the name is TRL's.",
+        key="rollout.correction",
+    )
+    vllm_importance_sampling_mode: str = option(
+        "sequence_mask",
+        "Weights of tokens or of whole completions; outside the bounds cut to them or 0.",
+        allowed=MODES,
+        key="rollout.correction_mode",
+    )
+    vllm_importance_sampling_clip_max: float | None = option(
+        3.0, "Upper bound of these weights.", allowed=(None, Range(0)), key="rollout.correction_max"
+    )
+    vllm_importance_sampling_clip_min: float | None = option(
+        None, "Lower bound of these weights.", allowed=(None, Range(0)), key="rollout.correction_min"
+    )
+    use_vllm: bool = refused(*REFUSED["use_vllm"])
+    vllm_mode: str = refused(*REFUSED["vllm_mode"])
+    vllm_model_impl: str = refused(*REFUSED["vllm_model_impl"])
+    vllm_enable_sleep_mode: bool = refused(*REFUSED["vllm_enable_sleep_mode"])
+    vllm_structured_outputs_regex: str | None = refused(*REFUSED["vllm_structured_outputs_regex"])
+    vllm_server_base_url: str | None = refused(*REFUSED["vllm_server_base_url"])
+    vllm_server_host: str = refused(*REFUSED["vllm_server_host"])
+    vllm_server_port: int = refused(*REFUSED["vllm_server_port"])
+    vllm_server_timeout: float = refused(*REFUSED["vllm_server_timeout"])
+    vllm_group_port: int = refused(*REFUSED["vllm_group_port"])
+    vllm_gpu_memory_utilization: float = refused(*REFUSED["vllm_gpu_memory_utilization"])
+    vllm_max_model_length: int | None = refused(*REFUSED["vllm_max_model_length"])
+    vllm_tensor_parallel_size: int = refused(*REFUSED["vllm_tensor_parallel_size"])
+    vllm_importance_sampling_cap: float | None = refused(*REFUSED["vllm_importance_sampling_cap"])
+    max_tool_calling_iterations: int | None = refused(*REFUSED["max_tool_calling_iterations"])
+    use_transformers_paged: bool = refused(*REFUSED["use_transformers_paged"])
+    use_transformers_continuous_batching: bool = refused(*REFUSED["use_transformers_continuous_batching"])
+    transformers_continuous_batching_config: dict[str, Any] | str | None = option(
+        *REFUSED["transformers_continuous_batching_config"]
+    )
+    cache_implementation: str | None = refused(*REFUSED["cache_implementation"])
+    pad_to_multiple_of: int | str | None = refused(*REFUSED["pad_to_multiple_of"])
+    ds3_gather_for_generation: bool = refused(*REFUSED["ds3_gather_for_generation"])
+    cast_lm_head_to_fp32: bool = refused(*REFUSED["cast_lm_head_to_fp32"])
+    generation_kwargs: dict[str, Any] | str | None = refused(*REFUSED["generation_kwargs"])
+    repetition_penalty: float = refused(*REFUSED["repetition_penalty"])
+    chat_template_kwargs: dict[str, Any] | str | None = refused(*REFUSED["chat_template_kwargs"])
+    log_completions: bool = refused(*REFUSED["log_completions"])
+    log_multimodal: bool = refused(*REFUSED["log_multimodal"])
+    num_completions_to_print: int | None = refused(*REFUSED["num_completions_to_print"])
+    log_unique_prompts: bool = refused(*REFUSED["log_unique_prompts"])
+    log_completions_hub_repo: str | None = refused(*REFUSED["log_completions_hub_repo"])
+
+    def __post_init__(self) -> None:
+        for name, (kept, reason) in REFUSED.items():
+            if getattr(self, name, kept) != kept:
+                raise ConfigError(f"is {getattr(self, name)!r}; it must stay {kept!r}: {reason}.", name)
+        self.check_objective()
+        self._check_rows()
+        self._check_correction()
+        if not self.needs_reference:
+            self._do_without_reference()
+        # Prepared rows know one limit; set twice, as in a copy of the arguments, it is the same.
+        self.max_length = self.max_prompt_length
+        super().__post_init__()
+        self._count_batches()
+
+    def _check_rows(self) -> None:
+        if self.max_length not in (None, self.max_prompt_length):
+            raise ConfigError(
+                f"is {self.max_length}; prompts have max_prompt_length, completions max_completion_length.",
+                "max_length",
+            )
+        if self.truncation_mode != "drop":
+            raise ConfigError(f"is {self.truncation_mode!r}; a prompt that is too long is left out.", "truncation_mode")
+        if self.stream_dataset:
+            raise ConfigError(
+                "is True; prompts are drawn from all rows, so that they are read whole.", "stream_dataset"
+            )
+        if self.wants_store():
+            raise ConfigError(
+                "was given, and no completion is known before it is sampled. Leave the store out.", self._store_field
+            )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name):
+                raise ConfigError(
+                    "was given, and a policy in shards cannot sample yet. Train in one process, or by DDP.", name
+                )
+        if self.top_k and self.top_k < 2:
+            raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
+
+    def _check_correction(self) -> None:
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ConfigError(
+                f"is {low}; it must be below vllm_importance_sampling_clip_max, which is {high}.",
+                "vllm_importance_sampling_clip_min",
+            )
+        if low is None and high is None and self.vllm_importance_sampling_mode.endswith("truncate"):
+            raise ConfigError(
+                f"is {self.vllm_importance_sampling_mode!r}, and no bound is set. Set "
+                "vllm_importance_sampling_clip_max.",
+                "vllm_importance_sampling_mode",
+            )
+
+    def correction(self) -> Correction | None:
+        """How log-probs of the engine are corrected for; None: not at all."""
+        if not self.vllm_importance_sampling_correction:
+            return None
+        mode: Mode = self.vllm_importance_sampling_mode  # type: ignore[assignment]
+        return Correction(mode, self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max)
+
+    def _do_without_reference(self) -> None:
+        if self.reference not in (None, "none") or self.reference_method is not None or self.sync_ref_model:
+            raise ConfigError(
+                f"is {self.reference!r} (reference_method {self.reference_method!r}), and beta is 0, so that nothing "
+                "compares with a reference. Set beta, or leave the reference out.",
+                "reference",
+            )
+        self.reference = "none"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is a KL divergence from a reference."""
+        return getattr(self, "beta", 0.0) > 0
+
+    @property
+    def objective_name(self) -> str:
+        """For messages."""
+        return f"loss {getattr(self, 'loss_type', 'rloo')} with beta 0"
+
+    def _count_batches(self) -> None:
+        """Refuse rollouts, batches and optimizer steps that do not fit together."""
+        together = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ConfigError(
+                "was given with steps_per_generation; one follows from the other.", "generation_batch_size"
+            )
+        if self.generation_batch_size is not None and self.generation_batch_size % together:
+            raise ConfigError(
+                f"is {self.generation_batch_size}; it must be a multiple of the {together} completions that all "
+                "processes train on at once.",
+                "generation_batch_size",
+            )
+        steps, accumulated = self.batches_per_rollout, self.gradient_accumulation_steps
+        if self.completions_per_rollout % self.num_generations:
+            raise ConfigError(
+                f"is {self.num_generations}, which does not divide the {self.completions_per_rollout} completions of "
+                f"a rollout (per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} "
+                f"processes x {steps} batches). Set a multiple of it in one of these.",
+                "num_generations",
+            )
+        if gcd(steps, accumulated) != min(steps, accumulated):
+            raise ConfigError(
+                f"is {steps}, and an optimizer step takes {accumulated} batches (gradient_accumulation_steps); one "
+                "must be a multiple of the other.",
+                "steps_per_generation",
+            )
+        if self.num_iterations > 1 and steps < accumulated:
+            raise ConfigError(
+                f"is {self.num_iterations}, and an optimizer step takes {accumulated // steps} rollouts, so that it "
+                "would have the same gradient twice. Set steps_per_generation to gradient_accumulation_steps.",
+                "num_iterations",
+            )
+
+    @property
+    def batches_per_rollout(self) -> int:
+        """Batches of each process that a rollout gives, each trained on `num_iterations` times."""
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size // (self.per_device_train_batch_size * self.world_size)
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def completions_per_rollout(self) -> int:
+        """Over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.batches_per_rollout
+
+    @property
+    def reuses_rollouts(self) -> bool:
+        """Whether a rollout is trained on after the policy has moved from where it was sampled."""
+        return self.batches_per_rollout * self.num_iterations > self.gradient_accumulation_steps

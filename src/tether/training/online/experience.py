@@ -1,0 +1,348 @@
+"""From prompts to what is trained on: sampled, kept, judged, scored where that must be done now, with advantages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tether.errors import RewardError
+from tether.objectives.online.advantages import spread, weighted_sum, without_variance
+from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
+from tether.rollout import Group, RolloutEngine, RolloutRequest, Sampling
+from tether.rollout.files import rollout_file, write_rollout
+from tether.rollout.proof import as_example, choose_engine
+from tether.scoring import pack
+from tether.scoring.batch import with_token_values
+from tether.training.algorithms.base import Passes
+from tether.types import Example, ScoringBatch
+
+logger = logging.getLogger("tether")
+Metrics = dict[str, float]
+# From rewards by function [K, R], their weights [R] and the KL of each completion [K] (None: none) to advantages [K].
+Advantages = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with sampled completions, from a trainer's configuration.
+
+    Args:
+        sampling: how they are drawn.
+        engine: which embedded engine, see `choose_engine`.
+        rewards: the reward functions.
+        calling: how they are called.
+        advantages: makes them of rewards.
+        proximal: the policy is scored when a rollout begins, as it moves before the rollout is used up, or because the
+            engine's log-probs are corrected for.
+        correct: the engine's log-probs are kept where it does not compute with the policy's weights.
+        reference: the reference is scored.
+        kl_in_reward: the KL of each completion is a part of its reward.
+        leave_truncated: completions that were cut off are left out.
+        leave_without_variance: completions of groups in which all rewards are equal are left out.
+        folder: where rollouts are kept; None: nowhere.
+    """
+
+    sampling: Sampling
+    engine: str
+    rewards: tuple[Reward, ...]
+    calling: Calling
+    advantages: Advantages
+    proximal: bool = False
+    correct: bool = True
+    reference: bool = False
+    kl_in_reward: bool = False
+    leave_truncated: bool = False
+    leave_without_variance: bool = False
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """This process' share of a rollout: completions in the order of the batches that they are for.
+
+    Args:
+        requests: for each batch those of its completions, a prompt at a time.
+        number: of the rollout, or `eval`.
+        group: completions of each prompt, over all processes.
+        conversational: the rows' prompts are messages.
+    """
+
+    requests: tuple[tuple[RolloutRequest, ...], ...]
+    number: int | str
+    group: int
+    conversational: bool
+
+
+@dataclass
+class Experience:
+    """Makes what is trained on.
+
+    Args:
+        plan: what is done.
+        decode: token ids to text.
+        engine: what samples; None: an embedded engine, chosen and proved at the first rollout.
+    """
+
+    plan: Plan
+    decode: Callable[[list[int]], str]
+    engine: RolloutEngine | None = None
+    passes: Passes | None = None
+    pending: list[Metrics] = field(default_factory=list)
+    evaluated: list[Metrics] = field(default_factory=list)
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of what is said of an evaluation's rollouts."""
+        each = [f"rewards/{one.name}/mean" for one in self.plan.rewards]
+        return [*each, "reward", "reward_std", "frac_reward_zero_std", *_lengths(torch.ones(1), torch.zeros(1) > 0)]
+
+    def make(self, wanted: Wanted) -> list[list[Example]]:
+        """The examples of each batch, with their advantages, weights, and log-probs that are constant.
+
+        Raises:
+            RolloutError: no engine samples from what the trainer scores.
+            RewardError: a reward function failed; the completions are on disk.
+        """
+        passes, evaluating = self._passes(), wanted.number == "eval"
+        begun = time.perf_counter()
+        requests = [one for batch in wanted.requests for one in batch]
+        engine = self._engine(requests)
+        groups = engine.generate(passes.model(), requests, self.plan.sampling)
+        sampled = time.perf_counter() - begun
+        texts = [self.decode(one.ids.tolist()) for group in groups for one in group.completions]
+        keep = self._keeper(wanted, groups, texts, engine)
+        keep(None)
+        judged = judge_by(groups, texts, wanted.conversational)
+        table = self._call(judged)
+        keep(table)
+        facts = torch.tensor([[one.length, one.finish == "length"] for group in groups for one in group.completions])
+        whole = self._gathered(torch.cat([table.values, facts.float()], 1))
+        rewards, truncated = whole[:, :-2], whole[:, -1] > 0
+        weights = torch.tensor([reward.weight for reward in self.plan.rewards])
+        total = weighted_sum(rewards, weights)
+        kept = self._kept(total, truncated, wanted.group)
+        count, first = len(texts), len(texts) * passes.accelerator.process_index
+        batches = self._batches(wanted, groups, kept[first : first + count], engine)
+        batches = [self._scored(batch) for batch in batches]
+        kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if self.plan.kl_in_reward else None
+        advantages = self.plan.advantages(rewards, weights, kl, wanted.group)
+        mine = iter(torch.stack([advantages, kept.float()], 1)[first : first + count].split(1))
+        found = [[_with_values(one, mine) for one in batch] for batch in batches]
+        metrics = {
+            **self._reward_metrics(rewards, total, kept, table, wanted.group),
+            **_lengths(whole[:, -2], truncated),
+        }
+        tokens = float(facts[:, 0].sum())
+        metrics |= {"rollout/seconds": sampled, "rollout/tokens_per_second": tokens / max(sampled, 1e-9)}
+        (self.evaluated if evaluating else self.pending).append(metrics)
+        return found
+
+    def _passes(self) -> Passes:
+        assert self.passes is not None, "attach() comes first"
+        return self.passes
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Of all processes, on the CPU."""
+        passes = self._passes()
+        if passes.accelerator.num_processes == 1:
+            return values.cpu()
+        device = next(passes.model().parameters()).device
+        return passes.gather(values.to(device)).cpu()
+
+    def _engine(self, requests: Sequence[RolloutRequest]) -> RolloutEngine:
+        if self.engine is None:
+            passes = self._passes()
+            self.engine = choose_engine(
+                self.plan.engine,
+                passes.model(),
+                lambda batch: passes.policy(batch).token_logps,
+                requests,
+                self.plan.sampling,
+                lambda: passes.accelerator.autocast(),
+            )
+        return self.engine
+
+    def _keeper(
+        self, wanted: Wanted, groups: list[Group], texts: list[str], engine: RolloutEngine
+    ) -> Callable[[RewardTable | None], None]:
+        """Writes the rollout, before rewards run and once more with them; evaluations are not kept."""
+        plan, number = self.plan, wanted.number
+        if plan.folder is None or not isinstance(number, int):
+            return lambda table: None
+        path = rollout_file(plan.folder, number, self._passes().accelerator.process_index)
+
+        def keep(table: RewardTable | None) -> None:
+            rewards = (
+                None
+                if table is None
+                else [
+                    {one.name: _or_none(value) for one, value in zip(plan.rewards, row, strict=True)}
+                    for row in table.values.tolist()
+                ]
+            )
+            write_rollout(path, groups, texts, rewards=rewards, engine=engine.name, sampling=plan.sampling)
+
+        return keep
+
+    def _call(self, judged: Judged) -> RewardTable:
+        """The rewards; an error of one process reaches all."""
+        passes = self._passes()
+        given, table, error = judged.columns.get(GIVEN), None, None
+        try:
+            if given is not None and not self.plan.rewards:
+                table = RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
+            else:
+                table = call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
+        except RewardError as problem:
+            error = problem
+        failed = self._gathered(torch.tensor([float(table is None)]))
+        if error is not None:
+            raise error
+        if table is None or failed.any():
+            raise RewardError(f"A reward function failed in process {int(failed.argmax())}; its message is there.")
+        return table
+
+    def _kept(self, rewards: Tensor, truncated: Tensor, group: int) -> Tensor:
+        """Bool `[K]`: which completions are trained on."""
+        kept = torch.ones(len(rewards), dtype=torch.bool)
+        if self.plan.leave_truncated:
+            kept &= ~truncated
+        if self.plan.leave_without_variance:
+            kept &= ~without_variance(rewards, group)
+        return kept
+
+    def _batches(self, wanted: Wanted, groups: list[Group], kept: Tensor, engine: RolloutEngine) -> list[list[Example]]:
+        """The examples of each batch; what is left out is a single token, which costs nothing and still counts."""
+        rest, keep = iter(groups), iter(kept.tolist())
+        found = []
+        for batch in wanted.requests:
+            examples = []
+            for _ in batch:
+                group = next(rest)
+                example = _example(group, [next(keep) for _ in group.completions])
+                reported = [one.logps for one in group.completions]
+                if self.plan.correct and not engine.embedded and all(logps is not None for logps in reported):
+                    pairs = zip(example.completion_ids, reported, strict=True)
+                    logps = tuple(logps[: len(ids)] for ids, logps in pairs if logps is not None)
+                    example = replace(example, token_values={"rollout": logps})
+                examples.append(example)
+            found.append(examples)
+        return found
+
+    def _scored(self, batch: list[Example]) -> list[Example]:
+        """With log-probs by the policy and the reference as they are now, of the micro-batches that steps will make."""
+        passes, plan = self._passes(), self.plan
+        proximal = plan.proximal or plan.kl_in_reward or any("rollout" in one.token_values for one in batch)
+        if not proximal and not plan.reference:
+            return batch
+        device, found = next(passes.model().parameters()).device, {}
+        for part in passes.split(pack(batch)):
+            moved = part.batch.to(device)
+            # The reference first, as in a step: a snapshot exchanges weights.
+            reference = passes.reference(moved) if plan.reference else None
+            values: dict[str, Tensor] = {} if reference is None else {"reference": reference.token_logps}
+            if proximal:
+                values["proximal"] = passes.policy(moved).token_logps
+            if part.counts:
+                new = with_token_values(part.batch, values)
+                found.update({id(old): one for old, one in zip(part.batch.examples, new, strict=True)})
+        return [found[id(one)] for one in batch]
+
+    def _reward_metrics(self, rewards: Tensor, total: Tensor, kept: Tensor, table: RewardTable, group: int) -> Metrics:
+        names = [one.name for one in self.plan.rewards] or [GIVEN]
+        found: Metrics = {}
+        for place, name in enumerate(names):
+            values = rewards[:, place]
+            found |= {f"rewards/{name}/mean": values.nanmean().item(), f"rewards/{name}/std": spread(values).item()}
+            found[f"rewards/{name}/not_applicable"] = values.isnan().float().mean().item()
+            found[f"rewards/{name}/seconds"] = table.seconds[place]
+        found |= {name: sum(values) / len(values) for name, values in table.metrics.items()}
+        found |= {"reward": total.nanmean().item(), "reward_std": spread(total).item()}
+        found["frac_reward_zero_std"] = without_variance(total, group).float().mean().item()
+        found["advantages/left_out"] = 1 - kept.float().mean().item()
+        return found
+
+
+# What a `rollout_func` calls the rewards that it returns itself.
+GIVEN = "rewards"
+
+
+def judge_by(groups: Sequence[Group], texts: Sequence[str], conversational: bool) -> Judged:
+    """Completions as reward functions see them: columns of their rows, and fields of their own.
+
+    Args:
+        groups: with K completions.
+        texts: K.
+        conversational: prompts are messages, and so is what is said of a completion.
+    """
+    flat = [(group, one) for group in groups for one in group.completions]
+    names = dict.fromkeys(name for group, one in flat for name in (*group.request.row, *one.fields))
+    columns: dict[str, list[Any]] = {
+        name: [one.fields.get(name, group.request.row.get(name)) for group, one in flat]
+        for name in names
+        if name not in ("prompt", "completion", "completion_ids")
+    }
+    columns["finish"] = [one.finish for _, one in flat]
+    said: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if conversational else list(texts)
+    return Judged(
+        [group.request.row.get("prompt") for group, _ in flat],
+        said,
+        [one.ids.tolist() for _, one in flat],
+        columns,
+        [group.request.source_row for group, _ in flat],
+    )
+
+
+def _example(group: Group, kept: list[bool]) -> Example:
+    """A group as an example; what is left out, or written by nobody, is its first token."""
+    example = as_example(group)
+    masks = example.scored or tuple(torch.ones(len(ids), dtype=torch.bool) for ids in example.completion_ids)
+    whole = [keep and bool(mask.any()) for keep, mask in zip(kept, masks, strict=True)]
+    ids = tuple(one if keep else one[:1] for one, keep in zip(example.completion_ids, whole, strict=True))
+    scored = tuple(mask if keep else torch.ones(1, dtype=torch.bool) for mask, keep in zip(masks, whole, strict=True))
+    return replace(example, completion_ids=ids, scored=None if all(map(torch.all, scored)) else scored)
+
+
+def _with_values(example: Example, values: Any) -> Example:
+    rows = torch.cat([next(values) for _ in example.completion_ids])
+    return replace(example, completion_values={"advantage": rows[:, 0], "weight": rows[:, 1]})
+
+
+def _divergence(batch: list[Example]) -> Tensor:
+    """`[K]` nats, of each completion: its log-prob under the policy minus that under the reference."""
+    packed: ScoringBatch = pack(batch)
+    apart = packed.token_values["proximal"] - packed.token_values["reference"]
+    return apart.new_zeros(packed.num_completions).index_add(0, packed.completion_index, apart)
+
+
+def _lengths(lengths: Tensor, truncated: Tensor) -> Metrics:
+    """TRL's figures of how long completions are, before any is left out."""
+    ended = lengths[~truncated] if (~truncated).any() else torch.zeros(1)
+    found: Metrics = {"completions/clipped_ratio": truncated.float().mean().item()}
+    for name, values in (("length", lengths), ("terminated_length", ended)):
+        figures = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+        found |= {f"completions/{figure}_{name}": value.item() for figure, value in figures.items()}
+    return found
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else value
+
+
+def means_of(metrics: Sequence[Mapping[str, float]], device: torch.device | str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and counts over rollouts, of what is a number."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for one in metrics:
+        for name, value in one.items():
+            if value == value:
+                pair = torch.tensor(value, dtype=torch.float64, device=device), torch.ones((), device=device)
+                held = found.get(name)
+                found[name] = pair if held is None else (held[0] + pair[0], held[1] + pair[1])
+    return found

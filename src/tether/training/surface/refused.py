@@ -1,0 +1,230 @@
+"""What scripts override in a trainer, or hand to it, that Tether never calls: refused by name, with what to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tether.errors import ConfigError
+
+logger = logging.getLogger("tether")
+_LOSS = (
+    "Change the loss in `compute_loss`, which trains and evaluates, or in an algorithm class of your own (`loss`); "
+    "docs/extending.md shows both"
+)
+_SCORES = "Policy and reference are scored by one function; change what is made of the scores, in an algorithm's `loss`"
+_ROWS = (
+    "Rows are prepared before the trainer exists: change them before they are passed as `train_dataset`, or in an "
+    "algorithm's `rows`"
+)
+_REFERENCE = (
+    "Say what the reference is (`reference`, `reference_adapter`, `ref_model`); `compute_ref_log_probs` and "
+    "`precompute_reference` give its log-probs"
+)
+_METRICS = "Pass `compute_metrics`, or return further metrics in the `LossOutput` of an algorithm's `loss`"
+_GENERATION = "Generate in a callback (`tether.trl.LogCompletionsCallback` does), or with `tether.evaluate`"
+_LABELS = "There are no labels and no padding; see `tether.types.ScoringBatch` for what a batch holds"
+
+# Methods that TRL's trainers of pairs, labels, texts and rewards call, in 1.16 and in earlier versions, and that
+# transformers calls where `evaluation_loop` and `training_step` are its own. A subclass that has one of them expects to
+# be called.
+NEVER_CALLED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "_compute_loss",
+            "_compute_loss_liger",
+            "bco_loss",
+            "compute_loss_func",
+            "cpo_loss",
+            "dpo_loss",
+            "get_batch_loss_metrics",
+            "kto_loss",
+            "odds_ratio_loss",
+            "orpo_loss",
+            "simpo_loss",
+            "get_batch_metrics",
+            "_compute_reward",
+        ),
+        _LOSS,
+    ),
+    **dict.fromkeys(
+        (
+            "_compute_kl_logps",
+            "_compute_logps",
+            "_get_batch_logps",
+            "_concatenated_forward",
+            "_forward",
+            "concatenated_forward",
+            "concatenated_inputs",
+            "compute_logps",
+            "forward",
+            "get_batch_logps",
+            "get_sequence_length",
+        ),
+        _SCORES,
+    ),
+    **dict.fromkeys(
+        (
+            "_prepare_dataset",
+            "_prepare_non_packed_dataloader",
+            "_prepare_packed_dataloader",
+            "_tokenize",
+            "build_tokenized_answer",
+            "process_row",
+            "tokenize_row",
+            "_process_tokens",
+            "_remove_unused_columns",
+            "_set_signature_columns_if_needed",
+            "_get_collator_with_removed_columns",
+        ),
+        _ROWS,
+    ),
+    **dict.fromkeys(
+        (
+            "_precompute_ref_logps",
+            "compute_reference_log_probs",
+            "get_reference_log_probs",
+            "null_ref_context",
+        ),
+        _REFERENCE,
+    ),
+    **dict.fromkeys(("store_metrics", "prediction_step", "preprocess_logits_for_metrics"), _METRICS),
+    **dict.fromkeys(
+        ("generate_from_model", "generate_from_model_and_ref", "get_batch_samples_and_generate"), _GENERATION
+    ),
+    **dict.fromkeys(("_shift_right", "_pad_across_processes", "_nested_gather"), _LABELS),
+}
+
+# Arguments of TRL's and transformers' trainers, in 1.16 and before, that have no place here.
+_CONFIGURATION = "it is a field of the configuration: {config}({name}=…)"
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "compute_loss_func": f"it is called with logits and labels, which are never built. {_LOSS}",
+    "preprocess_logits_for_metrics": f"logits are never built. {_METRICS}",
+    "model_init": "it is for `hyperparameter_search`. Make a trainer for each trial, or search over run files",
+    "formatting_func": "only SFTTrainer takes it. Map the rows before they are passed",
+    "is_encoder_decoder": "that is read from the model's configuration. Leave it out",
+    "generate_during_eval": _GENERATION,
+    "label_pad_token_id": f"{_LABELS}. Leave it out",
+    "padding_value": f"{_LABELS}. Leave it out",
+    "packing": "rows are always packed without waste. Leave it out",
+    "max_prompt_length": "`max_length` is of prompt and completion together, and `truncation_mode` says what is kept",
+    "max_target_length": "`max_length` is of prompt and completion together, and `truncation_mode` says what is kept",
+    "model_adapter_name": "the active adapter of the model trains. Activate it with model.set_adapter(name)",
+    "ref_adapter_name": "it is `reference_adapter` of the configuration",
+    "force_use_ref_model": "a `ref_model` beside an adapter is the reference without more. Leave it out",
+    "rpo_alpha": "take loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha] in the configuration",
+    "max_seq_length": "it is `max_length` of the configuration",
+    "dataset_text_field": "rename the column to `text` before rows are passed",
+    "num_of_sequences": "rows are packed by their tokens. Leave it out",
+    "chars_per_token": "rows are packed by their tokens. Leave it out",
+}
+_OF_CONFIGURATION = (
+    "beta",
+    "dataset_num_proc",
+    "desirable_weight",
+    "disable_dropout",
+    "f_divergence_type",
+    "label_smoothing",
+    "loss_type",
+    "max_length",
+    "model_init_kwargs",
+    "neftune_noise_alpha",
+    "precompute_ref_log_probs",
+    "ref_model_init_kwargs",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "reference_free",
+    "sync_ref_model",
+    "truncation_mode",
+    "undesirable_weight",
+)
+# What these are in transformers' constructor, which takes them as they are.
+_PASSED_ON = ("optimizer_cls_and_kwargs",)
+
+
+def refuse_overrides(trainer: type, base: type) -> None:
+    """Refuse a subclass with a method that its author expects to be called and that never is.
+
+    Args:
+        trainer: the class of a trainer.
+        base: Tether's own; classes of this package are not looked at.
+
+    Raises:
+        ConfigError: with the method and the way to do it here.
+    """
+    package = __name__.partition(".")[0]
+    for kind in trainer.__mro__:
+        if kind is base:
+            return
+        if kind.__module__.partition(".")[0] == package:
+            continue
+        for name in vars(kind):
+            if name in NEVER_CALLED:
+                raise ConfigError(
+                    f"{kind.__name__}.{name} would never be called, since Tether has no such step. "
+                    f"{NEVER_CALLED[name]}."
+                )
+
+
+def accepted_arguments(others: dict[str, Any], config: type, processing: Any) -> tuple[dict[str, Any], Any]:
+    """What transformers' constructor is given of arguments that Tether's does not name, and the tokenizer.
+
+    Args:
+        others: arguments by name.
+        config: the trainer's configuration class.
+        processing: `processing_class`, for which `tokenizer` is the older name.
+
+    Raises:
+        ConfigError: an argument without meaning here, with what to write.
+    """
+    others = {name: value for name, value in others.items() if value is not None or name not in REFUSED_ARGUMENTS}
+    if "tokenizer" in others:
+        tokenizer = others.pop("tokenizer")
+        if processing is not None and processing is not tokenizer:
+            raise ConfigError(
+                "tokenizer and processing_class were both given; they are the same argument. Leave tokenizer out."
+            )
+        logger.info("tokenizer: taken as processing_class, as the argument is called now")
+        processing = tokenizer
+    for name in others:
+        if name in REFUSED_ARGUMENTS:
+            raise ConfigError(f"The trainer takes no argument {name}: {REFUSED_ARGUMENTS[name]}.")
+        if name in _OF_CONFIGURATION or name in getattr(config, "__dataclass_fields__", {}):
+            reason = _CONFIGURATION.format(config=config.__name__, name=name)
+            raise ConfigError(f"The trainer takes no argument {name}: {reason}.")
+        if name not in _PASSED_ON:
+            raise ConfigError(
+                f"The trainer takes no argument {name}. It takes model, args, train_dataset, eval_dataset, "
+                "processing_class, data_collator, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, "
+                "quantization_config and peft_config, and ref_model where the objective compares with a reference."
+            )
+    return {name: value for name, value in others.items() if value is not None}, processing
+
+
+# Callbacks of TRL that read what a trainer here has not, by the name of their class; each was tried.
+_CALLBACKS: dict[str, str] = {
+    "LogCompletionsCallback": "it reads texts from the prepared evaluation set. Use tether.trl.LogCompletionsCallback",
+    "WeaveCallback": "it reads texts from the prepared evaluation set. Use tether.trl.LogCompletionsCallback",
+    "SyncRefModelCallback": "it moves a second model. Set sync_ref_model=True in the configuration",
+    "BEMACallback": "it keeps weights that neither a checkpoint here nor `save_model` would hold. Leave it out",
+}
+
+
+def refuse_callback(callback: TrainerCallback | type[TrainerCallback]) -> None:
+    """Refuse a callback of TRL that cannot work here.
+
+    Raises:
+        ConfigError: with what takes its place.
+    """
+    kind = callback if isinstance(callback, type) else type(callback)
+    for one in kind.__mro__:
+        if one.__module__.partition(".")[0] == "trl" and one.__name__ in _CALLBACKS:
+            raise ConfigError(f"TRL's {one.__name__} cannot work here: {_CALLBACKS[one.__name__]}.")
+
+
+def overrides(trainer: object, method: Callable[..., Any]) -> bool:
+    """Whether a trainer's class has its own version of a method of Tether's."""
+    return getattr(type(trainer), method.__name__, None) is not method

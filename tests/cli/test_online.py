@@ -1,0 +1,185 @@
+"""`tether train` with sampled completions: keys of the run file, rewards from a file, a failure on the way, resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from tether.config import build, check_run, json_schema
+from tether.errors import ConfigError
+from tether.training import GRPOConfig, RLOOConfig
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "grpo_sums"
+Tether = Callable[..., tuple[int, str, str]]
+RUN = """\
+model: model
+data: {train: sums.jsonl, eval: sums.jsonl}
+objective: {loss: grpo, beta: 0.1}
+rewards:
+  - {name: numeric_answer, column: answer}
+  - {python: "mine.py:short", weight: 0.5}
+rollout: {group: 4, max_tokens: 6}
+train: {max_steps: 3, learning_rate: 1e-3, batch_size: 2, logging_steps: 1, save_steps: 1, use_cpu: true}
+output: out
+"""
+REWARD = "def short(completion_ids, **_):\n    return [-len(ids) / 10 for ids in completion_ids]\n"
+
+
+@pytest.fixture
+def sums(workplace: Any) -> Any:
+    workplace.write_rows([{"prompt": f"{a}+{a}=", "answer": 2 * a} for a in range(8)], "sums.jsonl")
+    (workplace.path / "run.yaml").write_text(RUN, encoding="utf-8")
+    (workplace.path / "mine.py").write_text(REWARD, encoding="utf-8")
+    return workplace
+
+
+def test_a_run_file_samples_and_trains(sums: Any, tether: Tether) -> None:
+    code, _, err = tether("train", "run.yaml")
+    assert code == 0, err
+    assert "rollouts: tree engine, at most" in err
+    assert "batch: 8 completions per step" in err
+    assert "start equality" in err
+    run = sums.path / "out"
+    logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [log for log in logs if "loss" in log]
+    assert len(steps) == 3
+    assert steps[0]["kl"] == 0.0
+    assert {"reward", "rewards/numeric_answer/mean", "rewards/short/mean"} <= steps[0].keys()
+    assert "eval_reward" in logs[-1]
+    kept = parquet.read_table(run / "rollouts" / "000002-0.parquet").to_pylist()
+    assert len(kept) == 8
+    assert json.loads(kept[0]["rewards"]).keys() == {"numeric_answer", "short"}
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["rollout"]["group"] == 4
+    assert resolved["rewards"][0]["column"] == "answer"
+    again = check_run(resolved)
+    assert again.to_dict() == resolved
+    assert (run / "report.html").is_file()
+
+
+def test_a_reward_that_raises_is_named_and_the_run_goes_on_after_repair(sums: Any, tether: Tether) -> None:
+    broken = "calls = []\n" + REWARD.replace(
+        "    return", "    calls.append(1)\n    assert len(calls) < 3, 'odd'\n    return"
+    )
+    (sums.path / "mine.py").write_text(broken, encoding="utf-8")
+    code, _, err = tether("train", "run.yaml")
+    assert code == 1
+    assert "reward function 'short' failed on" in err
+    assert "steps before it are kept in out/checkpoint-" in err
+    (sums.path / "mine.py").write_text(REWARD, encoding="utf-8")
+    code, _, err = tether("train", "run.yaml", "--resume")
+    assert code == 0, err
+    assert "trained 3 steps" in err or (sums.path / "out" / "model.safetensors").is_file()
+
+
+def test_a_wrong_signature_is_known_before_weights_load(sums: Any, tether: Tether) -> None:
+    (sums.path / "mine.py").write_text("def short(completions, gold):\n    return []\n", encoding="utf-8")
+    (sums.path / "model" / "model.safetensors").write_bytes(b"no weights")
+    code, _, err = tether("train", "run.yaml")
+    assert code == 2
+    assert "'short' needs 'gold', and the rows have the columns answer, prompt" in err
+
+
+def values(**sections: Any) -> dict[str, Any]:
+    return {
+        "model": "m",
+        "data": {"train": "rows.jsonl"},
+        "rewards": [{"name": "numeric_answer"}],
+        "train": {"use_cpu": True},
+        **sections,
+    }
+
+
+@pytest.mark.parametrize(
+    ("loss", "config", "stands_for"),
+    [
+        ("dapo", GRPOConfig, {}),
+        ("grpo", GRPOConfig, {}),
+        ("dr_grpo", GRPOConfig, {"scale_rewards": "none"}),
+        ("gspo", GRPOConfig, {}),
+        ("cispo", GRPOConfig, {"epsilon_high": 5.0}),
+        ("sapo", GRPOConfig, {}),
+        ("reinforce", GRPOConfig, {}),
+        ("rloo", RLOOConfig, {"beta": 0.05}),
+    ],
+)
+def test_a_name_stands_for_trainer_and_options(loss: str, config: Any, stands_for: dict[str, Any]) -> None:
+    rollout = {
+        "group": 4,
+        "max_tokens": 9,
+        "temperature": 0.7,
+        "top_k": 5,
+        "updates": 1,
+        "correction": False,
+        "seed": 4,
+    }
+    run = check_run(values(objective={"loss": loss}, rollout=rollout))
+    args, _, keywords = build(run)
+    assert type(args) is config
+    assert args.per_device_train_batch_size == 8 * 4
+    assert (args.num_generations, args.max_completion_length, args.temperature, args.top_k) == (4, 9, 0.7, 5)
+    assert (args.vllm_importance_sampling_correction, args.rollout_seed) == (False, 4)
+    for name, value in stands_for.items():
+        assert getattr(args, name) == value
+    assert [one.__name__ for one in keywords["reward_funcs"]] == ["numeric_answer"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"objective": {"loss": "sigmoid"}}, "`rewards` was given with loss 'sigmoid', whose rows have completions"),
+        ({"objective": {"loss": "grpo"}, "rewards": None}, "`rewards` is missing: loss 'grpo' samples completions"),
+        ({"rewards": [{"name": "numeric"}]}, "ready-made are numeric_answer"),
+        ({"rewards": [{"name": "regex"}]}, "'regex' got the options {} and takes pattern"),
+        ({"rewards": [{"name": "length", "python": "a.py:b"}]}, "a reward has one of them"),
+        ({"rewards": [{"python": "a.py:b", "n": 2}]}, "which a ready-made reward"),
+        ({"rewards": [{"python": "a.py:b"}]}, "expected a Python file and a function in it"),
+        ({"rollout": {"groups": 4}}, "group"),
+        ({"rollout": {"temperature": 0}}, "temperature"),
+        ({"train": {"max_length": 64}}, "`train.max_length` is said by `rollout.max_prompt`"),
+        ({"train": {"num_generations": 4}}, "`train.num_generations` is said by `rollout.group`"),
+        ({"train": {"use_vllm": True}}, "use_vllm"),
+        ({"objective": {"loss": "grpo", "entropy_coef": 0.1}}, "entropy_coef"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_key(sections: dict[str, Any], said: str) -> None:
+    given = values(**{"objective": {"loss": "grpo"}, **sections})
+    with pytest.raises(ConfigError) as caught:
+        build(check_run(given))
+    assert said in str(caught.value)
+
+
+def test_the_example_trains_as_it_is(tmp_path: Path, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model after two steps instead of 400, and two steps of its run file."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import make_model
+
+    make_model.main(tmp_path / "made", steps=2)
+    made = tmp_path / "made"
+    changed = [f"model={made / 'model'}", f"data.train={made / 'sums.jsonl'}", f"data.eval={made / 'sums.jsonl'}"]
+    shorter = ["train.max_steps=2", "train.logging_steps=1", "train.eval_steps=2", f"output={tmp_path / 'out'}"]
+    code, _, err = tether("train", str(EXAMPLE / "run.yaml"), *changed, *shorter)
+    assert code == 0, err
+    logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "eval_reward" in log] == [0, 2]
+    assert parquet.read_table(tmp_path / "out" / "rollouts" / "000001-0.parquet").num_rows == 160
+
+
+def test_the_schema_has_rewards_rollouts_and_the_losses() -> None:
+    schema = json_schema()
+    assert {"rewards", "rollout"} <= schema["properties"].keys()
+    losses = [
+        part["properties"]["loss"]["enum"]
+        for part in schema["$defs"]["Objective"]["oneOf"]
+        if "enum" in part["properties"]["loss"]
+    ]
+    assert ["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "reinforce"] in losses
+    assert ["rloo"] in losses
+    group = schema["$defs"]["Rollout"]["properties"]["group"]
+    assert group["default"] == 8

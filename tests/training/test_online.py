@@ -1,0 +1,480 @@
+"""Trainers of sampled completions: what is computed how often, what changes nothing, resume, replay, failures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tether import GRPOConfig
+from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
+from tether.objectives import OBJECTIVES
+from tether.scoring import pack
+from tether.training.online.config import REFUSED
+from tether.training.setup.run import build_step
+from tether.training.source.rollouts import Shape
+from training.online import CLASSES, PROMPTS, SETTINGS, even, policy, steps, trainer, weights
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def trained(folder, algorithm="grpo", **arguments):
+    made = trainer(folder, algorithm, **arguments)
+    made.train()
+    return made
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("case", "arguments"),
+    [
+        ("full", {}),
+        ("lora", {"peft_config": LoraConfig(**LORA)}),
+        ("pissa", {"peft_config": LoraConfig(**LORA, init_lora_weights="pissa")}),
+        ("olora", {"peft_config": LoraConfig(**LORA, init_lora_weights="olora")}),
+        ("dora", {"peft_config": LoraConfig(**LORA, use_dora=True)}),
+        ("edited", {}),
+    ],
+)
+@pytest.mark.parametrize("algorithm", CLASSES)
+def test_at_the_first_step_the_divergence_is_zero_and_every_ratio_one(algorithm, case, arguments, tmp_path):
+    """R5: to the bit, for every kind of adapter and a model that was edited in memory."""
+    model = policy()
+    if case == "edited":
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.3)
+    made = trained(tmp_path, algorithm, model=model, beta=0.1, max_steps=2, num_iterations=2, **arguments)
+    first, second = steps(made)
+    assert first["kl"] == first["kl/k1"] == 0.0
+    assert first["clip_ratio/region_mean"] == 0.0
+    assert second["kl"] != 0.0
+    assert made.guard.max_difference == 0.0
+
+
+def test_a_continued_adapter_is_its_own_start(tmp_path):
+    """TRL #3194: the reference is the policy at the start and not its base."""
+    model = get_peft_model(policy(), LoraConfig(**LORA))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    made = trained(tmp_path, model=model, beta=0.1, max_steps=2)
+    assert [log["kl"] == 0.0 for log in steps(made)] == [True, False]
+
+
+def test_at_learning_rate_zero_nothing_ever_moves(tmp_path):
+    """R5: KL 0.0 and ratios 1.0 for ever, with several updates of each rollout, accumulation and a small budget."""
+    made = trained(
+        tmp_path,
+        beta=0.1,
+        learning_rate=0.0,
+        num_iterations=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        max_tokens_per_forward=30,
+        max_steps=6,
+        reference_check_steps=0,
+    )
+    for log in steps(made):
+        assert log["kl"] == log["clip_ratio/region_mean"] == 0.0
+
+
+def test_mixed_precision_agrees_within_what_it_rounds(tmp_path, caplog):
+    """bfloat16 under autocast, on a CPU: engine and trainer compute in it alike, and the first KL is 0."""
+    with caplog.at_level("INFO", "tether"):
+        made = trained(tmp_path, beta=0.1, bf16=True, max_steps=2)
+    assert "rollouts: tree engine, at most" in caplog.text
+    assert "(allowed 3e-01)" in caplog.text
+    assert steps(made)[0]["kl"] == 0.0
+
+
+class Counted:
+    """How often the policy and the reference are asked, and for how many tokens."""
+
+    def __init__(self, made):
+        self.policy, self.reference, self.tokens = 0, 0, 0
+        run = made.run
+        scorer, score = run.scorer, run.reference.score
+
+        def policy(model, batch, **options):
+            self.policy += 1
+            self.tokens += batch.input_ids.numel()
+            return scorer(model, batch, **options)
+
+        def reference(batch, outputs=()):
+            self.reference += run.reference.identity.meaning != "none"
+            return score(batch, outputs)
+
+        object.__setattr__(run, "scorer", policy)
+        run.reference.score = reference
+
+
+@pytest.mark.parametrize(
+    ("arguments", "policy_passes", "reference_passes"),
+    [({}, 3, 0), ({"beta": 0.1}, 3, 2), ({"num_iterations": 3}, 4, 0), ({"num_iterations": 3, "beta": 0.1}, 4, 1)],
+    ids=str,
+)
+def test_passes_are_counted(arguments, policy_passes, reference_passes, tmp_path):
+    """R6, R7: of 3 updates; beta 0 has no reference at all, and each rollout is scored once by it, however often it is
+    trained on."""
+    made = trainer(tmp_path, reference_check_steps=0, max_tokens_per_forward=None, **arguments)
+    counted = Counted(made)
+    made.train()
+    # One more pass of the policy: the proof that engine and trainer agree; and one of the start guard with a reference.
+    guards = 1 + (1 if "beta" in arguments else 0)
+    rollouts = 1 if "num_iterations" in arguments else 3
+    assert counted.policy == policy_passes + 1 + (guards - 1)
+    expected = {0: 0}.get(reference_passes, rollouts + 1 + 1)  # the start guard and the probe that must not move
+    assert counted.reference == expected
+    if not reference_passes:
+        assert made.run.reference.identity.meaning == "none"
+
+
+def test_the_update_computes_each_prompt_and_each_distinct_completion_once(tmp_path):
+    """R4."""
+    made = trainer(tmp_path, max_steps=1, max_completion_length=2, max_tokens_per_forward=None)
+    made.get_train_dataloader()
+    batch = next(iter(made.get_train_dataloader()))["batch"]
+    counted = Counted(made)
+    made.training_step(made.model, {"batch": batch})
+    prompts = {tuple(one.prompt_ids.tolist()) for one in batch.examples}
+    pairs = {
+        (tuple(one.prompt_ids.tolist()), tuple(ids.tolist())) for one in batch.examples for ids in one.completion_ids
+    }
+    assert counted.tokens == sum(map(len, prompts)) + sum(len(ids) for _, ids in pairs)
+
+
+# -- one gradient ------------------------------------------------------------------------------------------------------
+
+
+def gradient(made, batches):
+    """Gradients of a step of several batches, through the trainer's own loss."""
+    made.model.zero_grad()
+    step = build_step([{"batch": pack(batch)} for batch in batches], made.run, made.accelerator, made.args.device)
+    step = made._begun(step)
+    for part in step.parts:
+        made.compute_loss(made.model, part, num_items_in_batch=step).backward()
+    return torch.cat([one.grad.flatten() for one in made.model.parameters() if one.grad is not None])
+
+
+def ragged(prompts, trainer):
+    """Completions of 1 to 8 tokens, of which every fourth does not end."""
+    ids = [[20 + k, *range(30, 30 + k), *([2] if k % 4 else [])] for k in range(len(prompts))]
+    return {"prompt_ids": [[5, 6, 7 + k // 4] for k in range(len(ids))], "completion_ids": ids, "logprobs": None}
+
+
+@pytest.mark.parametrize("loss", [*OBJECTIVES["grpo"], "rloo"])
+def test_one_gradient_for_every_split(loss, tmp_path):
+    """R9, R13: one batch of 8, two of 4, eight of 1, any token budget; ragged, with a truncated completion left out."""
+    algorithm = "rloo" if loss == "rloo" else "grpo"
+    own = {} if loss == "rloo" else {"loss_type": loss, **({"epsilon_high": 5.0} if loss == "cispo" else {})}
+    off = {} if loss == "reinforce" else {"num_iterations": 2}
+    made = trainer(
+        tmp_path,
+        algorithm,
+        **own,
+        **off,
+        beta=0.05,
+        mask_truncated_completions=True,
+        max_tokens_per_forward=None,
+        rollout_func=ragged,
+    )
+    (batch,) = made.run.source._make(_wanted(made))
+    assert {0.0, 1.0} == set(torch.cat([one.completion_values["weight"] for one in batch]).tolist())
+    with torch.no_grad():  # off policy, so that ratios and clips count
+        made.model.lm_head.weight.mul_(1.02)
+    whole = gradient(made, [batch])
+    single = [_pieces(one) for one in batch]
+    assert whole.abs().max() > 0
+    for batches in ([batch[:1], batch[1:]], [[piece] for pieces in single for piece in pieces]):
+        torch.testing.assert_close(gradient(made, batches), whole, atol=1e-6, rtol=1e-4)
+    made.run.budget.tokens = 40
+    torch.testing.assert_close(
+        gradient(made, [[piece for pieces in single for piece in pieces]]), whole, atol=1e-6, rtol=1e-4
+    )
+
+
+def _wanted(made):
+    source = made.run.source
+    order = source._shape.order(len(source.rows), 0)
+    shares = list(source._shape.shares(order[: source._shape.prompts]))
+    return source._wanted(source.rows, source._raw, shares, 0, source._shape.group)
+
+
+def _pieces(example):
+    """An example as one of each of its completions."""
+    return [
+        replace(
+            example,
+            completion_ids=(example.completion_ids[k],),
+            scored=None if example.scored is None else (example.scored[k],),
+            completion_values={name: values[k : k + 1] for name, values in example.completion_values.items()},
+            token_values={name: (values[k],) for name, values in example.token_values.items()},
+        )
+        for k in range(len(example.completion_ids))
+    ]
+
+
+def test_skipped_groups_change_nothing(tmp_path):
+    """R14: at beta 0 the gradient of `keep`; and they cost a token a completion."""
+
+    def sometimes(completion_ids, want):
+        return [float(w and sum(ids) % 2) for ids, w in zip(completion_ids, want, strict=True)]
+
+    found, tokens = [], []
+    for choice in ("keep", "skip"):
+        made = trainer(tmp_path / choice, rewards=sometimes, zero_variance=choice, loss_type="grpo")
+        counted = Counted(made)
+        made.train()
+        found.append(weights(made))
+        tokens.append(counted.tokens)
+        assert steps(made)[0]["frac_reward_zero_std"] > 0
+        assert (steps(made)[0]["advantages/left_out"] > 0) == (choice == "skip")
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5)
+    assert tokens[1] < tokens[0]
+
+
+def test_shares_of_processes_are_those_of_one(tmp_path):
+    """R10: completions of a rollout, in their order, whatever the processes and batches."""
+    whole = Shape(4, 16, 1, 1, 1, 0, 0, False, 4, 4)
+    (expected,) = whole.shares([3, 1, 4, 2])
+    flat = [(row, k) for row, branches in expected for k in branches]
+    for processes, batch, batches in ((2, 8, 1), (2, 2, 4), (4, 1, 4), (1, 3, 16)):
+        found = []
+        for process in range(processes):
+            shape = Shape(4, batch, batches, 1, processes, process, 0, False, 4, 4)
+            found += [(row, k) for share in shape.shares([3, 1, 4, 2] * 3) for row, branches in share for k in branches]
+        assert found[:16] == flat
+
+
+# -- resume and replay -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        ("grpo", {}),
+        ("rloo", {"beta": 0.1, "peft_config": LoraConfig(**LORA)}),
+        ("grpo", {"beta": 0.1, "num_iterations": 2, "per_device_train_batch_size": 4, "steps_per_generation": 2}),
+    ],
+    ids=["one update", "lora", "inside a rollout"],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(algorithm, arguments, tmp_path):
+    """R15: resumed after every step, also between two updates of one rollout; over the end of an epoch."""
+    settings = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+    }
+    whole = trained(tmp_path / "whole", algorithm, **settings, **arguments)
+    for step in (1, 3, 4):
+        folder = tmp_path / f"resumed-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        resumed = trainer(folder, algorithm, **settings, **arguments)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same(weights(whole), weights(resumed))
+        for mine, theirs in zip(steps(resumed), steps(whole), strict=True):
+            timed = ("seconds", "per_second")
+            for name in theirs:
+                assert name.endswith(timed) or mine[name] == theirs[name], (step, name)
+
+
+def test_replay_gives_the_same_weights_and_another_loss_others(tmp_path):
+    """R16: to the bit; with another loss it is training off policy, corrected for."""
+    first = trained(tmp_path / "first")
+    same = trained(
+        tmp_path / "same", replay_rollouts=str(tmp_path / "first"), vllm_importance_sampling_correction=False
+    )
+    assert_same(weights(first), weights(same))
+    other = trained(tmp_path / "other", replay_rollouts=str(tmp_path / "first"), loss_type="sapo")
+    assert steps(other)[0]["sampling/sampling_logp_difference/max"] < 1e-5
+    assert steps(other)[2]["sampling/sampling_logp_difference/max"] > 1e-4
+    assert not torch.equal(weights(first)["lm_head.weight"], weights(other)["lm_head.weight"])
+
+
+def test_evaluation_changes_nothing_and_judges_completions(tmp_path):
+    """R22, and names of TRL's with `eval_`."""
+    quiet = trained(tmp_path / "quiet")
+    seen = trained(tmp_path / "seen", eval_dataset=PROMPTS[:4], eval_strategy="steps", eval_steps=1)
+    assert_same(weights(quiet), weights(seen))
+    evaluations = [log for log in seen.state.log_history if "eval_reward" in log]
+    assert len(evaluations) == 3
+    assert 0 < evaluations[0]["eval_reward"] < 1
+    assert evaluations[0]["eval_completions/mean_length"] > 0
+    assert seen.evaluate()["eval_reward"] == evaluations[-1]["eval_reward"], "draws are those of every evaluation"
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_raises_loses_nothing(tmp_path):
+    """R18, R19: completions on disk, the steps before in a checkpoint, function and row named; resumed after repair."""
+    calls = []
+
+    def fragile(completion_ids, want):
+        calls.append(1)
+        if len(calls) >= 3 and not (tmp_path / "repaired").exists():
+            raise ValueError("no such column")
+        return even(completion_ids, want)
+
+    made = trainer(tmp_path / "run", rewards=fragile)
+    with pytest.raises(
+        RewardError, match=r"'fragile' failed on row \d.*no such column.*The 2 steps before it are kept"
+    ):
+        made.train()
+    kept = parquet.read_table(tmp_path / "run" / "rollouts" / "000002-0.parquet")
+    assert kept.num_rows == 8
+    assert kept["rewards"].to_pylist() == [None] * 8
+    assert json.loads(parquet.read_table(tmp_path / "run" / "rollouts" / "000001-0.parquet")["rewards"][0].as_py())[
+        "fragile"
+    ]
+    (tmp_path / "repaired").touch()
+    resumed = trainer(tmp_path / "run", rewards=fragile)
+    resumed.train(resume_from_checkpoint=True)
+    calls.clear()
+    whole = trained(tmp_path / "whole", rewards=fragile)
+    assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"temperature": 0.9}, "temperature 1.0 then and 0.9 now"),
+        ({"num_generations": 2}, "num_generations 4 then and 2 now"),
+        ({"rewards": [even, lambda completion_ids: [0.0] * len(completion_ids)]}, "rewards .* then and .* now"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_rollouts(changed, said, tmp_path):
+    """Section 8: refused with both values; replay is the way."""
+    trained(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ConfigError, match=said):
+        trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+
+
+def test_rollout_functions_are_checked_and_trained_on(tmp_path):
+    """Ids as they come (R24), tokens of others have no gradient (R13), fields reach rewards."""
+    seen = {}
+
+    def sample(prompts, trainer):
+        ids = [[10 + k % 4, 11, 12, 2] for k in range(len(prompts))]
+        return {
+            "prompt_ids": [[5, 6, 7]] * len(prompts),
+            "completion_ids": ids,
+            "logprobs": None,
+            "env_mask": [[1, 0, 0, 1]] * len(prompts),
+            "turns": [k % 4 for k in range(len(prompts))],
+        }
+
+    def by_turns(turns, finish):
+        seen.update(turns=turns, finish=finish)
+        return [float(turn) for turn in turns]
+
+    made = trained(tmp_path, rewards=by_turns, rollout_func=sample, max_steps=1, train_dataset=PROMPTS)
+    assert seen["turns"] == [0, 1, 2, 3] * 2
+    assert seen["finish"] == ["stop"] * 8
+    (log,) = steps(made)
+    assert log["completions/mean_length"] == 2.0
+    assert log["completions/clipped_ratio"] == 0.0
+    batch = made.run.source._held[1][0]
+    assert batch[0].prompt_ids.tolist() == [5, 6, 7]
+    assert pack(batch).targets.tolist()[:4] == [10, 2, 11, 2]
+
+    def wrong(prompts, trainer):
+        return {**sample(prompts, trainer), "logprobs": [[0.0]] * len(prompts)}
+
+    with pytest.raises(RolloutError, match=r"1 numbers in 'logprobs' for completion 0, which has 4 tokens"):
+        trained(tmp_path / "wrong", rewards=by_turns, rollout_func=wrong)
+    with pytest.raises(RolloutError, match="rollout_func returned no 'logprobs'"):
+        trained(
+            tmp_path / "less",
+            rewards=by_turns,
+            rollout_func=lambda prompts, trainer: {"prompt_ids": [], "completion_ids": []},
+        )
+
+
+def test_what_cannot_be_is_refused_before_weights_load(tmp_path):
+    def wants_gold(completions, gold):
+        return []
+
+    policy().save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="'wants_gold' needs 'gold', and the rows have the columns prompt, want"):
+        trainer(tmp_path / "run", model=str(tmp_path / "model"), rewards=wants_gold)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_fields_say_why(name):
+    """Section 11: TRL's fields that do nothing here are errors, named, with the reason."""
+    algorithms = [config for _, config in CLASSES.values() if name in config.__dataclass_fields__]
+    kept = REFUSED[name][0]
+    other = {bool: not kept, int: 7, float: 0.7, str: "other"}.get(type(kept), "other")
+    if name == "auto_find_batch_size":
+        other = True
+    assert algorithms
+    for config in algorithms:
+        with pytest.raises(ConfigError, match=rf"^{name} is .*; it must stay"):
+            config(output_dir="unused", use_cpu=True, report_to="none", **{name: other})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"loss_type": "grpoo"}, "did you mean grpo"),
+        ({"loss_type": "cispo"}, "epsilon_high is unset"),
+        ({"loss_type": "sapo", "epsilon": 0.3}, "epsilon does not apply to loss 'sapo'"),
+        ({"reference": "start"}, "beta is 0, so that nothing compares"),
+        ({"beta": 0.1, "zero_variance": "skip"}, "groups without variance are still held"),
+        ({"beta": 0.1, "reference_store": "s"}, "no completion is known"),
+        ({"num_generations": 3}, "num_generations is 3, which does not divide the 8 completions"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2, "num_generations": 4}, "multiple of the other"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1, "num_iterations": 2}, "the same gradient twice"),
+        ({"loss_type": "reinforce", "num_iterations": 2}, "knows no ratio"),
+        ({"scale_rewards": "groups"}, "allowed are group, batch, none"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": False}, "scales by itself"),
+        ({"max_length": 8}, "prompts have max_prompt_length"),
+        ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
+        ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
+    ],
+)
+def test_wrong_values_name_the_field(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        GRPOConfig(output_dir="unused", **{**SETTINGS, **arguments})
+
+
+def test_too_few_prompts_and_too_long_ones(tmp_path):
+    with pytest.raises(DataError, match="a rollout takes 2 prompts and there are 1"):
+        trainer(tmp_path, train_dataset=PROMPTS[:1])
+    with pytest.raises(
+        ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
+    ):
+        trainer(tmp_path, max_completion_length=253)
+    made = trainer(tmp_path, max_prompt_length=3)
+    assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
+    assert made.run.data.reports["train"]["dropped"]
+
+
+def test_an_adapter_that_cannot_train_is_refused(tmp_path):
+    """TRL #6701: loaded for inference, it would run for ever and save what it loaded."""
+    model = get_peft_model(policy(), LoraConfig(**LORA))
+    model.save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(policy(), str(tmp_path / "adapter"), is_trainable=False)
+    with pytest.raises(ReferencePolicyError):
+        trainer(Path(tmp_path) / "run", model=frozen, beta=0.1)

@@ -1,0 +1,274 @@
+"""Every option of transformers' TrainingArguments: honoured, refused with its reason, or without effect, as docs say.
+
+One table. A version of transformers with an option that is not in it fails here, and so does one that drops an option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from tether import DPOConfig, DPOTrainer
+from tether.errors import ConfigError
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+ROWS = Dataset.from_list(pair_rows(8))
+
+
+class Honoured(NamedTuple):
+    """The value is kept, and a run with it trains; `beside` are options that it needs."""
+
+    value: Any
+    beside: Mapping[str, Any] = MappingProxyType({})
+
+
+class Refused(NamedTuple):
+    """The value is an error that names the field, with these words."""
+
+    value: Any
+    words: str
+
+
+class Elsewhere(NamedTuple):
+    """It needs a machine, a package or a launcher that tests have not; the reason, and where it is tested if it is."""
+
+    reason: str
+
+
+class Idle(NamedTuple):
+    """It changes nothing that a trainer does; the reason."""
+
+    value: Any
+    reason: str
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+GPU = "a device that is not a CPU"
+TRACKIO = "of the tracker trackio"
+HUB = "of the hub, which tests never reach"
+WORKERS = {"dataloader_num_workers": 1}
+TABLE: dict[str, Honoured | Refused | Elsewhere | Idle] = {
+    "output_dir": Elsewhere("in every run of these tests"),
+    "per_device_train_batch_size": Honoured(2),
+    "num_train_epochs": Honoured(1.0, {"max_steps": -1}),
+    "max_steps": Honoured(2),
+    "learning_rate": Honoured(1e-4),
+    "lr_scheduler_type": Honoured("cosine"),
+    "lr_scheduler_kwargs": Honoured({"num_cycles": 2}, {"lr_scheduler_type": "cosine_with_restarts"}),
+    "warmup_steps": Honoured(1),
+    "optim": Honoured("adafactor"),
+    "optim_args": Honoured("momentum=0.5", {"optim": "sgd"}),
+    "weight_decay": Honoured(0.1),
+    "adam_beta1": Honoured(0.8),
+    "adam_beta2": Honoured(0.9),
+    "adam_epsilon": Honoured(1e-6),
+    "optim_target_modules": Elsewhere("of layer-wise optimizers: tests/training/test_saving.py and their packages"),
+    "gradient_accumulation_steps": Honoured(2),
+    "average_tokens_across_devices": Refused(False, "denominators of the whole step"),
+    "max_grad_norm": Honoured(0.5),
+    "label_smoothing_factor": Refused(0.1, "`label_smoothing` is the objective's"),
+    "bf16": Honoured(True),
+    "fp16": Refused(True, "computes on a CPU, which has no float16"),
+    "bf16_full_eval": Refused(True, "evaluation scores as training does"),
+    "fp16_full_eval": Refused(True, "evaluation scores as training does"),
+    "tf32": Elsewhere(GPU),
+    "activation_checkpointing": Honoured(True),
+    "activation_checkpointing_kwargs": Honoured({"use_reentrant": False}, {"activation_checkpointing": True}),
+    "gradient_checkpointing": Honoured(True),
+    "gradient_checkpointing_kwargs": Honoured({"use_reentrant": False}, {"gradient_checkpointing": True}),
+    "torch_compile": Elsewhere("it needs a C++ compiler; tried on a GPU"),
+    "torch_compile_backend": Elsewhere("see torch_compile"),
+    "torch_compile_mode": Elsewhere("see torch_compile"),
+    "use_liger_kernel": Refused(True, "replace the model's forward"),
+    "liger_kernel_config": Refused({"rope": True}, "replace the model's forward"),
+    "use_cache": Refused(True, "no use of a key-value cache"),
+    "neftune_noise_alpha": Elsewhere("tests/training/test_batching.py: noise that depends on nothing but the sequence"),
+    "torch_empty_cache_steps": Refused(1, "max_tokens_per_forward"),
+    "auto_find_batch_size": Honoured(True),
+    "logging_strategy": Honoured("epoch"),
+    "logging_steps": Honoured(2),
+    "logging_first_step": Honoured(True, {"logging_steps": 2}),
+    "log_on_each_node": Honoured(False),
+    "logging_nan_inf_filter": Refused(True, "must be seen"),
+    "include_num_input_tokens_seen": Refused("all", "num_tokens is logged in any case"),
+    "log_level": Honoured("error"),
+    "log_level_replica": Honoured("error"),
+    "disable_tqdm": Honoured(True),
+    "report_to": Honoured("none"),
+    "run_name": Honoured("name"),
+    "project": Idle("name", TRACKIO),
+    "trackio_space_id": Idle("name", TRACKIO),
+    "trackio_bucket_id": Idle("name", TRACKIO),
+    "trackio_static_space_id": Idle("name", TRACKIO),
+    "eval_strategy": Honoured("epoch"),
+    "eval_steps": Honoured(1, EVALUATED),
+    "eval_delay": Honoured(1, EVALUATED),
+    "per_device_eval_batch_size": Honoured(2, EVALUATED),
+    "prediction_loss_only": Refused(True, "keeps no predictions"),
+    "eval_on_start": Honoured(True, EVALUATED),
+    "eval_do_concat_batches": Refused(False, "no predictions are kept"),
+    "eval_use_gather_object": Refused(True, "no predictions are gathered"),
+    "eval_accumulation_steps": Refused(2, "no predictions are kept"),
+    "include_for_metrics": Refused(["loss"], "compute_metrics"),
+    "batch_eval_metrics": Refused(True, "compute_metrics"),
+    "save_only_model": Honoured(True, SAVED),
+    "save_strategy": Honoured("epoch"),
+    "save_steps": Honoured(1, SAVED),
+    "save_on_each_node": Honoured(True, SAVED),
+    "save_total_limit": Honoured(1, SAVED),
+    "enable_jit_checkpoint": Honoured(True),
+    "push_to_hub": Elsewhere(HUB),
+    "hub_token": Elsewhere(HUB),
+    "hub_private_repo": Elsewhere(HUB),
+    "hub_model_id": Elsewhere(HUB),
+    "hub_strategy": Elsewhere(HUB),
+    "hub_always_push": Elsewhere(HUB),
+    "hub_revision": Elsewhere(HUB),
+    "load_best_model_at_end": Honoured(True, {**EVALUATED, **SAVED}),
+    "metric_for_best_model": Honoured("eval_loss", EVALUATED),
+    "greater_is_better": Honoured(False, {**EVALUATED, "metric_for_best_model": "eval_loss"}),
+    "ignore_data_skip": Honoured(True),
+    "restore_callback_states_from_checkpoint": Honoured(True),
+    "full_determinism": Elsewhere("it sets the process's environment; torch's own switch, read in transformers' init"),
+    "seed": Honoured(7),
+    "data_seed": Honoured(7),
+    "use_cpu": Honoured(True),
+    "accelerator_config": Honoured({"split_batches": True}),
+    "parallelism_config": Refused(object(), "cannot be cut over devices"),
+    "dataloader_drop_last": Honoured(True),
+    "dataloader_num_workers": Honoured(1),
+    "dataloader_pin_memory": Honoured(False),
+    "dataloader_persistent_workers": Honoured(True, WORKERS),
+    "dataloader_prefetch_factor": Honoured(2, WORKERS),
+    "dataloader_multiprocessing_context": Honoured("fork", WORKERS),
+    "dataloader_in_order": Honoured(False, WORKERS),
+    "remove_unused_columns": Idle(True, "rows are prepared before the trainer: every column of a batch is used"),
+    "label_names": Refused(["x"], "no labels"),
+    "train_sampling_strategy": Honoured("sequential"),
+    "length_column_name": Refused("size", "not grouped by length"),
+    "ddp_find_unused_parameters": Elsewhere("tests/training/test_processes.py"),
+    "ddp_bucket_cap_mb": Elsewhere("tests/training/test_processes.py"),
+    "ddp_broadcast_buffers": Elsewhere("tests/training/test_processes.py"),
+    "ddp_static_graph": Elsewhere("tests/training/test_processes.py"),
+    "ddp_backend": Elsewhere("tests/training/test_processes.py"),
+    "ddp_timeout": Elsewhere("tests/training/test_processes.py"),
+    "fsdp": Elsewhere("tests/training/test_sharded.py"),
+    "fsdp_config": Elsewhere("tests/training/test_sharded.py"),
+    "deepspeed": Elsewhere("tests/training/test_sharded.py"),
+    "debug": Refused("underflow_overflow", "the output of the head"),
+    "skip_memory_metrics": Honoured(False),
+    "do_train": Idle(True, "for scripts to read"),
+    "do_eval": Idle(True, "for scripts to read"),
+    "do_predict": Idle(True, "for scripts to read"),
+    "resume_from_checkpoint": Elsewhere("honoured by train(): tests/training/test_surface.py"),
+    "local_rank": Idle(0, "for launchers; transformers reads the environment"),
+}
+OF_KIND = {kind: [name for name, row in TABLE.items() if isinstance(row, kind)] for kind in (Honoured, Refused, Idle)}
+
+
+def configuration(folder, **changes):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 1, "learning_rate": 1e-3, **QUIET}
+    return DPOConfig(output_dir=str(folder), **{**settings, "gradient_checkpointing": False, **changes})
+
+
+def train(folder, **changes):
+    run = DPOTrainer(
+        model=tiny_model(vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        args=configuration(folder, **changes),
+        train_dataset=ROWS,
+        eval_dataset=ROWS.select(range(4)),
+        processing_class=TOKENIZER,
+    )
+    run.train()
+    return run
+
+
+def test_the_table_is_of_the_installed_version():
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} == TABLE.keys()
+
+
+@pytest.mark.parametrize("name", OF_KIND[Refused])
+def test_what_is_refused_says_why(name, tmp_path):
+    row = TABLE[name]
+    with pytest.raises(ConfigError, match=f"^{name} ") as caught:
+        configuration(tmp_path, **{name: row.value})
+    assert row.words in str(caught.value)
+    configuration(tmp_path)  # and without it, all is well
+
+
+@pytest.mark.parametrize("name", OF_KIND[Honoured])
+def test_what_is_honoured_is_kept(name, tmp_path):
+    row = TABLE[name]
+    found = getattr(configuration(tmp_path, **{**row.beside, name: row.value}), name)
+    assert (
+        found == row.value
+        or row.value in (found if isinstance(found, list) else [str(found)])
+        or name
+        in (
+            "accelerator_config",
+            "report_to",
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_KIND[Honoured])
+def test_what_is_honoured_trains(name, tmp_path):
+    row = TABLE[name]
+    run = train(tmp_path, **{**row.beside, name: row.value})
+    losses = [log["loss"] for log in run.state.log_history if "loss" in log]
+    assert run.state.global_step >= 1
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("name", OF_KIND[Idle])
+def test_what_is_idle_changes_no_batch_and_no_step(name, tmp_path):
+    plain, changed = (dataclasses.asdict(configuration(tmp_path, **more)) for more in ({}, {name: TABLE[name].value}))
+    assert {key for key in plain if plain[key] != changed[key]} <= {name}
+
+
+def test_several_honoured_ones_train_together(tmp_path):
+    """A selection of what the marked sweep tries one by one."""
+    names = ("optim", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "data_seed", "dataloader_drop_last")
+    names += ("gradient_accumulation_steps", "train_sampling_strategy", "logging_first_step", "eval_on_start")
+    options = {key: value for name in names for key, value in {**TABLE[name].beside, name: TABLE[name].value}.items()}
+    run = train(tmp_path, **{**options, "max_steps": 2})
+    assert run.state.global_step == 2
+    # Rows of an evaluation are never dropped, though there are fewer than a batch of them.
+    assert next(log["eval_loss"] for log in run.state.log_history if "eval_loss" in log) == pytest.approx(math.log(2))
+
+
+def test_the_newer_name_of_checkpointing_decides(tmp_path):
+    """`gradient_checkpointing`, which is on by default, is its alias."""
+    off = DPOConfig(output_dir=str(tmp_path), activation_checkpointing=False, use_cpu=True)
+    assert (off.activation_checkpointing, off.gradient_checkpointing) == (False, False)
+    on = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert (on.activation_checkpointing, on.gradient_checkpointing) == (True, True)
+
+
+def test_dispatching_batches_is_refused_and_other_settings_are_not(tmp_path):
+    with pytest.raises(ConfigError, match="dispatch_batches"):
+        configuration(tmp_path, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(ConfigError, match="dispatch_batches"):
+        configuration(tmp_path, accelerator_config='{"dispatch_batches": true}')
+    assert configuration(tmp_path, accelerator_config={"dispatch_batches": False}) is not None
+
+
+def test_what_trl_has_for_padding_is_taken_and_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="tether")
+    made = configuration(tmp_path, padding_free=True, pad_to_multiple_of=8)
+    assert (made.padding_free, made.pad_to_multiple_of) == (True, 8)
+    said = [line for line in caplog.messages if "no effect" in line]
+    assert [line.split(":")[0] for line in said] == ["padding_free", "pad_to_multiple_of"]
+    with pytest.raises(ConfigError, match=r"activation_offloading is True: .*max_tokens_per_forward"):
+        configuration(tmp_path, activation_offloading=True)
