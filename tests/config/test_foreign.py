@@ -19,7 +19,7 @@ from tether.config.run import RunConfig
 from tether.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-LOSSES: list[Any] = [["sigmoid"], "kto", "orpo", "cpo", "sft", "reward"]
+LOSSES: list[Any] = [["sigmoid"], "kto", "orpo", "cpo", "sft", "reward", "dapo", "rloo"]
 
 AXOLOTL = """\
 base_model: some/model
@@ -90,6 +90,18 @@ beta: 0.2
 loss_type: [sigmoid, bco_pair]
 loss_weights: [1.0, 0.5]
 """
+GRPO = """\
+model_name_or_path: some/model
+dataset_name: some/prompts
+reward_funcs: [judges.brevity, think_format_reward]
+reward_weights: [0.5, 1.0]
+num_generations: 4
+max_completion_length: 64
+max_prompt_length: 128
+beta: 0.04
+loss_type: dr_grpo
+learning_rate: 1e-6
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +115,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "renamed": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"user_tag": "bard"}},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "judges.py").write_text(
+        "def brevity(completions, **_):\n    return [-len(one) for one in completions]\n"
+    )
     return tmp_path
 
 
@@ -151,7 +166,7 @@ def faults(row: Row, rules: Any) -> list[str]:
     found = [f"{row.key}: no key {target}" for target in row.targets if not has_target(target)]
     if row.mark == "same" and (len(row.targets) != 1 or row.rule):
         found.append(f"{row.key}: the same thing has one target, and no rule")
-    if row.mark == "convertible" and row.rule not in rules and row.key != "warmup_ratio":
+    if row.mark == "convertible" and row.rule not in rules:
         found.append(f"{row.key}: no rule {row.rule!r}")
     if row.mark in ("note", "ask", "refused") and row.targets:
         found.append(f"{row.key}: {row.mark} sets nothing")
@@ -280,9 +295,24 @@ def test_a_trl_file_has_its_values_and_trls_defaults() -> None:
     assert fate(found, "loss_weights").mark == "same"
 
 
-@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL], ids=["axolotl", "llamafactory", "trl"])
+def test_a_file_of_grpo_has_its_rollouts_and_rewards() -> None:
+    found = converted(GRPO, command="grpo")
+    assert found.values["rewards"] == [{"python": "judges.py:brevity", "weight": 0.5}, {"name": "think_format"}]
+    assert found.values["rollout"] == {"group": 4, "max_tokens": 64, "max_prompt": 128}
+    assert found.values["objective"] == {"beta": 0.04, "loss": "dr_grpo", "scale_rewards": "group"}
+    assert found.values["train"] == {
+        "learning_rate": 1e-6,
+        "disable_dropout": False,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+    }
+    rloo = converted(GRPO.replace("loss_type: dr_grpo\n", ""), command="rloo")
+    assert (rloo.run.objective.loss, rloo.run.objective.further["beta"]) == ("rloo", 0.04)
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL, GRPO], ids=["axolotl", "llamafactory", "trl", "grpo"])
 def test_the_run_file_that_is_written_is_the_run_that_is_trained(text: str) -> None:
-    found = converted(text)
+    found = converted(text, command="grpo" if text is GRPO else None)
     Path("run.yaml").write_text(run_file_text(found), encoding="utf-8")
     written = load_run_file("run.yaml")
     assert written.to_dict() == found.run.to_dict()
@@ -383,6 +413,61 @@ def test_an_adapter_that_is_named_is_continued_and_the_reference_holds_it() -> N
     assert stacked.values["lora"]["r"] == 8
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["bf16=true"], {"model.dtype": "bfloat16", "train.bf16": True}),
+        (["bf16=false"], {"model.dtype": "float32", "train.bf16": False}),
+        (["bf16=full"], {"model.dtype": "bfloat16", "train.bf16": False}),
+        (["bf16=auto"], {"model.dtype": None, "train.bf16": None}),
+        (["warmup_ratio=null"], {"train.warmup_steps": 0.03}),
+        (["warmup_ratio=null", "max_steps=1000"], {"train.warmup_steps": 30}),
+        (["warmup_ratio=null", "max_steps=9000"], {"train.warmup_steps": 100}),
+        (["max_steps=55"], {"train.warmup_steps": 5}),
+        (["max_steps=12"], {"train.warmup_steps": 2}),
+        (["num_epochs=1", "evals_per_epoch=1"], {"train.eval_steps": None, "train.save_strategy": "epoch"}),
+        (
+            ["evals_per_epoch=null", "eval_strategy=epoch"],
+            {"train.eval_strategy": "epoch", "train.eval_on_start": True, "train.eval_steps": None},
+        ),
+        (["optim_args={betas: 2}"], {"train.optim_args": "betas=2"}),
+        (["cosine_min_lr_ratio=0.1"], {"train.lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
+        (["batch_size=12", "gradient_accumulation_steps=null"], {"train.gradient_accumulation_steps": 4}),
+        (["adapter=qlora"], {"model.quantization": "4bit", "lora.r": 8}),
+        (["lora_target_linear=null"], {"lora": None, "peft": {"type": "lora", "r": 8, "lora_alpha": 16}}),
+        (["hub_model_id=me/it"], {"train.push_to_hub": True, "train.hub_always_push": True}),
+        (["rl_adapter_ref_model=true"], {"reference.model": "some/model"}),
+        (["trl={sync_ref_model: true}"], {"reference.sync": {"alpha": 0.9, "steps": 64}}),
+    ],
+)
+def test_what_axolotl_computes_from_its_keys(overrides: list[str], expected: dict[str, Any]) -> None:
+    found = converted(AXOLOTL, *overrides)
+
+    def at(target: str) -> Any:
+        value: Any = found.values
+        for part in target.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    assert {target: at(target) for target in expected} == expected
+
+
+def test_a_template_of_a_file_is_taken() -> None:
+    Path("mine.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    found = converted(AXOLOTL, "chat_template=jinja", "chat_template_jinja=mine.jinja")
+    assert found.run.model.chat_template == "mine.jinja"
+    assert converted(TRL, "chat_template_path=mine.jinja").run.model.chat_template == "mine.jinja"
+    ours = converted(LLAMAFACTORY, "tether.model.chat_template=mine.jinja")
+    assert ours.run.model.chat_template == "mine.jinja"
+
+
+def test_older_names_are_taken_as_they_are_called_now() -> None:
+    found = converted(TRL.replace("eval_strategy", "evaluation_strategy"), "max_seq_length=null", "fp16_backend=auto")
+    assert found.values["train"]["eval_strategy"] == "steps"
+    assert fate(found, "evaluation_strategy").reason == "it is called eval_strategy now"
+    assert (fate(found, "max_seq_length").mark, fate(found, "fp16_backend").mark) == ("note", "note")
+
+
 def test_rows_are_found_where_the_tool_finds_them() -> None:
     entry = (
         "{path: json, data_files: [a.jsonl, b.jsonl], type: chat_template, field_messages: talk, field_chosen: yes_}"
@@ -404,6 +489,10 @@ def test_rows_are_found_where_the_tool_finds_them() -> None:
         },
         {"path": "some/rows", "name": "en", "revision": "v1", "split": "test", "format": "chatml.icr"},
     ]
+    part = converted(base + "datasets: [{path: a.jsonl, type: chatml.intel, split: 'train[:100]'}]")
+    assert part.values["data"]["train"] == {"path": "a.jsonl", "first": 100, "format": "chatml.intel"}
+    fewer = converted(LLAMAFACTORY, "max_samples=50")
+    assert fewer.values["data"]["train"]["first"] == 50
     chats = converted(LLAMAFACTORY, "dataset=mine,chats", "val_size=0.1")
     assert chats.values["data"]["train"][1] == {
         "path": "some/chats",
@@ -491,12 +580,12 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["learning_rate=null"], "`learning_rate` is missing"),
         (AXOLOTL, ["lora_rr=8"], "Axolotl has no key `lora_rr` and ignores it. Did you mean `lora_r`?"),
         (AXOLOTL, ["ref_model=other"], "Axolotl has no such key and compares with the model as it starts"),
-        (AXOLOTL, ["rl=grpo"], "GRPO has no trainer here"),
+        (AXOLOTL, ["rl=grpo"], "GRPO of Axolotl's is not converted"),
         (AXOLOTL, ["rl=dop"], "`rl` is 'dop' (text); allowed is dpo, ipo, kto, orpo, simpo"),
         (AXOLOTL, ["optimizer=muon"], "`optimizer` is 'muon' (text); allowed is adamw_torch"),
         (AXOLOTL, ["lr_scheduler=rex"], "`lr_scheduler` is 'rex'"),
         (AXOLOTL, ["relora=true"], "no restarts of an adapter (ReLoRA) here"),
-        (AXOLOTL, ["chat_template=chatml"], "say chat_template=tokenizer_default"),
+        (AXOLOTL, ["chat_template=chatml"], "say chat_template=jinja chat_template_jinja=FILE"),
         (AXOLOTL, ["special_tokens={eos_token: '</s>'}"], "`special_tokens.eos_token` changes what a row ends"),
         (AXOLOTL, ["datasets.0.type=mine.transform"], "A function of your own is not run"),
         (AXOLOTL, ["datasets.0.roles={user: [bard]}"], "calls 'bard' what is 'user' elsewhere"),
@@ -511,25 +600,31 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (LLAMAFACTORY, ["dataset=other"], "is not there; there are mine, chats, renamed"),
         (LLAMAFACTORY, ["dataset=renamed"], "has `user_tag: bard`, and roles are not renamed; known is human or user"),
         (LLAMAFACTORY, ["dataset_dir=nowhere"], "nowhere/dataset_info.json cannot be read"),
-        (LLAMAFACTORY, ["max_samples=1000"], "a run trains on all rows of a set. To do that, set it to null"),
+        (LLAMAFACTORY, ["max_samples=many"], "`max_samples` is 'many' (text); allowed is a number"),
+        (LLAMAFACTORY, ["save_safetensors=false"], "weights are saved as safetensors"),
+        (AXOLOTL, ["chat_template_jinja=none.jinja"], "is not the name of a file"),
         (LLAMAFACTORY, ["quantization_bit=3"], "`quantization_bit` is 3 (a whole number); allowed is 4 or 8"),
         (LLAMAFACTORY, ["lora_rnk=3"], "`lora_rnk` is not a key of LLaMA-Factory. Did you mean `lora_rank`?"),
         (LLAMAFACTORY, ["finetuning_type=freeze"], "a run file names what trains by its parameters"),
         (TRL, ["use_pefft=true"], "`use_pefft` is not a key of TRL. Did you mean `use_peft`?"),
         (TRL, ["loss_type=[kto_pair]"], "`loss_type` is 'kto_pair' (text); allowed is sigmoid, sigmoid_norm, hinge"),
-        (TRL, ["max_prompt_length=512"], "set it to null"),
+        (TRL, ["max_prompt_length=512"], "max_length is of prompt and completion together"),
         (TRL, ["num_processes=2"], "start several processes with `torchrun"),
         (TRL, ["bnb_4bit_quant_type=fp4"], "weights of 4 bits are nf4 here"),
         (TRL, ["env={HF_TOKEN: x}"], "set HF_TOKEN in the environment"),
         (TRL, ["dataset_name=null"], "`dataset_name` is missing"),
         (TRL, ["datasets=[{path: a, fraction: 0.5}]"], "`fraction` of a data set has no key in a run file"),
-        ("model_name_or_path: m\nreward_funcs: [a]\n", [], "no trainer here does yet"),
+        (TRL, ["reward_funcs=[a]"], "`reward_funcs` is of grpo and rloo"),
+        (GRPO, ["reward_funcs=[accuracy_reward]"], "known are think_format_reward, get_soft_overlong_punishment, and"),
+        (GRPO, ["reward_funcs=[none.such]"], "module.function of a Python file that lies beside this one"),
+        (GRPO, ["reward_weights=[1.0]"], "`reward_weights` is [1.0] (a list); allowed is a list of 2 numbers"),
+        (GRPO, ["reward_funcs=null", "reward_weights=null"], "something must judge the completions"),
         ("base_model: m\n\tlearning_rate: 1\n", [], "there is a tab"),
         ("model: m\n", [], "is not a file of TRL, Axolotl or LLaMA-Factory"),
     ],
 )
 def test_what_cannot_be_done_stops_with_key_reason_and_way_out(text: str, overrides: list[str], said: str) -> None:
-    message = problem(text, *overrides, command="dpo" if text is TRL else None)
+    message = problem(text, *overrides, command={TRL: "dpo", GRPO: "grpo"}.get(text))
     assert said in message
     assert "file.yaml" in message or "argument" in message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
@@ -68,7 +69,9 @@ def _objective(draft: Draft, source: Source) -> None:
     kind = source.text("rl")
     if kind in _NOT_HERE:
         source.refuse(
-            "rl", f"`rl` is {kind!r}; {_NOT_HERE[kind]} has no trainer here. Allowed are {', '.join(_PREFERENCE)}."
+            "rl",
+            f"`rl` is {kind!r}; {_NOT_HERE[kind]} of Axolotl's is not converted: its rows and rewards are functions. "
+            f"Allowed are {', '.join(_PREFERENCE)}.",
         )
     source.one_of("rl", _PREFERENCE)
     reward = source.flag("reward_model")
@@ -93,7 +96,7 @@ def _objective(draft: Draft, source: Source) -> None:
     if loss == "simpo":
         options.setdefault("cpo_alpha", (1.0, ""))  # TRL's default, which Axolotl leaves; SimPO's paper has 0
     if loss not in ("sft", "reward"):
-        options["beta"] = _beta(source, kind)
+        options["beta"] = _beta(source)
     shared.objective(draft, loss, key, options)
     if loss == "simpo" and not source.has("cpo_alpha"):
         draft.comments["objective.cpo_alpha"] = "Axolotl's default, which is TRL's; SimPO's paper has 0"
@@ -105,13 +108,13 @@ def _objective(draft: Draft, source: Source) -> None:
         source.wrong("num_labels", source.get("num_labels"), "1, beside `reward_model: true`")
 
 
-def _beta(source: Source, kind: str | None) -> tuple[Any, str]:
+def _beta(source: Source) -> tuple[Any, str]:
     trl = source.mapping("trl")
     if trl.get("beta") is not None:
         if as_number(trl["beta"]) is None:
             source.wrong(("trl", "beta"), trl["beta"], "a number")
         return as_number(trl["beta"]), "trl"
-    for key in ("rl_beta", "dpo_beta", *(["orpo_alpha"] if kind == "orpo" else [])):
+    for key in ("rl_beta", "dpo_beta", "orpo_alpha"):
         if source.has(key):
             return source.number(key), key
     return 0.1, ""
@@ -184,14 +187,24 @@ def _model(draft: Draft, source: Source) -> None:
 
 
 def _template(draft: Draft, source: Source, key: str, name: str | None) -> None:
+    given = source.text("chat_template_jinja")
+    if given is not None:
+        if "{" in given or not Path(given).expanduser().is_file():
+            source.refuse(
+                "chat_template_jinja",
+                "`chat_template_jinja` is not the name of a file. Write the template to one, and name that.",
+            )
+        draft.set("model.chat_template", given, "chat_template_jinja")
+        draft.note(key, "chat_template_jinja says it")
+        return
     if name is None:
         return
     if not name.startswith("tokenizer_default"):
         source.refuse(
             key,
-            f"`{key}` is {name!r}, which Axolotl writes conversations with in place of the model's own template; a run "
-            f"file sets no chat template. Where the two are the same, say {key}=tokenizer_default; else save the "
-            "template with the model's tokenizer, and say the same.",
+            f"`{key}` is {name!r}, which Axolotl writes conversations with in place of the model's own template, and "
+            f"whose text is Axolotl's. Where the two are the same, say {key}=tokenizer_default; else write the "
+            f"template to a file, and say {key}=jinja chat_template_jinja=FILE.",
         )
     draft.note(key, "conversations are written by the model's own template; a model without one is refused")
 
@@ -203,6 +216,11 @@ def _precision(draft: Draft, source: Source) -> None:
         draft.set("train.bf16", False, "bf16")
     elif isinstance(bf16, bool):
         draft.set("train.bf16", bf16, "bf16")
+        if bf16:
+            lost = "" if source.has("adapter") else "; small updates of them are lost, which float32 would keep"
+            draft.set("model.dtype", "bfloat16", "bf16", f"Axolotl's weights are bfloat16 then{lost}")
+        elif not any(source.flag(key) for key in ("fp16", "load_in_8bit", "float16", "bfloat16")):
+            draft.set("model.dtype", "float32", "bf16")
     elif bf16 == "auto":
         draft.note("bf16", "on where the device has it; on a CPU where it is measured to be faster")
     else:
@@ -278,6 +296,11 @@ def _steps(draft: Draft, source: Source) -> None:
     said = "excess_length_strategy" if source.has("excess_length_strategy") else ""
     text = "" if said else "Axolotl's default: rows that are too long are left out"
     draft.set("train.truncation_mode", {"drop": "drop", "truncate": "keep_start"}[strategy], said, text)
+    arguments = source.get("optim_args")
+    if isinstance(arguments, dict):
+        arguments = ",".join(f"{name}={value}" for name, value in arguments.items())
+    if arguments is not None:
+        draft.set("train.optim_args", arguments, "optim_args")
     _schedule(draft, source)
     for key in ("resume_from_checkpoint", "auto_resume_from_checkpoints"):
         if source.has(key) and source.get(key) is not False:
@@ -288,10 +311,17 @@ def _steps(draft: Draft, source: Source) -> None:
 
 
 def _schedule(draft: Draft, source: Source) -> None:
-    if not shared.warmup(draft, source):
-        steps = source.number("max_steps")
-        value = min(int(0.03 * steps), 100) if steps and steps > 0 else 0.03
-        draft.set("train.warmup_steps", value, comment="Axolotl's default: 3 % of the steps, there at most 100")
+    given = shared.warmup(draft, source)
+    warmup, steps = draft.get("train.warmup_steps", 0), source.number("max_steps") or -1
+    comment = "" if given else "Axolotl's default: 3 % of the steps, there at most 100"
+    if not given or not warmup:
+        warmup = min(int(0.03 * steps), 100) if steps > 0 else 0.03
+    elif 0 < warmup < 1 and steps > 0:
+        warmup = int(warmup * steps)
+    # Axolotl makes two of one step.
+    draft.values["train"]["warmup_steps"] = 2 if warmup == 1 else warmup
+    if not given:
+        draft.set("train.warmup_steps", draft.values["train"]["warmup_steps"], comment=comment)
     optimizer = source.one_of("optimizer", [one.value for one in OptimizerNames], "adamw_torch_fused")
     said = "optimizer" if source.has("optimizer") else ""
     draft.set("train.optim", optimizer, said, "" if said else "Axolotl's default")
@@ -330,6 +360,8 @@ def _evaluation(draft: Draft, source: Source) -> None:
         said = next((name for name in ("eval_strategy", "evaluation_strategy") if source.has(name)), "")
         if said:
             draft.set("train.eval_strategy", source.get(said) or "no", said)
+            if source.get(said) not in (False, "no"):
+                draft.set("train.eval_on_start", True, said, "as Axolotl does")
 
 
 def _saving(draft: Draft, source: Source) -> None:
@@ -353,6 +385,9 @@ def _per_epoch(draft: Draft, source: Source, steps: str, times: str) -> tuple[An
     if not count:
         return given, steps
     share = 1.0 / (count * (source.number("num_epochs") or 1.0))
+    if share >= 1:  # as many steps as the run has: Axolotl sets none
+        draft.note(times, "once a run is at its end", "sets nothing where it would be once a run")
+        return None, times
     draft.explain(times, "as a share of the run")
     return share, times
 
@@ -362,6 +397,7 @@ def _tracking(draft: Draft, source: Source) -> None:
         draft.set("train.push_to_hub", True, "hub_model_id")
         draft.set("train.hub_model_id", source.text("hub_model_id"), "hub_model_id")
         draft.set("train.hub_private_repo", True, "hub_model_id", "as Axolotl does")
+        draft.set("train.hub_always_push", True, "hub_model_id")
     wanted = []
     for service, keys in _SERVICES.items():
         said = next((key for key in keys if source.get(key) not in (None, False, "")), None)

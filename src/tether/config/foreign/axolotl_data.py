@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from tether.config.foreign.draft import Draft, Fate, Source
 from tether.config.foreign.table import load_table
 from tether.data.rows.formats import FORMAT_NAMES
 
+# A part of a data set, and how many of its rows from the first on: `train[:1000]`.
+_SLICE = re.compile(r"(.+?)(?:\[:(\d+)\])?")
 # Names of readers that Axolotl takes for `path`, with the files in `data_files`.
 _READERS = ("json", "jsonl", "csv", "parquet", "arrow")
 # What `message_property_mappings` and `roles` may say without renaming anything.
@@ -78,8 +81,10 @@ def _entry(draft: Draft, source: Source, place: tuple[str, int], entry: dict[str
     _check_messages(draft, source, place, given)
     found: dict[str, Any] = _place_of_rows(given)
     found |= {name: given[name] for name in ("name", "revision") if name in given}
-    if given.get("split", "train") != "train":
-        found["split"] = given["split"]
+    split, count = _SLICE.fullmatch(str(given.get("split", "train"))).groups()  # type: ignore[union-attr]
+    found |= {
+        name: value for name, value in (("split", split), ("first", int(count or 0))) if value not in ("train", 0)
+    }
     found |= _layout(draft, source, place, given)
     return found["path"] if found.keys() == {"path"} else found
 

@@ -20,6 +20,7 @@ from tether.config.run import RunConfig
 from tether.config.words import branches, field_types
 from tether.errors import ConfigError
 from tether.training import PreferenceConfig
+from tether.training.surface.retired import RETIRED
 
 Rule = Callable[[Draft, Source], None]
 # In a foreign file, keys of the run file that the tool has no word for.
@@ -199,8 +200,9 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
         if key == OWN:
             continue
         row = rows.get(key)
-        if row is None and key in automatic:
+        if key in automatic and (row is None or automatic[key].startswith("rollout.")):
             row = Row(key, "same", automatic[key])
+        row = row or _retired(key, automatic)
         if row is None:
             stops += _unknown(draft, tool, key, value, [*rows, *automatic])
             continue
@@ -216,6 +218,18 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
     if stops:
         more = len(stops) - _SHOWN
         raise ConfigError(" ".join(stops[:_SHOWN]) + (f" There are {more} more." if more > 0 else ""))
+
+
+def _retired(key: str, automatic: Mapping[str, str]) -> Row | None:
+    """What becomes of a name that TRL or transformers had, in files that are older; None for another name."""
+    old = RETIRED.get(key) if automatic else None
+    if old is None:
+        return None
+    if old.becomes is not None and old.becomes in automatic:
+        return Row(key, "same", automatic[old.becomes], reason=f"it is called {old.becomes} now")
+    if old.never_matters:
+        return Row(key, "note", reason="it has no effect any more, and none is needed")
+    return Row(key, "refused", idle=(old.harmless,), reason=f"there is no such option any more: {old.advice}")
 
 
 def _unknown(draft: Draft, tool: Tool, key: str, value: Any, known: Iterable[str]) -> list[str]:
@@ -288,23 +302,17 @@ def set_value(document: Document, parts: Sequence[str], value: Any, said: str, g
     """
     section: Any = document.values
     path: KeyPath = ()
-    for part in parts[:-1]:
-        inner = int(part) if isinstance(section, list) and part.isdigit() else part
-        path = (*path, inner)
-        if isinstance(section, dict):
-            section = section.setdefault(inner, {})
-            if section is None:
-                section = document.values[part] = {}
-        elif isinstance(section, list) and isinstance(inner, int) and inner < len(section):
-            section = section[inner]
-        else:
+    for part, last in zip(parts, [*[False] * (len(parts) - 1), True], strict=True):
+        step: Any = int(part) if isinstance(section, list) and part.isdigit() else part
+        inside = isinstance(section, dict) or (isinstance(section, list) and step in range(len(section)))
+        if not inside:
             raise ConfigError(f"The argument '{said}' names `{'.'.join(parts)}`, and nothing there has keys.")
-    last: str | int = int(parts[-1]) if isinstance(section, list) and parts[-1].isdigit() else parts[-1]
-    if not isinstance(section, dict) and not (
-        isinstance(section, list) and isinstance(last, int) and last < len(section)
-    ):
-        raise ConfigError(f"The argument '{said}' names `{'.'.join(parts)}`, and nothing there has keys.")
-    section[last] = value
-    given[(*path, last)] = said
+        path = (*path, step)
+        if last:
+            section[step] = value
+        elif isinstance(section, dict) and section.get(part) is None:
+            section[part] = {}
+        section = section[step]
+    given[path] = said
     if len(parts) == 1:
         document.doubled.pop(parts[0], None)

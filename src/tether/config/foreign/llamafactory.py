@@ -212,11 +212,11 @@ def _oft(draft: Draft, source: Source) -> None:
 def _data(draft: Draft, source: Source) -> None:
     if not source.has("dataset"):
         source.refuse("dataset", "`dataset` is missing. Name one of dataset_info.json.")
-    draft.set("data.train", _sets(source, "dataset"), "dataset")
+    draft.set("data.train", _sets(draft, source, "dataset"), "dataset")
     draft.fates["dataset"].reason = f"as {_INFO} says"
     each = source.flag("eval_on_each_dataset")
     if source.has("eval_dataset"):
-        found = _sets(source, "eval_dataset", named=each)
+        found = _sets(draft, source, "eval_dataset", named=each)
         draft.set("data.eval", found, "eval_dataset")
     elif source.number("val_size"):
         draft.set("data.eval", {"split": source.number("val_size"), "by": "row"}, "val_size")
@@ -236,16 +236,22 @@ def _data(draft: Draft, source: Source) -> None:
         draft.fates["dataset_dir"].became.append("data.train")
 
 
-def _sets(source: Source, key: str, *, named: bool = False) -> Any:
+def _sets(draft: Draft, source: Source, key: str, *, named: bool = False) -> Any:
     names = source.names(key) or []
     folder = source.text("dataset_dir", "data")
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
         if folder != "ONLINE":
             source.refuse("dataset_dir", f"`{_INFO}` of a hub repository is not fetched. Put it into a folder.")
-        found = {name: name for name in names}
+        found: dict[str, Any] = {name: name for name in names}
     else:
         info = _information(source, Path(folder))
         found = {name: _of_information(source, key, Path(folder), name, info) for name in names}
+    if (most := source.number("max_samples")) is not None:
+        found = {
+            name: {**(one if isinstance(one, dict) else {"path": one}), "first": most} for name, one in found.items()
+        }
+        if "max_samples" in draft.fates and "data.train" not in draft.fates["max_samples"].became:
+            draft.fates["max_samples"].became.append("data.train")
     if named:
         return found
     made = list(found.values())
@@ -269,9 +275,7 @@ def _of_information(source: Source, key: str, folder: Path, name: str, info: dic
         source.refuse(key, f"{where} is not there; there are {', '.join(map(str, info))}.")
     entry = {key: value for key, value in info[name].items() if value is not None}
     if entry.get("num_samples"):
-        source.refuse(
-            key, f"{where} has `num_samples`, and a run trains on all rows. Take it out, or shorten the file."
-        )
+        source.refuse(key, f"{where} has `num_samples`, and which ones LLaMA-Factory draws is not told. Take it out.")
     odd = [part for part in ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name") if part in entry]
     if odd and not entry.keys() & {"hf_hub_url", "file_name"}:
         source.refuse(key, f"{where} is found by `{odd[0]}`, which is not read. Give `hf_hub_url` or `file_name`.")
@@ -313,7 +317,7 @@ def _steps(draft: Draft, source: Source) -> None:
         value = source.get("resume_from_checkpoint")
         draft.resume = "last" if value is True else str(value)
         draft.fates["resume_from_checkpoint"].became.append("--resume")
-    # LLaMA-Factory writes the loss every 500 steps by default; that is no number of the training, so ours is kept.
+    # LLaMA-Factory writes the loss every 500 steps by default; that changes nothing in training, so ours is kept.
 
 
 def _sharding(draft: Draft, source: Source) -> None:

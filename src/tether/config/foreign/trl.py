@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from tether.config.fields import config_class, keys_of
+from tether.config.fields import config_class, fields_under, keys_of, row_of
 from tether.config.foreign import shared
 from tether.config.foreign.draft import Draft, Source
 from tether.config.foreign.table import load_table
@@ -24,9 +25,16 @@ COMMANDS: dict[str, Any] = {
     "cpo": "cpo",
     "sft": "sft",
     "reward": "reward",
+    "grpo": "dapo",
+    "rloo": "rloo",
 }
-# Its commands that are known, and not here.
-_MISSING = ("grpo", "rloo")
+ONLINE = ("grpo", "rloo")
+_REWARDS = ("reward_funcs", "reward_model_name_or_path")
+# Names that TRL's script has for reward functions, and those of a run file that compute the same.
+_READY_MADE: dict[str, dict[str, Any]] = {
+    "think_format_reward": {"name": "think_format"},
+    "get_soft_overlong_punishment": {"name": "soft_overlong", "max_length": 1280, "margin": 256},
+}
 _SFT = {"nll": "sft", "chunked_nll": "sft", "dft": "dft"}
 _CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo"}
 _SOURCE = ("path", "name", "data_dir", "data_files", "split")
@@ -40,8 +48,7 @@ def configuration(source: Source) -> type[PreferenceConfig]:
     """
     command = source.command or guess(source)
     if command not in COMMANDS:
-        why = " GRPO and RLOO sample completions, and no trainer here does yet." if command in _MISSING else ""
-        raise ConfigError(f"{source.path}: there is no command {command!r}; there are {', '.join(COMMANDS)}.{why}")
+        raise ConfigError(f"{source.path}: there is no command {command!r}; there are {', '.join(COMMANDS)}.")
     source.command = command
     return config_class(COMMANDS[command])
 
@@ -52,8 +59,7 @@ def guess(source: Source) -> str:
     Raises:
         ConfigError: several fit.
     """
-    if source.values.keys() & {"reward_funcs", "num_generations"}:
-        return "grpo"
+    online = bool(source.values.keys() & {*_REWARDS, "num_generations"})
     common = {field.name for field in dataclasses.fields(TrainingArguments)} | {"tether"}
     common |= load_table("trl").keys() | load_table("transformers").keys()
     loss = source.get("loss_type")
@@ -61,7 +67,11 @@ def guess(source: Source) -> str:
     fitting = []
     for command, example in COMMANDS.items():
         config = config_class(example)
-        if config.algorithm is None or (source.values.keys() - common) - keys_of(config).keys():
+        if (
+            (command in ONLINE) != online
+            or config.algorithm is None
+            or (source.values.keys() - common) - keys_of(config).keys()
+        ):
             continue
         if losses <= OBJECTIVES[config.algorithm].keys():
             fitting.append(command)
@@ -92,7 +102,9 @@ def _loss(draft: Draft, source: Source) -> None:
         draft.set("objective.loss", ["sigmoid", "sft"], "rpo_alpha")
         draft.set("objective.weights", [1.0, share], "rpo_alpha")
         return
-    loss: Any = {"kto": "kto", "orpo": "orpo", "reward": "reward"}.get(command, "sigmoid")
+    loss: Any = {"kto": "kto", "orpo": "orpo", "reward": "reward", "rloo": "rloo", "grpo": "dapo"}.get(
+        command, "sigmoid"
+    )
     if command == "dpo":
         names = names or ["sigmoid"]
         alone = names[0] if len(names) == 1 and not source.has("loss_weights") else names
@@ -106,9 +118,12 @@ def _loss(draft: Draft, source: Source) -> None:
     elif names:
         loss = names[0]
     draft.set("objective.loss", loss, key)
-    # What a run file presets for a name of a loss, and TRL leaves at its default.
-    if command == "cpo" and loss == "simpo" and not source.has("cpo_alpha"):
-        draft.set("objective.cpo_alpha", 1.0, comment="TRL's default; SimPO's paper has 0")
+    row, config = row_of(loss), config_class(loss)
+    fields = fields_under("objective", config)
+    for name, preset in row.preset.items() if row else ():
+        if not source.has(fields[name]):
+            default = config.__dataclass_fields__[fields[name]].default
+            draft.set(f"objective.{name}", default, comment=f"TRL's default; a run file's {loss} has {preset}")
 
 
 def _named(source: Source, names: dict[str, str], given: str) -> str:
@@ -237,6 +252,44 @@ def _steps(draft: Draft, source: Source) -> None:
         draft.fates["resume_from_checkpoint"].became.append("--resume")
 
 
+def _rewards(draft: Draft, source: Source) -> None:
+    given = [key for key in (*_REWARDS, "reward_weights") if source.has(key)]
+    if source.command not in ONLINE:
+        if given:
+            source.refuse(given[0], f"`{given[0]}` is of grpo and rloo, which sample completions. Take it out.")
+        return
+    if not source.has("disable_dropout"):
+        draft.set("train.disable_dropout", False, comment="TRL's default")
+    model = source.text("reward_model_name_or_path")
+    found = [{"model": model}] if model else []
+    found += [_reward(source, name) for name in source.names("reward_funcs") or ()]
+    weights = source.get("reward_weights", [1.0] * len(found))
+    if not isinstance(weights, list) or len(weights) != len(found):
+        source.wrong("reward_weights", weights, f"a list of {len(found)} numbers, one for each reward")
+    if not found:
+        source.refuse(
+            "reward_funcs", "`reward_funcs` is missing: something must judge the completions. Name functions."
+        )
+    made = [reward | ({"weight": weight} if weight != 1 else {}) for reward, weight in zip(found, weights, strict=True)]
+    draft.set("rewards", made, given[0])
+
+
+def _reward(source: Source, name: str) -> dict[str, Any]:
+    """A reward by the name that TRL's script has for it, or a function in a file beside this one."""
+    if name in _READY_MADE:
+        return _READY_MADE[name]
+    module, _, function = name.rpartition(".")
+    beside = [folder / (module.replace(".", "/") + ".py") for folder in (source.path.parent, Path())]
+    file = next((path for path in beside if module and path.is_file()), None)
+    if file is None:
+        source.refuse(
+            "reward_funcs",
+            f"`reward_funcs` has {name!r}; known are {', '.join(_READY_MADE)}, and module.function of a Python file "
+            "that lies beside this one. A run file has more of its own (`tether: {rewards: …}`).",
+        )
+    return {"python": f"{file}:{function}"}
+
+
 def _reference(draft: Draft, source: Source) -> None:
     if source.get("reference_free") is True:
         draft.set("reference.meaning", "none", "reference_free")
@@ -258,6 +311,7 @@ RULES: dict[str, Callable[[Draft, Source], None]] = {
     "model": _model,
     "adapter": _adapter,
     "data": _data,
+    "rewards": _rewards,
     "steps": _steps,
     "reference": _reference,
     "environment": _environment,
