@@ -331,6 +331,8 @@ def test_a_fault_names_row_field_and_format(name: str, row: dict, fault: str) ->
         ({"format": "chatml.inte"}, "there is no format `chatml.inte`. Did you mean `chatml.intel`?"),
         ({"formt": "hh"}, "a source has the key `formt`, which is not known. Did you mean `format`?"),
         ({"weight": 0}, "weight is 0; it must be a number above 0"),
+        ({"first": 0}, "first is 0; it must be a whole number from 1"),
+        ({"first": True}, "first is True; it must be a whole number from 1"),
         ({"fields": ["a"]}, "fields is .* it must be a mapping such as {prompt: question}"),
         ({"prompt_format": "{prompt}"}, "prompt_format is given with the format `None`, which does not read it"),
         ({"format": "user_defined", "prompt_format": "{prompt"}, "prompt_format is '{prompt', which cannot be read"),

@@ -104,6 +104,18 @@ def test_files_of_two_kinds_and_several_weighted_sources_are_joined_as_in_memory
     assert len(streamed(sources)) > 100
 
 
+def test_the_first_rows_of_a_source_are_the_same_in_memory_and_streamed(tmp_path: Path) -> None:
+    many = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(1100)]
+    files = [write(tmp_path / "a.jsonl", many), write(tmp_path / "b.parquet", many)]
+    for count in (1, 7, 1000, 1001, 5000):
+        for source in (files[0], files[1], files, Dataset.from_list(many)):
+            rows = streams.plain(load_rows({"path": source, "first": count}))
+            assert streamed({"path": source, "first": count}) == rows
+            assert len(rows) == min(count, 2200 if source is files else 1100)
+            assert [row["prompt"] for row in rows[:1100]] == [str(n) for n in range(min(count, 1100))]
+    assert len(load_rows({"path": files[0], "first": 10, "weight": 2})) == 20
+
+
 def test_data_sets_of_the_library_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Dataset.from_list(ROWS)
     lazy = IterableDataset.from_generator(lambda: iter(ROWS))

@@ -13,6 +13,8 @@ from tether.cli import data
 from tether.cli.demo import demo
 from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
+from tether.cli.foreign.convert import convert
+from tether.cli.foreign.trl import COMMANDS, trl_command
 from tether.cli.precompute import precompute
 from tether.cli.store import app as store_app
 from tether.cli.train import TrainCommand, train
@@ -39,6 +41,13 @@ app.add_typer(store_app, name="store")
 app.add_typer(data.app, name="data")
 
 app.add_typer(doctor, name="doctor")
+app.command("convert", help="Write the run file that a file of TRL, Axolotl or LLaMA-Factory stands for.")(convert)
+for _name in COMMANDS:
+    app.command(
+        _name,
+        help=f"`trl {_name}` with Tether: --config FILE and TRL's flags.",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(trl_command(_name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,12 @@ import typer
 from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
+from tether.cli.foreign.convert import AUTO, As, say_and_prepare
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
+    from tether.config.foreign import Conversion
     from tether.training import TetherTrainer
 
 _LAST = "last"
@@ -29,10 +31,18 @@ class TrainCommand(TyperCommand):
 
 
 def train(
-    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    run_file: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML run file, or a file of TRL, Axolotl or LLaMA-Factory.", metavar="RUN.YAML", show_default=False
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Keys to set, as in train.learning_rate=1e-5 lora=null.", metavar="KEY=VALUE"),
+        typer.Argument(
+            help="Keys to set, as in train.learning_rate=1e-5 lora=null; in a foreign file's own words.",
+            metavar="KEY=VALUE",
+        ),
     ] = None,
     resume: Annotated[
         str | None,
@@ -42,6 +52,7 @@ def train(
             show_default=False,
         ),
     ] = None,
+    command: As = None,
     debug: Debug = False,
 ) -> None:
     """Train, evaluate and write the run folder.
@@ -50,22 +61,54 @@ def train(
         run_file: the YAML run file.
         overrides: `key=value`, applied in order.
         resume: a checkpoint's folder, or `last`.
+        command: TRL's, of a file of TRL.
         debug: let the libraries speak.
 
     Raises:
         TetherError: bad input, before weights are loaded where possible, or a failed run.
     """
     # Here and not on top, so that `tether --help` does not wait for torch.
-    from tether.cli.output import terminal_output
     from tether.config import load_run_file
+    from tether.config.foreign import convert_file, is_foreign
 
-    run = load_run_file(run_file, overrides or ())
+    again = ["tether", "train", str(run_file), *(overrides or ()), *(["--as", command] if command else [])]
+    if command or is_foreign(run_file):
+        train_conversion(convert_file(run_file, overrides or (), command), resume, debug, again)
+    else:
+        _train(load_run_file(run_file, overrides or ()), resume, debug, again)
+
+
+def train_conversion(
+    conversion: Conversion, resume: str | None, debug: bool, again: Sequence[str], resume_flag: str = "--resume"
+) -> None:
+    """Train what a file of another tool became.
+
+    Args:
+        conversion: the file.
+        resume: as on the command line; None: as the file says.
+        debug: let the libraries speak.
+        again: the command, to start once more.
+        resume_flag: what it takes to go on.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    say_and_prepare(conversion)
+    run, wanted = conversion.run, resume or conversion.resume
+    if wanted == AUTO:
+        wanted = _LAST if Path(run.output).is_dir() and get_last_checkpoint(run.output) else None
+    _train(run, wanted, debug, again, resume_flag)
+
+
+def _train(
+    run: RunConfig, resume: str | None, debug: bool, again: Sequence[str], resume_flag: str = "--resume"
+) -> None:
+    from tether.cli.output import terminal_output
+
     with terminal_output(debug):
         try:
             trainer = _run(run, resume)
         except KeyboardInterrupt:
-            command = ["tether", "train", str(run_file), *(overrides or ())]
-            raise Interrupted(_how_to_go_on(Path(run.output), command)) from None
+            raise Interrupted(_how_to_go_on(Path(run.output), [*again, resume_flag])) from None
     if trainer.is_world_process_zero():
         for line in _summary(trainer, Path(run.output)):
             typer.echo(line)
@@ -90,7 +133,7 @@ def _how_to_go_on(output: Path, command: Sequence[str]) -> str:
     last = last_checkpoint(output)
     if last is None:
         return "Stopped, before the first checkpoint was written. Start again with the same command."
-    return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join([*command, '--resume'])}"
+    return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join(command)}"
 
 
 def _summary(trainer: TetherTrainer, output: Path) -> list[str]:

@@ -69,7 +69,7 @@ def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         ConfigError: there is no such file, it is not YAML, a key is given twice or is not text.
     """
     if not path.is_file():
-        raise ConfigError(_missing(path))
+        raise ConfigError(missing_file(path))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -108,16 +108,16 @@ def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
         _record_lines(node, (), lines, name, ())
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(_syntax(error, name)) from error
+        raise ConfigError(syntax_problem(error, name)) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     finally:
         loader.dispose()
 
 
-def write_document(values: Any) -> str:
-    """YAML that `parse` reads back as the same values, keys in their order."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+def write_document(values: Any, *, flow: bool = False) -> str:
+    """YAML that `parse` reads back as the same values, in their order; `flow` writes all in a line."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, default_flow_style=flow)
 
 
 def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str, above: tuple[int, ...]) -> None:
@@ -153,7 +153,8 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def _syntax(error: yaml.MarkedYAMLError, name: str) -> str:
+def syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
+    """A sentence about text that is not YAML, with its place."""
     mark = error.problem_mark or error.context_mark
     where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
     problem = error.problem or "cannot be understood"
@@ -165,7 +166,8 @@ def _syntax(error: yaml.MarkedYAMLError, name: str) -> str:
     )
 
 
-def _missing(path: Path) -> str:
+def missing_file(path: Path) -> str:
+    """A sentence about a run file that is not there, with the nearest name that is."""
     if path.is_dir():
         return f"{path} is a folder; give the run file in it, a YAML file."
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

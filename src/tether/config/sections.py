@@ -116,6 +116,9 @@ class Rows(Section):
     weight: float = key(
         1.0, "How often each row occurs: 2 twice, 0.5 every second one.", "a number above 0", gt=0, lt=1e6
     )
+    first: int | None = key(
+        None, "Only that many rows, from the first on; null: all.", "a whole number from 1, or null", ge=1
+    )
     split: Text = key("train", "Part of a hub data set, or of a folder with train and test files.")
     name: Text | None = key(None, "Configuration of a hub data set; null: its only one.")
     revision: Text | None = key(

@@ -79,7 +79,7 @@ def load_of_kind(source: Source, *, split: str = "train", name: str = "data") ->
     """
     origin = origins_of(source, split, name)[0]
     layout = origin.layout(name)
-    rows = renamed(_read(origin.path, origin.split, name, origin.hub), origin.fields, name)
+    rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
     columns = (
         rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     )
@@ -97,8 +97,14 @@ def load_of_kind(source: Source, *, split: str = "train", name: str = "data") ->
 
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
     layout = origin.layout(name)
-    rows = renamed(_read(origin.path, origin.split, name, origin.hub), origin.fields, name)
+    rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
     return _with_layout(rows, origin, layout, kind, name)
+
+
+def _first(rows: Dataset | list[dict[str, Any]], count: int | None) -> Dataset | list[dict[str, Any]]:
+    if count is None:
+        return rows
+    return rows[:count] if isinstance(rows, list) else rows.select(range(min(count, len(rows))))
 
 
 def _with_layout(

@@ -27,6 +27,7 @@ class Origin:
         format: name of the layout of its rows (`tether.data.rows.formats`); None: TRL's columns, or what it plainly is.
         fields: name of a field as the format reads it to the name of the column that holds it.
         weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
+        first: only that many rows, from the first on; None: all.
         split: which part of a hub data set, or of a folder whose files are named after parts.
         name: which configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
@@ -42,6 +43,7 @@ class Origin:
     format: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
+    first: int | None = None
     split: str = "train"
     name: str | None = None
     revision: str | None = None
@@ -69,6 +71,12 @@ class Origin:
         weight = origin.weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
             raise ConfigError(f"{name}: weight is {weight!r}; it must be a number above 0.")
+        if (
+            isinstance(origin.first, bool)
+            or not isinstance(origin.first, int | None)
+            or (origin.first is not None and origin.first < 1)
+        ):
+            raise ConfigError(f"{name}: first is {origin.first!r}; it must be a whole number from 1.")
         renamed = origin.fields
         if not isinstance(renamed, Mapping) or not all(isinstance(one, str) for kv in renamed.items() for one in kv):
             raise ConfigError(f"{name}: fields is {renamed!r}; it must be a mapping such as {{prompt: question}}.")

@@ -87,6 +87,10 @@ class RowStream:
         """The rows of one source with their format's columns, as often as its weight says."""
         layout, first = origin.layout(name), 0
         for part in _batches(_parts(origin, name, epoch)):
+            if origin.first is not None:
+                if first >= origin.first:
+                    return
+                part = part[: origin.first - first]
             count = len(part)
             rows = renamed(part if isinstance(part, list) else Dataset(part), origin.fields, name)
             if first == 0 and layout is None and origin.format is None:

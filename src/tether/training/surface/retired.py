@@ -29,6 +29,11 @@ class Retired:
     harmless: Any = _ANYTHING
     advice: str = ""
 
+    @property
+    def never_matters(self) -> bool:
+        """Whether every value of it has no effect any more."""
+        return self.becomes is None and self.harmless is _ANYTHING
+
 
 def _gone(harmless: Any = _ANYTHING, advice: str = "") -> Retired:
     return Retired(None, harmless, advice)

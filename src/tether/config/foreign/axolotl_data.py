@@ -1,0 +1,200 @@
+"""Axolotl's `datasets`: what each entry becomes as a source of rows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tether.config.foreign.draft import Draft, Fate, Source
+from tether.config.foreign.table import load_table
+from tether.data.rows.formats import FORMAT_NAMES
+
+# A part of a data set, and how many of its rows from the first on: `train[:1000]`.
+_SLICE = re.compile(r"(.+?)(?:\[:(\d+)\])?")
+# Names of readers that Axolotl takes for `path`, with the files in `data_files`.
+_READERS = ("json", "jsonl", "csv", "parquet", "arrow")
+# What `message_property_mappings` and `roles` may say without renaming anything.
+_PROPERTIES = {"role": ("role", "from"), "content": ("content", "value")}
+_ROLES = {
+    "user": {"user", "human"},
+    "assistant": {"assistant", "gpt", "model", "bot", "chatgpt"},
+    "system": {"system"},
+    "tool": {"tool", "observation"},
+}
+_OWN_FIELDS = {
+    "field_prompt": "prompt",
+    "field_system": "system",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_completion": "completion",
+    "field_label": "label",
+}
+_FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
+_DROPPED_UNDER_RL = ("message_property_mappings", "roles", "chat_template", "name", "ds_type", "trust_remote_code")
+
+
+def data(draft: Draft, source: Source) -> None:
+    """`datasets`, `test_datasets`, `val_set_size` and where prepared rows are kept."""
+    if not source.has("datasets"):
+        source.refuse("datasets", "`datasets` is missing. Name the rows.")
+    draft.set("data.train", _sources(draft, source, "datasets"), "datasets")
+    share = source.number("val_set_size")
+    if source.has("test_datasets"):
+        draft.set("data.eval", _sources(draft, source, "test_datasets"), "test_datasets")
+        draft.note("val_set_size", "test_datasets are evaluated")
+    elif share:
+        draft.set("data.eval", {"split": share}, "val_set_size")
+    if source.has("dataset_prepared_path"):
+        draft.set("data.cache", source.text("dataset_prepared_path"), "dataset_prepared_path")
+    if source.get("shuffle_merged_datasets") is False:
+        draft.set("train.train_sampling_strategy", "sequential", "shuffle_merged_datasets")
+
+
+def _sources(draft: Draft, source: Source, key: str) -> Any:
+    entries = source.get(key)
+    if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+        source.wrong(key, entries, "a list of mappings, each with `path` and `type`")
+    made = [_entry(draft, source, (key, index), entry) for index, entry in enumerate(entries)]
+    return made if len(made) > 1 else made[0]
+
+
+def _entry(draft: Draft, source: Source, place: tuple[str, int], entry: dict[str, Any]) -> Any:
+    given = {name: value for name, value in entry.items() if value is not None}
+    rows = load_table("axolotl")
+    for name, value in given.items():
+        row = rows.get(f"datasets[].{name}")
+        if row is None:
+            source.refuse(
+                (*place, name), f"`{name}` of a data set is no key that Axolotl's own examples have. Take it out."
+            )
+        if row.mark == "refused" and not row.is_idle(value):
+            source.refuse((*place, name), f"`{name}` of a data set is {value!r}; {row.reason}.")
+        shown = f"{place[0]}[{place[1]}].{name}"
+        under_rl = source.get("rl") in ("dpo", "ipo", "kto", "simpo") and name in _DROPPED_UNDER_RL
+        there = f"drops it under rl: {source.get('rl')}" if under_rl else ""
+        mark = "note" if row.is_idle(value) else row.mark
+        became = ["data.train" if place[0] == "datasets" else "data.eval"] if row.target and mark != "note" else []
+        draft.fates[shown] = Fate(shown, value, mark, became, row.reason, there)
+    if "path" not in given:
+        source.refuse(place, "`path` of a data set is missing.")
+    _check_messages(draft, source, place, given)
+    found: dict[str, Any] = _place_of_rows(given)
+    found |= {name: given[name] for name in ("name", "revision") if name in given}
+    split, count = _SLICE.fullmatch(str(given.get("split", "train"))).groups()  # type: ignore[union-attr]
+    found |= {
+        name: value for name, value in (("split", split), ("first", int(count or 0))) if value not in ("train", 0)
+    }
+    found |= _layout(draft, source, place, given)
+    return found["path"] if found.keys() == {"path"} else found
+
+
+def _place_of_rows(given: dict[str, Any]) -> dict[str, Any]:
+    path, files = given["path"], given.get("data_files")
+    if files is None:
+        return {"path": path}
+    if path in _READERS:
+        return {"path": files}
+    folder = Path(str(path)).expanduser()
+    if not folder.is_dir():
+        return {"path": path, "data_files": files}
+    names = [str(Path(path) / name) for name in ([files] if isinstance(files, str) else files)]
+    return {"path": names[0] if len(names) == 1 else names}
+
+
+def _check_messages(draft: Draft, source: Source, place: tuple[str, int], given: dict[str, Any]) -> None:
+    """Names of roles and of their keys; those that are known are found from the rows."""
+    mappings = {
+        "role": given.get("message_field_role"),
+        "content": given.get("message_field_content"),
+        **(given.get("message_property_mappings") or {}),
+    }
+    for name, column in mappings.items():
+        if column is not None and column not in _PROPERTIES.get(name, (name,)):
+            source.refuse(
+                place,
+                f"messages have {name!r} under {column!r}; known is {' or '.join(_PROPERTIES.get(name, (name,)))}.",
+            )
+    for role, names in (given.get("roles") or {}).items():
+        names = [names] if isinstance(names, str) else names
+        strange = [one for one in names if one not in _ROLES.get(role, {role})]
+        if strange:
+            source.refuse(
+                (*place, "roles"),
+                f"`roles` of a data set calls {strange[0]!r} what is {role!r} elsewhere, and roles are not renamed. "
+                f"Write {role!r} in the rows.",
+            )
+    template = given.get("chat_template")
+    if template is not None and not str(template).startswith("tokenizer_default"):
+        source.refuse(
+            (*place, "chat_template"),
+            f"`chat_template` of a data set is {template!r}; conversations are written by the model's own template. "
+            "Set it to tokenizer_default.",
+        )
+    if "chat_template_jinja" in given:
+        source.refuse((*place, "chat_template_jinja"), "a run file sets no chat template. Save it with the tokenizer.")
+    trained = given.get("roles_to_train", ["assistant"])
+    if [trained] if isinstance(trained, str) else [one for one in trained if one not in ("assistant", "gpt")]:
+        source.wrong((*place, "roles_to_train"), trained, "[assistant]")
+    for name, known in (("train_on_eos", ("turn", "all")), ("train_on_eot", ("turn", "all"))):
+        if name in given and given[name] not in known:
+            source.wrong((*place, name), given[name], " or ".join(known))
+
+
+def _layout(draft: Draft, source: Source, place: tuple[str, int], given: dict[str, Any]) -> dict[str, Any]:
+    """`format`, `fields` and patterns, from `type` and the names of columns."""
+    kind, loss = given.get("type"), draft.get("objective.loss")
+    names = {name: given[f"field_{name}"] for name in ("messages", "chosen", "rejected") if f"field_{name}" in given}
+    if isinstance(kind, dict):
+        return _patterns(source, place, kind)
+    if loss == "sft":
+        return _supervised(source, place, given, names)
+    fields = {"fields": {name: column for name, column in names.items() if column != name}} if names else {}
+    fields = {name: value for name, value in fields.items() if value}
+    if kind is None:
+        return fields
+    if not isinstance(kind, str):
+        source.wrong((*place, "type"), kind, "the name of a type, or a mapping")
+    found = "chatml.icr" if kind.startswith("bradley_terry") else kind
+    found = found if found in FORMAT_NAMES else f"{found}.default"
+    if found not in FORMAT_NAMES:
+        source.refuse(
+            (*place, "type"),
+            f"`type` is {kind!r}; known are {', '.join(FORMAT_NAMES)}. A function of your own is not run: write what "
+            "it makes to a file, and name that.",
+        )
+    if found.startswith(("chatml", "llama3", "mistral")):
+        shown = f"{place[0]}[{place[1]}].type"
+        draft.explain(shown, "rows become messages, written by the model's own template and not by the type's")
+    return {"format": found.removesuffix(".default") if found.startswith("passthrough") else found, **fields}
+
+
+def _patterns(source: Source, place: tuple[str, int], kind: dict[str, Any]) -> dict[str, Any]:
+    for name in kind.keys() - _OWN_FIELDS.keys() - set(_FORMATS):
+        if kind[name] is not None:
+            known = ", ".join((*_OWN_FIELDS, *_FORMATS))
+            source.refuse((*place, "type", name), f"`type.{name}` of a data set is not read; known are {known}.")
+    fields = {ours: kind[theirs] for theirs, ours in _OWN_FIELDS.items() if kind.get(theirs) not in (None, ours)}
+    patterns = {name: kind[name] for name in _FORMATS if kind.get(name)}
+    return {"format": "user_defined", **({"fields": fields} if fields else {}), **patterns}
+
+
+def _supervised(source: Source, place: tuple[str, int], given: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    kind = given.get("type")
+    if kind == "completion":
+        column = given.get("field", "text")
+        return {"fields": {"text": column}} if column != "text" else {}
+    if kind not in ("chat_template", None):
+        source.refuse(
+            (*place, "type"),
+            f"`type` is {kind!r}, which writes a prompt of Axolotl's own around a row; known are chat_template and "
+            "completion. Write the rows as messages.",
+        )
+    column = names.get("messages", "messages")
+    if column == "conversations":
+        source.refuse(
+            (*place, "field_messages"),
+            "`conversations` with `from` and `value` are read for their last turn alone by this loss; Axolotl trains "
+            "on all turns of the assistant. Write the rows as `messages` with `role` and `content`.",
+        )
+    return {"fields": {"messages": column}} if column != "messages" else {}

@@ -1,0 +1,338 @@
+"""LLaMA-Factory's YAML: what its keys become, with its defaults. Fields of transformers' arguments keep their names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tether.config.fields import config_class
+from tether.config.foreign import shared
+from tether.config.foreign.draft import Draft, Source
+from tether.training import PreferenceConfig
+
+_STAGES: dict[str, Any] = {"dpo": ["sigmoid"], "kto": "kto", "rm": "reward", "sft": "sft"}
+_NOT_HERE = {"pt": "pre-training", "ppo": "PPO"}
+_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "orpo")
+_BITS = {4: "4bit", 8: "8bit"}
+# Columns by the names that `dataset_info.json` has for them, and what the formats here call them.
+_ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+_SHAREGPT = {"messages": "conversations"}
+_SHARED = {name: name for name in ("system", "tools", "images", "chosen", "rejected", "kto_tag")}
+_TAGS = {
+    "role_tag": ("from", "role"),
+    "content_tag": ("value", "content"),
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",),
+    "system_tag": ("system",),
+}
+_INFO = "dataset_info.json"
+
+
+def configuration(source: Source) -> type[PreferenceConfig]:
+    """The configuration of a stage.
+
+    Raises:
+        ConfigError: there is no such stage here.
+    """
+    stage = source.text("stage", "sft")
+    if stage in _NOT_HERE:
+        source.refuse(
+            "stage", f"`stage` is {stage!r}; {_NOT_HERE[stage]} is not here. Allowed are {', '.join(_STAGES)}."
+        )
+    return config_class(_STAGES[source.one_of("stage", _STAGES, "sft")])
+
+
+def _objective(draft: Draft, source: Source) -> None:
+    stage = source.text("stage", "sft")
+    options: dict[str, tuple[Any, str]] = {}
+    loss: Any = {"kto": "kto", "rm": "reward", "sft": "dft" if source.flag("use_dft_loss") else "sft"}.get(stage)
+    if stage == "dpo":
+        if source.get("pref_loss") == "kto_pair":
+            source.refuse("pref_loss", "`pref_loss` is 'kto_pair', which TRL removed; `stage: kto` reads pairs too.")
+        loss, options = _preference(source)
+    elif stage == "kto" and source.get("pref_ftx"):
+        source.refuse("pref_ftx", "`pref_ftx` adds a likelihood, which KTO's trainer does not. Set it to 0.")
+    if stage in ("dpo", "kto"):
+        options["beta"] = (source.number("pref_beta", 0.1), "pref_beta" if source.has("pref_beta") else "")
+    for name, key in (
+        ("label_smoothing", "dpo_label_smoothing"),
+        ("ld_alpha", "ld_alpha"),
+        ("desirable_weight", "kto_chosen_weight"),
+        ("undesirable_weight", "kto_rejected_weight"),
+    ):
+        if source.has(key):
+            options[name] = (source.number(key), key)
+    if source.has("simpo_gamma"):
+        options["simpo_gamma"] = (source.number("simpo_gamma"), "simpo_gamma")
+    key = next((key for key in ("pref_loss", "use_dft_loss", "stage") if source.has(key)), "")
+    shared.objective(draft, loss, key, options)
+    if loss == ["sft", "odds_ratio"]:
+        draft.set("reference.meaning", "none")
+        draft.explain("pref_loss", "a likelihood of the answer, and the odds ratio times pref_beta")
+    draft.fates["stage"].became.append("objective") if "stage" in draft.fates else None
+    for key in ("pref_loss", "pref_beta", "pref_ftx", "pref_bco_weight", "use_dft_loss"):
+        if key in draft.fates and not draft.fates[key].became and draft.fates[key].mark != "note":
+            draft.note(key, f"stage: {stage} does not read it", f"is not read under stage: {stage}")
+    if stage != "sft":
+        return
+    if source.flag("train_on_prompt"):
+        draft.set("objective.completion_only_loss", False, "train_on_prompt")
+    elif source.flag("mask_history"):
+        draft.set("train.turns", "last", "mask_history")
+    else:
+        draft.set("train.turns", "assistant", comment="LLaMA-Factory trains on the assistant's turns")
+
+
+def _preference(source: Source) -> tuple[Any, dict[str, tuple[Any, str]]]:
+    """The loss of `stage: dpo`, with what `pref_ftx` and `pref_bco_weight` add to it."""
+    loss = source.one_of("pref_loss", _LOSSES, "sigmoid")
+    share, odds = source.number("pref_ftx") or 0, source.number("pref_bco_weight") or 0
+    if loss in ("orpo", "simpo") and (share or odds):
+        key = "pref_ftx" if share else "pref_bco_weight"
+        source.refuse(key, f"`{key}` adds to a loss with a reference, and pref_loss is {loss!r}. Set it to 0.")
+    if loss == "orpo":
+        beta = source.number("pref_beta", 0.1)
+        return ["sft", "odds_ratio"], {
+            "weights": ([1.0, beta], "pref_beta" if source.has("pref_beta") else "pref_loss")
+        }
+    if loss == "simpo":
+        gamma = "" if source.has("simpo_gamma") else "pref_loss"
+        return loss, {"cpo_alpha": (0.0, "pref_loss"), **({"simpo_gamma": (0.5, gamma)} if gamma else {})}
+    names, weights = [loss], [1.0]
+    if odds:
+        names, weights = [*names, "bco_pair"], [1 / (1 + odds), odds / (1 + odds)]
+    if share:
+        names, weights = [*names, "sft"], [*weights, share]
+    if len(names) == 1:
+        return loss, {}
+    return names, {"weights": (weights, "pref_bco_weight" if odds else "pref_ftx")}
+
+
+def _reference(draft: Draft, source: Source) -> None:
+    stage = source.text("stage", "sft")
+    keys = [key for key in ("ref_model", "ref_model_adapters", "ref_model_quantization_bit") if source.has(key)]
+    if stage not in ("dpo", "kto"):
+        for key in keys:
+            draft.note(key, f"stage: {stage} has no reference")
+        return
+    if source.has("ref_model_adapters"):
+        if source.get("ref_model") not in (None, source.get("model_name_or_path")):
+            source.refuse(
+                "ref_model_adapters", "an adapter on another model is no reference here. Merge the two first."
+            )
+        draft.set("reference.adapter", source.text("ref_model_adapters"), "ref_model_adapters")
+        draft.note("ref_model", "it is the model that trains, with the adapter of ref_model_adapters")
+    elif source.has("ref_model"):
+        draft.set("reference.model", source.text("ref_model"), "ref_model")
+        if source.has("ref_model_quantization_bit"):
+            _quantize(draft, source, "ref_model_quantization_bit", "reference.quantization")
+
+
+def _quantize(draft: Draft, source: Source, key: str, target: str) -> None:
+    bits = source.number(key)
+    if bits is not None and bits not in _BITS:
+        source.wrong(key, bits, "4 or 8")
+    if bits is not None:
+        draft.set(target, _BITS[bits], key)
+
+
+def _model(draft: Draft, source: Source) -> None:
+    shared.revision(draft, source, "model_revision", "model_name_or_path")
+    _quantize(draft, source, "quantization_bit", "model.quantization")
+    if source.flag("pure_bf16"):
+        draft.set("model.dtype", "bfloat16", "pure_bf16")
+        draft.set("train.bf16", False, "pure_bf16")
+    tokens = [token for key in ("add_tokens", "add_special_tokens") for token in source.names(key) or ()]
+    if tokens:
+        draft.set("model.add_tokens", tokens, "add_tokens" if source.has("add_tokens") else "add_special_tokens")
+    if source.get("flash_attn", "auto") != "auto":
+        kind = {"disabled": "eager", "sdpa": "sdpa"}.get(str(source.get("flash_attn")), "flash")
+        shared.load_plainly(draft, "flash_attn", kind)
+
+
+def _adapter(draft: Draft, source: Source) -> None:
+    kind = source.one_of("finetuning_type", ("lora", "full", "freeze", "oft"), "lora")
+    if kind == "freeze":
+        source.refuse(
+            "finetuning_type",
+            "`finetuning_type` is 'freeze'; a run file names what trains by its parameters: set finetuning_type to "
+            "full, and say `tether: {model: {train: ['layers.30', 'layers.31']}}`.",
+        )
+    folders = source.names("adapter_name_or_path") or []
+    if len(folders) > 1:
+        source.refuse("adapter_name_or_path", "several adapters are not merged here. Merge all but the last first.")
+    if folders:
+        folder = str(Path(source.text("adapter_folder")) / folders[0]) if source.has("adapter_folder") else folders[0]
+        draft.set("model.adapter", folder, "adapter_name_or_path")
+        if source.text("stage", "sft") in ("dpo", "kto"):
+            why = "LLaMA-Factory's own reference is the base without this adapter; reference: base gives that"
+            draft.set("reference.meaning", "start", "adapter_name_or_path", why)
+            draft.explain("adapter_name_or_path", f"the reference is the model as it starts, adapter included. {why}")
+    lora = {
+        "r": (source.get("lora_rank", 8), "lora_rank"),
+        "lora_alpha": (source.get("lora_alpha", 2 * (source.number("lora_rank") or 8)), "lora_alpha"),
+        "lora_dropout": (source.get("lora_dropout"), "lora_dropout"),
+        "use_rslora": (source.get("use_rslora"), "use_rslora"),
+        "use_dora": (source.get("use_dora"), "use_dora"),
+        "modules_to_save": (source.names("additional_target"), "additional_target"),
+        "target_modules": (_all_linear(source.names("lora_target")), "lora_target"),
+    }
+    if source.flag("pissa_init"):
+        steps = source.number("pissa_iter", 16)
+        lora["init_lora_weights"] = ("pissa" if steps == -1 else f"pissa_niter_{steps}", "pissa_init")
+    said = {name: (value, key if source.has(key) else "") for name, (value, key) in lora.items()}
+    if kind == "oft":
+        _oft(draft, source)
+    if kind != "lora" or (folders and not source.flag("create_new_adapter")):
+        why = "the adapter that is named is continued" if folders else f"finetuning_type is {kind}"
+        for _, key in [*lora.values(), (None, "pissa_iter")]:
+            draft.note(key, why)
+        return
+    if "finetuning_type" in draft.fates:
+        draft.fates["finetuning_type"].became.append("lora")
+    shared.adapter(draft, said)
+
+
+def _all_linear(names: list[str] | None) -> Any:
+    return "all-linear" if names in (None, ["all"]) else names
+
+
+def _oft(draft: Draft, source: Source) -> None:
+    draft.set("peft.type", "oft", "finetuning_type")
+    rank = source.number("oft_rank", 0)
+    draft.set("peft.r", rank, "oft_rank" if source.has("oft_rank") else "")
+    draft.set("peft.oft_block_size", 0 if rank else source.number("oft_block_size", 32), "oft_block_size")
+    draft.set("peft.target_modules", _all_linear(source.names("oft_target")), "oft_target")
+
+
+def _data(draft: Draft, source: Source) -> None:
+    if not source.has("dataset"):
+        source.refuse("dataset", "`dataset` is missing. Name one of dataset_info.json.")
+    draft.set("data.train", _sets(draft, source, "dataset"), "dataset")
+    draft.fates["dataset"].reason = f"as {_INFO} says"
+    each = source.flag("eval_on_each_dataset")
+    if source.has("eval_dataset"):
+        found = _sets(draft, source, "eval_dataset", named=each)
+        draft.set("data.eval", found, "eval_dataset")
+    elif source.number("val_size"):
+        draft.set("data.eval", {"split": source.number("val_size"), "by": "row"}, "val_size")
+    else:
+        for key in ("eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end"):
+            if draft.get(f"train.{key}") is not None:
+                del draft.values["train"][key]
+                draft.note(key, "there is nothing to evaluate: neither eval_dataset nor val_size is given")
+    if source.flag("streaming"):
+        size = source.number("buffer_size", 16384)
+        draft.set("data.buffer_size", size, "buffer_size" if source.has("buffer_size") else "")
+    else:
+        draft.note("buffer_size", "rows are not streamed")
+    if source.flag("disable_shuffling"):
+        draft.set("train.train_sampling_strategy", "sequential", "disable_shuffling")
+    if "dataset_dir" in draft.fates:
+        draft.fates["dataset_dir"].became.append("data.train")
+
+
+def _sets(draft: Draft, source: Source, key: str, *, named: bool = False) -> Any:
+    names = source.names(key) or []
+    folder = source.text("dataset_dir", "data")
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+        if folder != "ONLINE":
+            source.refuse("dataset_dir", f"`{_INFO}` of a hub repository is not fetched. Put it into a folder.")
+        found: dict[str, Any] = {name: name for name in names}
+    else:
+        info = _information(source, Path(folder))
+        found = {name: _of_information(source, key, Path(folder), name, info) for name in names}
+    if (most := source.number("max_samples")) is not None:
+        found = {
+            name: {**(one if isinstance(one, dict) else {"path": one}), "first": most} for name, one in found.items()
+        }
+        if "max_samples" in draft.fates and "data.train" not in draft.fates["max_samples"].became:
+            draft.fates["max_samples"].became.append("data.train")
+    if named:
+        return found
+    made = list(found.values())
+    return made if len(made) > 1 else made[0]
+
+
+def _information(source: Source, folder: Path) -> dict[str, Any]:
+    path = folder.expanduser() / _INFO
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        source.refuse("dataset_dir", f"{path} cannot be read ({error}). LLaMA-Factory looks for its data sets there.")
+    if not isinstance(found, dict):
+        source.refuse("dataset_dir", f"{path} holds no mapping of names to data sets.")
+    return found
+
+
+def _of_information(source: Source, key: str, folder: Path, name: str, info: dict[str, Any]) -> Any:
+    where = f"the data set {name!r} of {folder / _INFO}"
+    if not isinstance(info.get(name), dict):
+        source.refuse(key, f"{where} is not there; there are {', '.join(map(str, info))}.")
+    entry = {key: value for key, value in info[name].items() if value is not None}
+    if entry.get("num_samples"):
+        source.refuse(key, f"{where} has `num_samples`, and which ones LLaMA-Factory draws is not told. Take it out.")
+    odd = [part for part in ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name") if part in entry]
+    if odd and not entry.keys() & {"hf_hub_url", "file_name"}:
+        source.refuse(key, f"{where} is found by `{odd[0]}`, which is not read. Give `hf_hub_url` or `file_name`.")
+    hub = entry.get("hf_hub_url")
+    if hub is None and "file_name" not in entry:
+        source.refuse(key, f"{where} has neither `file_name` nor `hf_hub_url`.")
+    kind = entry.get("formatting", "alpaca")
+    if kind not in ("alpaca", "sharegpt", "openai"):
+        source.refuse(key, f"{where} has the formatting {kind!r}; known are alpaca, sharegpt and openai.")
+    _check_tags(source, key, where, entry.get("tags") or {})
+    ours = {**(_ALPACA if kind == "alpaca" else _SHAREGPT), **_SHARED}
+    columns = entry.get("columns") or {}
+    if strange := sorted(columns.keys() - ours.keys()):
+        source.refuse(key, f"{where} has the column `{strange[0]}`; with {kind} there may be {', '.join(ours)}.")
+    fields = {ours[name]: column for name, column in columns.items() if column and column != ours[name]}
+    rows = {"path": hub or str(folder / entry["file_name"]), "format": "alpaca" if kind == "alpaca" else "sharegpt"}
+    for theirs, own in (("subset", "name"), ("split", "split"), ("folder", "data_dir")):
+        if hub and entry.get(theirs) and (own, entry[theirs]) != ("split", "train"):
+            rows[own] = entry[theirs]
+    return {**rows, **({"fields": fields} if fields else {})}
+
+
+def _check_tags(source: Source, key: str, where: str, tags: dict[str, Any]) -> None:
+    for name, value in tags.items():
+        if value is not None and value not in _TAGS.get(name, ()):
+            known = " or ".join(_TAGS.get(name, ("none",)))
+            source.refuse(
+                key, f"{where} has `{name}: {value}`, and roles are not renamed; known is {known}. Rename it."
+            )
+
+
+def _steps(draft: Draft, source: Source) -> None:
+    shared.warmup(draft, source)
+    said = "cutoff_len" if source.has("cutoff_len") else ""
+    draft.set("train.max_length", source.number("cutoff_len", 2048), said, "" if said else "LLaMA-Factory's default")
+    if source.flag("disable_gradient_checkpointing"):
+        draft.set("train.gradient_checkpointing", False, "disable_gradient_checkpointing")
+    if source.has("resume_from_checkpoint") and source.get("resume_from_checkpoint") is not False:
+        value = source.get("resume_from_checkpoint")
+        draft.resume = "last" if value is True else str(value)
+        draft.fates["resume_from_checkpoint"].became.append("--resume")
+    # LLaMA-Factory writes the loss every 500 steps by default; that changes nothing in training, so ours is kept.
+
+
+def _sharding(draft: Draft, source: Source) -> None:
+    config = source.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        source.wrong("fsdp_config", config, "a mapping")
+    shared.sharded(draft, source, config, ["fsdp", "fsdp_config"])
+
+
+RULES: dict[str, Callable[[Draft, Source], None]] = {
+    "objective": _objective,
+    "model": _model,
+    "adapter": _adapter,
+    "reference": _reference,
+    "data": _data,
+    "steps": _steps,
+    "sharding": _sharding,
+}

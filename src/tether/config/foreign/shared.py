@@ -1,0 +1,162 @@
+"""Rules that the tools have in common: adapters, objectives, sources of rows, warm-up, environment, sharding."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tether.config.fields import config_class, fields_under, row_of
+from tether.config.foreign.draft import Draft, Source
+
+# PEFT's names of what `lora:` has a key for.
+_LORA = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "target_modules": "target",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "target_parameters",
+}
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+# Attention of transformers that a model can be loaded with; kernels are chosen by Tether itself.
+PLAIN_ATTENTION = ("eager", "sdpa")
+
+
+def objective(draft: Draft, loss: Any, key: str, options: dict[str, tuple[Any, str]]) -> None:
+    """The section `objective`: the loss, and its options.
+
+    Args:
+        draft: the run file.
+        loss: as a run file names it.
+        key: that says it.
+        options: key of the section to its value and the foreign key that says it, empty for a default. Those that the
+            loss does not take are notes.
+    """
+    draft.set("objective.loss", loss, key)
+    config, row = config_class(loss), row_of(loss)
+    known = fields_under("objective", config)
+    for name, (value, said_by) in options.items():
+        if name not in known:
+            draft.note(said_by, f"the loss {loss!r} does not take it", "has no effect with it")
+            continue
+        preset = row.preset.get(name) if row else None
+        default = config.__dataclass_fields__[known[name]].default if preset is None else preset
+        if said_by or value != default:
+            draft.set(f"objective.{name}", value, said_by)
+
+
+def disables_dropout(draft: Draft) -> bool:
+    """Whether the run switches every dropout off."""
+    loss = draft.get("objective.loss", "sigmoid")
+    default = config_class(loss).__dataclass_fields__["disable_dropout"].default
+    return bool(draft.get("train.disable_dropout", default))
+
+
+def adapter(draft: Draft, options: dict[str, tuple[Any, str]]) -> None:
+    """A new LoRA adapter, under `lora` where that has a key for everything, else under `peft`.
+
+    Args:
+        draft: the run file; its objective is known.
+        options: PEFT's name to the value and the key that says it. Without `target_modules` PEFT's choice for the
+            architecture is taken.
+    """
+    given = {name: pair for name, pair in options.items() if pair[0] not in (None, False)}
+    if "lora_dropout" in given and disables_dropout(draft):
+        value, key = given.pop("lora_dropout")
+        if value:
+            draft.note(key, "every dropout is switched off by this trainer, here as there (disable_dropout)")
+    elif "lora_dropout" in given and not given["lora_dropout"][0]:
+        del given["lora_dropout"]
+    target = given.get("target_modules", (None, ""))[0]
+    named = isinstance(target, list) or target == "all-linear"
+    if named and given.keys() <= _LORA.keys():
+        for name, (value, key) in given.items():
+            draft.set(f"lora.{_LORA[name]}", value, key)
+        return
+    why = "" if target else "no target is named: PEFT's choice for the architecture, as there; all-linear learns more"
+    draft.set("peft.type", "lora", comment=why)
+    for name, (value, key) in given.items():
+        draft.set(f"peft.{name}", value, key)
+
+
+def load_plainly(draft: Draft, key: str, value: Any) -> None:
+    """Attention: transformers' own by its name; a kernel is Tether's to choose."""
+    if value in PLAIN_ATTENTION:
+        draft.set("model.attention", value, key)
+    else:
+        draft.note(
+            key, "the attention of packed rows is Tether's own, and its kernel is chosen and proved at the start"
+        )
+
+
+def revision(draft: Draft, source: Source, key: str, model: str) -> None:
+    """A branch, tag or commit; the default branch and a folder need none."""
+    value = source.text(key)
+    if value is None:
+        return
+    if value == "main" or Path(str(source.get(model, ""))).expanduser().is_dir():
+        draft.note(key, "the default branch is taken, and a folder has no revisions")
+    else:
+        draft.set("model.revision", value, key)
+
+
+def warmup(draft: Draft, source: Source) -> bool:
+    """`warmup_steps` and `warmup_ratio`; transformers has one key for both. Returns whether either was given."""
+    steps, share = source.number("warmup_steps"), source.number("warmup_ratio")
+    if steps and share:
+        source.refuse("warmup_ratio", "`warmup_ratio` and `warmup_steps` say the same thing. Leave one of them out.")
+    if share is not None and not 0 <= share < 1:
+        source.wrong("warmup_ratio", share, "a share from 0 to below 1")
+    if steps:
+        draft.set("train.warmup_steps", steps, "warmup_steps")
+        draft.note("warmup_ratio", "warmup_steps says it")
+    elif share is not None:
+        draft.set("train.warmup_steps", share, "warmup_ratio")
+    elif steps is not None:
+        draft.set("train.warmup_steps", steps, "warmup_steps")
+    return steps is not None or share is not None
+
+
+def environment(draft: Draft, name: str, value: Any, key: str) -> None:
+    """A variable that the run gets, as the tool would set it; never written down where it is a secret."""
+    if any(word in name.upper() for word in _SECRET):
+        draft.source.refuse(
+            key,
+            f"`{key}` is a secret, and files are copied and shown. Take it out, and set {name} in the environment.",
+        )
+    draft.environment[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    if key in draft.fates:
+        draft.fates[key].became.append(f"${name}")
+
+
+def trackers(draft: Draft, wanted: list[tuple[str, str]], name: tuple[str, str] | None) -> None:
+    """`train.report_to` and `train.run_name` from the services that keys ask for."""
+    if wanted:
+        draft.set("train.report_to", [service for service, _ in wanted])
+        for service, key in wanted:
+            draft.explain(key, f"reported to {service}")
+    if name is not None:
+        draft.set("train.run_name", *name)
+
+
+def processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharded(draft: Draft, source: Source, config: dict[str, Any], keys: list[str]) -> None:
+    """FSDP, which needs several processes; one goes on without."""
+    given = [key for key in keys if source.has(key)]
+    if not given:
+        return
+    if processes() == 1:
+        for key in given:
+            draft.note(key, "one process holds the whole model; started by torchrun with several, it is sharded")
+        return
+    draft.set("train.fsdp", True, given[0])
+    if config:
+        draft.set("train.fsdp_config", config, next((key for key in given if "config" in key), given[0]))

@@ -1,0 +1,318 @@
+"""TRL's command line and YAML: what its keys become. Fields of its configurations are ours, by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from tether.config.fields import config_class, fields_under, keys_of, row_of
+from tether.config.foreign import shared
+from tether.config.foreign.draft import Draft, Source
+from tether.config.foreign.table import load_table
+from tether.errors import ConfigError
+from tether.objectives import OBJECTIVES
+from tether.training import PreferenceConfig
+
+# TRL's commands, and a loss of a run file whose configuration has their options.
+COMMANDS: dict[str, Any] = {
+    "dpo": ["sigmoid"],
+    "kto": "kto",
+    "orpo": "orpo",
+    "cpo": "cpo",
+    "sft": "sft",
+    "reward": "reward",
+    "grpo": "dapo",
+    "rloo": "rloo",
+}
+ONLINE = ("grpo", "rloo")
+_REWARDS = ("reward_funcs", "reward_model_name_or_path")
+# Names that TRL's script has for reward functions, and those of a run file that compute the same.
+_READY_MADE: dict[str, dict[str, Any]] = {
+    "think_format_reward": {"name": "think_format"},
+    "get_soft_overlong_punishment": {"name": "soft_overlong", "max_length": 1280, "margin": 256},
+}
+_SFT = {"nll": "sft", "chunked_nll": "sft", "dft": "dft"}
+_CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo"}
+_SOURCE = ("path", "name", "data_dir", "data_files", "split")
+
+
+def configuration(source: Source) -> type[PreferenceConfig]:
+    """The configuration of TRL's command, or of the one that the keys speak for.
+
+    Raises:
+        ConfigError: there is no such command here, or the keys fit several.
+    """
+    command = source.command or guess(source)
+    if command not in COMMANDS:
+        raise ConfigError(f"{source.path}: there is no command {command!r}; there are {', '.join(COMMANDS)}.")
+    source.command = command
+    return config_class(COMMANDS[command])
+
+
+def guess(source: Source) -> str:
+    """Which command a file is for, by keys that only one has.
+
+    Raises:
+        ConfigError: several fit.
+    """
+    online = bool(source.values.keys() & {*_REWARDS, "num_generations"})
+    common = {field.name for field in dataclasses.fields(TrainingArguments)} | {"tether"}
+    common |= load_table("trl").keys() | load_table("transformers").keys()
+    loss = source.get("loss_type")
+    losses = {loss} if isinstance(loss, str) else set(loss or ())
+    fitting = []
+    for command, example in COMMANDS.items():
+        config = config_class(example)
+        if (
+            (command in ONLINE) != online
+            or config.algorithm is None
+            or (source.values.keys() - common) - keys_of(config).keys()
+        ):
+            continue
+        if losses <= OBJECTIVES[config.algorithm].keys():
+            fitting.append(command)
+    if not fitting:  # the keys are checked against one of them, which says what is wrong
+        return "dpo"
+    if len(fitting) != 1:
+        raise ConfigError(
+            f"{source.path} is a file of TRL, which does not say which trainer it is for, and {', '.join(fitting)} "
+            f"would fit. Say it: `tether dpo --config {source.path}`, or `--as dpo`."
+        )
+    return fitting[0]
+
+
+def _loss(draft: Draft, source: Source) -> None:
+    command, given = source.command, source.get("loss_type")
+    names = [given] if isinstance(given, str) else given
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(one, str) for one in names)):
+        source.wrong("loss_type", given, "the name of a loss, or a list of names")
+    for name in names or ():
+        known = _SFT if command == "sft" else OBJECTIVES[config_class(COMMANDS[command]).algorithm or "dpo"]
+        if name not in known:
+            source.wrong("loss_type", name, ", ".join(known))
+    key = "loss_type" if names else ""
+    share = source.number("rpo_alpha") if command == "dpo" else None
+    if share is not None:
+        if names not in (None, ["sigmoid"]):
+            source.refuse("rpo_alpha", "`rpo_alpha` adds a likelihood to one loss; name both in `loss_type`.")
+        draft.set("objective.loss", ["sigmoid", "sft"], "rpo_alpha")
+        draft.set("objective.weights", [1.0, share], "rpo_alpha")
+        return
+    loss: Any = {"kto": "kto", "orpo": "orpo", "reward": "reward", "rloo": "rloo", "grpo": "dapo"}.get(
+        command, "sigmoid"
+    )
+    if command == "dpo":
+        names = names or ["sigmoid"]
+        alone = names[0] if len(names) == 1 and not source.has("loss_weights") else names
+        loss = alone if config_class(alone).algorithm == "dpo" else names
+    elif command == "cpo":
+        loss = _named(source, _CPO, (names or ["sigmoid"])[0])
+    elif command == "sft":
+        loss = _named(source, _SFT, (names or ["nll"])[0])
+        if names == ["chunked_nll"]:
+            draft.explain("loss_type", "the same loss; logits are computed in chunks in any case")
+    elif names:
+        loss = names[0]
+    draft.set("objective.loss", loss, key)
+    row, config = row_of(loss), config_class(loss)
+    fields = fields_under("objective", config)
+    for name, preset in row.preset.items() if row else ():
+        if not source.has(fields[name]):
+            default = config.__dataclass_fields__[fields[name]].default
+            draft.set(f"objective.{name}", default, comment=f"TRL's default; a run file's {loss} has {preset}")
+
+
+def _named(source: Source, names: dict[str, str], given: str) -> str:
+    if given not in names:
+        source.wrong("loss_type", given, ", ".join(names))
+    return names[given]
+
+
+def _model(draft: Draft, source: Source) -> None:
+    if not source.has("model_name_or_path"):
+        source.refuse("model_name_or_path", "`model_name_or_path` is missing. Name the model.")
+    shared.revision(draft, source, "model_revision", "model_name_or_path")
+    dtype = source.get("dtype", source.get("torch_dtype"))
+    key = next((name for name in ("dtype", "torch_dtype") if source.has(name)), "")
+    draft.set("model.dtype", dtype or "float32", key, comment="" if key else "TRL's default")
+    if source.has("attn_implementation"):
+        shared.load_plainly(draft, "attn_implementation", source.text("attn_implementation"))
+    for key, name in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
+        if source.flag(key):
+            draft.set("model.quantization", name, key)
+    if source.flag("load_in_4bit") and not source.flag("use_bnb_nested_quant"):
+        draft.explain("load_in_4bit", "the scales of the blocks are quantised too here (use_bnb_nested_quant: true)")
+    for name, value in source.mapping("model_init_kwargs").items():
+        place = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "attn_implementation": "attention"}
+        if name not in place:
+            source.refuse(("model_init_kwargs", name), f"`{name}` has no key in a run file. Take it out.")
+        del_default = name in ("dtype", "torch_dtype") and not source.has("dtype")
+        if del_default:
+            draft.values["model"].pop("dtype")
+        draft.set(f"model.{place[name]}", value, "model_init_kwargs")
+
+
+def _adapter(draft: Draft, source: Source) -> None:
+    names = {
+        "r": ("lora_r", 16),
+        "lora_alpha": ("lora_alpha", 32),
+        "lora_dropout": ("lora_dropout", 0.05),
+        "target_parameters": ("lora_target_parameters", None),
+        "modules_to_save": ("lora_modules_to_save", None),
+        "use_rslora": ("use_rslora", None),
+        "use_dora": ("use_dora", None),
+    }
+    if not source.flag("use_peft"):
+        for key in (*(key for key, _ in names.values()), "lora_target_modules"):
+            draft.note(key, "use_peft is not set", "has no effect without use_peft")
+        return
+    options = {
+        peft: (source.get(key, default), key if source.has(key) else "") for peft, (key, default) in names.items()
+    }
+    targets = source.names("lora_target_modules")
+    one = targets == ["all-linear"]
+    options["target_modules"] = ("all-linear" if one else targets, "lora_target_modules" if targets else "")
+    draft.fates["use_peft"].became.append("lora")
+    shared.adapter(draft, options)
+
+
+def _data(draft: Draft, source: Source) -> None:
+    split = source.text("dataset_train_split", "train")
+    field = {"text": source.get("dataset_text_field")} if source.has("dataset_text_field") else {}
+    if field.get("text") == "text":
+        draft.note("dataset_text_field", "the column has the name that is read")
+        field = {}
+    streaming = source.flag("dataset_streaming") or source.flag("streaming")
+    if streaming:
+        draft.set("data.streaming", True, "dataset_streaming" if source.has("dataset_streaming") else "streaming")
+    if source.has("datasets"):
+        _mixture(draft, source, field)
+        return
+    if not source.has("dataset_name"):
+        source.refuse("dataset_name", "`dataset_name` is missing. Name the rows.")
+    common = {"path": source.text("dataset_name"), "name": source.text("dataset_config")}
+    evaluated = draft.get("train.eval_strategy", "no") != "no"
+    test = source.text("dataset_test_split", "test")
+    for part, name in (("train", split), ("eval", test)):
+        if part == "train" or evaluated:
+            rows = {**common, "split": name if name != "train" else None, "fields": field or None}
+            draft.set(f"data.{part}", _short(rows), "dataset_name")
+    for key in ("dataset_train_split", "dataset_config", "dataset_text_field"):
+        if key in draft.fates and draft.fates[key].mark != "note":
+            draft.fates[key].became.append("data.train")
+    if not evaluated:
+        draft.note("dataset_test_split", "nothing is evaluated: eval_strategy is no")
+
+
+def _mixture(draft: Draft, source: Source, field: dict[str, Any]) -> None:
+    entries = source.get("datasets")
+    if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+        source.wrong("datasets", entries, "a list of mappings, each with a `path`")
+    made = []
+    for index, entry in enumerate(entries):
+        given = {name: value for name, value in entry.items() if value is not None}
+        for name in given.keys() - set(_SOURCE):
+            why = (
+                "rows are drawn by `weight`, which is no share of a mixture" if name == "fraction" else "it is not read"
+            )
+            source.refuse(("datasets", index, name), f"`{name}` of a data set has no key in a run file: {why}.")
+        if "path" not in given:
+            source.refuse(("datasets", index), "`path` of a data set is missing.")
+        if given["path"] in ("json", "csv", "parquet", "arrow") and "data_files" in given:
+            given["path"] = given.pop("data_files")
+        given = {name: value for name, value in given.items() if (name, value) != ("split", "train")}
+        made.append(_short({**given, "fields": field or None}))
+    draft.set("data.train", made if len(made) > 1 else made[0], "datasets")
+    share = source.number("test_split_size")
+    if share:
+        draft.set("data.eval", {"split": share, "by": "row"}, "test_split_size")
+        draft.explain("test_split_size", "rows are set aside by a hash, so that they are not the ones that TRL draws")
+
+
+def _short(rows: dict[str, Any]) -> Any:
+    """A source of rows; a path alone is text."""
+    kept = {name: value for name, value in rows.items() if value is not None}
+    return kept["path"] if kept.keys() == {"path"} else kept
+
+
+def _steps(draft: Draft, source: Source) -> None:
+    shared.warmup(draft, source)
+    for target, default in (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)):
+        if draft.get(f"train.{target}") is None:
+            draft.set(f"train.{target}", default, comment="TRL's default")
+    if not source.has("output_dir"):
+        draft.set("output", "trainer_output", comment="TRL's default")
+    if source.has("resume_from_checkpoint"):
+        value = source.get("resume_from_checkpoint")
+        draft.resume = "last" if value is True else str(value)
+        draft.fates["resume_from_checkpoint"].became.append("--resume")
+
+
+def _rewards(draft: Draft, source: Source) -> None:
+    given = [key for key in (*_REWARDS, "reward_weights") if source.has(key)]
+    if source.command not in ONLINE:
+        if given:
+            source.refuse(given[0], f"`{given[0]}` is of grpo and rloo, which sample completions. Take it out.")
+        return
+    if not source.has("disable_dropout"):
+        draft.set("train.disable_dropout", False, comment="TRL's default")
+    model = source.text("reward_model_name_or_path")
+    found = [{"model": model}] if model else []
+    found += [_reward(source, name) for name in source.names("reward_funcs") or ()]
+    weights = source.get("reward_weights", [1.0] * len(found))
+    if not isinstance(weights, list) or len(weights) != len(found):
+        source.wrong("reward_weights", weights, f"a list of {len(found)} numbers, one for each reward")
+    if not found:
+        source.refuse(
+            "reward_funcs", "`reward_funcs` is missing: something must judge the completions. Name functions."
+        )
+    made = [reward | ({"weight": weight} if weight != 1 else {}) for reward, weight in zip(found, weights, strict=True)]
+    draft.set("rewards", made, given[0])
+
+
+def _reward(source: Source, name: str) -> dict[str, Any]:
+    """A reward by the name that TRL's script has for it, or a function in a file beside this one."""
+    if name in _READY_MADE:
+        return _READY_MADE[name]
+    module, _, function = name.rpartition(".")
+    beside = [folder / (module.replace(".", "/") + ".py") for folder in (source.path.parent, Path())]
+    file = next((path for path in beside if module and path.is_file()), None)
+    if file is None:
+        source.refuse(
+            "reward_funcs",
+            f"`reward_funcs` has {name!r}; known are {', '.join(_READY_MADE)}, and module.function of a Python file "
+            "that lies beside this one. A run file has more of its own (`tether: {rewards: …}`).",
+        )
+    return {"python": f"{file}:{function}"}
+
+
+def _reference(draft: Draft, source: Source) -> None:
+    if source.get("reference_free") is True:
+        draft.set("reference.meaning", "none", "reference_free")
+    if source.get("sync_ref_model") is True:
+        draft.set("reference.sync.alpha", source.number("ref_model_mixup_alpha", 0.6), "sync_ref_model")
+        draft.set("reference.sync.steps", source.number("ref_model_sync_steps", 512), "sync_ref_model")
+    for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+        if not source.get("sync_ref_model"):
+            draft.note(key, "sync_ref_model is not set", "has no effect without sync_ref_model")
+
+
+def _environment(draft: Draft, source: Source) -> None:
+    for name, value in source.mapping("env").items():
+        shared.environment(draft, str(name), value, "env")
+
+
+RULES: dict[str, Callable[[Draft, Source], None]] = {
+    "loss": _loss,
+    "model": _model,
+    "adapter": _adapter,
+    "data": _data,
+    "rewards": _rewards,
+    "steps": _steps,
+    "reference": _reference,
+    "environment": _environment,
+}

@@ -1,0 +1,637 @@
+"""Files of TRL, Axolotl and LLaMA-Factory become run files with exactly the values that the tool would train with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tether.config import load_run_file
+from tether.config.fields import config_class, fields_under
+from tether.config.foreign import COMMANDS, TOOLS, Conversion, convert_file, detect, from_flags, is_foreign
+from tether.config.foreign.describe import table_of_stops
+from tether.config.foreign.document import parse_foreign
+from tether.config.foreign.table import MARKS, Row, load_table
+from tether.config.foreign.write import fate_lines, run_file_text
+from tether.config.run import RunConfig
+from tether.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+LOSSES: list[Any] = [["sigmoid"], "kto", "orpo", "cpo", "sft", "reward", "dapo", "rloo"]
+
+AXOLOTL = """\
+base_model: some/model
+rl: dpo
+rl_beta: 0.2
+datasets:
+  - path: pairs.jsonl
+    type: chatml.intel
+    split: train
+    ds_type: json
+val_set_size: 0.1
+output_dir: ./out
+adapter: lora
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+gradient_accumulation_steps: 2
+micro_batch_size: 3
+num_epochs: 2
+learning_rate: 5e-6
+warmup_ratio: 0.1
+evals_per_epoch: 4
+saves_per_epoch: 1
+flash_attention: yes
+sequence_len: 2048
+wandb_project: demo
+wandb_name: one
+special_tokens: {pad_token: "<pad>"}
+"""
+LLAMAFACTORY = """\
+model_name_or_path: some/model
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: q_proj,v_proj
+pref_beta: 0.2
+pref_loss: sigmoid
+dataset: mine
+dataset_dir: .
+template: llama3
+cutoff_len: 1_024
+overwrite_cache: true
+output_dir: saves/dpo
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+plot_loss: true
+"""
+TRL = """\
+model_name_or_path: some/model
+dataset_name: some/pairs
+dataset_test_split: held_out
+use_peft: true
+lora_r: 8
+lora_alpha: 16
+learning_rate: 5.0e-6
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 4
+eval_strategy: steps
+eval_steps: 50
+max_length: 512
+beta: 0.2
+loss_type: [sigmoid, bco_pair]
+loss_weights: [1.0, 0.5]
+"""
+GRPO = """\
+model_name_or_path: some/model
+dataset_name: some/prompts
+reward_funcs: [judges.brevity, think_format_reward]
+reward_weights: [0.5, 1.0]
+num_generations: 4
+max_completion_length: 64
+max_prompt_length: 128
+beta: 0.04
+loss_type: dr_grpo
+learning_rate: 1e-6
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with LLaMA-Factory's list of data sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    info = {
+        "mine": {"file_name": "pairs.json", "ranking": True, "columns": {"prompt": "ask", "chosen": "chosen"}},
+        "chats": {"hf_hub_url": "some/chats", "formatting": "sharegpt", "split": "test", "subset": "a"},
+        "renamed": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"user_tag": "bard"}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "judges.py").write_text(
+        "def brevity(completions, **_):\n    return [-len(one) for one in completions]\n"
+    )
+    return tmp_path
+
+
+def converted(text: str, *overrides: str, command: str | None = None) -> Conversion:
+    """What a file becomes."""
+    Path("file.yaml").write_text(text, encoding="utf-8")
+    return convert_file("file.yaml", overrides, command)
+
+
+def problem(text: str, *overrides: str, command: str | None = None) -> str:
+    """What is said of a file that is refused."""
+    with pytest.raises(ConfigError) as caught:
+        converted(text, *overrides, command=command)
+    return str(caught.value)
+
+
+def fate(conversion: Conversion, key: str) -> Any:
+    """What became of a key."""
+    return next(one for one in conversion.fates if one.key == key)
+
+
+# The tables
+
+
+def has_target(target: str) -> bool:
+    """Whether the run file has a dotted key."""
+    head, *rest = target.split(".")
+    if head not in RunConfig.model_fields:
+        return False
+    kinds = [RunConfig.model_fields[head].annotation]
+    for part in rest:
+        if head in ("train", "objective"):
+            known = {name for loss in LOSSES for name in fields_under(head, config_class(loss))}
+            return part in known | RunConfig.model_fields[head].annotation.model_fields.keys()  # type: ignore[union-attr]
+        inner = [
+            kind for one in kinds for kind in (one, *getattr(one, "__args__", ())) if hasattr(kind, "model_fields")
+        ]
+        kinds = [kind.model_fields[part].annotation for kind in inner if part in kind.model_fields]  # type: ignore
+        if not kinds:
+            return False
+    return True
+
+
+def faults(row: Row, rules: Any) -> list[str]:
+    """What is inconsistent about a row."""
+    found = [f"{row.key}: no key {target}" for target in row.targets if not has_target(target)]
+    if row.mark == "same" and (len(row.targets) != 1 or row.rule):
+        found.append(f"{row.key}: the same thing has one target, and no rule")
+    if row.mark == "convertible" and row.rule not in rules:
+        found.append(f"{row.key}: no rule {row.rule!r}")
+    if row.mark in ("note", "ask", "refused") and row.targets:
+        found.append(f"{row.key}: {row.mark} sets nothing")
+    if row.mark in ("note", "ask", "refused") and not row.reason:
+        found.append(f"{row.key}: no reason")
+    if row.default is not None and row.mark != "same":
+        found.append(f"{row.key}: a default is of the same thing")
+    return found
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_mark_is_consistent_and_every_target_exists(name: str) -> None:
+    tool = TOOLS[name]
+    assert [fault for row in tool.rows().values() for fault in faults(row, tool.rules)] == []
+
+
+def test_an_inconsistent_row_is_caught() -> None:
+    rows = [
+        Row("a", "same", "train.no_such_key"),
+        Row("a", "same", "model.name reference.model"),
+        Row("a", "convertible", "lora.r", "no_such_rule"),
+        Row("a", "refused"),
+        Row("a", "note", "lora.rank", reason="why"),
+    ]
+    assert [len(faults(row, {"model": None})) for row in rows] == [1, 1, 1, 1, 2]
+    assert has_target("reference.sync.alpha")
+    assert not has_target("reference.sync.beta")
+
+
+def test_all_keys_of_axolotl_have_a_mark() -> None:
+    top = [key for key in load_table("axolotl") if "[" not in key and "." not in key]
+    # 390 of the schema of Axolotl 0.19, two that people write and it drops, and an alias.
+    assert len(top) == 393
+    marks = {mark: sum(load_table("axolotl")[key].mark == mark for key in top) for mark in MARKS}
+    assert min(marks.values()) > 0
+
+
+def test_pages_have_the_tables_of_what_is_refused() -> None:
+    page = (ROOT / "docs" / "switching.md").read_text(encoding="utf-8")
+    for name in TOOLS:
+        assert table_of_stops(name) in page, f"docs/switching.md has another table of {name}"
+
+
+# Whole files, with exact values
+
+
+def test_an_axolotl_file_has_its_values_and_axolotls_defaults() -> None:
+    found = converted(AXOLOTL)
+    assert found.values == {
+        "model": {"name": "some/model"},
+        "lora": {"r": 8, "alpha": 16, "target": "all-linear"},
+        "data": {"train": {"path": "pairs.jsonl", "format": "chatml.intel"}, "eval": {"split": 0.1}},
+        "objective": {"loss": "sigmoid", "beta": 0.2},
+        "train": {
+            "epochs": 2,
+            "learning_rate": 5e-6,
+            "max_length": 2048,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": False,
+            "truncation_mode": "drop",
+            "warmup_steps": 0.1,
+            "optim": "adamw_torch_fused",
+            "lr_scheduler_type": "cosine",
+            "eval_strategy": "steps",
+            "eval_steps": 1 / 8,
+            "eval_on_start": True,
+            "save_strategy": "steps",
+            "save_steps": 0.5,
+            "save_total_limit": 4,
+            "logging_first_step": True,
+            "report_to": ["wandb"],
+            "run_name": "one",
+        },
+        "output": "./out",
+    }
+    assert found.environment == {"WANDB_PROJECT": "demo"}
+    marks = {one.key: one.mark for one in found.fates}
+    assert (marks["base_model"], marks["rl"], marks["lora_dropout"]) == ("same", "convertible", "note")
+    assert fate(found, "datasets[0].ds_type").there == "drops it under rl: dpo"
+
+
+def test_a_llamafactory_file_has_its_values_and_transformers_defaults() -> None:
+    found = converted(LLAMAFACTORY)
+    assert found.values == {
+        "model": {"name": "some/model"},
+        "lora": {"r": 8, "alpha": 16, "target": ["q_proj", "v_proj"]},
+        "data": {"train": {"path": "pairs.json", "format": "alpaca", "fields": {"instruction": "ask"}}},
+        "objective": {"loss": "sigmoid", "beta": 0.2},
+        "train": {
+            "epochs": 3.0,
+            "learning_rate": 5e-6,
+            "max_length": 1024,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 8,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,
+        },
+        "output": "saves/dpo",
+    }
+    # What the file leaves out is LLaMA-Factory's, not ours.
+    bare = converted("model_name_or_path: m\nstage: dpo\ndataset: mine\ndataset_dir: .\n")
+    assert bare.run.train.learning_rate == 5e-5
+    assert bare.run.train.max_length == 2048
+    assert bare.run.train.further["per_device_train_batch_size"] == 8
+    assert bare.values["lora"] == {"r": 8, "alpha": 16, "target": "all-linear"}
+
+
+def test_a_trl_file_has_its_values_and_trls_defaults() -> None:
+    found = converted(TRL)
+    assert found.values == {
+        "model": {"name": "some/model", "dtype": "float32"},
+        "peft": {"type": "lora", "r": 8, "lora_alpha": 16},
+        "data": {"train": "some/pairs", "eval": {"path": "some/pairs", "split": "held_out"}},
+        "objective": {"loss": ["sigmoid", "bco_pair"], "weights": [1.0, 0.5], "beta": 0.2},
+        "train": {
+            "learning_rate": 5e-6,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 50,
+            "max_length": 512,
+        },
+        "output": "trainer_output",
+    }
+    assert fate(found, "loss_weights").mark == "same"
+
+
+def test_a_file_of_grpo_has_its_rollouts_and_rewards() -> None:
+    found = converted(GRPO, command="grpo")
+    assert found.values["rewards"] == [{"python": "judges.py:brevity", "weight": 0.5}, {"name": "think_format"}]
+    assert found.values["rollout"] == {"group": 4, "max_tokens": 64, "max_prompt": 128}
+    assert found.values["objective"] == {"beta": 0.04, "loss": "dr_grpo", "scale_rewards": "group"}
+    assert found.values["train"] == {
+        "learning_rate": 1e-6,
+        "disable_dropout": False,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+    }
+    rloo = converted(GRPO.replace("loss_type: dr_grpo\n", ""), command="rloo")
+    assert (rloo.run.objective.loss, rloo.run.objective.further["beta"]) == ("rloo", 0.04)
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL, GRPO], ids=["axolotl", "llamafactory", "trl", "grpo"])
+def test_the_run_file_that_is_written_is_the_run_that_is_trained(text: str) -> None:
+    found = converted(text, command="grpo" if text is GRPO else None)
+    Path("run.yaml").write_text(run_file_text(found), encoding="utf-8")
+    written = load_run_file("run.yaml")
+    assert written.to_dict() == found.run.to_dict()
+    assert written.reference.model_fields_set == found.run.reference.model_fields_set
+    assert written.train.model_fields_set == found.run.train.model_fields_set
+
+
+def test_comments_say_what_was_decided_and_the_table_what_became_of_every_key() -> None:
+    found = converted(AXOLOTL + "strange: 1\n")
+    text = run_file_text(found)
+    assert "model: some/model\n" in text
+    assert "# It sets these in the environment, which a run file does not: WANDB_PROJECT=demo\n" in text
+    assert "  # Axolotl's default\n  optim: adamw_torch_fused\n" in text
+    table = fate_lines(found)
+    assert len(table) == 1 + len(found.fates) + len(found.defaults) + 1
+    assert all(any(line.strip().startswith(f"{one.key}:") for line in table) for one in found.fates)
+    assert next(line for line in table if "strange" in line).endswith("no such key. Axolotl ignores it")
+
+
+# What decides the numbers, one by one
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("rl: ipo", {"loss": "ipo", "beta": 0.1}),
+        ("rl: kto\nkto_desirable_weight: 0.2\ntrl: {beta: 0.5}", {"loss": "kto", "beta": 0.5, "desirable_weight": 0.2}),
+        ("rl: orpo\norpo_alpha: 0.3", {"loss": "orpo", "beta": 0.3}),
+        ("rl: simpo\nrl_beta: 2", {"loss": "simpo", "beta": 2, "cpo_alpha": 1.0}),
+        ("rl: simpo\ncpo_alpha: 0.5\nsimpo_gamma: 1.5", {"loss": "simpo", "cpo_alpha": 0.5, "simpo_gamma": 1.5}),
+        ("rl: dpo\nrpo_alpha: 0.5", {"loss": ["sigmoid", "sft"], "weights": [1.0, 0.5], "beta": 0.1}),
+        (
+            "rl: dpo\ndpo_loss_type: [hinge, sft]\ndpo_loss_weights: [1, 2]",
+            {"loss": ["hinge", "sft"], "weights": [1, 2]},
+        ),
+        (
+            "reward_model: true\ncenter_rewards_coefficient: 0.01",
+            {"loss": "reward", "center_rewards_coefficient": 0.01},
+        ),
+    ],
+)
+def test_axolotls_objectives(lines: str, expected: dict[str, Any]) -> None:
+    base = "base_model: m\nlearning_rate: 1e-5\ndatasets: [{path: a.jsonl, type: chatml.intel}]\n"
+    objective = converted(base + lines).run.objective
+    shown = {"loss": objective.loss, **objective.further}
+    assert {name: shown[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("pref_ftx: 0.5", {"loss": ["sigmoid", "sft"], "weights": [1.0, 0.5]}),
+        ("pref_bco_weight: 1.0", {"loss": ["sigmoid", "bco_pair"], "weights": [0.5, 0.5]}),
+        ("pref_loss: orpo\npref_beta: 0.2", {"loss": ["sft", "odds_ratio"], "weights": [1.0, 0.2]}),
+        ("pref_loss: simpo", {"loss": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5, "beta": 0.1}),
+        ("pref_loss: ipo\nld_alpha: 0.5", {"loss": "ipo", "ld_alpha": 0.5}),
+        ("dpo_label_smoothing: 0.1", {"loss": "sigmoid", "label_smoothing": 0.1}),
+    ],
+)
+def test_llamafactorys_preference_losses(lines: str, expected: dict[str, Any]) -> None:
+    base = "model_name_or_path: m\nstage: dpo\ndataset: mine\ndataset_dir: .\n"
+    objective = converted(base + lines).run.objective
+    shown = {"loss": objective.loss, **objective.further}
+    assert {name: shown[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "lines", "expected"),
+    [
+        ("kto", "desirable_weight: 1.5", {"loss": "kto", "desirable_weight": 1.5}),
+        ("sft", "loss_type: chunked_nll", {"loss": "sft"}),
+        ("sft", "loss_type: dft\nassistant_only_loss: true", {"loss": "dft", "assistant_only_loss": True}),
+        ("cpo", "loss_type: simpo", {"loss": "simpo", "cpo_alpha": 1.0}),
+        ("orpo", "beta: 0.3", {"loss": "orpo", "beta": 0.3}),
+        ("dpo", "loss_type: sft", {"loss": ["sft"]}),
+        ("dpo", "rpo_alpha: 2", {"loss": ["sigmoid", "sft"], "weights": [1.0, 2]}),
+        ("reward", "center_rewards_coefficient: 0.1", {"loss": "reward", "center_rewards_coefficient": 0.1}),
+    ],
+)
+def test_trls_objectives(command: str, lines: str, expected: dict[str, Any]) -> None:
+    found = converted(f"model_name_or_path: m\ndataset_name: a.jsonl\n{lines}\n", command=command)
+    shown = {"loss": found.run.objective.loss, **found.run.objective.further}
+    assert {name: shown[name] for name in expected} == expected
+    defaults = config_class(COMMANDS[command]).__dataclass_fields__
+    assert found.run.train.learning_rate == defaults["learning_rate"].default
+
+
+def test_an_adapter_that_is_named_is_continued_and_the_reference_holds_it() -> None:
+    axolotl = converted(AXOLOTL, "lora_model_dir=sft")
+    assert axolotl.values["model"] == {"name": "some/model", "adapter": "sft"}
+    assert axolotl.values["reference"] == {"meaning": "start"}
+    assert "lora" not in axolotl.values
+    assert fate(axolotl, "lora_model_dir").there == "never loads it under rl: dpo, and starts from the base"
+    theirs = converted(LLAMAFACTORY, "adapter_name_or_path=sft", "tether.reference=base")
+    assert (theirs.run.model.adapter, theirs.run.reference.meaning) == ("sft", "base")
+    stacked = converted(LLAMAFACTORY, "adapter_name_or_path=sft", "create_new_adapter=true")
+    assert (stacked.run.model.adapter, stacked.run.reference.meaning) == ("sft", "start")
+    assert stacked.values["lora"]["r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["bf16=true"], {"model.dtype": "bfloat16", "train.bf16": True}),
+        (["bf16=false"], {"model.dtype": "float32", "train.bf16": False}),
+        (["bf16=full"], {"model.dtype": "bfloat16", "train.bf16": False}),
+        (["bf16=auto"], {"model.dtype": None, "train.bf16": None}),
+        (["warmup_ratio=null"], {"train.warmup_steps": 0.03}),
+        (["warmup_ratio=null", "max_steps=1000"], {"train.warmup_steps": 30}),
+        (["warmup_ratio=null", "max_steps=9000"], {"train.warmup_steps": 100}),
+        (["max_steps=55"], {"train.warmup_steps": 5}),
+        (["max_steps=12"], {"train.warmup_steps": 2}),
+        (["num_epochs=1", "evals_per_epoch=1"], {"train.eval_steps": None, "train.save_strategy": "epoch"}),
+        (
+            ["evals_per_epoch=null", "eval_strategy=epoch"],
+            {"train.eval_strategy": "epoch", "train.eval_on_start": True, "train.eval_steps": None},
+        ),
+        (["optim_args={betas: 2}"], {"train.optim_args": "betas=2"}),
+        (["cosine_min_lr_ratio=0.1"], {"train.lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
+        (["batch_size=12", "gradient_accumulation_steps=null"], {"train.gradient_accumulation_steps": 4}),
+        (["adapter=qlora"], {"model.quantization": "4bit", "lora.r": 8}),
+        (["lora_target_linear=null"], {"lora": None, "peft": {"type": "lora", "r": 8, "lora_alpha": 16}}),
+        (["hub_model_id=me/it"], {"train.push_to_hub": True, "train.hub_always_push": True}),
+        (["rl_adapter_ref_model=true"], {"reference.model": "some/model"}),
+        (["trl={sync_ref_model: true}"], {"reference.sync": {"alpha": 0.9, "steps": 64}}),
+    ],
+)
+def test_what_axolotl_computes_from_its_keys(overrides: list[str], expected: dict[str, Any]) -> None:
+    found = converted(AXOLOTL, *overrides)
+
+    def at(target: str) -> Any:
+        value: Any = found.values
+        for part in target.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    assert {target: at(target) for target in expected} == expected
+
+
+def test_a_template_of_a_file_is_taken() -> None:
+    Path("mine.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    found = converted(AXOLOTL, "chat_template=jinja", "chat_template_jinja=mine.jinja")
+    assert found.run.model.chat_template == "mine.jinja"
+    assert converted(TRL, "chat_template_path=mine.jinja").run.model.chat_template == "mine.jinja"
+    ours = converted(LLAMAFACTORY, "tether.model.chat_template=mine.jinja")
+    assert ours.run.model.chat_template == "mine.jinja"
+
+
+def test_older_names_are_taken_as_they_are_called_now() -> None:
+    found = converted(TRL.replace("eval_strategy", "evaluation_strategy"), "max_seq_length=null", "fp16_backend=auto")
+    assert found.values["train"]["eval_strategy"] == "steps"
+    assert fate(found, "evaluation_strategy").reason == "it is called eval_strategy now"
+    assert (fate(found, "max_seq_length").mark, fate(found, "fp16_backend").mark) == ("note", "note")
+
+
+def test_rows_are_found_where_the_tool_finds_them() -> None:
+    entry = (
+        "{path: json, data_files: [a.jsonl, b.jsonl], type: chat_template, field_messages: talk, field_chosen: yes_}"
+    )
+    base = "base_model: m\nrl: dpo\nlearning_rate: 1e-5\n"
+    assert converted(f"{base}datasets: [{entry}]").values["data"]["train"] == {
+        "path": ["a.jsonl", "b.jsonl"],
+        "format": "chat_template.default",
+        "fields": {"messages": "talk", "chosen": "yes_"},
+    }
+    own = "{path: a.csv, type: {field_prompt: q, field_chosen: good, prompt_format: 'Q: {prompt}'}}"
+    hub = "{path: some/rows, name: en, revision: v1, split: test, type: bradley_terry.chat_template}"
+    assert converted(f"{base}datasets: [{own}, {hub}]").values["data"]["train"] == [
+        {
+            "path": "a.csv",
+            "format": "user_defined",
+            "fields": {"prompt": "q", "chosen": "good"},
+            "prompt_format": "Q: {prompt}",
+        },
+        {"path": "some/rows", "name": "en", "revision": "v1", "split": "test", "format": "chatml.icr"},
+    ]
+    part = converted(base + "datasets: [{path: a.jsonl, type: chatml.intel, split: 'train[:100]'}]")
+    assert part.values["data"]["train"] == {"path": "a.jsonl", "first": 100, "format": "chatml.intel"}
+    fewer = converted(LLAMAFACTORY, "max_samples=50")
+    assert fewer.values["data"]["train"]["first"] == 50
+    chats = converted(LLAMAFACTORY, "dataset=mine,chats", "val_size=0.1")
+    assert chats.values["data"]["train"][1] == {
+        "path": "some/chats",
+        "format": "sharegpt",
+        "name": "a",
+        "split": "test",
+    }
+    assert chats.values["data"]["eval"] == {"split": 0.1, "by": "row"}
+
+
+# Reading
+
+
+def test_values_are_read_as_the_tools_read_them() -> None:
+    text = "a: 5e-6\nb: 500_000\nc: yes\nd: off\ne: 2020-01-01\nf: 1_0.5\ng: '5e-6'\nh: 1e3x\n"
+    values = {"a": 5e-6, "b": 500000, "c": True, "d": False, "e": "2020-01-01", "f": 10.5, "g": "5e-6", "h": "1e3x"}
+    assert parse_foreign(text, "x") == values
+    assert converted(AXOLOTL, "learning_rate='1e-4'", "eval_batch_size='4'").run.train.learning_rate == 1e-4
+
+
+def test_the_last_of_two_keys_counts_and_is_said_except_where_the_tool_stops() -> None:
+    found = converted(AXOLOTL + "learning_rate: 1e-4\n")
+    assert found.run.train.learning_rate == 1e-4
+    assert "given twice; the last one counts, not line 19" in fate(found, "learning_rate").reason
+    assert "line 22: `learning_rate` was given before, on line 17" in problem(LLAMAFACTORY + "learning_rate: 1e-4\n")
+
+
+def test_the_tool_is_told_by_its_keys() -> None:
+    assert detect({"base_model": "m"}) == "axolotl"
+    assert detect({"model_name_or_path": "m", "stage": "dpo"}) == "llamafactory"
+    assert detect({"model_name_or_path": "m", "finetuning_type": "full"}) == "llamafactory"
+    assert detect({"model_name_or_path": "m"}) == "trl"
+    assert detect({"model": "m", "data": {}}) is None
+    with pytest.raises(ConfigError, match="LLaMA-Factory's v1 layout"):
+        detect({"model": "m", "train_dataset": "x"})
+    Path("ours.yaml").write_text("model: m\ndata: {train: a.jsonl}\n")
+    Path("trl.yaml").write_text(TRL)
+    assert [is_foreign(Path(name)) for name in ("ours.yaml", "trl.yaml", "none.yaml")] == [False, True, False]
+
+
+def test_trls_command_is_guessed_where_only_one_fits() -> None:
+    assert converted(TRL).run.objective.loss == ["sigmoid", "bco_pair"]
+    assert converted("model_name_or_path: m\ndataset_name: d.jsonl\ndesirable_weight: 2\n").run.objective.loss == "kto"
+    said = problem("model_name_or_path: m\ndataset_name: d.jsonl\nbeta: 0.1\n")
+    assert "dpo, kto, orpo, cpo would fit" in said
+    assert "`--as dpo`" in said
+
+
+def test_flags_stand_over_the_file() -> None:
+    Path("trl.yaml").write_text(TRL)
+    found = from_flags("dpo", Path("trl.yaml"), {"beta": 0.3})
+    assert found.run.objective.further["beta"] == 0.3
+    bare = from_flags("kto", None, {"model_name_or_path": "m", "dataset_name": "d.jsonl", "max_steps": 3})
+    assert (bare.run.objective.loss, bare.run.train.max_steps, bare.run.output) == ("kto", 3, "trainer_output")
+    with pytest.raises(ConfigError, match=r"argument '--betta': `betta` is not a key of TRL. Did you mean `beta`\?"):
+        from_flags("dpo", Path("trl.yaml"), {"betta": 0.3})
+
+
+def test_a_key_of_ours_can_be_said_in_their_file() -> None:
+    found = converted(TRL + "tether: {data: {check: {identical: 0.01}}}\n", "tether.reference.model=other")
+    assert found.run.data.check == {"identical": 0.01}
+    assert found.values["data"]["train"] == "some/pairs"
+    assert (found.run.reference.meaning, found.run.reference.model) == ("model", "other")
+    assert "file.yaml, line 16, `tether.data.chek`: `data.chek` is not known" in problem(
+        TRL + "tether: {data: {chek: 1}}\n"
+    )
+
+
+def test_overrides_are_in_the_files_own_words() -> None:
+    found = converted(AXOLOTL, "datasets.0.path=other.jsonl", "lora_r=4", "trl.beta=0.7", "val_set_size=0")
+    assert found.values["data"] == {"train": {"path": "other.jsonl", "format": "chatml.intel"}}
+    assert (found.values["lora"]["r"], found.values["objective"]["beta"]) == (4, 0.7)
+    assert "eval_steps" not in found.values["train"]
+    assert "argument 'lora_r=many': `lora.r` is 'many'" in problem(AXOLOTL, "lora_r=many").replace(", `lora_r`:", ":")
+    assert "nothing there has keys" in problem(AXOLOTL, "rl.beta=1")
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (AXOLOTL, ["learning_rate=fast"], "`train.learning_rate` is 'fast' (text); allowed is a number"),
+        (AXOLOTL, ["learning_rate=null"], "`learning_rate` is missing"),
+        (AXOLOTL, ["lora_rr=8"], "Axolotl has no key `lora_rr` and ignores it. Did you mean `lora_r`?"),
+        (AXOLOTL, ["ref_model=other"], "Axolotl has no such key and compares with the model as it starts"),
+        (AXOLOTL, ["rl=grpo"], "GRPO of Axolotl's is not converted"),
+        (AXOLOTL, ["rl=dop"], "`rl` is 'dop' (text); allowed is dpo, ipo, kto, orpo, simpo"),
+        (AXOLOTL, ["optimizer=muon"], "`optimizer` is 'muon' (text); allowed is adamw_torch"),
+        (AXOLOTL, ["lr_scheduler=rex"], "`lr_scheduler` is 'rex'"),
+        (AXOLOTL, ["relora=true"], "no restarts of an adapter (ReLoRA) here"),
+        (AXOLOTL, ["chat_template=chatml"], "say chat_template=jinja chat_template_jinja=FILE"),
+        (AXOLOTL, ["special_tokens={eos_token: '</s>'}"], "`special_tokens.eos_token` changes what a row ends"),
+        (AXOLOTL, ["datasets.0.type=mine.transform"], "A function of your own is not run"),
+        (AXOLOTL, ["datasets.0.roles={user: [bard]}"], "calls 'bard' what is 'user' elsewhere"),
+        (AXOLOTL, ["datasets.0.shards=4"], "a run file has no such key of a data set"),
+        (AXOLOTL, ["comet_api_key=x"], "it is a secret, and files are copied"),
+        (AXOLOTL, ["plugins=[my.Plugin]"], "`plugins` has 'my.Plugin', which is code that is not run here"),
+        (AXOLOTL, ["save_steps=10"], "`saves_per_epoch` and `save_steps` say the same thing"),
+        (AXOLOTL, ["warmup_ratio=3"], "`warmup_ratio` is 3 (a whole number); allowed is a share from 0 to below 1"),
+        (AXOLOTL, ["adapter=llama-adapter"], "`adapter` is 'llama-adapter' (text); allowed is lora, qlora"),
+        (LLAMAFACTORY, ["stage=ppo"], "PPO is not here"),
+        (LLAMAFACTORY, ["pref_loss=kto_pair"], "which TRL removed; `stage: kto` reads pairs too"),
+        (LLAMAFACTORY, ["dataset=other"], "is not there; there are mine, chats, renamed"),
+        (LLAMAFACTORY, ["dataset=renamed"], "has `user_tag: bard`, and roles are not renamed; known is human or user"),
+        (LLAMAFACTORY, ["dataset_dir=nowhere"], "nowhere/dataset_info.json cannot be read"),
+        (LLAMAFACTORY, ["max_samples=many"], "`max_samples` is 'many' (text); allowed is a number"),
+        (LLAMAFACTORY, ["save_safetensors=false"], "weights are saved as safetensors"),
+        (AXOLOTL, ["chat_template_jinja=none.jinja"], "is not the name of a file"),
+        (LLAMAFACTORY, ["quantization_bit=3"], "`quantization_bit` is 3 (a whole number); allowed is 4 or 8"),
+        (LLAMAFACTORY, ["lora_rnk=3"], "`lora_rnk` is not a key of LLaMA-Factory. Did you mean `lora_rank`?"),
+        (LLAMAFACTORY, ["finetuning_type=freeze"], "a run file names what trains by its parameters"),
+        (TRL, ["use_pefft=true"], "`use_pefft` is not a key of TRL. Did you mean `use_peft`?"),
+        (TRL, ["loss_type=[kto_pair]"], "`loss_type` is 'kto_pair' (text); allowed is sigmoid, sigmoid_norm, hinge"),
+        (TRL, ["max_prompt_length=512"], "max_length is of prompt and completion together"),
+        (TRL, ["num_processes=2"], "start several processes with `torchrun"),
+        (TRL, ["bnb_4bit_quant_type=fp4"], "weights of 4 bits are nf4 here"),
+        (TRL, ["env={HF_TOKEN: x}"], "set HF_TOKEN in the environment"),
+        (TRL, ["dataset_name=null"], "`dataset_name` is missing"),
+        (TRL, ["datasets=[{path: a, fraction: 0.5}]"], "`fraction` of a data set has no key in a run file"),
+        (TRL, ["reward_funcs=[a]"], "`reward_funcs` is of grpo and rloo"),
+        (GRPO, ["reward_funcs=[accuracy_reward]"], "known are think_format_reward, get_soft_overlong_punishment, and"),
+        (GRPO, ["reward_funcs=[none.such]"], "module.function of a Python file that lies beside this one"),
+        (GRPO, ["reward_weights=[1.0]"], "`reward_weights` is [1.0] (a list); allowed is a list of 2 numbers"),
+        (GRPO, ["reward_funcs=null", "reward_weights=null"], "something must judge the completions"),
+        ("base_model: m\n\tlearning_rate: 1\n", [], "there is a tab"),
+        ("model: m\n", [], "is not a file of TRL, Axolotl or LLaMA-Factory"),
+    ],
+)
+def test_what_cannot_be_done_stops_with_key_reason_and_way_out(text: str, overrides: list[str], said: str) -> None:
+    message = problem(text, *overrides, command={TRL: "dpo", GRPO: "grpo"}.get(text))
+    assert said in message
+    assert "file.yaml" in message or "argument" in message
+
+
+def test_the_line_of_a_wrong_value_is_named() -> None:
+    wrong = AXOLOTL.replace("lora_r: 8", "lora_r: eight")
+    assert problem(wrong).startswith(
+        "file.yaml, line 12, `lora_r`: `lora.r` is 'eight' (text); allowed is a whole number"
+    )
+    assert problem(AXOLOTL + "relora: true\nuse_pose: true\n").count("file.yaml, line") == 2
