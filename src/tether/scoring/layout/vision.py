@@ -47,9 +47,7 @@ def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str,
     for row, images in enumerate(repeated):
         if images is not None:
             types[row, : len(images.token_types)] = images.token_types
-    found = {**inputs, **_joined(repeated, types)}
-    if image_positions(model) is not None:
-        del found["position_ids"]  # the model's own code derives them from the images
+    found = {**inputs, **_joined(repeated, types)}  # positions are the model's own, which it derives from the images
     return found
 
 
