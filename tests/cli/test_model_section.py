@@ -145,7 +145,7 @@ WRONG = {
     "adapter": ("model={name: model, adapter: model}", "which is not a folder with adapter_config.json"),
     "revision": ("model={name: model, revision: v1}", "is on disk, where there is only one"),
     "tokenizer": ("model={name: model, tokenizer: nowhere/at/all}", "'nowhere/at/all' does not exist"),
-    "target": ("lora={target: [no_such_layer]}", "PEFT cannot put this adapter on LlamaForCausalLM"),
+    "target": ("lora={target: [no_such_layer]}", "PEFT cannot put this LORA adapter on LlamaForCausalLM"),
 }
 
 

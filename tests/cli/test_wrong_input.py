@@ -96,7 +96,7 @@ def test_wrong_input_is_one_paragraph(workplace: Any, tether: Tether, break_it: 
         (["train"], "Missing argument 'RUN.YAML'."),
         (["train", "run.yaml", "--resum"], "No such option"),
         (["train", "run.yaml", "lora.rank=8"], "override 'lora.rank=8': `lora.rank` is not known."),
-        (["train", "run.yaml", "--resume"], "There is no checkpoint in out to resume from."),
+        (["train", "run.yaml", "--resume"], "There is no whole checkpoint in out to resume from."),
         (["train", "run.yaml", "--resume=out/checkpoint-9"], "The checkpoint out/checkpoint-9 does not exist."),
     ],
 )

@@ -237,7 +237,7 @@ def test_each_distinct_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_conversations_need_a_chat_template() -> None:
-    message = r"the rows are conversations, but the tokenizer has no chat template .* Set tokenizer\.chat_template"
+    message = r"the rows are conversations, but the tokenizer has no chat template .* Name one .*chat_template_path"
     with pytest.raises(DataError, match=message):
         run(chat_tokenizer(None), chat())
 
