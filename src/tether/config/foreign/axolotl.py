@@ -75,6 +75,8 @@ def _objective(draft: Draft, source: Source) -> None:
         )
     source.one_of("rl", _PREFERENCE)
     reward = source.flag("reward_model")
+    if reward and kind:
+        source.refuse("reward_model", f"`reward_model` and `rl: {kind}` are two trainings. Leave one of them out.")
     key, loss = "rl" if kind else "reward_model" if reward else "", kind or ("reward" if reward else "sft")
     losses = source.names("dpo_loss_type")
     if kind == "dpo":
@@ -180,7 +182,7 @@ def _model(draft: Draft, source: Source) -> None:
         source.refuse(
             ("special_tokens", others[0]),
             f"`special_tokens.{others[0]}` changes what a row ends or begins with, and a run file sets no special "
-            "token. Set it in the model's tokenizer and save that, then take it out.",
+            f"token. Where it is the tokenizer's own, or set there and saved, say special_tokens.{others[0]}=null.",
         )
     draft.note("special_tokens", "nothing is padded; the tokenizer is saved as it is")
     _template(draft, source, "chat_template", source.text("chat_template"))
@@ -399,6 +401,8 @@ def _tracking(draft: Draft, source: Source) -> None:
         draft.set("train.hub_private_repo", True, "hub_model_id", "as Axolotl does")
         draft.set("train.hub_always_push", True, "hub_model_id")
     wanted = []
+    for key in ("use_wandb", "use_mlflow", "use_comet", "use_trackio", "use_tensorboard"):
+        source.flag(key)
     for service, keys in _SERVICES.items():
         said = next((key for key in keys if source.get(key) not in (None, False, "")), None)
         if said and source.get(keys[0]) is not False:

@@ -47,7 +47,7 @@ def data(draft: Draft, source: Source) -> None:
         draft.set("data.eval", {"split": share}, "val_set_size")
     if source.has("dataset_prepared_path"):
         draft.set("data.cache", source.text("dataset_prepared_path"), "dataset_prepared_path")
-    if source.get("shuffle_merged_datasets") is False:
+    if not source.flag("shuffle_merged_datasets", True):
         draft.set("train.train_sampling_strategy", "sequential", "shuffle_merged_datasets")
 
 
@@ -76,6 +76,8 @@ def _entry(draft: Draft, source: Source, place: tuple[str, int], entry: dict[str
         mark = "note" if row.is_idle(value) else row.mark
         became = ["data.train" if place[0] == "datasets" else "data.eval"] if row.target and mark != "note" else []
         draft.fates[shown] = Fate(shown, value, mark, became, row.reason, there)
+    if "path" not in given and "data_files" in given:
+        given["path"] = given.pop("data_files")
     if "path" not in given:
         source.refuse(place, "`path` of a data set is missing.")
     _check_messages(draft, source, place, given)

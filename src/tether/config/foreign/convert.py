@@ -140,7 +140,7 @@ def convert_file(path: str | Path, overrides: Sequence[str] = (), command: str |
             f"{path} is not a file of TRL, Axolotl or LLaMA-Factory: it has neither `base_model` nor "
             "`model_name_or_path`. A run file is trained as it is."
         )
-    return convert(TOOLS[tool], document, given, command)
+    return convert_document(TOOLS[tool], document, given, command)
 
 
 def from_flags(command: str, path: Path | None, flags: Mapping[str, Any]) -> Conversion:
@@ -162,10 +162,10 @@ def from_flags(command: str, path: Path | None, flags: Mapping[str, Any]) -> Con
     given: dict[KeyPath, str] = {}
     for name, value in flags.items():
         set_value(document, name.split("."), value, f"--{name}", given)
-    return convert(TOOLS["trl"], document, given, command)
+    return convert_document(TOOLS["trl"], document, given, command)
 
 
-def convert(
+def convert_document(
     tool: Tool, document: Document, given: Mapping[KeyPath, str] | None = None, command: str | None = None
 ) -> Conversion:
     """Convert what was read; see `convert_file`."""
@@ -183,6 +183,11 @@ def convert(
             draft.set(row.target, row.default, comment=f"{tool.name}'s default")
     for rule in tool.rules.values():
         rule(draft, source)
+    for fate in draft.fates.values():
+        if fate.mark == "convertible" and not fate.became and "[" not in fate.key:
+            if fate.reason == rows[fate.key].reason:
+                fate.reason = "what it belongs to is not asked for"
+            fate.mark = "note"
     _add_own(draft, source)
     values = _in_order(draft.values)
     run = check_run(values, draft.place)
@@ -237,6 +242,9 @@ def _unknown(draft: Draft, tool: Tool, key: str, value: Any, known: Iterable[str
     near = difflib.get_close_matches(str(key), [one for one in known if "." not in one], n=1, cutoff=0.8)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     place = draft.source.place(key)
+    if value is None and tool.ignores_unknown:
+        draft.fates[key] = Fate(key, value, "note", reason="empty", there="has no such key")
+        return []
     if not tool.ignores_unknown:
         return [f"{place}: `{key}` is not a key of {tool.name}.{hint or ' Remove it.'}"]
     if near:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from tether.config.document import KeyPath
 from tether.config.foreign.document import Document
 from tether.config.foreign.table import Mark
-from tether.config.problems import wrong_value
+from tether.config.problems import dotted, wrong_value
 from tether.errors import ConfigError
 
 _NUMBER_WORDS = "a number"
@@ -60,7 +60,8 @@ class Source:
             ConfigError: always.
         """
         path = (path,) if isinstance(path, str) else path
-        raise ConfigError(f"{self.place(*path)}: {problem}")
+        named = "" if f"`{path[0]}" in problem else f"`{dotted(path)}`: "
+        raise ConfigError(f"{self.place(*path)}: {named}{problem}")
 
     def wrong(self, path: str | KeyPath, value: Any, allowed: str) -> NoReturn:
         """Stop at a value; `allowed` completes "allowed is".

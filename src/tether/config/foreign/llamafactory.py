@@ -47,6 +47,8 @@ def configuration(source: Source) -> type[PreferenceConfig]:
 
 
 def _objective(draft: Draft, source: Source) -> None:
+    for key in ("train_on_prompt", "mask_history", "create_new_adapter", "eval_on_each_dataset", "pissa_init"):
+        source.flag(key)
     stage = source.text("stage", "sft")
     options: dict[str, tuple[Any, str]] = {}
     loss: Any = {"kto": "kto", "rm": "reward", "sft": "dft" if source.flag("use_dft_loss") else "sft"}.get(stage)
@@ -207,6 +209,10 @@ def _oft(draft: Draft, source: Source) -> None:
     draft.set("peft.r", rank, "oft_rank" if source.has("oft_rank") else "")
     draft.set("peft.oft_block_size", 0 if rank else source.number("oft_block_size", 32), "oft_block_size")
     draft.set("peft.target_modules", _all_linear(source.names("oft_target")), "oft_target")
+    if source.number("module_dropout") and shared.disables_dropout(draft):
+        draft.note("module_dropout", "every dropout is switched off by this trainer, here as there (disable_dropout)")
+    elif source.number("module_dropout"):
+        draft.set("peft.module_dropout", source.number("module_dropout"), "module_dropout")
 
 
 def _data(draft: Draft, source: Source) -> None:

@@ -139,6 +139,7 @@ def trackers(draft: Draft, wanted: list[tuple[str, str]], name: tuple[str, str] 
         draft.set("train.report_to", [service for service, _ in wanted])
         for service, key in wanted:
             draft.explain(key, f"reported to {service}")
+            draft.fates[key].became.append("train.report_to")
     if name is not None:
         draft.set("train.run_name", *name)
 

@@ -204,6 +204,8 @@ def _data(draft: Draft, source: Source) -> None:
     for key in ("dataset_train_split", "dataset_config", "dataset_text_field"):
         if key in draft.fates and draft.fates[key].mark != "note":
             draft.fates[key].became.append("data.train")
+    if evaluated and "dataset_test_split" in draft.fates:
+        draft.fates["dataset_test_split"].became.append("data.eval")
     if not evaluated:
         draft.note("dataset_test_split", "nothing is evaluated: eval_strategy is no")
 
@@ -291,9 +293,9 @@ def _reward(source: Source, name: str) -> dict[str, Any]:
 
 
 def _reference(draft: Draft, source: Source) -> None:
-    if source.get("reference_free") is True:
+    if source.flag("reference_free"):
         draft.set("reference.meaning", "none", "reference_free")
-    if source.get("sync_ref_model") is True:
+    if source.flag("sync_ref_model"):
         draft.set("reference.sync.alpha", source.number("ref_model_mixup_alpha", 0.6), "sync_ref_model")
         draft.set("reference.sync.steps", source.number("ref_model_sync_steps", 512), "sync_ref_model")
     for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
