@@ -48,11 +48,12 @@ def rows_of_last_round(accelerator: Accelerator) -> int | None:
     state = accelerator.gradient_state
     if not state.end_of_dataloader:
         return None
-    remainder, sampler = state.remainder, getattr(state.active_dataloader, "batch_sampler", None)
+    loader: Any = state.active_dataloader
+    remainder, sampler = state.remainder, getattr(loader, "batch_sampler", None)
     if remainder < 0 and isinstance(sampler, SkipBatchSampler):
         inner: Any = sampler.batch_sampler
         together = 1 if getattr(inner, "split_batches", False) else getattr(inner, "num_processes", 1)
-        remainder = len(state.active_dataloader.dataset) % (inner.batch_size * together)
+        remainder = len(loader.dataset) % (inner.batch_size * together)
     return remainder if remainder > 0 else None
 
 
