@@ -354,8 +354,8 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"temperature": 0.9}, "temperature 1.0 then and 0.9 now"),
-        ({"num_generations": 2}, "num_generations 4 then and 2 now"),
+        ({"temperature": 0.9}, "temperature 0.9 in place of 1.0"),
+        ({"num_generations": 2}, "num_generations 2 in place of 4"),
         ({"rewards": [even, lambda completion_ids: [0.0] * len(completion_ids)]}, "rewards .* then and .* now"),
     ],
 )

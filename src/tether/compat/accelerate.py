@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
@@ -41,10 +42,19 @@ def uneven_batches(accelerator: Accelerator) -> Iterator[None]:
 def rows_of_last_round(accelerator: Accelerator) -> int | None:
     """Rows of its own that all processes have together in an epoch's last round of batches.
 
-    None before that round, and where it is full: `remainder` is 0 then, and -1 where no one knows.
+    None before that round, and where it is full: `remainder` is 0 then, and -1 where no one knows. The sampler that
+    skips the batches of a resumed epoch has no batch size, so that its loader does not know; the one inside has.
     """
     state = accelerator.gradient_state
-    return state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+    if not state.end_of_dataloader:
+        return None
+    loader: Any = state.active_dataloader
+    remainder, sampler = state.remainder, getattr(loader, "batch_sampler", None)
+    if remainder < 0 and isinstance(sampler, SkipBatchSampler):
+        inner: Any = sampler.batch_sampler
+        together = 1 if getattr(inner, "split_batches", False) else getattr(inner, "num_processes", 1)
+        remainder = len(loader.dataset) % (inner.batch_size * together)
+    return remainder if remainder > 0 else None
 
 
 def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

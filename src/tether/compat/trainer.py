@@ -5,12 +5,15 @@ The hooks that Tether overrides are in `tests/compat/test_trainer_hooks.py`, wit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.trainer_utils import rotate_checkpoints
 
 # Callbacks of these packages read metrics and add none.
 _OURS = ("transformers", "tether")
@@ -35,6 +38,40 @@ def save_checkpoint(trainer: Trainer) -> None:
     """Write the checkpoint of the present step out of turn, and tell the callbacks, as the loop does in its turn."""
     trainer._save_checkpoint(cast(nn.Module, trainer.model), None)
     trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+
+@contextmanager
+def checkpoints_below(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Inside, a checkpoint is written below another folder, and none is pushed; what is the best one stays so called.
+
+    transformers removes old checkpoints at the end of its saving, from the folder that it saves in: none lie there.
+    """
+    loose: Any = trainer
+    usual = Path(loose._get_output_dir(None))
+    loose._get_output_dir, loose._push_from_checkpoint = lambda trial=None: str(folder), lambda place: None
+    try:
+        yield
+        best = usual / f"checkpoint-{trainer.state.best_global_step}"
+        now = folder / f"checkpoint-{trainer.state.global_step}"
+        if trainer.state.best_global_step and (best.name == now.name or best.is_dir()):
+            trainer.state.best_model_checkpoint = str(best)
+            if trainer.args.should_save:
+                trainer.state.save_to_json(str(now / "trainer_state.json"))
+    finally:
+        del loose._get_output_dir, loose._push_from_checkpoint
+
+
+def after_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """What transformers does once a checkpoint is written: push it, remove old ones."""
+    if trainer.args.push_to_hub:
+        trainer._push_from_checkpoint(str(folder))
+    if trainer.args.should_save:
+        rotate_checkpoints(
+            output_dir=str(folder.parent),
+            save_total_limit=trainer.args.save_total_limit,
+            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            use_mtime=True,
+        )
 
 
 def announce_prediction_step(trainer: Trainer) -> None:

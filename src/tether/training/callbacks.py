@@ -108,9 +108,11 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS
         self._earlier = self._path.stat().st_size if self._path.is_file() else 0
+        self._began = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Drop the lines of an earlier run, or, resuming, keep those up to the step that the run resumes from."""
+        self._began = state.global_step
         if not state.is_world_process_zero or not self._path.is_file():
             return
         written = self._path.read_bytes()
@@ -122,6 +124,8 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Append one line."""
         logs: dict[str, Any] = kwargs.get("logs") or {}
+        if "train_loss" in logs and self._began == state.global_step:
+            return  # a finished run was resumed: its last line is there, and no step was made since
         if state.is_world_process_zero and logs:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:

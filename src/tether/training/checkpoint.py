@@ -16,7 +16,8 @@ from tether.errors import ConfigError
 from tether.models.adapters import load_active
 from tether.models.adapting.rewritten import load_plain
 from tether.models.structure import unwrap
-from tether.reference.record import RECORD, read_record
+from tether.reference.record import read_record
+from tether.training.saving.whole import damage, require_whole
 
 logger = logging.getLogger("tether")
 OBJECTIVE = "objective.json"
@@ -49,23 +50,24 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
         return last
     if not Path(resume).is_dir():
         raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
+    require_whole(Path(resume))
     return Path(resume)
 
 
 def last_checkpoint(output_dir: str | Path | None) -> Path | None:
-    """The last whole checkpoint of a run folder; None where there is none.
+    """The newest whole checkpoint of a run folder; None where there is none.
 
-    One that a killed run or a full disk left half written lacks what is written last; it is passed over, with a
-    warning.
+    One that is not as it was written is passed over, with a warning that says what is wrong with it.
     """
     folder = Path(output_dir) if output_dir else None
     if folder is None or not folder.is_dir():
         return None
     found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)}
     for _, path in sorted(found.items(), reverse=True):
-        if all((path / name).is_file() for name in (_STATE, RECORD)):
+        wrong = damage(path)
+        if not wrong:
             return path
-        logger.warning(f"{path} is half written and passed over; the checkpoint before it is taken")
+        logger.warning(f"{path} {wrong}; it is passed over and the checkpoint before it is taken")
     return None
 
 

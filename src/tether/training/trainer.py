@@ -61,7 +61,10 @@ from tether.training.metrics import MetricSums
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.saving.before import check_optimizer, rehearse
+from tether.training.saving.same import identity_of, require_same_run, write_identity
 from tether.training.saving.saving import Saving
+from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
+from tether.training.saving.whole import save_whole
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
@@ -133,6 +136,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         self._tag_names = ["tether", self.algorithm_class.__name__.lower()]
         self._saving = Saving(self.run, self.args, self.accelerator, self.processing_class)
         self._display = install_progress(self)
+        self._identity = identity_of(self.run, self.args, self.policy)
+        self._signals = StopOnSignal(self.accelerator)
         _follow(self)
 
     @property
@@ -325,12 +330,15 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
                 require_parts(folder, bool(self.args.save_only_model))
                 require_same_precision(folder, self.args.mixed_precision)
                 self.guard = restore(folder, run.reference.live, self.policy)
+                require_same_run(folder, self._identity)
                 if run.stored is not None:
                     verify_store(run.stored, run.source.known)
             if self.args.precompute_ref_log_probs:
                 self.precompute_reference()
         try:
-            result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+            with one_run_at_a_time(self.run_folder, main=self.args.should_save), self._signals:
+                result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+            self._signals.refuse_to_go_on(checkpoint_folder(self))
             self._saving.begin(self.policy, self.optimizer, "the run ends with nothing saved of its last steps")
             return result
         finally:
@@ -384,10 +392,10 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if resume_from_checkpoint is not None and self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # all steps were made: no epoch is left to begin
         if resume_from_checkpoint is None or not self.run.source.keeps_position:
             return found
-        if self.state.global_step >= max_steps:
-            return num_train_epochs, 0
         # The loader begins where the checkpoint stands: the loop has nothing to skip.
         return self.run.source.resume(Path(resume_from_checkpoint), skip=not self.args.ignore_data_skip), 0
 
@@ -409,14 +417,19 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
-        super()._save_checkpoint(model, trial)
-        folder, main = checkpoint_folder(self, trial), self.is_world_process_zero()
-        self._record(folder)
-        write_tensors(folder, self.run.reference.live, write=main)
-        if main:
-            write_precision(folder, self.args.mixed_precision)
-            write_objective(folder, self.run.algorithm.state())
-        self.run.source.save(folder, self.accelerator.process_index)
+
+        def write(folder: Path) -> None:
+            super(TetherTrainer, self)._save_checkpoint(model, trial)
+            main = self.is_world_process_zero()
+            self._record(folder)
+            write_tensors(folder, self.run.reference.live, write=main)
+            if main:
+                write_precision(folder, self.args.mixed_precision)
+                write_objective(folder, self.run.algorithm.state())
+                write_identity(folder, self._identity)
+            self.run.source.save(folder, self.accelerator.process_index)
+
+        save_whole(self, trial, write)
 
     def _record(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -491,6 +504,7 @@ def _follow(trainer: TetherTrainer) -> None:
     if callable(tagged := getattr(transformers_model(trainer.policy), "add_model_tags", None)):
         tagged(trainer._tag_names)
     trainer.add_callback(MetricsFile(trainer.run_folder))
+    trainer.add_callback(trainer._signals)
     check = trainer.args.reference_check_steps
     trainer.add_callback(GuardCallback(trainer.run, trainer._begin, check, trainer._prove_layout))
     if trainer.args.neftune_noise_alpha is not None:
@@ -519,6 +533,8 @@ def _kept_steps(trainer: TetherTrainer) -> str:
     folder = checkpoint_folder(trainer)
     if not trainer.state.global_step:
         return ""
+    if not folder.is_dir() and trainer.accelerator.num_processes > 1:
+        return ""  # the others are in the middle of a step, and a checkpoint takes all of them
     if not folder.is_dir():
         save_checkpoint(trainer)
     steps = trainer.state.global_step

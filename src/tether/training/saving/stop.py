@@ -1,0 +1,115 @@
+"""One run at a time in a folder, and a run that is told to stop saves where it stands (INV-46)."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tether.errors import ConfigError, TetherError
+
+logger = logging.getLogger("tether")
+LOCK = ".run.lock"
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
+    """Inside, this run has its folder for itself. The system gives the lock back when a process ends, however it ends.
+
+    Args:
+        folder: of the run.
+        main: whether this process writes there; the others hold nothing.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    if not main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"Another run trains in {folder} now: {file.read().strip() or 'it did not say which'}. Wait for it, "
+                "stop it, or write elsewhere."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and SIGHUP have a run save at the end of its step and stop; a second one ends it at once.
+
+    Args:
+        accelerator: of the run; processes are told at different moments and must stop at the same step.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._got = 0
+        self._stopped = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        self._got = self._stopped = 0
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """From here there are steps to save; other callbacks that listen to these signals have begun to by now."""
+        if threading.current_thread() is threading.main_thread() and not self._before:
+            self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Save and stop, every process at the same step."""
+        number = self._got
+        if self._accelerator.num_processes > 1:
+            told = torch.tensor(number, device=self._accelerator.device)
+            number = int(self._accelerator.gather(told.reshape(1)).max())  # type: ignore[union-attr]
+        if number and state.global_step < state.max_steps:
+            self._stopped = number
+            control.should_save = control.should_training_stop = True
+
+    def refuse_to_go_on(self, checkpoint: Path) -> None:
+        """A run that was stopped has not finished.
+
+        Raises:
+            TetherError: it was; with where it stands.
+        """
+        if self._stopped:
+            name = signal.Signals(self._stopped).name
+            raise TetherError(
+                f"Stopped by {name} before the last step. The steps so far are saved in {checkpoint}; go on from it "
+                "with --resume (in Python train(resume_from_checkpoint=True))."
+            )
+
+    def _heard(self, number: int, frame: Any) -> None:
+        self._got = number
+        self._restore()
+        logger.warning(f"{signal.Signals(number).name}: saving at the end of this step, then stopping")
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
