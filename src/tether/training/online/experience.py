@@ -151,10 +151,10 @@ class Experience:
         (self.evaluated if evaluating else self.pending).append(metrics)
         if not evaluating:
             self.progress.add(total, wanted.group)
-            self._hold(judged, table, rewards, advantages)
+            self._hold(judged, table, rewards, advantages, wanted.group)
         return found
 
-    def _hold(self, judged: Judged, table: RewardTable, rewards: Tensor, advantages: Tensor) -> None:
+    def _hold(self, judged: Judged, table: RewardTable, rewards: Tensor, advantages: Tensor, group: int) -> None:
         """Keep what the table of completions shows; each process has to call."""
         if not self.plan.table:
             return
@@ -168,6 +168,7 @@ class Experience:
             {name: [_or_none(one) for one in rewards[:, place].tolist()] for place, name in enumerate(names)},
             advantages.tolist(),
             {name: gather_object(list(table.extras.get(name, missing))) for name in extras},
+            group,
         )
 
     def _passes(self) -> Passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Completions:
         rewards: by function, None for not applicable.
         advantages: K.
         extras: further columns, which reward functions logged.
+        group: completions of each prompt, one after the other.
     """
 
     prompts: Sequence[Any]
@@ -40,6 +42,7 @@ class Completions:
     rewards: Mapping[str, Sequence[float | None]]
     advantages: Sequence[float]
     extras: Mapping[str, Sequence[Any]]
+    group: int = 1
 
     def __post_init__(self) -> None:
         for name, values in self.extras.items():
@@ -82,7 +85,8 @@ class CompletionsTable(TrainerCallback):
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"completions_{state.global_step:05d}.parquet"
         whole = path.with_suffix(".unfinished")
-        parquet.write_table(pa.table(found.columns(state.global_step)), whole)
+        about = {"rewards": json.dumps(list(found.rewards)), "group": str(found.group)}
+        parquet.write_table(pa.table(found.columns(state.global_step)).replace_schema_metadata(about), whole)
         whole.replace(path)
         table = as_table(found, state.global_step, self._shown)
         if table is not None:
