@@ -184,7 +184,8 @@ def trl_call(model: Any, spec: dict[str, Any], tokenizer: Any = None) -> Callabl
     """TRL's, by its trainer; prompts come once for each completion, as its sampler deals them."""
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer: Any = GRPOTrainer(
         model=model,

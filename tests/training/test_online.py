@@ -462,6 +462,7 @@ def test_refused_fields_say_why(name):
         ({"temperature": 0.0}, "temperature is 0"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
+        ({"zero_variance": "resample"}, "zero_variance is 'resample', which is not built"),
     ],
 )
 def test_wrong_values_name_the_field(arguments, said):
