@@ -142,6 +142,16 @@ def test_passes_are_counted(arguments, policy_passes, reference_passes, tmp_path
         assert made.run.reference.identity.meaning == "none"
 
 
+def test_an_evaluation_is_scored_once_by_the_reference(tmp_path):
+    """Of 4 prompts in 2 batches; the loss sees what it said when the completions were made."""
+    made = trainer(tmp_path, beta=0.1, eval_dataset=PROMPTS[:4], reference_check_steps=0, max_tokens_per_forward=None)
+    made.train()
+    counted = Counted(made)
+    found = made.evaluate()
+    assert counted.reference == 2
+    assert found["eval_kl"] > 0
+
+
 def test_the_update_computes_each_prompt_and_each_distinct_completion_once(tmp_path):
     """R4."""
     made = trainer(tmp_path, max_steps=1, max_completion_length=2, max_tokens_per_forward=None)
@@ -452,6 +462,7 @@ def test_refused_fields_say_why(name):
         ({"temperature": 0.0}, "temperature is 0"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
+        ({"zero_variance": "resample"}, "zero_variance is 'resample', which is not built"),
     ],
 )
 def test_wrong_values_name_the_field(arguments, said):

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tether.report.cards import verdict_cards
+from tether.report.completions import completions_content
 from tether.report.curves import main_charts, more_charts
 from tether.report.html import Html, join, tag
 from tether.report.read import Run, read_run
@@ -21,7 +22,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def write_report(run_folder: Path | str) -> Path:
     """Write `report.html` into a run folder, from whichever of its files exist.
 
-    Reads `metrics.jsonl` (needed), `config.yaml`, `reference.json`, `data.json`, `evaluation.json` and `samples.json`.
+    Reads `metrics.jsonl` (needed), `config.yaml`, `reference.json`, `data.json`, `evaluation.json`, `samples.json`
+    and the last table in `completions/`.
     The same files give the same page.
 
     Args:
@@ -58,6 +60,7 @@ def render(run: Run) -> str:
         reference_section(run),
         section("Training", tag("div", charts, class_="charts") if charts else None, more_charts(run)),
         samples_section(run),
+        section("Completions", completions_content(run.completions)) if run.completions else None,
         data_section(run),
         config_section(run),
         tag("footer", f"Written by Tether {_version()} from the files of the run folder."),

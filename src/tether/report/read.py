@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tether.errors import ConfigError
+from tether.report.completions import CompletionsFile, read_completions
 from tether.report.numbers import as_number
 
 METRICS = "metrics.jsonl"
@@ -28,6 +29,7 @@ class Run:
         data: `data.json`, or empty.
         evaluation: `evaluation.json`, or empty.
         samples: `samples.json`, or empty.
+        completions: the last table of `completions/`; None where there is none.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Run:
     data: dict[str, Any]
     evaluation: dict[str, Any]
     samples: list[dict[str, Any]]
+    completions: CompletionsFile | None = None
 
     def first(self, key: str) -> float:
         """The first value of a metric; NaN where none was logged."""
@@ -71,6 +74,7 @@ def read_run(folder: Path) -> Run:
         data=_read_json(folder / "data.json", dict),
         evaluation=_read_json(folder / "evaluation.json", dict),
         samples=[row for row in _read_json(folder / "samples.json", list) if isinstance(row, dict)],
+        completions=read_completions(folder),
     )
 
 

@@ -227,10 +227,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         run, needs = self.run, self.run.algorithm.needs
         moved = part.to(self.args.device)
         # The reference first: a snapshot swaps weights, and no activation of the policy may exist while it does.
-        if part in context.references:
-            reference = context.references[part]
-        else:
-            reference = run.reference.score(moved.batch, needs.reference)
+        reference = run.algorithm.reference(part, context, lambda: run.reference.score(moved.batch, needs.reference))
         outputs = (*needs.policy, "aux_loss") if run.router_weight else needs.policy
         policy = run.scorer(model, moved.batch, outputs=outputs)
         output = run.algorithm.loss(policy, reference, moved, context)

@@ -170,6 +170,16 @@ class Algorithm(ABC, Generic[Answer]):
         """Tokens that count as trained on: a prompt with each of its completions, as TRL counts `num_tokens`."""
         return sum(batch.sequence_lengths)
 
+    def reference(self, part: MicroBatch, context: Context, score: Callable[[], Scores | None]) -> Scores | None:
+        """Scores of a micro-batch by the reference.
+
+        Args:
+            part: the micro-batch, on the CPU or where it is computed.
+            context: what `begin_step`, or `begin_evaluation`, returned.
+            score: computes them.
+        """
+        return context.references[part] if part in context.references else score()
+
     def begin_step(self, step: Step, passes: Passes) -> Context:
         """See all micro-batches of this process' share in an optimizer step, before the first is computed."""
         return Context()

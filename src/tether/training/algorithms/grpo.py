@@ -98,6 +98,12 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
         if self.scale_rewards not in _SCALES:
             raise ConfigError(f"is {self.scale_rewards!r}; allowed are group, batch, none.", "scale_rewards")
         self.scale_rewards = {True: "group", False: "none"}.get(cast(Any, self.scale_rewards), self.scale_rewards)
+        if self.zero_variance == "resample":
+            raise ConfigError(
+                "is 'resample', which is not built: what a step trains on would hang on earlier rewards, and no longer "
+                "on the seed alone, as resume and replay need. Take 'skip', which computes nothing for such groups.",
+                "zero_variance",
+            )
         super().__post_init__()
         row = self.objective_rows[0]
         if row.name == "cispo" and self.epsilon_high is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from tether.data import text_tokenizer
 from tether.errors import ConfigError, DataError
@@ -31,6 +31,8 @@ from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.online.config import OnlineConfig
 from tether.training.online.experience import GIVEN, Experience, Plan, means_of
 from tether.training.online.function import FunctionEngine
+from tether.training.online.health import Health
+from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
 from tether.training.source.base import Source
 from tether.training.source.rollouts import RolloutSource, Shape
@@ -119,6 +121,7 @@ class Online(Algorithm[Scores]):
         if rollout_func is not None:
             self._engine = FunctionEngine(rollout_func, trainer, self._stops)
         self._experience: Experience | None = None
+        self._evaluating = False  # `complete` comes next, for an evaluation
         self.scoring = partial(score, temperature=args.temperature)
 
     # -- before a run ------------------------------------------------------------------------------------------------
@@ -186,7 +189,16 @@ class Online(Algorithm[Scores]):
             eval_group=args.num_generations_eval or args.num_generations,
             eval_batch=args.per_device_eval_batch_size,
         )
-        return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity())
+        shown: list[TrainerCallback] = [Health()]
+        if args.log_completions:
+            folder = Path(str(args.output_dir))
+            shown.append(CompletionsTable(lambda: self._made.last, folder, args.num_completions_to_print))
+        return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown)
+
+    @property
+    def _made(self) -> Experience:
+        assert self._experience is not None, "source() comes first"
+        return self._experience
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have as it was, for its completions and rewards to be those of the whole run."""
@@ -231,6 +243,7 @@ class Online(Algorithm[Scores]):
             leave_truncated=args.mask_truncated_completions,
             leave_without_variance=self.leaves_without_variance,
             folder=Path(str(args.output_dir)) if args.keep_rollouts else None,
+            table=args.log_completions,
         )
 
     def _decode(self, ids: list[int]) -> str:
@@ -263,6 +276,26 @@ class Online(Algorithm[Scores]):
         found, self._experience.pending = self._experience.pending, []
         return Context(references, means_of(found, self.args.device))
 
+    def reference(self, part: MicroBatch, context: Context, score: Callable[[], Scores | None]) -> Scores | None:
+        """What it said when the completions were made, in evaluation too."""
+        known = _reference(part.batch)
+        return super().reference(part, context, score) if known is None else known
+
+    def complete(self, means: dict[str, float]) -> dict[str, float]:
+        """With how far the reward has come, in the logs of training."""
+        if "reward" not in means or self._evaluating:
+            self._evaluating = False
+            return means
+        return {**means, **self._made.progress.since()}
+
+    def state(self) -> dict[str, float]:
+        """The first reward."""
+        return self._made.progress.state()
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """See `state`."""
+        self._made.progress.load(state)
+
     def begin_evaluation(self, passes: Passes) -> Context:
         """Figures of an evaluation are its own."""
         assert self._experience is not None
@@ -272,6 +305,7 @@ class Online(Algorithm[Scores]):
     def end_evaluation(self, context: Context, means: dict[str, float]) -> dict[str, float]:
         """With the figures of its rollouts."""
         assert self._experience is not None
+        self._evaluating = True
         found = means_of(self._experience.evaluated, "cpu")
         if not found:  # a look at what an evaluation gives, before there is one
             return {**means, **dict.fromkeys(self._experience.figures, 0.0)}

@@ -44,10 +44,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "repetition_penalty": (1.0, "tokens would be drawn from another distribution than the one that is trained"),
     "chat_template_kwargs": (None, "give the rows a column chat_template_kwargs"),
-    "log_completions": (False, "rollouts are kept in the run folder, with their texts and rewards"),
     "log_multimodal": (True, "rollouts of images are not built yet"),
-    "num_completions_to_print": (None, "rollouts are kept in the run folder, with their texts and rewards"),
-    "log_unique_prompts": (False, "rollouts are kept in the run folder, with their texts and rewards"),
+    "log_unique_prompts": (False, "it is of tables that are sent to a tracker; those of log_completions are files"),
     "log_completions_hub_repo": (None, "rollouts are kept in the run folder; push that"),
     "entropy_coef": (0.0, "the entropy is reported, and has no gradient yet"),
     "use_adaptive_entropy": (False, "the entropy is reported, and has no gradient yet"),
@@ -193,9 +191,19 @@ class OnlineConfig(PreferenceConfig):
     generation_kwargs: dict[str, Any] | str | None = refused(*REFUSED["generation_kwargs"])
     repetition_penalty: float = refused(*REFUSED["repetition_penalty"])
     chat_template_kwargs: dict[str, Any] | str | None = refused(*REFUSED["chat_template_kwargs"])
-    log_completions: bool = refused(*REFUSED["log_completions"])
+    log_completions: bool = option(
+        False,
+        "With each training log, print the last rollout's completions and write them to `completions/` in the run "
+        "folder.",
+        key="rollout.log_completions",
+    )
     log_multimodal: bool = refused(*REFUSED["log_multimodal"])
-    num_completions_to_print: int | None = refused(*REFUSED["num_completions_to_print"])
+    num_completions_to_print: int | None = option(
+        None,
+        "Completions that `log_completions` prints, drawn by the step; unset: all, 0: none.",
+        allowed=(None, Whole(0)),
+        key="rollout.completions_to_print",
+    )
     log_unique_prompts: bool = refused(*REFUSED["log_unique_prompts"])
     log_completions_hub_repo: str | None = refused(*REFUSED["log_completions_hub_repo"])
 
@@ -206,6 +214,11 @@ class OnlineConfig(PreferenceConfig):
         self.check_objective()
         self._check_rows()
         self._check_correction()
+        if self.num_completions_to_print is not None and not self.log_completions:
+            raise ConfigError(
+                f"is {self.num_completions_to_print}, and no completions are logged. Set log_completions.",
+                "num_completions_to_print",
+            )
         if not self.needs_reference:
             self._do_without_reference()
         # Prepared rows know one limit; set twice, as in a copy of the arguments, it is the same.

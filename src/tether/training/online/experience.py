@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from tether.errors import RewardError
@@ -21,6 +22,8 @@ from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
 from tether.training.algorithms.base import Passes
+from tether.training.online.health import Progress
+from tether.training.online.table import Completions
 from tether.types import Example, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -47,6 +50,7 @@ class Plan:
         leave_truncated: completions that were cut off are left out.
         leave_without_variance: completions of groups in which all rewards are equal are left out.
         folder: where rollouts are kept; None: nowhere.
+        table: completions of the last rollout are held for the table.
     """
 
     sampling: Sampling
@@ -61,6 +65,7 @@ class Plan:
     leave_truncated: bool = False
     leave_without_variance: bool = False
     folder: Path | None = None
+    table: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Experience:
     passes: Passes | None = None
     pending: list[Metrics] = field(default_factory=list)
     evaluated: list[Metrics] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    last: Completions | None = None
 
     @property
     def figures(self) -> list[str]:
@@ -142,7 +149,27 @@ class Experience:
         tokens = float(facts[:, 0].sum())
         metrics |= {"rollout/seconds": sampled, "rollout/tokens_per_second": tokens / max(sampled, 1e-9)}
         (self.evaluated if evaluating else self.pending).append(metrics)
+        if not evaluating:
+            self.progress.add(total, wanted.group)
+            self._hold(judged, table, rewards, advantages, wanted.group)
         return found
+
+    def _hold(self, judged: Judged, table: RewardTable, rewards: Tensor, advantages: Tensor, group: int) -> None:
+        """Keep what the table of completions shows; each process has to call."""
+        if not self.plan.table:
+            return
+        names = [one.name for one in self.plan.rewards] or [GIVEN]
+        # Objects of all processes come in the order of the gathered rewards.
+        extras = sorted({name for part in gather_object([sorted(table.extras)]) for name in part})
+        missing = [None] * len(judged.prompts)
+        self.last = Completions(
+            gather_object(list(judged.prompts)),
+            gather_object(list(judged.completions)),
+            {name: [_or_none(one) for one in rewards[:, place].tolist()] for place, name in enumerate(names)},
+            advantages.tolist(),
+            {name: gather_object(list(table.extras.get(name, missing))) for name in extras},
+            group,
+        )
 
     def _passes(self) -> Passes:
         assert self.passes is not None, "attach() comes first"

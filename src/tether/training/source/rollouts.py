@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class RolloutSource(Source):
         make: samples, judges and scores; see `Experience.make`.
         raw_of: the rows that an evaluation set was made of.
         identity: what a resumed run must have as it was, by name.
+        shown: what shows the run's completions and figures.
     """
 
     complete = True
@@ -111,6 +112,7 @@ class RolloutSource(Source):
         make: Callable[[Wanted], list[list[Example]]],
         raw_of: Callable[[Any], Dataset],
         identity: dict[str, Any],
+        shown: Sequence[TrainerCallback] = (),
     ) -> None:
         self.rows = self.known = rows
         self._raw, self._shape, self._make, self._raw_of = raw, shape, make, raw_of
@@ -120,6 +122,7 @@ class RolloutSource(Source):
                 f"train: a rollout takes {shape.prompts} prompts and there are {len(rows)}. Give more rows, or lower "
                 "per_device_train_batch_size or steps_per_generation."
             )
+        self._shown = shown
         self.epoch, self.done = 0, 0
         self._held: tuple[int, list[list[Example]]] | None = None
         self._loader: _Loader | None = None
@@ -201,8 +204,8 @@ class RolloutSource(Source):
     # -- where the run stands ----------------------------------------------------------------------------------------
 
     def callbacks(self, data: Any, folder: Path, *, main: bool) -> list[TrainerCallback]:
-        """`epoch` in logs, which transformers counts from where it resumed."""
-        return [_Progress(self)]
+        """`epoch` in logs, which transformers counts from where it resumed; and what shows the run."""
+        return [_Progress(self), *self._shown]
 
     def mark(self) -> tuple[int, int]:
         """Epoch and batches of it that have come."""
