@@ -96,6 +96,7 @@ def test_every_file_of_a_checkpoint_is_listed_and_missed(copied):
 
 
 def test_a_damaged_checkpoint_is_named_and_stepped_over_to_the_same_bits(finished, copied, caplog):
+    """INV-46."""
     (copied / "checkpoint-4" / "optimizer.pt").unlink()
     with pytest.raises(ConfigError, match=r"checkpoint-4 lacks optimizer.pt"):
         run(copied).train(resume_from_checkpoint=str(copied / "checkpoint-4"))
@@ -138,6 +139,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(finished, tmp_path, mo
 
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 1}])
 def test_a_finished_run_makes_no_further_step(tmp_path, length):
+    """INV-46."""
     first = run(tmp_path, **length)
     first.train()
     expected = {name: tensor.clone() for name, tensor in first.policy.state_dict().items()}
@@ -165,6 +167,7 @@ def test_a_finished_run_makes_no_further_step(tmp_path, length):
     ],
 )
 def test_going_on_as_another_run_is_refused(finished, tmp_path, changes, said):
+    """INV-46."""
     with pytest.raises(ConfigError) as refused:
         run(tmp_path, **changes).train(resume_from_checkpoint=str(finished[0] / "checkpoint-2"))
     assert said in str(refused.value)
@@ -180,6 +183,7 @@ def test_a_longer_run_is_said_and_made(finished, tmp_path, caplog):
 
 
 def test_a_second_run_on_a_folder_is_refused(tmp_path):
+    """INV-46."""
     trainer = run(tmp_path, max_steps=1, save_strategy="no")
     with (tmp_path / LOCK).open("w") as file:
         file.write("process 1 on elsewhere\n")
