@@ -111,8 +111,7 @@ def test_an_interrupted_run_says_how_to_go_on(workplace: Any, tether: Tether, mo
     (workplace.path / "out" / "checkpoint-3").mkdir()
     code, _, err = tether("train", "run.yaml", "--resume")
     assert (code, "There is no whole checkpoint in out to resume from." in err) == (2, True)
-    for name in ("trainer_state.json", "reference.json"):
-        (workplace.path / "out" / "checkpoint-3" / name).write_text("{}")
+    (workplace.path / "out" / "checkpoint-3" / "manifest.json").write_text('{"files": {}}')
     code, _, err = tether("train", "run.yaml", "--resume", "train.seed=1")
     assert code == 130
     assert "go on from it with: tether train run.yaml train.seed=1 --resume" in err

@@ -251,6 +251,11 @@ def test_a_checkpoint_without_its_moved_reference_is_refused(tmp_path):
     assert json.loads((checkpoint / "reference.json").read_text())["moves"] == 1
     assert not (tmp_path / "checkpoint-2" / "reference.safetensors").exists()
     (checkpoint / "reference.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"checkpoint-4 lacks reference\.safetensors"):
+        run(tmp_path / "again", str(checkpoint))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())  # as if it had never been written
+    del manifest["files"]["reference.safetensors"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ReferencePolicyError, match=r"had moved 1 times, but reference\.safetensors"):
         run(tmp_path / "again", str(checkpoint))
 

@@ -274,7 +274,9 @@ def test_rows_that_fill_the_last_batches_of_an_epoch_are_taken_out(rows, process
     for rank in range(processes):
         batches = BatchSamplerShard(BatchSampler(order, size, drop_last=False), processes, rank, even_batches=True)
         for number, batch in enumerate(batches):
-            state = SimpleNamespace(end_of_dataloader=number == rounds - 1, remainder=rows % (size * processes))
+            state = SimpleNamespace(
+                end_of_dataloader=number == rounds - 1, remainder=rows % (size * processes), active_dataloader=None
+            )
             accelerator = SimpleNamespace(num_processes=processes, process_index=rank, gradient_state=state)
             examples = [Example.of([row + 3], [[1], [2]]) for row in batch]
             part = own_rows({"batch": pack(examples)}, accelerator, last=True)

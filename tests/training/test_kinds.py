@@ -227,6 +227,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):
         assert logged(resumed, "delta")[-2:] == logged(whole, "delta")[-2:]
         # Negative control: without the running mean the run goes on differently.
         (checkpoint / "objective.json").write_text(json.dumps({"sum": 0.0, "count": 1.0}))
+        with pytest.raises(ConfigError, match=r"bytes in objective\.json where"):
+            build(tmp_path / "damaged", kind, **settings, **other(kind)).train(resume_from_checkpoint=str(checkpoint))
+        manifest = json.loads((checkpoint / "manifest.json").read_text())  # as if these were the bytes written
+        del manifest["files"]["objective.json"]
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         forgetful = build(tmp_path / "forgetful", kind, **settings, **other(kind))
         forgetful.train(resume_from_checkpoint=str(checkpoint))
         assert logged(forgetful)[-2:] != pytest.approx(logged(whole)[-2:], abs=1e-6)
