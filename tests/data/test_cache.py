@@ -251,6 +251,7 @@ def test_inv_37_of_two_processes_one_prepares(tmp_path):
     assert found[0]["digests"] == found[1]["digests"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_process_that_dies_blocks_no_other(tmp_path, counted):
     """A lock is taken from a process that is killed while it prepares; what it had begun to write goes."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).parent / "worker_kinds.py"
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_train_and_evaluate_as_one(tmp_path):
     """8 x 1 equals 2 x 2 x 2 processes: losses, baselines, evaluation and weights, the last step not full."""
