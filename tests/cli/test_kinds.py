@@ -34,6 +34,7 @@ def completions(workplace: Any) -> list[dict[str, Any]]:
         ("reward", "Reward"),
     ],
 )
+@pytest.mark.sweep(3)
 def test_a_run_file_trains_what_its_loss_says(loss: str, trainer: str, workplace: Any, tether: Tether) -> None:
     """Model, records and report are written, and the resolved run file says what was trained."""
     if loss == "sft":
@@ -115,6 +116,7 @@ def test_wrong_options_are_refused(sections: dict[str, Any], words: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+@pytest.mark.sweep(3)
 def test_the_examples_train(name: str, workplace: Any, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run file of `examples/trainers`, as it is, for one step of a tiny model."""
     monkeypatch.chdir(EXAMPLES.parents[1])

@@ -104,6 +104,7 @@ CHANGES = {
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.sweep(2)
 def test_what_does_not_change_the_number_reuses_every_entry(name, tmp_path):
     """INV-13, across method: the store's key is of the function that the reference computes."""
     trainer(tmp_path / "one", reference_store=str(tmp_path / "store"), peft_config=lora()).precompute_reference()
@@ -125,6 +126,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sweep(2)
 def test_what_changes_the_number_reuses_no_wrong_entry(name, tmp_path):
     """INV-13: the losses are those of a run without a store."""
     arguments, build = OTHERS[name]
