@@ -41,6 +41,28 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def mean_interval(mean: float, deviation: float, n: int) -> tuple[float, float]:
+    """Student's 95 % interval of a mean.
+
+    Args:
+        mean: of the values.
+        deviation: their standard deviation, with n in its denominator.
+        n: how many there are.
+
+    Returns:
+        Lower and upper end; infinite for fewer than two values, which say nothing of their spread.
+
+    Example:
+        >>> low, high = mean_interval(1.0, 2.0, 25)
+        >>> round(low, 4), round(high, 4)
+        (0.1574, 1.8426)
+    """
+    if n < 2:
+        return -float("inf"), float("inf")
+    half = float(stats.t.ppf(0.975, n - 1)) * deviation / (n - 1) ** 0.5
+    return mean - half, mean + half
+
+
 def bootstrap_mean_difference(
     before: Sequence[float] | np.ndarray,
     after: Sequence[float] | np.ndarray,
