@@ -93,7 +93,7 @@ def _trained(run: Path, weights: Path) -> Trained:
     record = read_record(place)
     identity, moves = (None, 0) if record is None else (record[0], _moves(place))
     if not (run / CONFIG).is_file():
-        return Trained(run, identity=identity, moves=moves)
+        return Trained(run, identity=identity, moves=moves, conversational=_conversational(run))
     config = load_run_file(run / CONFIG)
     loss = config.objective.loss
     return Trained(
@@ -104,7 +104,15 @@ def _trained(run: Path, weights: Path) -> Trained:
         reference_model=config.reference.model,
         identity=identity,
         moves=moves,
+        conversational=_conversational(run),
     )
+
+
+def _conversational(run: Path) -> bool | None:
+    path = run / "data.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    form = (data.get("train") or {}).get("form")
+    return None if form is None else form != "standard"
 
 
 def _moves(folder: Path) -> int:

@@ -80,7 +80,7 @@ def evaluate_pairs(scored: ScoredRows, policy: str, reference: str | None, colum
         columns: of the rows, by whose values pairs are grouped too.
 
     Raises:
-        DataError: a column that the rows lack, or whose values make no groups.
+        DataError: a column whose values make no groups.
     """
     margins = scored.margins
     longest = np.maximum(scored.tokens[0::2], scored.tokens[1::2])
@@ -127,9 +127,6 @@ def _between(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _by_value(column: str, scored: ScoredRows) -> Iterator[tuple[str, np.ndarray]]:
-    names = scored.rows.column_names
-    if column not in names:
-        raise DataError(f"The rows have no column {column!r} to group by; they have {', '.join(names)}.")
     values = [scored.rows[column][int(row)] for row in scored.source_rows]
     distinct = {value if isinstance(value, (str, int, float, bool)) else str(value) for value in values}
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in distinct)
@@ -150,7 +147,9 @@ def _by_quartile(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     edges = np.unique(np.quantile(values, [0.25, 0.5, 0.75]))
     low = -math.inf
     for high in (*edges, math.inf):
-        name = f"up to {high:g}" if low == -math.inf else f"above {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        name = (
+            f"up to {high:g}" if low == -math.inf else f"above {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        )
         yield name, _between(values, low, high)
         low = high
 

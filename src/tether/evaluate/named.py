@@ -52,6 +52,7 @@ class Trained:
         reference_model: name of the other model that was the reference; None for none.
         identity: of the reference; None where there is no record.
         moves: how often the reference had moved.
+        conversational: whether its rows were conversations; None where that is not known.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Trained:
     reference_model: str | None = None
     identity: ReferenceIdentity | None = None
     moves: int = 0
+    conversational: bool | None = None
 
     @property
     def is_reward_model(self) -> bool:
@@ -258,8 +260,8 @@ class _Reference:
         identity, place = self._identity(), Path(self.named.source) / TENSORS
         if self.run.moves and not place.is_file():
             raise ReferencePolicyError(
-                f"The reference of {self.run.folder} moved {self.run.moves} times, and only a checkpoint holds where it "
-                f"stood. Name one: {self.run.folder}/checkpoint-N:reference."
+                f"The reference of {self.run.folder} moved {self.run.moves} times, and only a checkpoint holds where "
+                f"it stood. Name one: {self.run.folder}/checkpoint-N:reference."
             )
         if not self.run.moves:
             model, processing = self._alone(identity)

@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tether.data import example_from_row, load_rows, prepare
-from tether.errors import ConfigError, ScoringError
-from tether.evaluate.named import Loaded
-from tether.models.structure import transformers_model
+from tether.data import example_from_row, load_rows, prepare, read_preferences
+from tether.errors import ConfigError, DataError, ScoringError
+from tether.evaluate.named import Loaded, NamedModel
+from tether.models.load import load_config, load_processing
 from tether.objectives.contrast import CONTRASTS, shaped_reward
 from tether.objectives.preference import Numbers
 from tether.reference import refuse_other_tokenizer
@@ -92,8 +92,22 @@ class ScoredRows:
         return self.rewards[0::2] - self.rewards[1::2]
 
 
+def load_for(source: Any, reading: Reading, columns: Sequence[str] = ()) -> Dataset:
+    """Rows, with the columns that will be asked for; before any weights load.
+
+    Raises:
+        DataError: there are none, they are of another kind, or lack a column.
+    """
+    rows = load_rows(source, kind=reading.kind, name="data")
+    for column in columns:
+        if column not in rows.column_names:
+            raise DataError(f"The rows have no column {column!r}; they have {', '.join(rows.column_names)}.")
+    read_preferences(rows, kind=reading.kind, name="data")
+    return rows
+
+
 def score_rows(
-    source: Any,
+    rows: Dataset,
     policy: Loaded,
     reference: Loaded | None,
     reading: Reading,
@@ -104,7 +118,7 @@ def score_rows(
     """Score every completion of the rows that can be used.
 
     Args:
-        source: rows, see `tether.data.load_rows`.
+        rows: see `load_for`.
         policy: a model that was named; a reward model has no reference.
         reference: what it is compared with.
         reading: how the rows are read.
@@ -112,15 +126,14 @@ def score_rows(
         watch: shows how far it is.
 
     Raises:
-        DataError: the rows cannot be read.
+        DataError: no row is left of them.
         ConfigError: the two models have other tokens, or a reward model was given a reference.
     """
     if reference is not None:
         if policy.named.classifies or reference.named.classifies:
             raise ConfigError("A reward model has no log-probabilities to compare: leave the reference out.")
         refuse_other_tokenizer(policy.tokenizer, reference.tokenizer)
-    rows = load_rows(source, kind=reading.kind, name="data")
-    examples = _examples(rows, policy, reading)
+    examples = examples_of(rows, policy.named, reading, policy.processing)
     choice = _layout(policy, examples)
     found = _Pass(policy, reference, choice.options, _layout(reference, examples).options if reference else {})
     no_kl = found.why_no_kl(examples, wants_kl)
@@ -189,8 +202,16 @@ def _args(loaded: Loaded) -> PreferenceConfig | None:
     return loaded.named.trained.args if loaded.named.trained is not None else None
 
 
-def _examples(rows: Dataset, policy: Loaded, reading: Reading) -> list[Example]:
-    args, model = _args(policy), transformers_model(policy.model)
+def examples_of(rows: Dataset, named: NamedModel, reading: Reading, processing: Any = None) -> list[Example]:
+    """Rows as a model reads them: by its run's options, where it has one.
+
+    Args:
+        rows: see `load_for`.
+        named: whose tokenizer reads them.
+        reading: how.
+        processing: the tokenizer or processor, where it is loaded already.
+    """
+    args = named.trained.args if named.trained is not None else None
     options: dict[str, Any] = {"max_length": reading.max_length}
     if args is not None:
         options = {
@@ -201,9 +222,9 @@ def _examples(rows: Dataset, policy: Loaded, reading: Reading) -> list[Example]:
         }
     prepared = prepare(
         rows,
-        policy.processing,
+        processing or load_processing(named.source),
         kind=reading.kind,
-        encoder_decoder=bool(model.config.is_encoder_decoder),
+        encoder_decoder=bool(load_config(named.source).is_encoder_decoder),
         name="data",
         **options,
     )

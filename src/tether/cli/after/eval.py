@@ -1,4 +1,4 @@
-"""`tether eval RUN|MODEL --data FILE`: how often the model prefers what is preferred, by how much, and how far it went."""
+"""`tether eval RUN|MODEL --data FILE`: how often a model prefers what is preferred, and by how much."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def evaluate(
     """
     from tether.cli.output import terminal_output
     from tether.evaluate.accuracy import evaluate_pairs
-    from tether.evaluate.scored import Reading, score_rows
+    from tether.evaluate.scored import Reading, load_for, score_rows
 
     with terminal_output(debug):
         named = named_pair(model, reference, dtype)
-        rows = source_of(data, layout, split, first)
-        policy, other = load_pair(*named)
         reading = Reading(max_length=max_length, max_tokens=max_tokens, beta=beta)
+        rows = load_for(source_of(data, layout, split, first), reading, by or ())
+        policy, other = load_pair(*named)
         scored = score_rows(rows, policy, other, reading, wants_kl=kl, watch=watch)
         found = evaluate_pairs(scored, model, other.named.name if other else None, by or ())
     if as_json:
@@ -105,7 +105,7 @@ def _print(found: Evaluation) -> None:
 def _kl_lines(found: Evaluation) -> list[str]:
     if found.kl is None:
         return [] if found.reference is None else [f"KL: none, {found.no_kl}"]
-    sides = ", ".join(f"{number(value)} on {name} completions" for name, value in found.kl.items())
+    sides = ", ".join(f"{number(value).replace('+', '')} on {name} completions" for name, value in found.kl.items())
     return [f"KL(policy, reference) in nats per token: {sides}"]
 
 

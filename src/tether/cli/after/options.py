@@ -45,9 +45,7 @@ def source_of(data: str, layout: str | None = None, split: str | None = None, fi
     return {"path": data, **given} if given else data
 
 
-def named_pair(
-    model: str, reference: str | None, dtype: str | None = None
-) -> tuple[NamedModel, NamedModel | None]:
+def named_pair(model: str, reference: str | None, dtype: str | None = None) -> tuple[NamedModel, NamedModel | None]:
     """A model, and what it is compared with: as was said, or its run's reference; None for nothing."""
     from tether.config.named import REFERENCE, named_model
 
