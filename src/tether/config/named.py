@@ -45,7 +45,7 @@ def named_model(name: str, *, dtype: str | None = None) -> NamedModel:
     folder = Path(wanted).expanduser()
     run = _run_folder(folder)
     if name.endswith(REFERENCE) and run is None:
-        why = "is no folder of a run" if folder.is_dir() else "does not exist"
+        why = "is not the folder of a run" if folder.is_dir() else "does not exist"
         raise ConfigError(
             f"'{name}': '{wanted}' {why}. A reference belongs to a run: name the run folder or one of its checkpoints."
         )
