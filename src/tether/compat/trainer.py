@@ -74,6 +74,17 @@ def after_checkpoint(trainer: Trainer, folder: Path) -> None:
         )
 
 
+def loss_since_log(trainer: Trainer) -> tuple[int, float]:
+    """The step of the last log, and the sum of this process' losses since."""
+    return cast(int, trainer._globalstep_last_logged), float(trainer._tr_loss)
+
+
+def continue_log(trainer: Trainer, last_logged: int, loss: float) -> None:
+    """Have the next log be of all steps since an earlier one; a resumed loop begins to count where it resumes."""
+    trainer._globalstep_last_logged = last_logged
+    trainer._tr_loss.fill_(loss)
+
+
 def announce_prediction_step(trainer: Trainer) -> None:
     """Tell the callbacks of a batch that was evaluated, as `evaluation_loop` does, which Tether overrides."""
     trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
