@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def _train(**settings: Any) -> dict[str, Any]:
     return {"train": settings}
 
 
+TRIED: Counter[str] = Counter()
 KINDS: dict[str, dict[str, Any]] = {
     "lora": together(LORA, _train(save_total_limit=1)),
     "full": together(FULL, _train(save_total_limit=1)),
@@ -188,6 +190,14 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(30)
         self._process.stdout.close()
+
+
+def tried(fault: str) -> None:
+    """Count a fault that was gone on from; at once in the file that `FAULTS_LOG` names, as a session may be killed."""
+    TRIED[fault] += 1
+    if log := os.environ.get("FAULTS_LOG"):
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(fault + "\n")
 
 
 def said_clearly(done: dict[str, Any]) -> bool:

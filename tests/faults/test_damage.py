@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.harness import KINDS, Home
+from faults.harness import KINDS, Home, tried
 
 HOW = {
     "deleted": lambda content: None,
@@ -53,3 +53,4 @@ def test_every_file_of_the_newest_checkpoint(nursery, tmp_path, kind):
             assert done["code"] == 0, (file, how, done["said"])
             assert "is passed over" in done["said"], (file, how)
             home.require_same(f"{kind}: {file} {how}")
+            tried("a file of the newest checkpoint damaged")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from faults.harness import KINDS, Home, said_clearly
+from faults.harness import KINDS, Home, said_clearly, tried
 from tether.training.checkpoint import last_checkpoint
 
 EVERY = int(os.environ.get("FAULTS_EVERY", "9"))
@@ -21,6 +21,7 @@ def fill_at(home: Home, number: int, about: str) -> None:
     done = home.go_on()
     assert done["code"] == 0, (about, done["said"])
     home.require_same(about)
+    tried("the disk full from a write on")
 
 
 def test_the_disk_is_full_at_a_checkpoint_and_for_a_while(nursery, tmp_path):
@@ -33,6 +34,7 @@ def test_the_disk_is_full_at_a_checkpoint_and_for_a_while(nursery, tmp_path):
     assert done["code"] == 0, done["said"]
     assert "tried again in" in done["said"]
     home.require_same("space came back")
+    tried("the disk full for a while")
 
 
 @pytest.mark.faults

@@ -12,7 +12,7 @@ import signal
 
 import pytest
 
-from faults.harness import KINDS, Home
+from faults.harness import KINDS, Home, tried
 from tether.training.checkpoint import last_checkpoint
 
 EVERY, KILLS = int(os.environ.get("FAULTS_EVERY", "9")), int(os.environ.get("FAULTS_KILLS", "4"))
@@ -34,6 +34,7 @@ def kill_at(home: Home, change: list, *, torn: bool) -> None:
     killed = home.run(watch={"below": str(home.path), "kill": number, "torn": torn})
     assert killed["code"] == -signal.SIGKILL, (about, killed["said"])
     require_gone_on(home, about)
+    tried(f"killed {'with half of a file written' if torn else 'before a change of a file'}")
 
 
 def test_a_run_killed_at_a_few_changes_of_files(nursery, tmp_path):
@@ -73,6 +74,7 @@ def test_random_moments(nursery, tmp_path, kind):
             killed = home.run(*more, after=after)
             assert killed["code"] in (0, -signal.SIGKILL) or attempt, killed["said"]
         require_gone_on(home, f"{kind}: trial {trial}")
+        tried("killed at a random moment" + ", and once more" * (trial % 2))
 
 
 @pytest.mark.faults
@@ -89,3 +91,4 @@ def test_a_run_that_is_told_to_stop(nursery, tmp_path, number, code):
     assert stopped["code"] == code, stopped["said"]
     assert "--resume" in stopped["said"]
     require_gone_on(home, number.name)
+    tried("told to stop by a signal")

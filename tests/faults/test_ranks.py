@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from faults.harness import Home
+from faults.harness import Home, tried
 from tether.training.checkpoint import last_checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
@@ -108,6 +108,7 @@ def test_a_lost_process_ends_the_others_and_is_named(home, rank, number):
     group = Group(home, "train.max_steps=12", "--resume")
     code, said = group.wait(150)
     assert code == 0, said[-3000:]
+    tried("a process of two lost")
 
 
 def test_both_are_told_to_stop(home):

@@ -137,6 +137,28 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(finished, tmp_path, mo
     assert not (tmp_path / "run" / ".writing").exists()
 
 
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6, 8, 10]),
+        (2, None, [4, 6]),
+        (1, None, [6]),
+        (1, 2, [2, 6]),
+        (3, 2, [2, 4, 6]),
+        (4, None, [2, 4, 6, 10]),
+    ],
+)
+def test_old_checkpoints_go_by_their_steps(tmp_path, limit, best, left):
+    """Whatever the clock said: the newest one, at step 6, has the oldest time here; 8 and 10 were gone back from."""
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (4e9 if step != 6 else 1e9,) * 2)
+    (tmp_path / "checkpoint-mine").mkdir()
+    whole.remove_old(tmp_path / "checkpoint-6", limit, tmp_path / f"checkpoint-{best}" if best else None)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {f"checkpoint-{step}" for step in left} | {"checkpoint-mine"}
+
+
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 1}])
 def test_a_finished_run_makes_no_further_step(tmp_path, length):
     """INV-46."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from tether.compat.trainer import after_checkpoint, checkpoint_folder, checkpoints_below
+from tether.compat.trainer import checkpoint_folder, checkpoints_below, push_checkpoint
 from tether.errors import ConfigError, TetherError
 from tether.files import is_full, put_in_place, sync, write_whole
 
@@ -22,6 +23,7 @@ logger = logging.getLogger("tether")
 MANIFEST = "manifest.json"
 # Beside the checkpoints, on their file system, so that a rename is one operation.
 _BESIDE = ".writing"
+_NAME = re.compile(r"checkpoint-\d+")
 # Seconds between attempts to save on a full disk, where somebody may free some.
 _PAUSES = (5.0, 20.0, 60.0)
 _READERS = 4
@@ -57,7 +59,34 @@ def save_whole(trainer: Trainer, trial: Any, write: Callable[[Path], None]) -> N
 
     # Several processes are in different places when the disk of one is full: they do not try again.
     _as_space_comes_back(attempt, place, () if trainer.accelerator.num_processes > 1 else _PAUSES)
-    after_checkpoint(trainer, place)
+    push_checkpoint(trainer, place)
+    if main:
+        best = trainer.state.best_model_checkpoint
+        remove_old(place, trainer.args.save_total_limit, Path(best) if best else None)
+
+
+def remove_old(newest: Path, limit: int | None, best: Path | None) -> None:
+    """Leave at most so many checkpoints beside the newest one: those of the lowest steps go.
+
+    By their steps and not by their times: a clock that was put back would have the newest one removed. Those of later
+    steps are of a run that was gone back from, and go first.
+
+    Args:
+        newest: the one just written, which stays.
+        limit: of all; None or 0 for no limit.
+        best: stays too.
+    """
+    if not limit or limit < 0:
+        return
+    here = best is not None and best.resolve().parent == newest.resolve().parent
+    kept = {newest, newest.with_name(best.name)} if best is not None and here else {newest}
+    found = {
+        path: int(path.name.split("-")[1]) for path in newest.parent.glob("checkpoint-*") if _NAME.fullmatch(path.name)
+    }
+    others = sorted(found.keys() - kept, key=lambda path: (found[path] < found[newest], found[path]))
+    surplus = len(found) - max(limit, len(found.keys() & kept))
+    for path in others[: max(surplus, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _as_space_comes_back(attempt: Callable[[], None], place: Path, pauses: Iterable[float]) -> None:
