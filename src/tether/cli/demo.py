@@ -65,7 +65,7 @@ def demo(
         say(f"sampling: {len(prompts)} held-out prompts before training")
         before = _sample(trainer, prompts)
         start = time.perf_counter()
-        train_and_evaluate(trainer)
+        train_and_evaluate(trainer, run)
         seconds = time.perf_counter() - start
         say(f"sampling: the same prompts after {seconds:.0f} s of training and evaluation")
         after = _sample(trainer, prompts)

@@ -116,14 +116,11 @@ def _train(
 
 def _run(run: RunConfig, resume: str | None) -> TetherTrainer:
     from tether.cli.run import make_trainer, train_and_evaluate
-    from tether.report import write_report
     from tether.training.checkpoint import resume_folder
 
     checkpoint = resume_folder(True if resume == _LAST else resume, run.output)
     trainer = make_trainer(run, checkpoint)
-    train_and_evaluate(trainer, checkpoint)
-    if trainer.is_world_process_zero():
-        write_report(trainer.run_folder)
+    train_and_evaluate(trainer, run, checkpoint)
     return trainer
 
 

@@ -21,6 +21,7 @@ from tether.config.sections import (
     key,
     named,
 )
+from tether.masking import masked_values
 from tether.training import PreferenceConfig
 
 _DEFAULTS = {name: field.default for name, field in PreferenceConfig.__dataclass_fields__.items()}
@@ -129,5 +130,5 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
     def dump_yaml(self) -> str:
-        """The resolved run file; reading it gives the same run."""
-        return write_document(self.to_dict())
+        """The resolved run file; reading it gives the same run, but for secrets, which are not in it."""
+        return write_document(masked_values(self.to_dict()))

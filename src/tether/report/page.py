@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from tether.files import write_whole
+from tether.masking import masked
 from tether.report.cards import verdict_cards
 from tether.report.completions import completions_content
 from tether.report.curves import main_charts, more_charts
@@ -38,10 +39,7 @@ def write_report(run_folder: Path | str) -> Path:
     folder = Path(run_folder)
     page = render(read_run(folder))
     path = folder / REPORT
-    # Whoever has the old page open, or a run that is killed here, never sees half of the new one.
-    part = folder / f".{REPORT}.{os.getpid()}"
-    part.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-    part.replace(path)
+    write_whole(path, masked(page))
     return path
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.data.rows.values import Form
 from tether.data.text.marks import UNUSABLE
 from tether.data.text.render import Rendered
+from tether.files import write_whole
 from tether.types import Kind
 
 REPORT = "data.json"
@@ -299,4 +300,4 @@ def row_digest(row: Rendered) -> bytes:
 def write_reports(folder: Path, reports: Mapping[str, Any]) -> None:
     """Keep the reports on a run's data sets in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / REPORT, json.dumps(reports, indent=2) + "\n")

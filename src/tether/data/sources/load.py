@@ -25,13 +25,15 @@ from tether.data.rows.conversion import convert, detected, fitting, reads
 from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
 from tether.data.rows.values import joined_parts
-from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file
+from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file, stream_file
 from tether.data.sources.origin import Origin, Source, is_origin, names_of, origins_of
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
+# Bytes from which on a file of JSON lines becomes a table in pieces of so many rows.
+_LARGE, _PIECE = 2**24, 10_000
 
 
 def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name: str = "data") -> Dataset:
@@ -277,6 +279,8 @@ def from_hub(source: str, split: str, rows: str, *, streaming: bool = False, **f
 
 
 def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
+    if len(paths) == 1 and (table := _in_pieces(paths[0], name)) is not None:
+        return Dataset(table)
     parts: list[tuple[Path, Part]] = [(path, read_file(path, name)) for path in paths]
     if len(parts) == 1:
         rows = parts[0][1]
@@ -288,6 +292,25 @@ def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
         return [row for _, rows in parts for row in cast(list[dict[str, Any]], rows)]
     tables = [table_of(rows, f"{name} ({path})") if isinstance(rows, list) else rows for path, rows in parts]
     return Dataset(concatenated(tables, [str(path) for path, _ in parts], name))
+
+
+def _in_pieces(path: Path, name: str) -> pa.Table | None:
+    """A large file of JSON lines as a table, made of some rows at a time: as Python's objects it is six times as large.
+
+    None for other files, and where pieces have columns of other types than the whole would have: it is read whole then,
+    with the messages that belong to that.
+    """
+    if kind_of_file(path) != ".jsonl" or path.stat().st_size < _LARGE:
+        return None
+    tables, first = [], 0
+    try:
+        rows = stream_file(path, name)
+        while piece := list(islice(rows, _PIECE)):
+            tables.append(table_of(cast(list[dict[str, Any]], piece), name, first))
+            first += len(piece)
+        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+    except (DataError, pa.ArrowException):
+        return None
 
 
 def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:
