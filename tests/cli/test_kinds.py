@@ -59,7 +59,12 @@ def test_a_run_file_trains_what_its_loss_says(loss: str, trainer: str, workplace
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["loss"] == loss
     pairs = trainer in ("ORPO", "CPO", "Reward")
     if pairs:
-        assert json.loads((run / "evaluation.json").read_text())["reward_accuracy"]["n"] == 8
+        found = json.loads((run / "evaluation.json").read_text())
+        assert found["reward_accuracy"]["n"] == 8
+        if loss != "reward":
+            margin, half = found["reward_margin"], 2.3646 * logs[-1]["eval_rewards/margins_std"] / 7**0.5
+            assert margin["value"] == logs[-1]["eval_rewards/margins"]
+            assert (margin["high"] - margin["low"]) / 2 == pytest.approx(half, rel=1e-3)
     if loss == "reward":
         assert json.loads((run / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
