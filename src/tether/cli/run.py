@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,8 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTraine
     """
     from tether.config import build, trainer_class
 
+    for name, value in run.variables().items():
+        os.environ.setdefault(name, value)
     output = Path(run.output)
     arguments, adapter, keywords = build(run)
     if checkpoint is None:

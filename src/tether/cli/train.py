@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
-from tether.cli.foreign.convert import AUTO, As, say_and_prepare
+from tether.cli.foreign.convert import AUTO, As, say_fates
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def train_conversion(
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    say_and_prepare(conversion)
+    say_fates(conversion)
     run, wanted = conversion.run, resume or conversion.resume
     if wanted == AUTO:
         wanted = _LAST if Path(run.output).is_dir() and get_last_checkpoint(run.output) else None

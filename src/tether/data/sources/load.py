@@ -81,7 +81,7 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
     """
     origin = origins_of(source, "train", name)[0]
     layout = origin.layout(name)
-    rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
+    rows = as_said(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin, name)
     columns = (
         rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     )
@@ -99,7 +99,7 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
 
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
     layout = origin.layout(name)
-    rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
+    rows = as_said(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin, name)
     return _with_layout(rows, origin, layout, kind, name)
 
 
@@ -133,6 +133,38 @@ def plain_rows(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]
             batch[column] = list(references_of(rows, column, start, start + BATCH_ROWS))
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
+
+
+def as_said(rows: Dataset | list[dict[str, Any]], origin: Origin, name: str) -> Dataset | list[dict[str, Any]]:
+    """Rows with the columns, the roles and the keys of messages that their source says."""
+    if origin.columns is not None:
+        kept = [*origin.columns, *(column for column in origin.fields.values() if column not in origin.columns)]
+        found = rows.column_names if isinstance(rows, Dataset) else {key for row in rows for key in row}
+        if lacking := [column for column in kept if column not in found]:
+            raise DataError(f"{name}: columns has `{lacking[0]}`; there are {listed(map(str, sorted(found)))}.")
+        rows = (
+            rows.select_columns(kept)
+            if isinstance(rows, Dataset)
+            else [{key: row[key] for key in kept if key in row} for row in rows]
+        )
+    rows = renamed(rows, origin.fields, name)
+    if not origin.roles and not origin.message_keys:
+        return rows
+    keys = {theirs: ours for ours, theirs in origin.message_keys.items()}
+    return [{key: _relabelled(value, origin.roles, keys) for key, value in row.items()} for row in plain_rows(rows)]
+
+
+def _relabelled(value: Any, roles: Mapping[str, str], keys: Mapping[str, str]) -> Any:
+    """Messages with the usual names of roles and keys; anything else as it is."""
+    if isinstance(value, list):
+        return [_relabelled(item, roles, keys) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {keys.get(key, key): item for key, item in value.items()}
+    for key in ("role", "from"):
+        if isinstance(found.get(key), str):
+            found[key] = roles.get(found[key], found[key])
+    return found
 
 
 def renamed(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ from tether.data.audit.audit import FINDINGS, check
 from tether.data.audit.limits import check_sets, passed
 from tether.data.prepare.job import Options
 from tether.data.prepare.stream import Arrange, PreparedStream
+from tether.data.sources.load import plain_rows
 from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError, DataError
 from tether.models.gguf import cache_root
@@ -43,6 +46,16 @@ _AUDITED_ROWS = 2000
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
 _TELLING = 0.05
 Rows = Dataset | IterableDataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
+
+
+def distinct_rows(rows: Dataset, name: str) -> Dataset:
+    """Rows without those that are exactly an earlier one, and a line that says how many these were."""
+    seen: dict[bytes, int] = {}
+    for place, row in enumerate(plain_rows(rows)):
+        seen.setdefault(sha256(json.dumps(row, default=str, sort_keys=True).encode()).digest(), place)
+    if len(seen) < len(rows):
+        logger.info(f"{name}: {len(rows) - len(seen):,} rows are exactly an earlier one, and are left out")
+    return rows.select(list(seen.values()))
 
 
 @dataclass
@@ -79,6 +92,8 @@ class RunData:
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set, or take it from the cache; see `tether.data.prepare.prepare`."""
         data = load_rows(rows, kind=self.args.kind, name=name)
+        if self.args.deduplicate and name == "train":
+            data = distinct_rows(data, name)
         if is_streamed(rows):
             logger.info(f"{name}: a streamed set, read whole: {len(data):,} rows")
         prepared = prepare_cached(
@@ -92,6 +107,7 @@ class RunData:
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             encoder_decoder=self.encoder_decoder,
+            **({} if self.args.default_system is None else {"system": self.args.default_system}),
             name=name,
         )
         self.check(name, arrow_table(prepared.dataset))
@@ -116,6 +132,7 @@ class RunData:
             cast(Any, args.prompt_boundary),
             args.dataset_num_proc,
             self.encoder_decoder,
+            args.default_system,
         )
         source = RowStream(cast(Any, rows), args.kind, name)
 
