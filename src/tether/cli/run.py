@@ -53,11 +53,14 @@ def train_and_evaluate(trainer: TetherTrainer, checkpoint: Path | None = None) -
         trainer: see `make_trainer`.
         checkpoint: where to resume from.
     """
+    from tether.evaluate.pairs import write_pairs
+
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # With load_best_model_at_end the model is another one now than at the last evaluation.
     if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
         trainer.evaluate()
     trainer.save_model(str(trainer.run_folder))
+    write_pairs(trainer)
     if trainer.is_world_process_zero():
         write_evaluation(trainer.run_folder, _accuracies(trainer))
 
