@@ -82,6 +82,7 @@ class Health:
         self._facts, self._step = facts, step
         self._since: dict[str, int] = {}
         self._said: set[str] = set()
+        self._warm = False
         self._first: Logs = {}
         self._constant: dict[str, float | None] = {}
 
@@ -125,14 +126,14 @@ class Health:
 
     def _margin(self, logs: Logs, step: int) -> Finding | None:
         beta, margin = self._facts.beta, logs.get("rewards/margins", math.inf)
-        # In a warm-up nothing may have been learnt yet.
-        warm = logs.get("learning_rate", 0.0) >= 0.5 * self._facts.learning_rate
+        # In a warm-up nothing may have been learnt yet; after it, the schedule may take the rate down again.
+        self._warm = self._warm or logs.get("learning_rate", 0.0) >= 0.5 * self._facts.learning_rate
         still = beta is not None and abs(margin) < _NO_MARGIN * beta
         line = (
-            f"the reward margin has stayed at zero for {_LATER} steps at the full learning rate ({margin:.2g} now): "
+            f"the reward margin has stayed at zero for {_LATER} steps since the warm-up ({margin:.2g} now): "
             "nothing is learnt. Raise the learning rate, and look whether chosen and rejected really differ."
         )
-        return self.lasting("margin-zero", still and warm, _LATER, step, line)
+        return self.lasting("margin-zero", still and self._warm, _LATER, step, line)
 
     def _accuracy(self, logs: Logs, step: int) -> Finding | None:
         line = (
