@@ -54,7 +54,9 @@ def train_and_evaluate(trainer: TetherTrainer, checkpoint: Path | None = None) -
         checkpoint: where to resume from.
     """
     from tether.evaluate.pairs import write_pairs
+    from tether.report.live import PageWriter
 
+    trainer.add_callback(PageWriter(trainer.run_folder))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # With load_best_model_at_end the model is another one now than at the last evaluation.
     if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):

@@ -64,8 +64,8 @@ def compare(runs: Sequence[Run]) -> str:
     """
     columns, rows = _table(runs)
     shown = [
-        {"name": run.name, "style": f"run{place % 8}", "values": values}
-        for place, (run, values) in enumerate(zip(runs, rows, strict=True))
+        {"name": run.name, "style": f"run{place % 8}", "figures": figures}
+        for place, (run, figures) in enumerate(zip(runs, rows, strict=True))
     ]
     charts, words = compared_charts(runs), [_headline(runs)]
     title = f"{' · '.join(run.name for run in runs)} · Tether"
