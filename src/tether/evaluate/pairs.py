@@ -76,7 +76,7 @@ def write_pairs(trainer: TetherTrainer) -> None:
     pairs = score_pairs(trainer, [example_from_row(rows[place]) for place in places])
     if not trainer.is_world_process_zero():
         return
-    tokenizer = text_tokenizer(trainer.processing_class)
+    tokenizer = text_tokenizer(cast(Any, trainer.processing_class))
     table: dict[str, Any] = {
         "set": name,
         "of": len(rows),
@@ -154,12 +154,11 @@ def _held_out(trainer: TetherTrainer) -> tuple[str, Dataset | None]:
 
 
 def _pairs_of(batch: ScoringBatch, policy: Scores, reference: Scores | None) -> list[ScoredPair]:
-    mine, others = _by_completion(policy), None if reference is None else _by_completion(reference)
+    mine, others = _by_completion(policy), [] if reference is None else _by_completion(reference)
+    both = [(mine[at], mine[at + 1], others[at : at + 2]) for at in range(0, 2 * batch.num_examples, 2)]
     return [
-        ScoredPair(
-            example, (mine[2 * place], mine[2 * place + 1]), others and (others[2 * place], others[2 * place + 1])
-        )
-        for place, example in enumerate(batch.examples)
+        ScoredPair(example, (chosen, rejected), (theirs[0], theirs[1]) if theirs else None)
+        for example, (chosen, rejected, theirs) in zip(batch.examples, both, strict=True)
     ]
 
 
