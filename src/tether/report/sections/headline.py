@@ -20,6 +20,7 @@ def headline(run: Run) -> list[str]:
     """
     results = {name: result for name, result in run.evaluation.items() if isinstance(result, dict)}
     lines = [_accuracy(name, result) for name, result in results.items() if name.startswith("reward_accuracy")]
+    lines += [_margin(name, result) for name, result in results.items() if name.startswith("reward_margin")]
     lines += [_change(name, result) for name, result in results.items() if "before_mean" in result]
     if not any(lines):
         lines.append(_last_evaluation(run))
@@ -82,6 +83,16 @@ def _accuracy(name: str, result: dict[str, Any]) -> str:
     )
     share = percent(value) + either
     return f"The policy prefers the chosen completion in {share} of {where}; by chance it would be {percent(0.5)}."
+
+
+def _margin(name: str, result: dict[str, Any]) -> str:
+    value, low, high = (as_number(result.get(key)) for key in ("value", "low", "high"))
+    if not math.isfinite(value):
+        return ""
+    ending = name.removeprefix("reward_margin").strip("_")
+    interval = f" (95 % interval {signed(low, 2)} to {signed(high, 2)})" if math.isfinite(low + high) else ""
+    where = f" on {ending}" if ending else ""
+    return f"The mean reward margin of chosen over rejected{where} is {signed(value, 2)}{interval}."
 
 
 def _change(name: str, result: dict[str, Any]) -> str:
