@@ -43,7 +43,7 @@ def test_runs_are_told_apart_compared_and_drawn_over_one_another(tmp_path: Path)
         in page.text
     )
     assert "What was set differentlyKeya/outb/outtrain.learning_rate1e-055e-05Curves" in page.text
-    assert " a/out0.600 (0.550 to 0.650)0.60.50.67" in page.text
+    assert "a/outb/outHeld-out accuracy0.600 (0.550 to 0.650)0.800 (0.750 to 0.850)Held-out loss0.60.6" in page.text
     loss = next(json.loads(value or "") for name, value in page.attributes if name == "data-pointer")
     assert loss["l"] == ["step 1", "step 2", "step 3"]
     assert {line["n"]: line["t"] for line in loss["s"]} == {
@@ -55,6 +55,8 @@ def test_runs_are_told_apart_compared_and_drawn_over_one_another(tmp_path: Path)
 
 
 def test_intervals_that_overlap_are_said_to(tmp_path: Path) -> None:
+    same = Page(write_comparison(two_runs(tmp_path, first=0.8), tmp_path / "c.html").read_text(encoding="utf-8")).text
+    assert "a/out and b/out have the same held-out accuracy, 80 %, the highest." in same
     text = Page(write_comparison(two_runs(tmp_path, first=0.75), tmp_path / "c.html").read_text(encoding="utf-8")).text
     assert "their 95 % intervals overlap." in text
 

@@ -62,11 +62,7 @@ def compare(runs: Sequence[Run]) -> str:
     Returns:
         A whole HTML document.
     """
-    columns, rows = _table(runs)
-    shown = [
-        {"name": run.name, "style": f"run{place % 8}", "figures": figures}
-        for place, (run, figures) in enumerate(zip(runs, rows, strict=True))
-    ]
+    shown = [{"name": run.name, "style": f"run{place % 8}"} for place, run in enumerate(runs)]
     charts, words = compared_charts(runs), [_headline(runs)]
     title = f"{' · '.join(run.name for run in runs)} · Tether"
 
@@ -76,7 +72,7 @@ def compare(runs: Sequence[Run]) -> str:
             title,
             runs=shown,
             headline=words,
-            columns=columns,
+            figures=_figures(runs),
             differences=[(key, [limits.text(value) for value in values]) for key, values in _differences(runs)],
             charts=charts,
             health=[(run.name, line) for run in runs for line in health_lines(run, limits)],
@@ -114,15 +110,16 @@ def _headline(runs: Sequence[Run]) -> str:
     if len(known) < 2:
         return "Fewer than two of the runs have been evaluated on held-out pairs; the curves below are of training."
     (best, value, low, _), (second, other, _, high) = known[0], known[1]
-    apart = low > high
+    if value == other:
+        return f"{best} and {second} have the same held-out accuracy, {percent(value)}, the highest."
     said = f"{best} has the highest held-out accuracy, {percent(value)}, before {second} with {percent(other)}"
     if not math.isfinite(low + high):
         return f"{said}; without intervals nothing tells them apart from chance."
-    return f"{said}; their 95 % intervals {'do not overlap' if apart else 'overlap'}."
+    return f"{said}; their 95 % intervals {'do not overlap' if low > high else 'overlap'}."
 
 
-def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and a row for each run; columns that no run has a value for are left out."""
+def _figures(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Names of figures, each with every run's; those that no run has are left out."""
     rows = []
     for run in runs:
         value, low, high = _accuracy(run)
@@ -142,8 +139,8 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
                 "Memory, GiB": number(run.last("memory_peak_gib")),
             }
         )
-    columns = [name for name in rows[0] if any(row[name] != MISSING for row in rows)]
-    return columns, [[row[name] for name in columns] for row in rows]
+    table = [(name, [row[name] for row in rows]) for name in rows[0]]
+    return [(name, figures) for name, figures in table if set(figures) != {MISSING}]
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

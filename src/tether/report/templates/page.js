@@ -34,7 +34,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     const box = svg.getBoundingClientRect(), room = box.width - tip.offsetWidth;
     const left = x / width * box.width + (x > width / 2 ? -tip.offsetWidth - 10 : 10);
     tip.style.left = `${Math.max(0, Math.min(room, left))}px`;
-    tip.style.top = `${svg.offsetTop + 8}px`;
+    tip.style.top = `${box.top - chart.getBoundingClientRect().top + 8}px`;
   };
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * width;
