@@ -57,18 +57,22 @@ def train_and_evaluate(trainer: TetherTrainer, run: RunConfig, checkpoint: Path 
         run: what it was made from.
         checkpoint: where to resume from.
     """
+    from tether.evaluate.pairs import write_pairs
     from tether.report import write_report
+    from tether.report.live import PageWriter
     from tether.training.saving.stop import one_run_at_a_time
 
     folder, main = trainer.run_folder, trainer.is_world_process_zero()
     with one_run_at_a_time(folder, main=trainer.args.should_save):
         if main:
             write_whole(folder / CONFIG, run.dump_yaml())
+        trainer.add_callback(PageWriter(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # With load_best_model_at_end the model is another one now than at the last evaluation.
         if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
             trainer.evaluate()
         trainer.save_model(str(folder))
+        write_pairs(trainer)
         if main:
             write_evaluation(folder, _results(trainer))
             write_report(folder)

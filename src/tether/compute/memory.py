@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,13 @@ def room_for_another(device: torch.device) -> int:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     room = min([machine_bytes() - used, *found])
     return min(room, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else room
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use at once: a GPU's by this process's tensors, else the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

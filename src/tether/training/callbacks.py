@@ -117,24 +117,45 @@ class GuardCallback(TrainerCallback):
                 )
 
 
+class StepLines:
+    """A file of JSON objects, one a line, each with the step that it is of.
+
+    Args:
+        path: where it is; what an earlier run left there is dropped when a run begins.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._earlier = path.stat().st_size if path.is_file() else 0
+
+    def begin(self, step: int) -> None:
+        """Drop the lines of an earlier run, or, where a run resumes, keep those up to the step that it resumes from."""
+        if not self._path.is_file():
+            return
+        written = self._path.read_bytes()
+        lines = (written if step else written[self._earlier :]).decode("utf-8", "replace").splitlines()
+        write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        self._earlier = 0
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Write one line."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl` in the run folder, one JSON object a line."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / METRICS
-        self._earlier = self._path.stat().st_size if self._path.is_file() else 0
+        self._file = StepLines(folder / METRICS)
         self._began = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Drop the lines of an earlier run, or, resuming, keep those up to the step that the run resumes from."""
+        """Drop what is not of this run."""
         self._began = state.global_step
-        if not state.is_world_process_zero or not self._path.is_file():
-            return
-        written = self._path.read_bytes()
-        lines = (written if state.global_step else written[self._earlier :]).decode("utf-8", "replace").splitlines()
-        kept = "".join(line + "\n" for line in lines if _step_of(line) <= state.global_step)
-        write_whole(self._path, kept)
-        self._earlier = 0
+        if state.is_world_process_zero:
+            self._file.begin(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Append one line."""
@@ -142,9 +163,7 @@ class MetricsFile(TrainerCallback):
         if "train_loss" in logs and self._began == state.global_step:
             return  # a finished run was resumed: its last line is there, and no step was made since
         if state.is_world_process_zero and logs:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            self._file.append({"step": state.global_step, **logs})
 
 
 def _step_of(line: str) -> float:

@@ -57,6 +57,7 @@ from tether.training.evaluation import (
     require_metric,
     user_metrics,
 )
+from tether.training.health import Watch, facts_of
 from tether.training.metrics import MetricSums
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
@@ -414,6 +415,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         if "loss" in logs:
             logs |= self.run.algorithm.complete(self._sums.means(self.accelerator))
             logs["num_tokens"] = float(self._count_tokens())
+            logs |= self._display.measured(logs["num_tokens"], self.args.device)
         super().log(logs, start_time)
 
     def _count_tokens(self) -> int:
@@ -515,6 +517,7 @@ def _follow(trainer: TetherTrainer) -> None:
     if callable(tagged := getattr(transformers_model(trainer.policy), "add_model_tags", None)):
         tagged(trainer._tag_names)
     trainer.add_callback(MetricsFile(trainer.run_folder))
+    trainer.add_callback(Watch(trainer.run_folder, lambda: facts_of(trainer.args, trainer.policy)))
     trainer.add_callback(trainer._signals)
     check = trainer.args.reference_check_steps
     trainer.add_callback(GuardCallback(trainer.run, trainer._begin, check, trainer._prove_layout))

@@ -113,7 +113,7 @@ class RunData:
         self.check(name, arrow_table(prepared.dataset))
         prepared = self.arrange(prepared)
         self.sets.append((prepared.dataset, data))
-        self.reports[name] = prepared.report.to_dict()
+        self.reports[name] = {**prepared.report.to_dict(), "lines": prepared.report.lines()}
         self._loaded[name] = data
         if self.args.process_index == 0:  # the one that writes data.json; the others go on, and wait for nothing here
             self.reports[name]["audit"] = self._audit(name, data)
@@ -146,7 +146,7 @@ class RunData:
             return checked
 
         stream = PreparedStream(source, self.tokenizer, options, arrange=arranged)
-        self.reports[name] = stream.report.to_dict()
+        self.reports[name] = {**stream.report.to_dict(), "lines": stream.report.lines()}
         self._loaded[name] = stream.sample
         if args.process_index == 0:  # see `prepare`
             self.reports[name]["audit"] = self._audit(name, stream.sample)
