@@ -327,12 +327,14 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name:
         write_report(folder)
 
 
-def _judged(tmp_path: Path, rows: int = 64, **last: float) -> str:
+def _judged(tmp_path: Path, rows: int = 64, margin: tuple[float, float] | None = None, **last: float) -> str:
     """Verdicts of a run of 40 steps with a perfect accuracy, whose last log is changed."""
     first = {**STEP, "mean_token_accuracy": 0.4}
     lines = [first, {**first, "step": 40, **last}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"reward_accuracy": {"value": 1.0, "low": 0.9, "high": 1.0, "n": rows}}
+    if margin is not None:
+        result["reward_margin"] = {"value": sum(margin) / 2, "low": margin[0], "high": margin[1], "n": rows}
     (tmp_path / "evaluation.json").write_text(json.dumps(result))
     source = write_report(tmp_path).read_text(encoding="utf-8")
     return " ".join(re.findall(r'<p class="verdict (\w+)">([^<]*)</p>', source)[0])
@@ -340,6 +342,18 @@ def _judged(tmp_path: Path, rows: int = 64, **last: float) -> str:
 
 def test_a_run_that_learnt_is_judged_by_its_accuracy(tmp_path: Path) -> None:
     assert _judged(tmp_path) == "good Above chance"
+    assert _judged(tmp_path, margin=(0.1, 0.5)) == "good Above chance"
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"),
+    [((0.1, 0.5), "good Above zero"), ((-0.5, -0.1), "bad Below zero"), ((-0.1, 0.5), "open Not told apart from zero")],
+)
+def test_a_margin_has_its_interval_and_its_verdict(margin: tuple[float, float], verdict: str, tmp_path: Path) -> None:
+    _judged(tmp_path, margin=margin)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert " ".join(re.findall(r'<p class="verdict (\w+)">([^<]*)</p>', source)[1]) == verdict
+    assert f"95 % interval {margin[0]:.3f} to {margin[1]:.3f}".replace("-", "\u2212") in source.replace("-", "\u2212")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +361,8 @@ def test_a_run_that_learnt_is_judged_by_its_accuracy(tmp_path: Path) -> None:
     [
         ({"mean_token_accuracy": 0.0}, "bad Above chance, but the model no longer predicts the tokens of the data"),
         ({"logps/chosen": -110.0}, "bad Above chance, but chosen completions became 80 nats less likely"),
-        ({"eval_rewards/margins": 0.0}, "open Above chance, but the mean margin is not above zero"),
+        ({"eval_rewards/margins": 0.0}, "open Above chance, but the mean margin is not told apart from zero"),
+        ({"margin": (-0.1, 0.5)}, "open Above chance, but the mean margin is not told apart from zero"),
         ({"step": 2}, "open Above chance, but 2 steps are too few to have learnt much"),
         ({"rows": 8}, "open Above chance, but 8 rows are too few to tell"),
         ({"step": 2, "logps/chosen": -110.0}, "bad Above chance, but chosen completions became 80 nats less likely; 2"),

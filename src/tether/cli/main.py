@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tether.cli import data
+from tether.cli import after, data
 from tether.cli.demo import demo
 from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
@@ -45,6 +45,7 @@ app.add_typer(data.app, name="data")
 
 app.add_typer(doctor, name="doctor")
 app.command("convert", help="Write the run file that a file of TRL, Axolotl or LLaMA-Factory stands for.")(convert)
+after.register(app)
 for _name in COMMANDS:
     app.command(
         _name,

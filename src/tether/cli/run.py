@@ -59,7 +59,7 @@ def train_and_evaluate(trainer: TetherTrainer, checkpoint: Path | None = None) -
         trainer.evaluate()
     trainer.save_model(str(trainer.run_folder))
     if trainer.is_world_process_zero():
-        write_evaluation(trainer.run_folder, _accuracies(trainer))
+        write_evaluation(trainer.run_folder, _results(trainer))
 
 
 def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
@@ -70,27 +70,35 @@ def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
         path.write_text(json.dumps({**found, **results}, indent=2) + "\n", encoding="utf-8")
 
 
-def _accuracies(trainer: TetherTrainer) -> dict[str, Any]:
-    """Reward accuracy on each evaluation set after the last step, with its 95 % interval."""
-    from tether.evaluate import wilson_interval
+def _results(trainer: TetherTrainer) -> dict[str, Any]:
+    """Reward accuracy and margin on each evaluation set after the last step, with their 95 % intervals."""
+    from tether.evaluate import mean_interval, wilson_interval
 
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     results = {}
     for name, rows in sets.items():
-        prefix = f"eval_{name}_" if name else "eval_"
-        keys = [prefix + metric for metric in ("rewards/accuracies", "accuracy")]  # a policy's, a reward model's
-        logs = reversed(trainer.state.log_history)
-        value = next((entry[key] for entry in logs for key in keys if key in entry), None)
-        if value is not None and rows is not None:
-            pairs = len(rows)  # type: ignore[arg-type]
-            low, high = wilson_interval(round(value * pairs), pairs)
-            results[f"reward_accuracy_{name}" if name else "reward_accuracy"] = {
-                "value": value,
-                "low": low,
-                "high": high,
-                "n": pairs,
-            }
+        if rows is None:
+            continue
+        pairs, ending = len(rows), f"_{name}" if name else ""
+        value = _last_of(trainer, name, "rewards/accuracies", "accuracy")  # a policy's, a reward model's
+        if value is not None:
+            interval = wilson_interval(round(value * pairs), pairs)
+            results[f"reward_accuracy{ending}"] = _result(value, interval, pairs)
+        mean, deviation = (_last_of(trainer, name, f"rewards/margins{part}") for part in ("", "_std"))
+        if mean is not None and deviation is not None and pairs > 1:
+            results[f"reward_margin{ending}"] = _result(mean, mean_interval(mean, deviation, pairs), pairs)
     return results
+
+
+def _last_of(trainer: TetherTrainer, name: str, *metrics: str) -> float | None:
+    """A metric of the last evaluation of a set, by the first of its names that was logged."""
+    keys = [f"eval_{name}_{metric}" if name else f"eval_{metric}" for metric in metrics]
+    logs = reversed(trainer.state.log_history)
+    return next((entry[key] for entry in logs for key in keys if key in entry), None)
+
+
+def _result(value: float, interval: tuple[float, float], pairs: int) -> dict[str, Any]:
+    return {"value": value, "low": interval[0], "high": interval[1], "n": pairs}
 
 
 def _batch_line(arguments: PreferenceConfig) -> str:

@@ -91,8 +91,10 @@ def doubts_about(run: Run) -> list[tuple[str, str]]:
         found.append((f"the model no longer predicts the tokens of the data (accuracy {number(hit, 3)})", "bad"))
     if lost > max(_LOST_NATS, abs(start) / 2):
         found.append((f"chosen completions became {number(lost, 0)} nats less likely", "bad"))
-    if run.last("eval_rewards/margins") <= 0:
-        found.append(("the mean margin is not above zero", "open"))
+    margin = run.evaluation.get("reward_margin")
+    least = as_number(margin.get("low")) if isinstance(margin, dict) else run.last("eval_rewards/margins")
+    if least <= 0:
+        found.append(("the mean margin is not told apart from zero", "open"))
     steps = max((as_number(line.get("step")) for line in run.metrics if "step" in line), default=math.nan)
     if steps < _FEW_STEPS:
         found.append((f"{number(steps)} steps are too few to have learnt much", "open"))
@@ -105,15 +107,18 @@ def doubts_about(run: Run) -> list[tuple[str, str]]:
 
 def _value_card(run: Run, name: str, result: dict[str, Any]) -> Html:
     value, low, high = (as_number(result.get(key)) for key in ("value", "low", "high"))
-    notes = [_interval(result, 3), _count(result, "held-out pairs" if name == "reward_accuracy" else "rows")]
-    chance = "accuracy" in name or "win_rate" in name
+    notes = [_interval(result, 3), _count(result, "held-out pairs" if name.startswith("reward_") else "rows")]
     strip = verdict = None
-    if chance:
+    if "accuracy" in name or "win_rate" in name:
         strip = interval_strip(value, low, high, 0.5, (0.0, 1.0))
         verdict = _verdict(low, high, 0.5, ("Above chance", "Below chance", "Not told apart from chance"))
-        doubts = doubts_about(run)
-        if doubts and verdict is not None and verdict[1] == "good":
-            verdict = (f"{verdict[0]}, but {'; '.join(doubt for doubt, _ in doubts)}", min(kind for _, kind in doubts))
+    elif name.startswith("reward_margin") and math.isfinite(low) and math.isfinite(high):
+        reach = 1.15 * max(abs(low), abs(high)) or 1.0
+        strip = interval_strip(value, low, high, 0.0, (-reach, reach))
+        verdict = _verdict(low, high, 0.0, ("Above zero", "Below zero", "Not told apart from zero"))
+    doubts = doubts_about(run)
+    if doubts and verdict is not None and verdict[1] == "good":
+        verdict = (f"{verdict[0]}, but {'; '.join(doubt for doubt, _ in doubts)}", min(kind for _, kind in doubts))
     return _card(title_of(name), number(value, 3), strip, notes, verdict)
 
 

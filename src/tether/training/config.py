@@ -232,6 +232,12 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         "with another rounding; `auto`: what is measured to be faster.",
         allowed=LIBRARIES,
     )
+    cpu_threads: int | str = option(
+        "auto",
+        "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and a short "
+        "measurement at the start say, unless OMP_NUM_THREADS or torch.set_num_threads has chosen.",
+        allowed=("auto", Whole(1, "thread")),
+    )
     remove_unused_columns: bool = option(
         True, "Taken as TRL has it; no column is removed by it, since rows are prepared beforehand."
     )
@@ -346,6 +352,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         limit = self.max_tokens_per_forward
         if isinstance(limit, str) and limit.isdigit():  # from a command line
             self.max_tokens_per_forward = int(limit)
+        if isinstance(self.cpu_threads, str) and self.cpu_threads.isdigit():
+            self.cpu_threads = int(self.cpu_threads)
         self.check_declared()
         self.check_accepted()
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.

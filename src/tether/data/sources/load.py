@@ -70,14 +70,14 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
     return rows
 
 
-def load_of_kind(source: Source, *, split: str = "train", name: str = "data") -> tuple[Dataset, Kind]:
+def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
     """Rows as `load_rows` gives them, as the kind that their own columns speak for; see there.
 
     Example:
         >>> load_of_kind([{"prompt": "2 + 2 =", "completion": " 4"}])[1]
         'completion'
     """
-    origin = origins_of(source, split, name)[0]
+    origin = origins_of(source, "train", name)[0]
     layout = origin.layout(name)
     rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
     columns = (
@@ -90,9 +90,9 @@ def load_of_kind(source: Source, *, split: str = "train", name: str = "data") ->
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
         fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
         kind = cast(Kind, read[0] if read else kind or next(fits, "pair"))
-    if is_origin(source) or len(origins_of(source, split, name)) == 1:
+    if is_origin(source) or len(origins_of(source, "train", name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
-    return load_rows(source, kind=kind, split=split, name=name), kind
+    return load_rows(source, kind=kind, name=name), kind
 
 
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
