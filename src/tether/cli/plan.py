@@ -62,6 +62,9 @@ def plan(
         TetherError: bad input; nothing was loaded but configuration, tokenizer and rows.
         typer.Exit: code 1 when it would not fit.
     """
+    from tether.config.quick import refuse_at_once
+
+    refuse_at_once(run_file, overrides or ())
     from tether.cli.output import terminal_output
     from tether.config import load_run_file
     from tether.config.foreign import convert_file, is_foreign

@@ -19,6 +19,10 @@ CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 # The option that every command has.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]
+_HEADER = """\
+# The run file as it was read, overrides and defaults of its sections filled in; reading it gives the same run.
+# Keys of `train` that are not here have the defaults in docs/run_file.md.
+"""
 _RESULTS = ("*.safetensors", "checkpoint-*")
 
 
@@ -41,7 +45,7 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTraine
     trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG).write_text(run.dump_yaml(), encoding="utf-8")
+        (output / CONFIG).write_text(_HEADER + run.dump_yaml(), encoding="utf-8")
     logging.getLogger("tether").info(_batch_line(arguments))
     return trainer
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tether.config.fields import config_class, fields_under
+from tether.config.problems import section_in
+from tether.config.quick import KEYS
 from tether.config.run import RunConfig, Train
 from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sync
 from tether.config.words import describe_type, field_types
@@ -113,5 +115,30 @@ def _row(key: str, allowed: str, default: str, text: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def known_keys() -> dict[str, Any]:
+    """What `tether.config.quick` knows of keys: of the file, of its sections, and of each algorithm's configuration."""
+    sections = {name: section_in(field.annotation) for name, field in RunConfig.model_fields.items()}
+    named = [name for rows in OBJECTIVES.values() for row in rows.values() if (name := row.run_file_key)]
+    train = {}
+    for name, config in _configs().items():
+        fields = [key for key in fields_under("train", config) if key not in Train.model_fields]
+        elsewhere = [field for field in config.__dataclass_fields__ if field not in fields]
+        train[name] = {"fields": fields, "said_elsewhere": elsewhere}
+    return {
+        "file": list(RunConfig.model_fields),
+        "sections": {
+            name: list(section.model_fields) for name, section in sections.items() if _is_closed(name, section)
+        },
+        "losses": {loss: config_class(loss).algorithm for loss in dict.fromkeys(named)},
+        "train": train,
+    }
+
+
+def _is_closed(name: str, section: type[Any] | None) -> bool:
+    """Whether a section is a mapping of keys that it names itself; `train` has fields of configurations besides."""
+    return section is not None and (name in ("train", "objective") or section.model_config.get("extra") != "allow")
+
+
 if __name__ == "__main__":
+    KEYS.write_text(json.dumps(known_keys(), indent=1) + "\n", encoding="utf-8")
     print(run_file_page(), end="\n")
