@@ -150,4 +150,6 @@ def _summary(results: dict[str, Any], report: Path) -> list[str]:
         f"{sentiment['before_mean']:+.3f} before, {sentiment['after_mean']:+.3f} after; change "
         f"{sentiment['difference']:+.3f} (95 % interval {sentiment['low']:+.3f} to {sentiment['high']:+.3f})",
         f"report: {report}",
+        "next: your own rows. `tether init` writes a run file for them, `tether plan` says what it takes, and "
+        "`tether train` trains it",
     ]

@@ -21,6 +21,10 @@ CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 # The option that every command has.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]
+_HEADER = """\
+# The run file as it was read, overrides and defaults of its sections filled in; reading it gives the same run.
+# Keys of `train` that are not here have the defaults in docs/run_file.md.
+"""
 _RESULTS = ("*.safetensors", "checkpoint-*")
 
 
@@ -65,7 +69,7 @@ def train_and_evaluate(trainer: TetherTrainer, run: RunConfig, checkpoint: Path 
     folder, main = trainer.run_folder, trainer.is_world_process_zero()
     with one_run_at_a_time(folder, main=trainer.args.should_save):
         if main:
-            write_whole(folder / CONFIG, run.dump_yaml())
+            write_whole(folder / CONFIG, _HEADER + run.dump_yaml())
         trainer.add_callback(PageWriter(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # With load_best_model_at_end the model is another one now than at the last evaluation.

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves as _tree_leaves
 
 # What every dropout layer derives from (plain, by channel, alpha); torch exports only the layers themselves.
 DropoutLayer = _DropoutNd
+# Sees every operation that runs inside it, backward included, and what it returns; and what there is in nested values.
+DispatchMode, tree_leaves = TorchDispatchMode, _tree_leaves
 # What `checkpoint_wrapper` and `torch.compile` put before the names of what they wrap.
 WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -126,3 +130,8 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
         return []
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return [getattr(tensor, name) for name in names]
+
+
+def memory_address(memory: UntypedStorage) -> int:
+    """What tells one memory from another, also where it has no bytes, as on the device `meta`: torch 2.11's handle."""
+    return memory._cdata

@@ -56,6 +56,8 @@ _ADVICE = {
     "identical_after_truncation": _ROOM,
     "nothing_scored": _ROOM + ", or score further turns",
 }
+# From this share of dropped rows on, a run learns from other data than was meant.
+_MANY = 0.2
 # What the completions of a row are called in the report, and the rows themselves.
 PARTS: dict[Kind, tuple[str, ...]] = {
     "pair": ("chosen", "rejected"),
@@ -190,6 +192,18 @@ class Report:
             f"left to the chat template: message fields {', '.join(self.message_fields)}": self.message_fields,
         }
         return [f"{self.name}: {text}" for text, holds in {head: True, **notes}.items() if holds]
+
+    def remark(self) -> str:
+        """What to do where a large part of the rows was dropped, by the most frequent reason; empty elsewhere."""
+        lost = self.rows - self.kept
+        if not self.rows or lost < _MANY * self.rows or not any(self.dropped.values()):
+            return ""
+        reason = max(DROPS, key=lambda reason: self.dropped.get(reason, 0))
+        lacking = " and ".join(what for what in self.unwritten if what in UNUSABLE)
+        advice = _ADVICE[reason].format(max_length=self.max_length, lost=lacking or "all of them")
+        return (
+            f"{self.name}: {lost / self.rows:.0%} of the rows are not trained on, most with {DROPS[reason]}: {advice}."
+        )
 
 
 @dataclass

@@ -45,6 +45,9 @@ _AUDITED_ROWS = 2000
 # Findings of the sample that are worth a line, above this share; the others are in the run folder.
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
 _TELLING = 0.05
+# A length by which so many pairs are told apart is a shortcut; of fewer pairs than this a share says little.
+_ONE_SIDED = 0.9
+_ENOUGH = 20
 Rows = Dataset | IterableDataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
 
 
@@ -119,6 +122,8 @@ class RunData:
             self.reports[name]["audit"] = self._audit(name, data)
         for line in prepared.report.lines():
             logger.info(line)
+        if remark := prepared.report.remark():
+            logger.warning(remark)
         return prepared
 
     def prepare_stream(self, name: str, rows: Rows) -> PreparedStream:
@@ -168,6 +173,16 @@ class RunData:
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
+        longer = found.length_bias.get("longer_wins", 0.5)
+        sizes = [found.characters.get(part, ()) for part in ("chosen", "rejected")]
+        unequal = sum(chosen != rejected for chosen, rejected in zip(*sizes, strict=True))
+        if unequal >= max(_ENOUGH, found.rows / 2) and not 1 - _ONE_SIDED <= longer <= _ONE_SIDED:
+            which = "longer" if longer > 0.5 else "shorter"
+            logger.warning(
+                f"{name}: in {max(longer, 1 - longer):.0%} of {unequal} sampled pairs of unequal lengths the {which} completion is the "
+                "chosen one, so that length alone tells them apart. Balance the lengths, or watch those of what the "
+                "model writes."
+            )
         shares = {finding: one.share for finding, one in found.findings.items()}
         return {"sampled_rows": found.rows, **shares, **found.length_bias}
 
