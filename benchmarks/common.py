@@ -72,7 +72,8 @@ def run_worker(script: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         script: reads the specification and writes its result, both JSON.
-        spec: the specification; `threads` in it is also set for the libraries that read it from the environment.
+        spec: the specification; `threads` in it is also set for the libraries that read it from the environment, and
+            None leaves them to the tool.
 
     Raises:
         WorkerError: it failed; with the end of what it printed.
@@ -80,14 +81,12 @@ def run_worker(script: Path, spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tether-bench-") as folder:
         asked, answered = Path(folder, "spec.json"), Path(folder, "result.json")
         asked.write_text(json.dumps({**spec, "folder": folder}), encoding="utf-8")
-        threads = str(spec.get("threads", cores()))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        threads = spec.get("threads", cores())
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            environment.pop(name, None)
+            if threads is not None:
+                environment[name] = str(threads)
         command = [sys.executable, "-W", "ignore", str(script), str(asked), str(answered)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode or not answered.is_file():

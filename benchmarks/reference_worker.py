@@ -157,9 +157,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     live: Any = reference.live
 
     def timed(score: Any, seconds: list[float]) -> Any:
-        def run(batch: Any) -> Any:
+        def run(*arguments: Any) -> Any:
             begin = time.perf_counter()
-            values = score(batch)
+            values = score(*arguments)
             seconds.append(time.perf_counter() - begin if clock.wall else 0.0)
             return values
 

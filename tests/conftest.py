@@ -18,6 +18,22 @@ _ = transformers.Trainer, transformers.AutoModelForCausalLM
 gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `sweep(N)`, N cases spread evenly over all stay in the ordinary suite; the others are slow."""
+    sweeps: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sweep") and not item.get_closest_marker("slow"):
+            sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in sweeps.values():
+        kept = cases[0].get_closest_marker("sweep").args[0]
+        step = (len(cases) - 1) / max(kept - 1, 1)
+        chosen = {round(position * step) for position in range(kept)}
+        for position, case in enumerate(cases):
+            if position not in chosen:
+                case.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what is in the home of who runs it; processes that a test starts inherit this."""

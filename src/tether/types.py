@@ -40,7 +40,7 @@ class Preference:
         tools: JSON schemas of the tools that the chat template shows the model; None for none.
         chat_template_kwargs: further arguments of the chat template, for this row.
 
-    Example:
+    Examples:
         >>> row = Preference(prompt="2 + 2 =", completions=(" 4", " 5"), kind="pair", source_row=0)
         >>> row.completions[0]
         ' 4'
@@ -65,7 +65,7 @@ class ImageInputs:
         token_types: int64 `[P]`, 1 for prompt tokens that stand for a part of an image, else 0.
         type_names: the model's arguments that `token_types` is for; empty for models that find the tokens by their id.
 
-    Example:
+    Examples:
         >>> images = ImageInputs({"pixel_values": torch.zeros(1, 3, 4, 4)}, torch.tensor([0, 1, 1, 0]))
         >>> len(images.digest)
         16
@@ -108,7 +108,7 @@ class Example:
         token_values: K float32 tensors `[C_k]` each, by name: what belongs to a token, such as the log-probability that
             it was sampled with.
 
-    Example:
+    Examples:
         >>> example = Example.of([1, 5, 6], [[7, 2], [8, 9, 2]])
         >>> [len(ids) for ids in example.completion_ids]
         [2, 3]
@@ -168,7 +168,7 @@ class Tree:
 
     A trunk may be empty; the branches then have nothing in common.
 
-    Example:
+    Examples:
         >>> tree = Tree(start=0, trunk=3, branches=(2, 4))
         >>> tree.spans(), tree.end
         (((0, 3), (3, 5), (5, 9)), 9)
@@ -198,7 +198,7 @@ class Forest:
     `cache` holds tensors that attention derives from the layout once per micro-batch (masks); it is not part of the
     forest's value.
 
-    Example:
+    Examples:
         >>> forest = Forest((Tree(0, 3, (2, 4)), Tree(9, 1, (1,))))
         >>> forest.length
         11
@@ -235,7 +235,7 @@ class ScoringBatch:
         token_values: float32 `[N]` each, by name, of the scored tokens.
         images: of the prompt of each tree, or None for one without; empty where no prompt has any.
 
-    Example:
+    Examples:
         A prompt `[1, 5]` with completions `[7, 2]` and `[8]`:
 
         >>> from tether.scoring import pack
@@ -312,7 +312,7 @@ class Scores:
         head: what makes logits `[M, vocabulary]` of such states `[M, hidden_size]`; given with `hidden`.
         aux_loss: scalar, the load-balancing loss of the batch's routers; None unless asked for.
 
-    Example:
+    Examples:
         >>> scores = Scores(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), 2)
         >>> scores.logps.tolist(), scores.mean_logps.tolist(), scores.lengths.tolist()
         ([-3.0, -4.0], [-1.5, -4.0], [2, 1])
@@ -359,7 +359,7 @@ class LossTerm:
         over: `examples` `[B]`, `completions` `[K]` or `tokens` `[M]` of a step (the likelihood of chosen completions,
             say); `constant`: the values are summed as they stand, divided by something that the objective knows.
 
-    Example:
+    Examples:
         >>> LossTerm(torch.tensor([0.5, 1.5])).over
         'examples'
     """
@@ -379,7 +379,7 @@ class LossOutput:
         metrics: name to `(sum, count)`, both detached; the mean over a step is the quotient of the summed parts.
         predictions: name to a number for each example, detached, where an evaluation hands them to a function.
 
-    Example:
+    Examples:
         >>> output = LossOutput((LossTerm(torch.tensor([0.5, 1.5])),), {})
         >>> [(term.over, term.values.mean().item()) for term in output.terms]
         [('examples', 1.0)]
@@ -408,7 +408,7 @@ class ReferenceIdentity:
             computes and not to the method, so that two methods of one meaning have one fingerprint.
         sync: how the reference moves, in words; None for one that does not.
 
-    Example:
+    Examples:
         >>> identity = ReferenceIdentity("start", "snapshot", "tiny", None, "float32", "b2:00ff")
         >>> ReferenceIdentity(**identity.to_dict()) == identity
         True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -116,3 +117,28 @@ def test_both_tools_do_the_same_work_on_a_tiny_model(tmp_path: Path, monkeypatch
     found = vs_trl.compare("tldr", True, str(tmp_path), options)
     assert found["problems"] == []
     assert all(value > 0 for tool in vs_trl.TOOLS for value in found["medians"][tool].values())
+
+
+def test_competitors_compute_as_long_as_they_are_asked_to():
+    with vs_trl.competitors(2) as others:
+        assert [other.poll() for other in others] == [None, None]
+    assert all(other.poll() is not None for other in others)
+
+
+def test_on_a_busy_machine_each_tool_has_its_own_threads(monkeypatch):
+    """Nothing in the environment of a worker decides for it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert vs_trl.parse([]).threads == common.cores()
+    options = vs_trl.parse(["--busy", "1", "--model", "small"])
+    assert (options.busy, options.threads) == (1, None)
+    seen: list = []
+
+    def worker(command, *, env, **_):
+        seen.append(env.get("OMP_NUM_THREADS"))
+        Path(command[-1]).write_text("{}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(common.subprocess, "run", worker)
+    common.run_worker(vs_trl.WORKER, {"threads": None})
+    common.run_worker(vs_trl.WORKER, {"threads": 3})
+    assert seen == [None, "3"]

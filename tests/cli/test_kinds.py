@@ -34,6 +34,7 @@ def completions(workplace: Any) -> list[dict[str, Any]]:
         ("reward", "Reward"),
     ],
 )
+@pytest.mark.sweep(3)
 def test_a_run_file_trains_what_its_loss_says(loss: str, trainer: str, workplace: Any, tether: Tether) -> None:
     """Model, records and report are written, and the resolved run file says what was trained."""
     if loss == "sft":
@@ -58,7 +59,12 @@ def test_a_run_file_trains_what_its_loss_says(loss: str, trainer: str, workplace
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["loss"] == loss
     pairs = trainer in ("ORPO", "CPO", "Reward")
     if pairs:
-        assert json.loads((run / "evaluation.json").read_text())["reward_accuracy"]["n"] == 8
+        found = json.loads((run / "evaluation.json").read_text())
+        assert found["reward_accuracy"]["n"] == 8
+        if loss != "reward":
+            margin, half = found["reward_margin"], 2.3646 * logs[-1]["eval_rewards/margins_std"] / 7**0.5
+            assert margin["value"] == logs[-1]["eval_rewards/margins"]
+            assert (margin["high"] - margin["low"]) / 2 == pytest.approx(half, rel=1e-3)
     if loss == "reward":
         assert json.loads((run / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
@@ -115,6 +121,7 @@ def test_wrong_options_are_refused(sections: dict[str, Any], words: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+@pytest.mark.sweep(3)
 def test_the_examples_train(name: str, workplace: Any, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run file of `examples/trainers`, as it is, for one step of a tiny model."""
     monkeypatch.chdir(EXAMPLES.parents[1])

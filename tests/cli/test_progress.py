@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
@@ -36,7 +37,8 @@ def run_steps(
         clock.now += 2
         state.global_step = step
         display.on_step_end(arguments, state, TrainerControl())
-        display.on_log(arguments, state, TrainerControl(), logs={**LOG, "num_tokens": 1000.0 * step})
+        measured = display.measured(1000.0 * step, torch.device("cpu"))
+        display.on_log(arguments, state, TrainerControl(), logs={**LOG, **measured})
         clock.now += 3
     return state
 

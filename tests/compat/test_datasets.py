@@ -16,10 +16,3 @@ def test_data_table_is_the_arrow_table(tmp_path):
     assert places.arrow_table(rows.select([2, 0])).to_pydict() == {"a": [1, 2, 3]}  # indices are apart
     rows.save_to_disk(tmp_path)
     assert places.arrow_table(load_from_disk(tmp_path)).to_pydict() == {"a": [1, 2, 3]}
-
-
-def test_format_type_custom_says_with_transform():
-    rows = Dataset.from_list([{"a": 1}])
-    assert not places.is_transformed(rows)
-    assert not places.is_transformed(rows.with_format("numpy"))
-    assert places.is_transformed(rows.with_transform(lambda batch: {"a": [-n for n in batch["a"]]}))

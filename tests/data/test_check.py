@@ -17,7 +17,7 @@ from tether.data.audit.audit import FINDINGS, check
 from tether.data.audit.language import is_in_another_language, language, script
 from tether.data.audit.lengths import Limited, measured
 from tether.data.audit.limits import check_limits, passed
-from tether.data.audit.near_duplicates import jaccard, near_duplicates, words_of
+from tether.data.audit.near_duplicates import NearDuplicates, jaccard, words_of
 from tether.data.rows.schema import preferences, read_preferences
 from tether.errors import ConfigError
 
@@ -30,6 +30,12 @@ def found(rows: list[dict], **options: Any) -> dict[str, tuple[int, ...]]:
 
 def distinct(n: int, **more: Any) -> dict:
     return pair(f"Question {n}, about {n * 7}?", f" answer {n * 3} yes", f" reply {n * 5} no", **more)
+
+
+def near_duplicates(texts: list[str]) -> list[int]:
+    """Numbers, from 0, of the texts that are almost like an earlier one."""
+    seen = NearDuplicates()
+    return [number for number, text in enumerate(texts) if seen.add(text) is not None]
 
 
 def test_clean_rows_show_nothing_but_lengths() -> None:
@@ -112,7 +118,7 @@ def test_length_bias_is_the_accuracy_of_preferring_the_longer() -> None:
 def test_lengths_and_limits(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([pair(), pair("word " * 600), pair(chosen=" blue" * 600)])
     records = preferences(rows, schema := read_preferences(rows))
-    lengths = measured(records, schema, byte_tokenizer, Limited(20))
+    lengths = measured(records, len(records), schema, byte_tokenizer, Limited(20))
     assert lengths.limits[512].dropped == pytest.approx(1 / 3)
     assert lengths.limits[512].cut == pytest.approx(1 / 3)
     assert lengths.truncated == pytest.approx(2 / 3)

@@ -42,6 +42,7 @@ GROUPS = sorted({(kind, form(row, name)) for name, kind, row in ALL})
 
 
 @pytest.mark.parametrize(("kind", "own_form"), GROUPS)
+@pytest.mark.sweep(4)
 def test_every_format_is_trained_on(kind: str, own_form: str, tmp_path: Path) -> None:
     """Real steps of the trainer of its kind, all formats of a kind in one run, one source each: DPO for pairs and
     ranked lists, KTO for labelled completions, SFT for texts. Text and conversations are not mixed in one set."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tether.errors import ConfigError
-from tether.evaluate.intervals import bootstrap_mean_difference, wilson_interval
+from tether.evaluate.intervals import bootstrap_mean_difference, mean_interval, wilson_interval
 
 Z95 = 1.959963984540054
 
@@ -33,6 +34,13 @@ def test_wilson_is_symmetric_and_knows_nothing_without_trials():
     assert wilson_interval(9, 9)[1] == 1.0
     with pytest.raises(ConfigError, match="3 successes of 2 trials"):
         wilson_interval(3, 2)
+
+
+def test_a_mean_has_students_interval_and_one_value_has_none():
+    values = np.array([1.0, 2.0, 4.0, 8.0])
+    expected = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
+    assert mean_interval(values.mean(), values.std(), 4) == pytest.approx(expected)
+    assert mean_interval(1.0, 0.0, 1) == (-np.inf, np.inf)
 
 
 def test_bootstrap_of_pairs_is_near_the_normal_interval():

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from policies import resolved, with_lora
 from tether.errors import ConfigError, ReferencePolicyError
-from tether.models import checkpoint_fingerprint, model_fingerprint
+from tether.models import model_fingerprint
 from tether.models.adapters import in_one_way, rewrites_base
 from tether.models.fingerprint import base_tensors, fingerprint
+from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.structure import adapter_tensors, adapters_off
 from tether.reference.methods.adapter_check import acting_layer, rewritten_base
 from tether.scoring import pack, score_alone

@@ -17,6 +17,7 @@ CASES = {
 
 @needs_trl
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(1)
 def test_three_steps_equal_trl(name, tmp_path):
     """Loss, every logged metric, `aux_loss` and the weights after 3 SGD steps."""
     from trl import DPOConfig as TheirConfig

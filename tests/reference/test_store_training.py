@@ -104,6 +104,7 @@ CHANGES = {
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.sweep(2)
 def test_what_does_not_change_the_number_reuses_every_entry(name, tmp_path):
     """INV-13, across method: the store's key is of the function that the reference computes."""
     trainer(tmp_path / "one", reference_store=str(tmp_path / "store"), peft_config=lora()).precompute_reference()
@@ -125,6 +126,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sweep(2)
 def test_what_changes_the_number_reuses_no_wrong_entry(name, tmp_path):
     """INV-13: the losses are those of a run without a store."""
     arguments, build = OTHERS[name]
@@ -379,3 +381,22 @@ def test_an_adapter_that_has_learnt_is_part_of_the_fingerprint(tmp_path):
                 parameter.normal_(std=0.1)
     run = trainer(tmp_path / "two", continued, reference_store=store)
     assert run.precompute_reference().present == 0
+
+
+def test_that_only_the_precision_keeps_a_run_from_a_store_is_said(tmp_path, caplog):
+    """A store filled in bfloat16 is named to a run in float32 with what reads it; another model's is not."""
+    store = str(tmp_path / "store")
+    trainer(tmp_path / "one", reference_store=store, peft_config=lora(), bf16=True).precompute_reference()
+    caplog.clear()
+    trainer(tmp_path / "two", reference_store=store, peft_config=lora(), bf16=False)
+    (line,) = [line for line in caplog.messages if "very reference" in line]
+    assert "in float32 under bfloat16, kept as float32, and none in float32, kept as float32" in line
+    assert "Set bf16=True to use them" in line
+    caplog.clear()
+    half = {"reference_store": store, "reference_store_dtype": "float16"}
+    trainer(tmp_path / "half", peft_config=lora(), bf16=False, **half)
+    assert "Set bf16=True and reference_store_dtype=float32 to use them" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "other", policy(1), reference_store=store, peft_config=lora(), bf16=False)
+    trainer(tmp_path / "same", reference_store=store, peft_config=lora(), bf16=True)
+    assert "very reference" not in caplog.text

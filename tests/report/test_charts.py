@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from itertools import pairwise
@@ -9,7 +10,21 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tether.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, interval_strip, line_chart, ticks
+from tether.report.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Series,
+    Values,
+    histogram,
+    interval_strip,
+    length_strip,
+    line_chart,
+    ticks,
+)
 
 NAN = math.nan
 
@@ -132,3 +147,47 @@ def test_an_interval_is_drawn_to_scale_and_cut_at_the_ends() -> None:
     assert lines == {"rail": (4, 236), "mark": (120, 120), "interval": (120, 236)}
     assert interval_strip(NAN, 0.1, 0.2, 0.5, (0.0, 1.0)) is None
     assert interval_strip(0.0, 0.0, 0.0, 0.0, (0.0, 0.0)) is None
+
+
+def pointer(chart: ElementTree.Element) -> dict:
+    return json.loads(chart.get("data-pointer", ""))
+
+
+def test_the_pointer_finds_each_value_where_it_is_drawn() -> None:
+    chart = draw(
+        Series("train", [0, 5, 10], [0.0, 0.25, 1.0], "train"),
+        Series("eval", [10, 20], [0.5, NAN], "eval", marked=True),
+        bounds=(0.0, 1.0),
+    )
+    found = pointer(chart)
+    assert found["l"] == ["step 0", "step 5", "step 10"]
+    train, evaluation = found["s"]
+    assert train["t"] == ["0", "0.25", "1"]
+    assert list(zip(found["x"], train["y"], strict=True))[:3] == paths(chart)[0]
+    assert (evaluation["n"], evaluation["t"], evaluation["y"][0]) == ("eval", ["", "", "0.5"], None)
+
+
+def test_the_pointer_of_a_long_line_has_its_ends_and_every_evaluation() -> None:
+    steps = list(range(5000))
+    found = pointer(draw(Series("train", steps, [1.0] * 5000, "train"), Series("eval", [777], [2.0], "eval", True)))
+    assert 300 <= len(found["l"]) <= 301
+    assert {"step 0", "step 777", "step 4,999"} <= set(found["l"])
+
+
+def test_a_histogram_counts_each_value_once_and_shows_the_mark() -> None:
+    values = [*[0.0] * 5, *[1.0] * 3, 0.5]
+    chart = ElementTree.fromstring(
+        histogram("Margins", [Values("a", values), Values("b", [0.5])], bins=2, mark=0.5) or ""
+    )
+    assert [line["t"] for line in pointer(chart)["s"]] == [["5", "4"], ["0", "1"]]
+    heights = [float(bar.get("height", "nan")) for bar in chart.iter("rect")]
+    assert heights[1] / heights[0] == pytest.approx(4 / 5, abs=1e-3)
+    assert (LEFT + WIDTH - RIGHT) / 2 in [float(line.get("x1", "nan")) for line in chart.iter("line")]
+    assert histogram("Margins", [Values("a", [NAN])]) is None
+
+
+def test_lengths_lie_on_one_scale() -> None:
+    strip = ElementTree.fromstring(length_strip({"min": 0, "p50": 25, "p90": 50, "max": 100}, 100) or "")
+    (dot,) = strip.iter("circle")
+    assert float(dot.get("cx", "nan")) == 4 + 232 / 4
+    assert length_strip({"min": 0, "p50": 1}, 100) is None

@@ -10,7 +10,7 @@ import pytest
 
 from tether.errors import ConfigError
 from tether.report import write_report
-from tether.report.completions import read_completions
+from tether.report.sections.completions import read_completions
 
 
 def written(folder, step, rewards, extra=(), text="said"):
@@ -50,7 +50,7 @@ def test_the_last_table_gives_the_best_worst_and_widest_groups(tmp_path):
 def test_text_stays_text_and_one_group_comes_once(tmp_path):
     written(tmp_path, 1, [0.25, 1.0], text="<script>alert(1)</script>")
     page = write_report(tmp_path).read_text()
-    assert "<script>" not in page
+    assert page.count("<script>") == 1, "the page's own"
     assert "completion 1 &lt;script&gt;" in page
     assert "highest reward, lowest reward, rewards furthest apart" in page
 
@@ -60,7 +60,7 @@ def test_without_a_table_there_is_no_section_and_a_broken_one_is_named(tmp_path)
     path = tmp_path / "completions" / "completions_00001.parquet"
     assert ">Completions<" in write_report(tmp_path).read_text()
     path.write_bytes(b"broken")
-    with pytest.raises(ConfigError, match="is no table of completions that Tether wrote"):
+    with pytest.raises(ConfigError, match="is not a table of completions that Tether wrote"):
         write_report(tmp_path)
     path.unlink()
     assert ">Completions<" not in write_report(tmp_path).read_text()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import math
 import re
@@ -11,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from tether.data.audit.audit import FINDINGS
 from tether.errors import ConfigError
 from tether.report import write_report
+from tether.report.page import LARGEST_PAGE
+from tether.report.sections.data import _FINDINGS
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 IDENTITY = {
@@ -40,6 +46,29 @@ STEP = {
 }
 
 
+SIDE = {"tokens": [["good", 1.5], [" day", None]], "left_out": 4, "logp": -3.0, "reference_logp": -4.5}
+PAIRS = {
+    "set": "held_out",
+    "of": 900,
+    "beta": 0.1,
+    "meaning": "start",
+    "policy": [2.0, -1.0, 4.0],
+    "reference": [-1.0, 1.0, 2.0],
+    "shown": [
+        {
+            "why": "wrong before and right now",
+            "row": 12,
+            "prompt": "Say it",
+            "margin": 2.0,
+            "reference_margin": -1.0,
+            "chosen": SIDE,
+            "rejected": {**SIDE, "tokens": [["bad", -0.3]], "left_out": 0},
+        }
+    ],
+}
+VOID = {"meta", "br"}
+
+
 class Page(HTMLParser):
     """Elements, visible text and nesting of a page."""
 
@@ -56,7 +85,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in {"meta", "br"}:
+        if tag not in VOID:
             self._open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -67,8 +96,8 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self._open:
-            self.text += data
+        if data.strip() and not {"style", "script"} & set(self._open):
+            self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def run_folder(folder: Path, **files: Any) -> Path:
@@ -79,6 +108,8 @@ def run_folder(folder: Path, **files: Any) -> Path:
     for name, value in files.items():
         if name == "config":
             (folder / "config.yaml").write_text(value)
+        elif name == "health":
+            (folder / "health.jsonl").write_text("".join(json.dumps(line) + "\n" for line in value))
         else:
             (folder / f"{name}.json").write_text(json.dumps(value))
     return folder
@@ -108,6 +139,8 @@ def full_run() -> dict[str, Any]:
         "samples": [
             {"prompt": "The film", "before": " bad", "after": " good", "score_before": -0.5, "score_after": 0.5}
         ],
+        "pairs": PAIRS,
+        "health": [{"step": 7, "name": "margin-zero", "line": "the margin has stayed at zero."}],
         "metrics": [STEP, {"step": 2, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 0.3}],
     }
 
@@ -120,6 +153,9 @@ def test_a_full_run_is_told_in_words_and_numbers(tmp_path: Path) -> None:
         "LoRA, r 16",
         "0.710, interval 0.650 to 0.770, against 0.5",
         "95 % interval 0.650 to 0.770200 held-out pairsAbove chance",
+        "The policy prefers the chosen completion in 71 % ± 6 of 200 held-out pairs; by chance it would be 50 %.",
+        "The mean sentiment by VADER rose from 0.10 to 0.40 on 50 held-out prompts: +0.30 (95 % interval +0.20 to "
+        "+0.40).",
         "0.10 → 0.40",
         "change +0.3095 % interval +0.20 to +0.4050 held-out prompts, judged by VADER",
         "Rose: the interval excludes zero",
@@ -128,8 +164,8 @@ def test_a_full_run_is_told_in_words_and_numbers(tmp_path: Path) -> None:
         "scored the same 8 rows; the log-probability of a token differed by at most 2.5e−7 nats",
         "the guard passed",
         "b2:00ff",
-        "Droppedidentical 3–",
-        "Rows1001,234",
+        "100 of 100 rows.All 2 figuresRows100Droppedidentical 3",
+        "1,234 of 1,234 rows.",
         "Before−0.50bad",
         "After0.50+1.00good",
         "loss: sigmoid",
@@ -141,12 +177,25 @@ def test_a_full_run_is_told_in_words_and_numbers(tmp_path: Path) -> None:
 def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
     source = write_report(run_folder(tmp_path / "run", **full_run())).read_text(encoding="utf-8")
     page = Page(source)
-    assert set(page.tags).isdisjoint({"script", "link", "img", "iframe", "object", "embed", "base", "form"})
-    assert not {name for name, _ in page.attributes} & {"src", "href", "action", "background"}
+    assert set(page.tags).isdisjoint({"link", "img", "iframe", "object", "embed", "base", "form"})
+    assert not {name for name, _ in page.attributes} & {"src", "href", "action", "background", "style"}
     assert not {name for name, _ in page.attributes if name.startswith("on")}
-    assert not re.search(r"url\(|@import|https?:", source)
+    assert not re.search(r"url\(|@import|https?:", source.replace("http://www.w3.org/2000/svg", ""))
     assert "prefers-color-scheme: dark" in source
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+def test_its_policy_names_its_own_script_and_style_and_no_other(tmp_path: Path) -> None:
+    source = write_report(run_folder(tmp_path / "run", **full_run())).read_text(encoding="utf-8")
+    hashes = []
+    for tag in ("style", "script"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+        hashes.append(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
+    policy = dict(Page(source).attributes)["content"] and re.search(r'Policy" content="([^"]*)"', source)
+    assert policy is not None
+    assert html.unescape(policy[1]) == (
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
 
 
 def poisoned(value: Any) -> Any:
@@ -160,7 +209,8 @@ def poisoned(value: Any) -> Any:
 
 def test_inv_39_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     run = full_run()
-    files = {name: poisoned(run[name]) for name in ("reference", "data", "evaluation", "samples")}
+    files = {name: poisoned(run[name]) for name in ("reference", "data", "evaluation", "samples", "pairs")}
+    files["health"] = [{"step": 1, "name": ATTACK, "line": ATTACK}]
     files["data"][ATTACK] = {ATTACK: [ATTACK, {ATTACK: ATTACK}]}
     files["evaluation"][ATTACK] = {"value": 1.0, "low": ATTACK, "high": None}
     files["samples"].append({"prompt": [{"role": ATTACK, "content": ATTACK}], "before": {ATTACK: 1}, "after": None})
@@ -172,25 +222,38 @@ def test_inv_39_text_from_data_is_escaped_everywhere(tmp_path: Path) -> None:
     page = page_of(folder, **files)
     allowed = set(page_of(tmp_path / "clean", **run).tags) | {"br"}
     assert set(page.tags) <= allowed
+    assert page.tags.count("script") == 1
     assert not {name for name, _ in page.attributes if name.startswith("on") or name == "src"}
     assert page.text.count("<script>alert(1)</script>") > 20
     assert "<script>alert(3)<" in page.text
 
 
-def test_the_audit_is_a_table_that_folds_what_found_nothing(tmp_path: Path) -> None:
-    counts = {"identical": 2, "empty_completion": 0}
+def test_the_data_is_told_in_sentences_with_every_figure_folded(tmp_path: Path) -> None:
     train = {
         "name": "train",
         "rows": 9,
-        "dropped": counts,
-        "cut": [0, 0],
-        "lengths": {"prompt": {"p50": 8, "max": 12.5}},
+        "kept": 7,
+        "lines": ["train: 7 of 9 pairs, 120 tokens (prompts once)", "train: dropped 2 with an empty completion"],
+        "dropped": {"identical": 0, "empty_completion": 2},
+        "lengths": {"prompt": {"min": 2, "p50": 8, "p90": 10, "max": 12.5}},
+        "audit": {"sampled_rows": 9, "duplicates": 0.25, "openings": 0.01, "longer_wins": 0.9},
+        "overlap": {"rows": 0, "prompts": 3},
     }
-    text = page_of(tmp_path / "run", data={"train": train, "seed": 3}).text
-    said = (
-        "The dataTrainRows9Droppedidentical 2Lengths · promptp50 8, max 12.5Seed31 that are zero or emptyTrainCut0, 0"
+    page = page_of(tmp_path / "run", data={"train": train, "seed": 3})
+    words = (
+        "The dataTrain7 of 9 pairs, 120 tokens (prompts once).Dropped 2 with an empty completion.",
+        "25 % of 9 rows repeat an earlier row.",
+        "the longer one is the chosen one in 90 %: length alone gives much away.",
+        "0 training rows are in it word for word, and 3 share a prompt with it.",
+        "Promptmedian 8, nine in ten up to 10, longest 12.5median 8 tokens, nine in ten up to 10, longest 12.5",
+        "All 6 figuresRows9Kept7Droppedempty completion 2Lengths · promptmin 2, p50 8, p90 10, max 12.5",
     )
-    assert said in text
+    assert [said for said in words if said not in page.text] == []
+    assert "FurtherAll 1 figuresSeed3" in page.text
+
+
+def test_the_audits_words_are_the_audits() -> None:
+    assert {name: FINDINGS[name] for name in _FINDINGS} == _FINDINGS
 
 
 def test_missing_parts_are_left_out(tmp_path: Path) -> None:
@@ -201,7 +264,7 @@ def test_missing_parts_are_left_out(tmp_path: Path) -> None:
     assert "Steps2" in text
 
 
-@pytest.mark.parametrize("left_out", ["config", "reference", "data", "evaluation", "samples"])
+@pytest.mark.parametrize("left_out", ["config", "reference", "data", "evaluation", "samples", "pairs", "health"])
 def test_any_one_part_may_be_missing(tmp_path: Path, left_out: str) -> None:
     run = full_run()
     del run[left_out]
@@ -211,6 +274,8 @@ def test_any_one_part_may_be_missing(tmp_path: Path, left_out: str) -> None:
         "data": "The data",
         "evaluation": "95 % interval",
         "samples": "Before and after",
+        "pairs": "Held-out pairs",
+        "health": "Needs attention",
     }
     text = page_of(tmp_path / "run", **run).text
     assert [heading for heading in headings.values() if heading not in text] == [headings[left_out]]
@@ -327,12 +392,14 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name:
         write_report(folder)
 
 
-def _judged(tmp_path: Path, rows: int = 64, **last: float) -> str:
+def _judged(tmp_path: Path, rows: int = 64, margin: tuple[float, float] | None = None, **last: float) -> str:
     """Verdicts of a run of 40 steps with a perfect accuracy, whose last log is changed."""
     first = {**STEP, "mean_token_accuracy": 0.4}
     lines = [first, {**first, "step": 40, **last}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"reward_accuracy": {"value": 1.0, "low": 0.9, "high": 1.0, "n": rows}}
+    if margin is not None:
+        result["reward_margin"] = {"value": sum(margin) / 2, "low": margin[0], "high": margin[1], "n": rows}
     (tmp_path / "evaluation.json").write_text(json.dumps(result))
     source = write_report(tmp_path).read_text(encoding="utf-8")
     return " ".join(re.findall(r'<p class="verdict (\w+)">([^<]*)</p>', source)[0])
@@ -340,6 +407,22 @@ def _judged(tmp_path: Path, rows: int = 64, **last: float) -> str:
 
 def test_a_run_that_learnt_is_judged_by_its_accuracy(tmp_path: Path) -> None:
     assert _judged(tmp_path) == "good Above chance"
+    assert _judged(tmp_path, margin=(0.1, 0.5)) == "good Above chance"
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"),
+    [((0.1, 0.5), "good Above zero"), ((-0.5, -0.1), "bad Below zero"), ((-0.1, 0.5), "open Not told apart from zero")],
+)
+def test_a_margin_has_its_interval_and_its_verdict(margin: tuple[float, float], verdict: str, tmp_path: Path) -> None:
+    _judged(tmp_path, margin=margin)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert " ".join(re.findall(r'<p class="verdict (\w+)">([^<]*)</p>', source)[1]) == verdict
+    words = Page(source).text
+    assert f"is {sum(margin) / 2:+.2f} (95 % interval {margin[0]:+.2f} to {margin[1]:+.2f})." in words.replace(
+        "\u2212", "-"
+    )
+    assert f"95 % interval {margin[0]:.3f} to {margin[1]:.3f}".replace("-", "\u2212") in source.replace("-", "\u2212")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +430,8 @@ def test_a_run_that_learnt_is_judged_by_its_accuracy(tmp_path: Path) -> None:
     [
         ({"mean_token_accuracy": 0.0}, "bad Above chance, but the model no longer predicts the tokens of the data"),
         ({"logps/chosen": -110.0}, "bad Above chance, but chosen completions became 80 nats less likely"),
-        ({"eval_rewards/margins": 0.0}, "open Above chance, but the mean margin is not above zero"),
+        ({"eval_rewards/margins": 0.0}, "open Above chance, but the mean margin is not told apart from zero"),
+        ({"margin": (-0.1, 0.5)}, "open Above chance, but the mean margin is not told apart from zero"),
         ({"step": 2}, "open Above chance, but 2 steps are too few to have learnt much"),
         ({"rows": 8}, "open Above chance, but 8 rows are too few to tell"),
         ({"step": 2, "logps/chosen": -110.0}, "bad Above chance, but chosen completions became 80 nats less likely; 2"),
@@ -356,3 +440,64 @@ def test_a_run_that_learnt_is_judged_by_its_accuracy(tmp_path: Path) -> None:
 def test_an_accuracy_that_misleads_is_no_good_verdict(last: dict[str, Any], verdict: str, tmp_path: Path) -> None:
     """A wrecked model, or a run that cannot have learnt anything, has an accuracy above chance as well."""
     assert _judged(tmp_path, **last).startswith(verdict)
+
+
+def test_the_margins_of_held_out_pairs_are_told_and_drawn(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "run", pairs=PAIRS)
+    assert "Of 3 of 900 held-out pairs of held_out, scored once more after training." in page.text
+    assert (
+        "Before training the chosen completion was the likelier one in 2, now it is in 2. Its lead over the rejected "
+        "one grew in 2 and shrank in 1, by a median of +2.00 nats."
+    ) in page.text
+    pointers = [json.loads(value or "") for name, value in page.attributes if name == "data-pointer"]
+    margins, rewards = [one for one in pointers if "to" in one["l"][0]]
+    assert [line["n"] for line in margins["s"]] == ["before training", "after training"]
+    assert [sum(map(int, line["t"])) for line in margins["s"]] == [3, 3]
+    # beta times the changes 3, -2 and 2; the middle of each bin is that of a value.
+    where = [label for label, count in zip(rewards["l"], rewards["s"][0]["t"], strict=True) if count == "1"]
+    ends = [tuple(float(end.replace("\N{MINUS SIGN}", "-")) for end in label.split(" to ")) for label in where]
+    assert all(low - 1e-9 <= value <= high + 1e-9 for value, (low, high) in zip([-0.2, 0.2, 0.3], ends, strict=True))
+
+
+def test_tokens_are_coloured_by_the_log_ratio(tmp_path: Path) -> None:
+    source = write_report(run_folder(tmp_path / "run", pairs=PAIRS)).read_text(encoding="utf-8")
+    assert '<span class="u4" title="+1.50 nats">good</span><span class="n"> day</span>' in source
+    assert '<span class="d2" title="−0.30 nats">bad</span>' in source
+    assert "4 more tokens" in Page(source).text
+    assert "Chosen less rejected: +2.00 nats, by the reference −1.00" in Page(source).text
+
+
+def test_each_trouble_is_named_once_at_its_first_step(tmp_path: Path) -> None:
+    lines = [{"step": step, "name": "margin-zero", "line": f"Stuck at {step}."} for step in (30, 90)]
+    lines.append({"step": 1, "name": "no-loss", "line": "Normal."})
+    text = page_of(tmp_path / "run", health=lines).text
+    assert "Needs attentionStep 30: Stuck at 30. docs/health.md#margin-zero" in text
+    assert "Stuck at 90." not in text
+    assert "Normal." not in text
+
+
+def test_a_run_without_end_is_shown_in_two_megabytes(tmp_path: Path) -> None:
+    run = full_run()
+    long = "<&" * 30_000
+    run["samples"] = [{"prompt": long, "before": long, "after": long}] * 400
+    run["pairs"] = {
+        **PAIRS,
+        "shown": [{**PAIRS["shown"][0], "prompt": long, "chosen": {**SIDE, "tokens": [["<", 1.0]] * 4000}}] * 90,
+    }
+    run["config"] = "a: 1\n# " + "x" * 1_000_000
+    run["data"] = {f"set {number}": {"rows": 1, "text": long} for number in range(9)}
+    run["metrics"] = [{**STEP, "step": step, "loss": math.sin(step)} for step in range(4000)]
+    path = write_report(run_folder(tmp_path / "run", **run))
+    assert 100_000 < path.stat().st_size <= LARGEST_PAGE
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "more characters)" in text
+    assert "more are in samples.json" in text
+
+
+def test_a_run_that_goes_on_says_how_far_it_has_come(tmp_path: Path) -> None:
+    lines = [STEP, {**STEP, "step": 40, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 0.3}]
+    text = page_of(tmp_path / "run", metrics=lines).text
+    assert "At step 40 the policy preferred the chosen completion in 75 % of the held-out pairs" in text
+    assert "The run has not ended: the last log is of step 40." in text
+    done = page_of(tmp_path / "done", metrics=[*lines, {"step": 40, "train_runtime": 9.0}]).text
+    assert "has not ended" not in done

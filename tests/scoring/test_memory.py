@@ -49,6 +49,7 @@ def long_batch():
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sweep(2)
 def test_a_long_row_needs_no_quadratic_memory(family, backend):
     """Of 8,192 tokens, forward and backward: no tensor holds as much as a 16th of T x T."""
     model = tiny_model(family, max_position_embeddings=LENGTH, num_hidden_layers=1, **FAMILIES[family])

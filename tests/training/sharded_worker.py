@@ -89,14 +89,14 @@ def run(folder: Path, kind: str, how: str) -> None:
     start(1, kind).save_pretrained(mine / "other")
     trainer = make_trainer(folder, kind, how, model)
     reference = trainer.run.reference.live
-    found = {"before": reference.score(trainer.run.probe)}
+    found = {"before": reference.score(trainer.run.probe).token_logps}
     trainer.train()
     assert is_held(trainer, how), f"the policy is not held as {how} holds it"
     if kind == "model" and how in ("fsdp", "zero3"):
         assert is_sharded(reference._model), "the reference model is whole"
     assert getattr(reference, "resident", True) == (kind != "released"), "the store is full, the snapshot is not needed"
     held = weights(trainer)
-    found["after"] = reference.score(trainer.run.probe)
+    found["after"] = reference.score(trainer.run.probe).token_logps
     for name, value in weights(trainer).items():
         assert torch.equal(value, held[name]), f"a reference pass changed {name}"
     found |= held

@@ -93,6 +93,7 @@ def require_same_scores(run, again):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT, of every norm that is not torch's
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sweep(5)
 def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, tmp_path):
     """INV-1, 2, 4, 5, 38: in plain peft on the base from disk."""
     policy().save_pretrained(tmp_path / "base")
@@ -134,6 +135,7 @@ def test_target_parameters_reach_the_experts(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.sweep(1)
 def test_virtual_tokens_resume_and_are_continued(kind, tmp_path):
     """INV-4, 7: 4 steps are 2, a checkpoint and 2 more; and a saved one is another run's start."""
     policy().save_pretrained(tmp_path / "base")
@@ -224,6 +226,7 @@ def stacked(folder, name, peft_config, **changes):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
+@pytest.mark.sweep(1)
 def test_a_new_adapter_over_a_frozen_one(kind, tmp_path):
     """INV-1, 4, 5, 7, 38: the start is base and first adapter; only the second trains; what is saved is both."""
     first, config = saved_adapter(tmp_path), KINDS[kind][0]

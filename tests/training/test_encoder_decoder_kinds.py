@@ -66,6 +66,7 @@ def losses(run):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ORACLES)
+@pytest.mark.sweep(2)
 def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp_path):
     """INV-16, 41: losses of three steps and of an evaluation after them; another model as KTO's reference."""
     other = policy(family, 5) if kind == "KTO" else None
@@ -90,6 +91,7 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
 
 
 @pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.sweep(1)
 def test_splits_and_a_token_budget_change_nothing(kind, tmp_path):
     """INV-25."""
     runs = []
@@ -102,6 +104,7 @@ def test_splits_and_a_token_budget_change_nothing(kind, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sweep(1)
 def test_kto_with_a_store(family, tmp_path):
     """INV-12: mismatched completions of the encoder's prompts are entries of their own; several evaluation sets."""
     sets = {"first": ROWS["KTO"][:4], "second": ROWS["KTO"][4:]}
@@ -126,6 +129,7 @@ def test_kto_with_a_store(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["KTO", "SFT"])
+@pytest.mark.sweep(1)
 def test_a_resumed_run_and_what_it_leaves(kind, family, tmp_path):
     """INV-7, 38: the rest of a run is the rest of the whole run, and plain transformers scores as it did."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4}

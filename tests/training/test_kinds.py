@@ -102,6 +102,7 @@ def other(kind, seed=5):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.sweep(3)
 def test_one_gradient_for_every_split_of_a_step(kind, tmp_path):
     """INV-25, 41: 8 x 1 equals 4 x 2 and 1 x 8, with uneven lengths and a last step that is not full."""
     runs = []
@@ -127,6 +128,7 @@ def test_one_gradient_for_every_split_of_a_step(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.sweep(3)
 def test_a_token_budget_changes_nothing(kind, tmp_path):
     """INV-25: a batch of 8 in one forward, and split into several of at most 150 tokens."""
     runs = []
@@ -143,6 +145,7 @@ def test_a_token_budget_changes_nothing(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.sweep(3)
 def test_an_evaluation_is_the_same_for_every_batch_size(kind, tmp_path):
     """INV-26, 41: means, and smallest and largest values, over real rows."""
     found = []
@@ -157,6 +160,7 @@ def test_an_evaluation_is_the_same_for_every_batch_size(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.sweep(2)
 def test_layouts_train_alike(kind, tmp_path):
     """INV-19: tree and padded."""
     runs = []
@@ -212,6 +216,7 @@ def test_no_reference_is_run_where_none_is_needed(kind, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("kind", ["kto", "bco", "sft", "reward"])
+@pytest.mark.sweep(2)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):
     """INV-7: exactly; BCO's running mean travels in the checkpoint."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
@@ -239,6 +244,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):
 
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("kind", ["kto", "bco", "apo_zero_unpaired"])
+@pytest.mark.sweep(2)
 def test_one_class_alone_is_finite(kind, label, tmp_path):
     """INV-41."""
     rows = [{**row, "label": label} for row in LABELLED]

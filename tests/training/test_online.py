@@ -51,6 +51,7 @@ def assert_same(one, other):
     ],
 )
 @pytest.mark.parametrize("algorithm", CLASSES)
+@pytest.mark.sweep(5)
 def test_at_the_first_step_the_divergence_is_zero_and_every_ratio_one(algorithm, case, arguments, tmp_path):
     """R5: to the bit, for every kind of adapter and a model that was edited in memory."""
     model = policy()
@@ -327,6 +328,7 @@ def test_shares_of_processes_are_those_of_one(tmp_path):
     ],
     ids=["one update", "lora", "inside a rollout"],
 )
+@pytest.mark.sweep(1)
 def test_a_killed_run_goes_on_to_the_same_bits(algorithm, arguments, tmp_path):
     """R15: resumed after every step, also between two updates of one rollout; over the end of an epoch."""
     settings = {

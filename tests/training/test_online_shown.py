@@ -13,8 +13,9 @@ from rich.console import Console
 
 from tether import GRPOConfig
 from tether.errors import ConfigError, RewardError
+from tether.training.health.rules import Facts, Health
 from tether.training.online import table
-from tether.training.online.health import Health, Progress
+from tether.training.online.gain import Progress
 from tether.training.online.table import Completions, as_table
 from training.online import PROMPTS, SETTINGS, even, steps, trainer
 
@@ -136,25 +137,16 @@ GOOD = {"loss": 0.1, "entropy": 2.0, "frac_reward_zero_std": 0.5, "completions/c
     ],
 )
 def test_a_line_comes_when_it_holds_and_once(bad, first, said):
-    health = Health()
-    assert health.lines(GOOD, 1) == []
-    health._step = 1
+    health = Health(Facts())
+    assert health.look(GOOD, 1) == []
     heard = []
     for step in range(2, 20):
-        heard += [(step, line) for line in health.lines({**GOOD, **bad}, step)]
-        health._step = step
+        heard += [(step, found.line) for found in health.look({**GOOD, **bad}, step)]
     assert [step for step, _ in heard] == [first]
     assert said in heard[0][1]
-    assert health.lines(GOOD, 20) == []
-    health._step = 20
-    later = [step for step in range(21, 40) if _heard(health, {**GOOD, **bad}, step)]
+    assert health.look(GOOD, 20) == []
+    later = [step for step in range(21, 40) if health.look({**GOOD, **bad}, step)]
     assert later == [19 + first], "it has passed, and is said again"
-
-
-def _heard(health, logs, step):
-    found = health.lines(logs, step)
-    health._step = step
-    return found
 
 
 def test_a_reward_that_never_changes_is_named_and_one_that_did_is_not(tmp_path, caplog):
@@ -167,6 +159,7 @@ def test_a_reward_that_never_changes_is_named_and_one_that_did_is_not(tmp_path, 
     lines = [one.getMessage() for one in caplog.records if one.getMessage().startswith("health: ")]
     constant = [line for line in lines if "has been" in line]
     assert constant == [
-        "health: step 10: the reward fixed has been 0.25 for every completion from the start. Look at the function."
+        "health: step 10: the reward fixed has been 0.25 for every completion from the start. Look at the function. "
+        "(docs/health.md#rewards-constant)"
     ]
     assert sum("a loss of 0 is normal" in line for line in lines) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_a_resumed_run_keeps_its_precision(able, tmp_path):
 
 
 def test_a_busy_machine_decides_as_it_did_when_it_was_measured(tmp_path, monkeypatch, caplog):
-    """Of one processor, thread count, version of torch and shape, the first measurement counts."""
+    """Of one CPU, version of torch and shape, the first measurement counts, whatever the number of threads."""
     monkeypatch.setenv("TETHER_CACHE", str(tmp_path))
     found = iter([{"default": 2.0, "onednn": float("inf"), "bfloat16": 1.0}, {"default": 1.0, "onednn": 1.0}])
     monkeypatch.setattr(precision, "product_seconds", lambda weight: next(found))
@@ -128,6 +129,8 @@ def test_a_busy_machine_decides_as_it_did_when_it_was_measured(tmp_path, monkeyp
     assert (
         precision.kept_seconds(torch.ones(8, 4)) == first == {"default": 2.0, "onednn": float("inf"), "bfloat16": 1.0}
     )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert precision.kept_seconds(torch.zeros(8, 4)) == first
     assert precision.kept_seconds(torch.zeros(4, 8)) == {"default": 1.0, "onednn": 1.0}
     (one, other) = (tmp_path / "products").glob("*.json")
     again = iter([{"default": 3.0}])
@@ -135,6 +138,27 @@ def test_a_busy_machine_decides_as_it_did_when_it_was_measured(tmp_path, monkeyp
     one.write_text("{half")
     other.write_text("[]")
     assert precision.kept_seconds(torch.zeros(8, 4)) == {"default": 3.0}
+
+
+def test_a_machine_that_is_busy_now_is_measured_alike(monkeypatch):
+    """Ways are timed on one thread in its own time: what it waits for others does not count, and threads come back."""
+    linear, counts = nn.functional.linear, []
+
+    def waiting(inputs, matrix):
+        counts.append(torch.get_num_threads())
+        if matrix.dtype == torch.float32:
+            time.sleep(0.02)
+        return linear(inputs, matrix)
+
+    monkeypatch.setattr(nn.functional, "linear", waiting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert precision.product_seconds(torch.zeros(64, 64))["default"] < 0.01
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(counts) == {1}
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch, caplog):

@@ -93,6 +93,7 @@ def trained(trainer, **resume):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.sweep(3)
 def test_a_stream_gives_the_batches_of_a_set_in_memory(kind, tmp_path):
     """INV-34: with an unusable row among them, the last step of a pass not full, and a second pass."""
     in_memory = trained(trainer_of(tmp_path / "memory", kind, stream=False))
@@ -187,6 +188,7 @@ def test_rows_are_drawn_from_a_buffer_each_once_and_otherwise_in_each_pass(prepa
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("buffer_size", [0, 3, 15, 100])
+@pytest.mark.sweep(3)
 def test_a_loader_goes_on_from_every_batch_of_two_passes(prepared, buffer_size, processes, tmp_path, monkeypatch):
     """INV-7: and chunks that were used up are not prepared again."""
     order = Order(5, processes, buffer_size=buffer_size, seed=5)
@@ -244,6 +246,7 @@ def test_another_stream_is_noticed_on_resuming(prepared, tmp_path):
 
 @pytest.mark.parametrize("shuffling", ["sequential", "random"])
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.sweep(2)
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(kind, shuffling, tmp_path):
     """INV-7: batches, losses, logs and weights; from the first pass, from its end, and from the second."""
     changes = {"train_sampling_strategy": shuffling, "dataset_buffer_size": 15}

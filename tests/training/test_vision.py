@@ -59,6 +59,7 @@ def losses(run):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("adapter", "method"), [(False, "snapshot"), (True, "adapter_off"), (True, "snapshot")])
 @pytest.mark.parametrize("family", VISION)
+@pytest.mark.sweep(3)
 def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpointing, tmp_path):
     """INV-1, 2, 5, 15: ln 2 at step 1 in the tree layout, with one image, two, and images of several sizes."""
     run = trainer(
@@ -81,6 +82,7 @@ def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpo
 
 
 @pytest.mark.parametrize("family", VISION)
+@pytest.mark.sweep(1)
 def test_layouts_train_alike(family, tmp_path):
     """INV-19: losses of whole runs in both layouts."""
     runs = [trainer(tmp_path / layout, family, scoring_layout=layout) for layout in ("tree", "padded")]
@@ -113,6 +115,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.sweep(1)
 def test_the_artefact_scores_as_the_model_did(adapter, tmp_path):
     """INV-38: from disk, processor included, in plain transformers and peft, and by name."""
     tiny_vision("llava").save_pretrained(tmp_path / "base")
@@ -149,6 +152,7 @@ def test_images_without_a_processor_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("family", VISION)
+@pytest.mark.sweep(1)
 def test_a_token_budget_splits_images_with_their_prompts(family, tmp_path):
     """INV-25: the split of a step changes no loss."""
     whole = trainer(tmp_path / "whole", family)

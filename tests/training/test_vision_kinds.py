@@ -85,6 +85,7 @@ ORACLES = {
 
 @pytest.mark.parametrize("family", VISION)
 @pytest.mark.parametrize("kind", ORACLES)
+@pytest.mark.sweep(2)
 def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp_path):
     """INV-16, 41: losses of three steps and of an evaluation; KTO's unrelated completion stands under the row's own
     images. The controls are other pixels, and none for the rows of the KL estimate."""
@@ -142,6 +143,7 @@ def test_layouts_and_splits_train_alike(kind, tmp_path):
 
 
 @pytest.mark.parametrize("family", VISION)
+@pytest.mark.sweep(1)
 def test_kto_with_a_store_and_several_evaluation_sets(family, tmp_path):
     """INV-12, 13, 15: stored equals live; nothing is computed a second time; other images are other entries."""
     sets = {"first": rows("KTO")[:3], "second": rows("KTO", shift=9)[:4]}

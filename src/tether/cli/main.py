@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
-from tether.cli import data
+from tether.cli import after, data
 from tether.cli.demo import demo
 from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
 from tether.cli.foreign.convert import convert
 from tether.cli.foreign.trl import COMMANDS, trl_command
+from tether.cli.init import init
+from tether.cli.plan import plan
 from tether.cli.precompute import precompute
 from tether.cli.rollouts import app as rollouts_app
 from tether.cli.sample import sample
@@ -23,7 +25,6 @@ from tether.cli.train import TrainCommand, train
 
 app = typer.Typer(
     help="Preference training that never lets the reference policy be wrong.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(
@@ -31,6 +32,8 @@ app.command(
     cls=TrainCommand,
     help="Train the model of a run file on its pairs, evaluate it, and write the run folder.",
 )(train)
+app.command("init", help="Write a run file from a few answers, or from flags.")(init)
+app.command("plan", help="Say what a run will take, before any weights are read: memory, tokens, steps.")(plan)
 app.command(
     "demo",
     help="Tune a real language model on preferences in minutes, compare before and after, and write the report.",
@@ -46,6 +49,7 @@ app.add_typer(data.app, name="data")
 
 app.add_typer(doctor, name="doctor")
 app.command("convert", help="Write the run file that a file of TRL, Axolotl or LLaMA-Factory stands for.")(convert)
+after.register(app)
 for _name in COMMANDS:
     app.command(
         _name,

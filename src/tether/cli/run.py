@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tether.errors import ConfigError
+from tether.files import write_whole
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -19,11 +21,15 @@ CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 # The option that every command has.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]
+_HEADER = """\
+# The run file as it was read, overrides and defaults of its sections filled in; reading it gives the same run.
+# Keys of `train` that are not here have the defaults in docs/run_file.md.
+"""
 _RESULTS = ("*.safetensors", "checkpoint-*")
 
 
 def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTrainer:
-    """Check the data, load the model, prove the reference; write the resolved configuration.
+    """Check the data, load the model, prove the reference.
 
     Args:
         run: a checked run file.
@@ -34,32 +40,46 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTraine
     """
     from tether.config import build, trainer_class
 
+    for name, value in run.variables().items():
+        os.environ.setdefault(name, value)
     output = Path(run.output)
     arguments, adapter, keywords = build(run)
     if checkpoint is None:
         _refuse_used_folder(output)
     trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG).write_text(run.dump_yaml(), encoding="utf-8")
     logging.getLogger("tether").info(_batch_line(arguments))
     return trainer
 
 
-def train_and_evaluate(trainer: TetherTrainer, checkpoint: Path | None = None) -> None:
-    """Train with the progress display, evaluate at the end, save the model and what was found.
+def train_and_evaluate(trainer: TetherTrainer, run: RunConfig, checkpoint: Path | None = None) -> None:
+    """Train with the progress display, evaluate at the end, save the model, what was found, and the page.
+
+    The folder is this run's from before its configuration is written until the page is.
 
     Args:
         trainer: see `make_trainer`.
+        run: what it was made from.
         checkpoint: where to resume from.
     """
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # With load_best_model_at_end the model is another one now than at the last evaluation.
-    if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
-        trainer.evaluate()
-    trainer.save_model(str(trainer.run_folder))
-    if trainer.is_world_process_zero():
-        write_evaluation(trainer.run_folder, _accuracies(trainer))
+    from tether.evaluate.pairs import write_pairs
+    from tether.report import write_report
+    from tether.report.live import PageWriter
+    from tether.training.saving.stop import one_run_at_a_time
+
+    folder, main = trainer.run_folder, trainer.is_world_process_zero()
+    with one_run_at_a_time(folder, main=trainer.args.should_save):
+        if main:
+            write_whole(folder / CONFIG, _HEADER + run.dump_yaml())
+        trainer.add_callback(PageWriter(folder))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # With load_best_model_at_end the model is another one now than at the last evaluation.
+        if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
+            trainer.evaluate()
+        trainer.save_model(str(folder))
+        write_pairs(trainer)
+        if main:
+            write_evaluation(folder, _results(trainer))
+            write_report(folder)
 
 
 def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
@@ -67,30 +87,38 @@ def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
     path = folder / EVALUATION
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if results:
-        path.write_text(json.dumps({**found, **results}, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps({**found, **results}, indent=2) + "\n")
 
 
-def _accuracies(trainer: TetherTrainer) -> dict[str, Any]:
-    """Reward accuracy on each evaluation set after the last step, with its 95 % interval."""
-    from tether.evaluate import wilson_interval
+def _results(trainer: TetherTrainer) -> dict[str, Any]:
+    """Reward accuracy and margin on each evaluation set after the last step, with their 95 % intervals."""
+    from tether.evaluate import mean_interval, wilson_interval
 
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     results = {}
     for name, rows in sets.items():
-        prefix = f"eval_{name}_" if name else "eval_"
-        keys = [prefix + metric for metric in ("rewards/accuracies", "accuracy")]  # a policy's, a reward model's
-        logs = reversed(trainer.state.log_history)
-        value = next((entry[key] for entry in logs for key in keys if key in entry), None)
-        if value is not None and rows is not None:
-            pairs = len(rows)  # type: ignore[arg-type]
-            low, high = wilson_interval(round(value * pairs), pairs)
-            results[f"reward_accuracy_{name}" if name else "reward_accuracy"] = {
-                "value": value,
-                "low": low,
-                "high": high,
-                "n": pairs,
-            }
+        if rows is None:
+            continue
+        pairs, ending = len(rows), f"_{name}" if name else ""
+        value = _last_of(trainer, name, "rewards/accuracies", "accuracy")  # a policy's, a reward model's
+        if value is not None:
+            interval = wilson_interval(round(value * pairs), pairs)
+            results[f"reward_accuracy{ending}"] = _result(value, interval, pairs)
+        mean, deviation = (_last_of(trainer, name, f"rewards/margins{part}") for part in ("", "_std"))
+        if mean is not None and deviation is not None and pairs > 1:
+            results[f"reward_margin{ending}"] = _result(mean, mean_interval(mean, deviation, pairs), pairs)
     return results
+
+
+def _last_of(trainer: TetherTrainer, name: str, *metrics: str) -> float | None:
+    """A metric of the last evaluation of a set, by the first of its names that was logged."""
+    keys = [f"eval_{name}_{metric}" if name else f"eval_{metric}" for metric in metrics]
+    logs = reversed(trainer.state.log_history)
+    return next((entry[key] for entry in logs for key in keys if key in entry), None)
+
+
+def _result(value: float, interval: tuple[float, float], pairs: int) -> dict[str, Any]:
+    return {"value": value, "low": interval[0], "high": interval[1], "n": pairs}
 
 
 def _batch_line(arguments: PreferenceConfig) -> str:

@@ -12,8 +12,3 @@ def arrow_table(dataset: Dataset) -> pa.Table:
     `dataset.data` is a wrapper of the library's own. It knows nothing of `select` and `shuffle`, which keep indices.
     """
     return dataset.data.table
-
-
-def is_transformed(dataset: Dataset) -> bool:
-    """Whether rows pass through a function when they are asked for (`with_transform`), which `to_list` leaves out."""
-    return dataset.format["type"] == "custom"

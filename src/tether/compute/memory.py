@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def token_budget(
-    setting: int | str | None, model: nn.Module, device: torch.device, *, checkpointing: bool
+    setting: int | str | None, model: nn.Module, device: torch.device, *, checkpointing: bool, room: int | None = None
 ) -> tuple[int | None, str]:
     """The tokens of a forward and a line that says where the number comes from.
 
@@ -32,12 +33,14 @@ def token_budget(
         model: the policy, in place on its device; the optimizer is not made yet.
         device: where it is.
         checkpointing: whether activations inside layers are computed again in the backward.
+        room: bytes for activations, of a machine that is not this one; None: what `free_bytes` finds here.
     """
     if setting is None:
         return None, "batching: each batch in one forward, however long"
     if isinstance(setting, int):
         return setting, f"batching: at most {setting} tokens a forward (max_tokens_per_forward)"
-    need, room = bytes_per_token(model, checkpointing=checkpointing), free_bytes(model, device)
+    need = bytes_per_token(model, checkpointing=checkpointing)
+    room = free_bytes(model, device) if room is None else room
     fitting = int(max(room, 0) * _SHARE / need)
     enough = _ENOUGH.get(device.type, _ENOUGH["cuda"])
     # A power of two, so that a few bytes more or less do not change how a step is split.
@@ -109,3 +112,13 @@ def room_for_another(device: torch.device) -> int:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     room = min([machine_bytes() - used, *found])
     return min(room, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else room
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use at once: a GPU's by this process's tensors, else the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -43,7 +43,7 @@ def choose_precision(args: TrainingArguments, model: nn.Module, *, cpu_matmul: s
             bfloat16, and the CPU has instructions for it.
         model: the policy.
         cpu_matmul: `auto` means: oneDNN's float32 products, where such a product is measured to be 1.3 times as fast by
-            it on the threads of this run.
+            it on one thread.
         on_cpu: whether the run computes on a CPU and may still decide.
     """
     # A launcher may have set it in the environment.
@@ -134,9 +134,10 @@ def widest_weight(model: nn.Module) -> Tensor | None:
 def kept_seconds(weight: Tensor) -> dict[str, float]:
     """`product_seconds` of this machine and shape as it was first measured, so that a busy machine decides alike.
 
-    It is kept in the cache folder (`$TETHER_CACHE`), by what its outcome hangs on: processor, threads, torch, shape.
+    It is kept in the cache folder (`$TETHER_CACHE`), by what its outcome hangs on: CPU, torch, shape. The threads of a
+    run are none of it: their number may depend on what else the machine does.
     """
-    about = [_processor(), *sorted(processor_flags()), torch.__version__, torch.get_num_threads(), *weight.shape]
+    about = [_processor(), *sorted(processor_flags()), torch.__version__, *weight.shape]
     key = blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
     path = cache_root() / "products" / f"{key}.json"
     try:
@@ -168,9 +169,18 @@ def _processor() -> str:
 def product_seconds(weight: Tensor) -> dict[str, float]:
     """Seconds of a product with this matrix: in float32 by each library (infinity: not there), and in bfloat16.
 
-    The cast of the matrix is part of bfloat16's. They are measured in turns and the fastest of each counts, since other
-    work on the machine can only slow one down.
+    The cast of the matrix is part of bfloat16's. On one thread and in its own CPU time, in turns, of which the
+    fastest counts: what other processes do to the clock on the wall, or to a thread that is waited for, is not in it.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _seconds_of_each(weight)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds_of_each(weight: Tensor) -> dict[str, float]:
     matrix = weight.detach()
     inputs = torch.ones(_ROWS, matrix.shape[1])
     narrow = inputs.bfloat16()
@@ -185,10 +195,10 @@ def product_seconds(weight: Tensor) -> dict[str, float]:
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for repeat in range(_REPEATS + 1):
             for name, way in ways.items():
-                start = time.perf_counter()
+                start = time.thread_time()
                 way()
                 if repeat:  # the first of each finds its memory and its kernel
-                    best[name] = min(best[name], time.perf_counter() - start)
+                    best[name] = min(best[name], time.thread_time() - start)
     return best
 
 

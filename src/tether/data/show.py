@@ -165,12 +165,13 @@ def _tokens(
         number for number, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     return [
-        Token(token, _text(token, tokenizer), part, scored, token in special, role)
+        Token(token, token_text(token, tokenizer), part, scored, token in special, role)
         for token, scored, role in zip(ids, mask, roles, strict=True)
     ]
 
 
-def _text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a token stands for; part of a character as the tokenizer writes it."""
     text = str(tokenizer.decode([token], skip_special_tokens=False))
     if text and "\ufffd" not in text:
         return text

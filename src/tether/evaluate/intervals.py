@@ -10,6 +10,8 @@ from scipy import stats
 from tether.errors import ConfigError
 
 _NUMBERS_AT_ONCE = 4_000_000
+# A value, the lower and the upper end.
+Interval = tuple[float, float, float]
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -39,6 +41,28 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mean_interval(mean: float, deviation: float, n: int) -> tuple[float, float]:
+    """Student's 95 % interval of a mean.
+
+    Args:
+        mean: of the values.
+        deviation: their standard deviation, with n in its denominator.
+        n: how many there are.
+
+    Returns:
+        Lower and upper end; infinite for fewer than two values, which say nothing of their spread.
+
+    Example:
+        >>> low, high = mean_interval(1.0, 2.0, 25)
+        >>> round(low, 4), round(high, 4)
+        (0.1574, 1.8426)
+    """
+    if n < 2:
+        return -float("inf"), float("inf")
+    half = float(stats.t.ppf(0.975, n - 1)) * deviation / (n - 1) ** 0.5
+    return mean - half, mean + half
 
 
 def bootstrap_mean_difference(
@@ -85,6 +109,34 @@ def bootstrap_mean_difference(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(second.mean() - first.mean()), float(interval.low), float(interval.high)
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = 2_000) -> Interval:
+    """Mean of values with a 95 % percentile bootstrap interval; of fewer than two the interval is unbounded.
+
+    Args:
+        values: `[N]`, finite.
+        seed: of the resampling.
+        resamples: how many samples are drawn.
+
+    Example:
+        >>> bootstrap_mean([1.0, 1.0, 1.0])
+        (1.0, 1.0, 1.0)
+    """
+    given = np.asarray(values, dtype=np.float64)
+    if given.size < 2:
+        return float(given.mean()) if given.size else float("nan"), -float("inf"), float("inf")
+    return bootstrap_mean_difference(np.zeros_like(given), given, seed=seed, resamples=resamples)
+
+
+def share(successes: int, n: int) -> Interval:
+    """A share with Wilson's 95 % interval; NaN of no trial.
+
+    Example:
+        >>> [round(value, 3) for value in share(5, 10)]
+        [0.5, 0.237, 0.763]
+    """
+    return (successes / n if n else float("nan")), *wilson_interval(successes, n)
 
 
 def _difference_of_means(after: np.ndarray, before: np.ndarray, axis: int) -> np.ndarray:

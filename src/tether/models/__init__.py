@@ -1,12 +1,9 @@
 """Models: loading a policy and its tokenizer, what a model is made of, and the fingerprint of its weights."""
 
 from tether.models.fingerprint import fingerprint, model_fingerprint
-from tether.models.fingerprint_files import checkpoint_fingerprint
-from tether.models.load import check_source, load_config, load_policy, load_processing, load_tokenizer
+from tether.models.load import load_config, load_policy, load_processing, load_tokenizer
 
 __all__ = [
-    "check_source",
-    "checkpoint_fingerprint",
     "fingerprint",
     "load_config",
     "load_policy",

@@ -30,7 +30,7 @@ logger = logging.getLogger("tether")
 ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
-# Initialisations that write into the base weights, see `rewrites_base`; tests/models/test_adapters.py measures them.
+# Initialisations that write into the base weights, see `rewrites_base`; measured in tests/models/test_adapter_ways.py.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

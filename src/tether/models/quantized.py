@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tether.compat.torch import inner_tensors
 from tether.errors import ConfigError
 
-Quantization = Literal["4bit", "nf4", "8bit", "int8", "none"]
 # Short name to the package that it needs.
 _PACKAGES = {"4bit": "bitsandbytes", "nf4": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 

@@ -37,7 +37,7 @@ def load_reward_model(
     Raises:
         ConfigError: the source is missing, incomplete or an adapter, or the architecture has no such form.
     """
-    folder = str(source) if _is_classifier(source) else _local(source, revision)
+    folder = str(source) if is_classifier(source) else _local(source, revision)
     if is_adapter(folder):
         raise ConfigError(
             f"The model '{source}' is an adapter, and a reward model starts from whole weights. Merge it into its base "
@@ -69,7 +69,8 @@ def load_reward_model(
     return model
 
 
-def _is_classifier(source: str | Path) -> bool:
+def is_classifier(source: str | Path) -> bool:
+    """Whether a folder is that of a model that classifies sequences."""
     config = Path(source).expanduser() / "config.json"
     if not config.is_file():
         return False

@@ -4,6 +4,7 @@
 |---|---|---|
 | `rewards/chosen`, `rewards/rejected` | beta times the log-ratio of policy and reference | pairs |
 | `rewards/margins`, `rewards/accuracies` | their difference; how often it is above 0 | pairs |
+| `rewards/margins_std` | standard deviation of the margins; evaluation only | pairs |
 | `rewards/margins/1-64_tokens`, … | the same, by the tokens of the longer completion | pairs of that length |
 | `logps/chosen`, `logps/rejected` | log-probability of a completion under the policy, in nats | pairs |
 | `slopes/chosen`, `slopes/rejected` | derivative of a pair's loss by that log-probability; training only | pairs |
@@ -58,6 +59,9 @@ def preference_metrics(
         "rewards/accuracies": accuracies,
         "rewards/margins": margins,
     }
+    if not policy.token_logps.requires_grad:
+        # An evaluation makes their standard deviation of it.
+        found["rewards/margins_square"] = margins.double().square()
     for name, values in (("logps", logps), ("slopes", slopes)):
         if values is not None:
             found[f"{name}/chosen"], found[f"{name}/rejected"] = sides.split(values)

@@ -1,6 +1,6 @@
 """The reference policy: what it means, how it is computed, and the guards that keep it right."""
 
-from tether.reference.base import SAME, Reference, Scorer
+from tether.reference.base import SAME, Reference
 from tether.reference.guard import (
     FrozenProbe,
     GuardResult,
@@ -25,7 +25,6 @@ __all__ = [
     "ReferenceSpec",
     "RemoteOptions",
     "Resolved",
-    "Scorer",
     "Store",
     "StoreCheck",
     "StoredReference",

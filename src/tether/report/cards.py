@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
+from markupsafe import Markup
+
 from tether.report.charts import interval_strip
-from tether.report.html import Html, tag
 from tether.report.numbers import as_number, number, signed
 from tether.report.read import Run
 
 
-def verdict_cards(run: Run) -> list[Html]:
+@dataclass(frozen=True)
+class Card:
+    """A result, told apart from chance or not.
+
+    Args:
+        title: what it is.
+        figure: the number.
+        before: the number before training, where there is one.
+        strip: the interval on a scale.
+        notes: lines under it.
+        verdict: what may be concluded, and `good`, `bad` or `open`.
+    """
+
+    title: str
+    figure: str
+    before: str | None = None
+    strip: Markup | None = None
+    notes: list[str] = field(default_factory=list)
+    verdict: tuple[str, str] | None = None
+
+
+def verdict_cards(run: Run) -> list[Card]:
     """One card for each result of `evaluation.json`, and one for the reference.
 
     Args:
@@ -28,7 +51,7 @@ def verdict_cards(run: Run) -> list[Html]:
             cards.append(_value_card(run, name, result))
     accuracy = run.last("eval_rewards/accuracies")
     if "reward_accuracy" not in run.evaluation and math.isfinite(accuracy):
-        cards.insert(0, _card("Reward accuracy", number(accuracy, 3), None, ["last evaluation during training"], None))
+        cards.insert(0, Card("Reward accuracy", number(accuracy, 3), notes=["last evaluation during training"]))
     guard = _guard_card(run.reference)
     return [*cards, guard] if guard is not None else cards
 
@@ -41,20 +64,6 @@ def title_of(name: str) -> str:
     """
     words = str(name).replace("_", " ").strip()
     return words[:1].upper() + words[1:]
-
-
-def _card(
-    title: str, figure: Html | str, strip: Html | None, notes: list[str], verdict: tuple[str, str] | None
-) -> Html:
-    return tag(
-        "div",
-        tag("h2", title),
-        tag("p", figure, class_="figure"),
-        strip,
-        tag("div", (tag("p", note) for note in notes if note), class_="note"),
-        tag("p", verdict[0], class_=f"verdict {verdict[1]}") if verdict else None,
-        class_="card",
-    )
 
 
 def _interval(result: dict[str, Any], decimals: int, write: Any = number) -> str:
@@ -91,11 +100,12 @@ def doubts_about(run: Run) -> list[tuple[str, str]]:
         found.append((f"the model no longer predicts the tokens of the data (accuracy {number(hit, 3)})", "bad"))
     if lost > max(_LOST_NATS, abs(start) / 2):
         found.append((f"chosen completions became {number(lost, 0)} nats less likely", "bad"))
-    if run.last("eval_rewards/margins") <= 0:
-        found.append(("the mean margin is not above zero", "open"))
-    steps = max((as_number(line.get("step")) for line in run.metrics if "step" in line), default=math.nan)
-    if steps < _FEW_STEPS:
-        found.append((f"{number(steps)} steps are too few to have learnt much", "open"))
+    margin = run.evaluation.get("reward_margin")
+    least = as_number(margin.get("low")) if isinstance(margin, dict) else run.last("eval_rewards/margins")
+    if least <= 0:
+        found.append(("the mean margin is not told apart from zero", "open"))
+    if run.steps < _FEW_STEPS:
+        found.append((f"{number(run.steps)} steps are too few to have learnt much", "open"))
     result = run.evaluation.get("reward_accuracy")
     rows = as_number(result.get("n")) if isinstance(result, dict) else math.nan
     if rows < _FEW_ROWS:
@@ -103,25 +113,27 @@ def doubts_about(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _value_card(run: Run, name: str, result: dict[str, Any]) -> Html:
+def _value_card(run: Run, name: str, result: dict[str, Any]) -> Card:
     value, low, high = (as_number(result.get(key)) for key in ("value", "low", "high"))
-    notes = [_interval(result, 3), _count(result, "held-out pairs" if name == "reward_accuracy" else "rows")]
-    chance = "accuracy" in name or "win_rate" in name
+    notes = [_interval(result, 3), _count(result, "held-out pairs" if name.startswith("reward_") else "rows")]
     strip = verdict = None
-    if chance:
+    if "accuracy" in name or "win_rate" in name:
         strip = interval_strip(value, low, high, 0.5, (0.0, 1.0))
         verdict = _verdict(low, high, 0.5, ("Above chance", "Below chance", "Not told apart from chance"))
-        doubts = doubts_about(run)
-        if doubts and verdict is not None and verdict[1] == "good":
-            verdict = (f"{verdict[0]}, but {'; '.join(doubt for doubt, _ in doubts)}", min(kind for _, kind in doubts))
-    return _card(title_of(name), number(value, 3), strip, notes, verdict)
+    elif name.startswith("reward_margin") and math.isfinite(low) and math.isfinite(high):
+        reach = 1.15 * max(abs(low), abs(high)) or 1.0
+        strip = interval_strip(value, low, high, 0.0, (-reach, reach))
+        verdict = _verdict(low, high, 0.0, ("Above zero", "Below zero", "Not told apart from zero"))
+    doubts = doubts_about(run)
+    if doubts and verdict is not None and verdict[1] == "good":
+        verdict = (f"{verdict[0]}, but {'; '.join(doubt for doubt, _ in doubts)}", min(kind for _, kind in doubts))
+    return Card(title_of(name), number(value, 3), None, strip, notes, verdict)
 
 
-def _change_card(name: str, result: dict[str, Any]) -> Html:
+def _change_card(name: str, result: dict[str, Any]) -> Card:
     low, high = as_number(result.get("low")), as_number(result.get("high"))
     before, after = number(result.get("before_mean"), 2), number(result.get("after_mean"), 2)
     difference = as_number(result.get("difference"))
-    figure = tag("span", tag("span", before, class_="was"), tag("span", " → ", class_="arrow"), after)
     change = f"change {signed(difference, 2)}"
     judge = f"judged by {result['judge']}" if result.get("judge") else ""
     who = ", ".join(part for part in (_count(result, "held-out prompts"), judge) if part)
@@ -132,9 +144,8 @@ def _change_card(name: str, result: dict[str, Any]) -> Html:
     verdict = _verdict(
         low, high, 0.0, ("Rose: the interval excludes zero", "Fell: the interval excludes zero", "No clear change")
     )
-    return _card(
-        f"{title_of(name)}, before and after", figure, strip, [change, _interval(result, 2, signed), who], verdict
-    )
+    notes = [change, _interval(result, 2, signed), who]
+    return Card(f"{title_of(name)}, before and after", after, before, strip, notes, verdict)
 
 
 def _verdict(low: float, high: float, mark: float, words: tuple[str, str, str]) -> tuple[str, str] | None:
@@ -145,21 +156,21 @@ def _verdict(low: float, high: float, mark: float, words: tuple[str, str, str]) 
     return (words[1], "bad") if high < mark else (words[2], "open")
 
 
-def _guard_card(reference: dict[str, Any]) -> Html | None:
+def _guard_card(reference: dict[str, Any]) -> Card | None:
     if not reference:
         return None
     guard = reference.get("guard")
     identity = reference.get("identity")
     meaning = identity.get("meaning") if isinstance(identity, dict) else None
     if meaning == "none":
-        return _card("Reference", "None", None, ["this objective is trained without a reference"], None)
+        return Card("Reference", "None", notes=["this objective is trained without a reference"])
     if not isinstance(guard, dict):
         unmatched = "the policy does not start there, so the two were not compared"
         note = "no comparison at the start is on record" if meaning == "start" else unmatched
-        return _card("Reference", title_of(str(meaning or "declared")), None, [note], None)
+        return Card("Reference", title_of(str(meaning or "declared")), notes=[note])
     notes = [
         f"before the first update, a token differed by at most {number(guard.get('max_difference'))} nats",
         f"{number(guard.get('rows'))} rows compared, {number(guard.get('tolerance'))} nats allowed",
     ]
     verdict = ("Started at its reference", "good") if guard.get("passed") else ("Not the same", "bad")
-    return _card("Reference guard", "Passed" if guard.get("passed") else "Failed", None, notes, verdict)
+    return Card("Reference guard", "Passed" if guard.get("passed") else "Failed", notes=notes, verdict=verdict)

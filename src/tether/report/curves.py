@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from tether.report.charts import Series, Style, line_chart
-from tether.report.html import Html, tag
 from tether.report.numbers import as_number
 from tether.report.read import Run
 
 Metrics = list[dict[str, Any]]
 
-# Title, metric and unit of the charts behind the fold.
-_MORE = (
-    ("Gradient norm", "grad_norm"),
-    ("Learning rate", "learning_rate"),
-    ("Entropy of the policy, nats per token", "entropy"),
-    ("Mean token accuracy", "mean_token_accuracy"),
-    ("Mean length of sampled completions, tokens", "completions/mean_length"),
-    ("Groups whose rewards are all equal", "frac_reward_zero_std"),
-    ("Tokens per second", "tokens_per_second"),
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart over the steps.
+
+    Args:
+        title: above it.
+        keys: the metrics that it shows, each with a label and a colour where there are several.
+        baseline: a value to mark, and what to call it.
+        bounds: natural limits of the quantity.
+        first: it is shown at once, and not folded.
+    """
+
+    title: str
+    keys: tuple[tuple[str, str, Style | None], ...]
+    baseline: tuple[float, str] | None = None
+    bounds: tuple[float, float] | None = None
+    first: bool = False
+
+
+def _sides(name: str) -> tuple[tuple[str, str, Style | None], ...]:
+    return tuple((f"{name}/{side}", side, side) for side in ("chosen", "rejected"))
+
+
+CURVES = (
+    Curve("Loss", (("loss", "", None),), first=True),
+    Curve("Reward margin, chosen over rejected", (("rewards/margins", "", None),), (0.0, ""), first=True),
+    Curve("Reward accuracy", (("rewards/accuracies", "", None),), (0.5, "chance"), (0.0, 1.0), first=True),
+    Curve("Rewards", _sides("rewards"), (0.0, ""), first=True),
+    Curve("Reward of sampled completions", (("reward", "", None),), first=True),
+    Curve("KL divergence from the reference, nats per token", (("kl", "", None),), (0.0, ""), first=True),
+    Curve(
+        "KL divergence from the reference on the data, nats per token", (("kl/k3", "", None),), (0.0, ""), first=True
+    ),
+    Curve("Log-probability of completions, nats", _sides("logps"), first=True),
+    Curve("Gradient norm", (("grad_norm", "", None),)),
+    Curve("Learning rate", (("learning_rate", "", None),)),
+    Curve("Entropy of the policy, nats per token", (("entropy", "", None),)),
+    Curve("Mean token accuracy", (("mean_token_accuracy", "", None),)),
+    Curve("Mean length of sampled completions, tokens", (("completions/mean_length", "", None),)),
+    Curve("Sampled completions that were cut", (("completions/clipped_ratio", "", None),), None, (0.0, 1.0)),
+    Curve("Groups whose rewards are all equal", (("frac_reward_zero_std", "", None),)),
+    Curve("Tokens per second", (("tokens_per_second", "", None),)),
+    Curve("Most memory in use, GiB", (("memory_peak_gib", "", None),)),
 )
 
 
@@ -58,12 +96,13 @@ def evaluation_sets(metrics: Metrics) -> list[str]:
     return sorted(names or ({""} if "eval_loss" in keys else set()))
 
 
-def lines(metrics: Metrics, key: str, label: str = "", style: Style | None = None) -> list[Series]:
+def lines(metrics: Metrics, key: str, sets: Sequence[str], label: str = "", style: Style | None = None) -> list[Series]:
     """A metric in training and in each evaluation set.
 
     Args:
         metrics: the lines of `metrics.jsonl`.
         key: the metric's name in training.
+        sets: names of the evaluation sets, see `evaluation_sets`.
         label: what the values are, for the legend, where a chart shows more than one metric.
         style: the colour of both; None to tell training from evaluation by colour.
 
@@ -72,58 +111,62 @@ def lines(metrics: Metrics, key: str, label: str = "", style: Style | None = Non
     """
     # A schedule has no noise to average away.
     found = [Series(label or "train", *curve(metrics, key), style or "train", smoothed=key != "learning_rate")]
-    for name in evaluation_sets(metrics):
+    for name in sets:
         prefix = f"eval_{name}_" if name else "eval_"
         title = " ".join(part for part in (label, "eval", name) if part)
         found.append(Series(title, *curve(metrics, prefix + key), style or "eval", marked=True))
     return found
 
 
-def main_charts(run: Run) -> list[Html]:
-    """Loss, margin, accuracy, and the rewards of chosen and rejected.
+def charts_of(run: Run, *, first: bool) -> list[Markup]:
+    """The curves of a run.
 
     Args:
         run: what was read.
+        first: those that are shown at once, or else those that are folded.
 
     Returns:
         The charts that have values.
     """
-    metrics = run.metrics
-    objective = run.config.get("objective")
-    loss = objective.get("loss") if isinstance(objective, dict) else run.config.get("loss_type")
-    start = (math.log(2), "ln 2: policy equals reference") if loss in ("sigmoid", ["sigmoid"]) else None
-    rewards = lines(metrics, "rewards/chosen", "chosen", "chosen") + lines(
-        metrics, "rewards/rejected", "rejected", "rejected"
-    )
-    charts = (
-        line_chart("Loss", lines(metrics, "loss"), baseline=start),
-        line_chart("Reward margin, chosen over rejected", lines(metrics, "rewards/margins"), baseline=(0.0, "")),
-        line_chart(
-            "Reward accuracy", lines(metrics, "rewards/accuracies"), baseline=(0.5, "chance"), bounds=(0.0, 1.0)
-        ),
-        line_chart("Rewards", rewards, baseline=(0.0, "")),
-        line_chart("Reward of sampled completions", lines(metrics, "reward")),
-        line_chart("KL divergence from the reference, nats per token", lines(metrics, "kl"), baseline=(0.0, "")),
-    )
-    return [chart for chart in charts if chart is not None]
+    charts, sets = [], evaluation_sets(run.metrics)
+    for one in CURVES:
+        if one.first != first:
+            continue
+        series = [line for key, label, style in one.keys for line in lines(run.metrics, key, sets, label, style)]
+        baseline = _start_of_loss(run) if one.title == "Loss" else one.baseline
+        chart = line_chart(one.title, series, baseline=baseline, bounds=one.bounds)
+        charts += [] if chart is None else [chart]
+    return charts
 
 
-def more_charts(run: Run) -> Html | None:
-    """Log-probabilities and the state of the optimisation, folded away.
+def compared_charts(runs: Sequence[Run]) -> list[Markup]:
+    """The curves of several runs, a colour each: training solid, the first evaluation set dashed.
 
     Args:
-        run: what was read.
-
-    Returns:
-        A `details` element; None when nothing of it was logged.
+        runs: what was read of each.
     """
-    metrics = run.metrics
-    logps = lines(metrics, "logps/chosen", "chosen", "chosen") + lines(
-        metrics, "logps/rejected", "rejected", "rejected"
-    )
-    charts = [line_chart("Log-probability of completions, nats", logps)]
-    charts += [line_chart(title, lines(metrics, key)) for title, key in _MORE]
-    drawn = [chart for chart in charts if chart is not None]
-    if not drawn:
-        return None
-    return tag("details", tag("summary", "More curves"), tag("div", drawn, class_="charts"))
+    charts, sets = [], [evaluation_sets(run.metrics)[:1] for run in runs]
+    for one in CURVES:
+        for key, label, _ in one.keys:
+            title = f"{one.title}: {label}" if label else one.title
+            series = [
+                Series(
+                    " ".join([run.name, *(["eval"] if line.marked else [])]),
+                    line.steps,
+                    line.values,
+                    f"run{place % 8}",
+                    line.marked,
+                    line.smoothed,
+                )
+                for place, run in enumerate(runs)
+                for line in lines(run.metrics, key, sets[place])
+            ]
+            chart = line_chart(title, series, baseline=one.baseline, bounds=one.bounds)
+            charts += [] if chart is None else [chart]
+    return charts
+
+
+def _start_of_loss(run: Run) -> tuple[float, str] | None:
+    objective = run.config.get("objective")
+    loss = objective.get("loss") if isinstance(objective, dict) else run.config.get("loss_type")
+    return (math.log(2), "ln 2: policy equals reference") if loss in ("sigmoid", ["sigmoid"]) else None

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from tether.files import write_whole
+from tether.masking import masked
 from tether.report.cards import verdict_cards
-from tether.report.completions import completions_content
-from tether.report.curves import main_charts, more_charts
-from tether.report.html import Html, join, tag
+from tether.report.curves import charts_of
 from tether.report.read import Run, read_run
-from tether.report.sections import config_section, data_section, facts, reference_section, samples_section, section
-from tether.report.style import CSS
+from tether.report.render import page
+from tether.report.sections.completions import completions_content
+from tether.report.sections.data import data_section
+from tether.report.sections.headline import facts, headline
+from tether.report.sections.pairs import pairs_section
+from tether.report.sections.reference import reference_section
+from tether.report.texts import Limits, sample_of
 
 REPORT = "report.html"
-# Even a page that failed to escape something could run no script and load nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+LARGEST_PAGE = 2_000_000
+_OPEN_CONFIG_LINES = 60
 
 
 def write_report(run_folder: Path | str) -> Path:
-    """Write `report.html` into a run folder, from whichever of its files exist.
+    """Write `report.html` into a run folder, from whichever of its files exist; also while the run goes on.
 
-    Reads `metrics.jsonl` (needed), `config.yaml`, `reference.json`, `data.json`, `evaluation.json`, `samples.json`
-    and the last table in `completions/`.
-    The same files give the same page.
+    Reads `metrics.jsonl` (needed), `config.yaml`, `reference.json`, `data.json`, `evaluation.json`, `samples.json`,
+    `pairs.json`, `health.jsonl` and the last table in `completions/`.
+    The same files give the same page, of at most 2 MB: of what has no natural end, as much is shown as fits.
 
     Args:
         run_folder: the folder that a run wrote.
@@ -36,12 +41,8 @@ def write_report(run_folder: Path | str) -> Path:
         ConfigError: there are no metrics, or a file is not what its name says.
     """
     folder = Path(run_folder)
-    page = render(read_run(folder))
     path = folder / REPORT
-    # Whoever has the old page open, or a run that is killed here, never sees half of the new one.
-    part = folder / f".{REPORT}.{os.getpid()}"
-    part.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-    part.replace(path)
+    write_page(path, render(read_run(folder)))
     return path
 
 
@@ -54,42 +55,59 @@ def render(run: Run) -> str:
     Returns:
         A whole HTML document.
     """
-    charts = main_charts(run)
-    body = (
-        _header(run),
-        reference_section(run),
-        section("Training", tag("div", charts, class_="charts") if charts else None, more_charts(run)),
-        samples_section(run),
-        section("Completions", completions_content(run.completions)) if run.completions else None,
-        data_section(run),
-        config_section(run),
-        tag("footer", f"Written by Tether {_version()} from the files of the run folder."),
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{run.name} · Tether report"),
-        tag("style", Html(CSS)),
-    )
-    return join(Html("<!doctype html>\n"), tag("html", head, tag("body", body), lang="en"), "\n")
+    whole = {
+        "headline": headline(run),
+        "cards": verdict_cards(run),
+        "charts": charts_of(run, first=True),
+        "more": charts_of(run, first=False),
+        "reference": reference_section(run),
+    }
+    title = f"{run.name} · Tether report"
+    return small_enough(lambda limits: page("report.html", title, **whole, **_limited(run, limits)))
 
 
-def _header(run: Run) -> Html:
-    known = facts(run)
-    cards = verdict_cards(run)
-    return tag(
-        "header",
-        tag("p", "Preference training", class_="kicker"),
-        tag("h1", run.name),
-        tag("dl", (tag("div", tag("dt", name), tag("dd", value)) for name, value in known), class_="facts"),
-        tag("div", cards, class_="cards") if cards else None,
-    )
+def small_enough(made: Callable[[Limits], str]) -> str:
+    """The page with as much of the long texts as fits its size."""
+    limits = Limits()
+    text = made(limits)
+    while len(text.encode("utf-8", "replace")) > LARGEST_PAGE and limits != limits.tighter():
+        limits = limits.tighter()
+        text = made(limits)
+    return text
 
 
-def _version() -> str:
-    try:
-        return version("tether")
-    except PackageNotFoundError:
-        return "(not installed)"
+def write_page(path: Path, text: str) -> None:
+    """Write a page at once and without secrets: whoever has the old one open, or a killed run, never sees half of it."""
+    write_whole(path, masked(text))
+
+
+def _limited(run: Run, limits: Limits) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "facts": [(name, limits.text(value)) for name, value in facts(run)],
+        "health": health_lines(run, limits),
+        "pairs": pairs_section(run, limits),
+        "samples": [sample_of(row, limits) for row in run.samples[: limits.rows]],
+        "samples_left_out": max(len(run.samples) - limits.rows, 0),
+        "completions": completions_content(run.completions, limits) if run.completions else None,
+        "data": data_section(run, limits),
+        "config": _config(run, limits),
+    }
+
+
+def health_lines(run: Run, limits: Limits) -> list[dict[str, Any]]:
+    """What was said of the run's health while it trained, each thing once, at its first step."""
+    first: dict[str, dict[str, Any]] = {}
+    for line in run.health:
+        name = str(line.get("name", ""))
+        first.setdefault(name, {"name": name, "step": line.get("step"), "line": limits.text(str(line.get("line", "")))})
+    # That a first loss is 0 startles on the terminal; on the page the curve says more.
+    return [line for line in first.values() if line["name"] != "no-loss"]
+
+
+def _config(run: Run, limits: Limits) -> dict[str, Any] | None:
+    if not run.config_text:
+        return None
+    text = run.config_text.rstrip()
+    shown = text if len(text) <= limits.config else f"{text[: limits.config]}\n# … the rest is in config.yaml"
+    return {"text": shown, "open": text.count("\n") < _OPEN_CONFIG_LINES}

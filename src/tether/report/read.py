@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tether.errors import ConfigError
-from tether.report.completions import CompletionsFile, read_completions
 from tether.report.numbers import as_number
+from tether.report.sections.completions import CompletionsFile, read_completions
 
 METRICS = "metrics.jsonl"
+HEALTH = "health.jsonl"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Run:
         evaluation: `evaluation.json`, or empty.
         samples: `samples.json`, or empty.
         completions: the last table of `completions/`; None where there is none.
+        pairs: `pairs.json`, or empty.
+        health: the lines of `health.jsonl`.
     """
 
     name: str
@@ -41,6 +44,18 @@ class Run:
     evaluation: dict[str, Any]
     samples: list[dict[str, Any]]
     completions: CompletionsFile | None = None
+    pairs: dict[str, Any] = field(default_factory=dict)
+    health: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> float:
+        """The last step of which there is a log; NaN where none names one."""
+        return max((as_number(line.get("step")) for line in self.metrics if "step" in line), default=float("nan"))
+
+    @property
+    def ended(self) -> bool:
+        """Whether training came to its end, by its own last line."""
+        return any("train_runtime" in line for line in self.metrics)
 
     def first(self, key: str) -> float:
         """The first value of a metric; NaN where none was logged."""
@@ -75,6 +90,8 @@ def read_run(folder: Path) -> Run:
         evaluation=_read_json(folder / "evaluation.json", dict),
         samples=[row for row in _read_json(folder / "samples.json", list) if isinstance(row, dict)],
         completions=read_completions(folder),
+        pairs=_read_json(folder / "pairs.json", dict),
+        health=_read_lines(folder / HEALTH, "Remove it: the page does without.") if (folder / HEALTH).is_file() else [],
     )
 
 
@@ -87,26 +104,32 @@ def _read_metrics(folder: Path) -> list[dict[str, Any]]:
             f"No report without metrics: looked for {path}. {found} Name the folder that a run wrote (its `output`), "
             f"which has {METRICS} after the first log."
         )
+    metrics = _read_lines(path, "Remove the line and try again.")
+    if not metrics:
+        raise ConfigError(
+            f"No report without metrics: {path} is empty. Wait for the run's first log, or lower `logging_steps`."
+        )
+    return metrics
+
+
+def _read_lines(path: Path, advice: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    metrics = []
+    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            # A run that was killed while writing leaves half a line at the end.
-            if number == len(lines) and metrics:
+            # A run that was killed while writing, or is writing now, leaves half a line at the end.
+            if number == len(lines) and rows:
                 break
-            raise ConfigError(f"{path}, line {number} is not JSON ({error}). Remove the line and try again.") from error
+            raise ConfigError(f"{path}, line {number} is not JSON ({error}). {advice}") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number} holds no mapping of metric names to numbers.")
-        metrics.append(row)
-    if not metrics:
-        raise ConfigError(
-            f"No report without metrics: {path} is empty. Wait for the run's first log, or lower `logging_steps`."
-        )
-    return metrics
+            raise ConfigError(f"{path}, line {number} holds no mapping of names to values. {advice}")
+        rows.append(row)
+    return rows
 
 
 def _read_config(path: Path) -> tuple[str | None, dict[str, Any]]:

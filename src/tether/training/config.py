@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from tether.compat.accelerate import begin_group_on_cpu
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
+from tether.models.spec import check_special_tokens
 from tether.objectives import Range
 from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
@@ -232,6 +234,12 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         "with another rounding; `auto`: what is measured to be faster.",
         allowed=LIBRARIES,
     )
+    cpu_threads: int | str = option(
+        "auto",
+        "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and a short "
+        "measurement at the start say, unless OMP_NUM_THREADS or torch.set_num_threads has chosen.",
+        allowed=("auto", Whole(1, "thread")),
+    )
     remove_unused_columns: bool = option(
         True, "Taken as TRL has it; no column is removed by it, since rows are prepared beforehand."
     )
@@ -243,7 +251,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     truncation_mode: str = option(
         "keep_start",
-        "What is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`.",
+        "What is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`; `error`: it stops the run.",
         allowed=TRUNCATION_MODES,
     )
     prompt_boundary: str = option(
@@ -298,9 +306,21 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     chat_template_path: str | None = option(
         None,
-        "Chat template that conversations are written with: a file of it (.jinja), or the name or folder of a "
-        "tokenizer whose template it is; None: the model's own.",
+        "Chat template that conversations are written with: chatml, gemma, llama3, phi3, qwen25 or zephyr, a file of "
+        "it (.jinja), its text, or the name or folder of a tokenizer whose template it is; after `fallback:` it is "
+        "taken only where the model has none; None: the model's own.",
         key="model.chat_template",
+    )
+    special_tokens: dict[str, str] | str | None = option(
+        None,
+        "Special tokens of the tokenizer, such as `{eos_token: <|im_end|>}`; one that its vocabulary lacks is added.",
+        key="model.special_tokens",
+    )
+    default_system: str | None = option(
+        None, "System message of conversations that begin with none.", key="data.system"
+    )
+    deduplicate: bool = option(
+        False, "Leave out training rows that are exactly those of an earlier row.", key="data.deduplicate"
     )
     train_parameters: list[str] | None = option(
         None,
@@ -346,6 +366,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         limit = self.max_tokens_per_forward
         if isinstance(limit, str) and limit.isdigit():  # from a command line
             self.max_tokens_per_forward = int(limit)
+        if isinstance(self.cpu_threads, str) and self.cpu_threads.isdigit():
+            self.cpu_threads = int(self.cpu_threads)
         self.check_declared()
         self.check_accepted()
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
@@ -357,6 +379,10 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             self.require_streamable()
         self.dataset_check = keywords("dataset_check", self.dataset_check)
         check_limits(self.dataset_check or {})
+        self.special_tokens = keywords("special_tokens", self.special_tokens)
+        check_special_tokens(self.special_tokens)
+        if self.deduplicate and self.stream_dataset:
+            raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.check_reference()
         if self.include_num_input_tokens_seen is False:  # what a command line says of the default
@@ -369,6 +395,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
                 setattr(self, name, keywords(name, value))
         self.remove_unused_columns = False
         self._check_machine()
+        if self.use_cpu and self.ddp_backend in (None, "gloo"):
+            begin_group_on_cpu(self.ddp_timeout)
         super().__post_init__()
 
     def _check_machine(self) -> None:

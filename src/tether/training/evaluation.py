@@ -65,6 +65,8 @@ def evaluate(
         )
     parts = [name for name in means if name.startswith("loss over ")]
     own_loss = means.pop(_OWN, None)
+    if (square := means.pop("rewards/margins_square", None)) is not None:
+        means["rewards/margins_std"] = max(0.0, square - means["rewards/margins"] ** 2) ** 0.5
     means["loss"] = sum(means.pop(name) for name in parts)
     means = algorithm.complete(algorithm.end_evaluation(context, means))
     means["loss"] += router_weight * means.get("aux_loss", 0.0)

@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+
+from tether.compute.memory import peak_bytes
 
 # What is shown, in this order: the name in a log without its `eval_` prefix, the name on the display, its format.
 _SHOWN = (
@@ -122,7 +125,7 @@ class ProgressDisplay(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            speed = self._clock.tokens_per_second(logs.get("num_tokens"))
+            speed = logs.get("tokens_per_second")
             self._figures = SEPARATOR.join([*figures(logs, ""), *([f"{speed:.0f} tokens/s"] if speed else [])])
             if not self._live:
                 self._print(self._line(state))
@@ -130,6 +133,17 @@ class ProgressDisplay(TrainerCallback):
         for prefix in evaluations(logs):
             name = prefix.removesuffix("_")
             self._print(SEPARATOR.join([f"{name} at step {state.global_step}", *figures(logs, prefix)]))
+
+    def measured(self, tokens: float, device: torch.device) -> dict[str, float]:
+        """What a training log says of the machine: speed since the last one, and the most memory that was in use.
+
+        Args:
+            tokens: trained on since the beginning of the run.
+            device: that computes; on a CPU the memory is the process's.
+        """
+        speed = self._clock.tokens_per_second(tokens)
+        memory = {"memory_peak_gib": peak_bytes(device) / 2**30}
+        return memory if speed is None else {"tokens_per_second": speed, **memory}
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Count evaluated batches behind the figures."""

@@ -29,6 +29,13 @@ logger = logging.getLogger("tether")
 FOLDER = "reference_store"
 _VERIFIED_ROWS = 8
 _CHUNK = 256
+# What sets the arithmetic that a namespace of the store names behind the dtype of the weights.
+_PRECISIONS = {
+    "": "bf16=False",
+    "under bfloat16": "bf16=True",
+    "under float16": "fp16=True",
+    "by tf32": "tf32=True",
+}
 
 
 def with_store(
@@ -50,7 +57,22 @@ def with_store(
     path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
     stored = open_store(resolved.reference, path, args, accelerator, policy)
     held = f"{len(stored.store)} completions of this reference in {stored.store.namespace.numerics}"
+    if not len(stored.store):
+        _say_other_precisions(stored)
     return stored, f"{resolved.line}; kept in the store {path}, which has {held}"
+
+
+def _say_other_precisions(stored: StoredReference) -> None:
+    """Where nothing but the arithmetic keeps a run from what a store holds, name the setting that would read it."""
+    for space in stored.in_other_precisions():
+        own, kept = stored.store.namespace, f"{space.numerics}, kept as {space.dtype}"
+        settings = [_PRECISIONS[space.numerics.partition(" ")[2]]] * (space.numerics != own.numerics)
+        settings += [f"reference_store_dtype={space.dtype}"] * (space.dtype != own.dtype)
+        logger.warning(
+            f"store: it has log-probs of this very reference in {kept}, and none in {own.numerics}, kept as "
+            f"{own.dtype}, which is what this run computes. Nothing else keeps it from reading them. Set "
+            f"{' and '.join(settings)} to use them; they are computed again otherwise."
+        )
 
 
 def open_store(

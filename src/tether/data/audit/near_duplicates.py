@@ -13,7 +13,6 @@ such rows (150 words of 220 shared) it took 55.6 s of CPU time against 1.0 s her
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 from rensa import RMinHash  # type: ignore[attr-defined]  # compiled; its stub leaves the name out
@@ -97,9 +96,3 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
     """What two sorted sets share, of what they have together."""
     shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / (len(first) + len(second) - shared)
-
-
-def near_duplicates(texts: Iterable[str]) -> list[int]:
-    """Numbers, from 0, of the texts that are almost like an earlier one."""
-    seen = NearDuplicates()
-    return [number for number, text in enumerate(texts) if seen.add(text) is not None]

@@ -113,7 +113,7 @@ def prepare_cached(
     return found
 
 
-def remove_oldest(folder: Path, *, limit: float | None = None, now: float | None = None) -> list[Path]:
+def remove_oldest(folder: Path, *, limit: float | None = None) -> list[Path]:
     """Remove the entries that were not used for longest, until the others fit the limit.
 
     A reader that has an entry open keeps it: on one machine the system keeps a removed file for whoever has it open,
@@ -122,7 +122,6 @@ def remove_oldest(folder: Path, *, limit: float | None = None, now: float | None
     Args:
         folder: of the entries.
         limit: GiB of all entries together; None: `TETHER_CACHE_GIB`, or 50.
-        now: seconds of the clock; None: as it is.
 
     Returns:
         What was removed.
@@ -137,7 +136,7 @@ def remove_oldest(folder: Path, *, limit: float | None = None, now: float | None
             state = path.stat()
             entries.append((state.st_mtime, state.st_size, path))
     size, removed = sum(entry[1] for entry in entries), []
-    oldest = (time.time() if now is None else now) - _KEPT_SECONDS
+    oldest = time.time() - _KEPT_SECONDS
     for used, own, path in sorted(entries):
         if size <= limit * 2**30 or used > oldest:
             break

@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 import httpx2 as httpx
 
 from tether.errors import ConfigError, ReferencePolicyError, TetherError
+from tether.masking import masked
 from tether.reference.spec import RemoteOptions
 
 # Answers that another attempt may change.
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 10.0
+# An answer must have ended after this many times the limit for one part of it: one byte now and then is none.
+_WHOLE_ANSWER = 2
 # What an answer may have at least: lists of models, and what surrounds values.
 ANSWER_BYTES = 2**20
 Question, Found = TypeVar("Question"), TypeVar("Found")
@@ -48,9 +51,9 @@ class Transport:
         "policy's.",
     ) -> None:
         self.options, self._error, self._hint = options, error, hint
-        self.root = options.url.rstrip("/").removesuffix("/v1")
-        self.url = self.root + "/v1"
-        headers, self._key = {"Content-Type": "application/json"}, ""
+        self._root = options.url.rstrip("/").removesuffix("/v1")
+        self.url = masked(self._root + "/v1")
+        headers, self._key = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, ""
         if options.api_key_env is not None:
             self._key = os.environ.get(options.api_key_env, "")
             if not self._key:
@@ -96,7 +99,7 @@ class Transport:
             TetherError: as the constructor was told, when the server fails for good.
         """
         pause, reason, attempt = _FIRST_PAUSE, "", 0
-        address = (self.root if control else self.url) + path
+        address = self._root + ("" if control else "/v1") + path
         for attempt in range((self.options.retries if repeat else 0) + 1):
             if attempt:
                 time.sleep(pause)
@@ -112,7 +115,7 @@ class Transport:
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
         raise self._error(
-            f"The server at {address} failed after {attempt + 1} attempts: {self.masked(reason)}. {self._hint}"
+            f"The server at {masked(address)} failed after {attempt + 1} attempts: {self.masked(reason)}. {self._hint}"
         )
 
     def many(self, call: Any, questions: list[Question]) -> list[Any]:
@@ -152,23 +155,26 @@ class Transport:
 
     def _sent(self, address: str, body: dict[str, Any] | None, most: int) -> tuple[int, bytes]:
         """Status and content of one answer."""
-        text = bytearray()
+        text, latest = bytearray(), time.monotonic() + _WHOLE_ANSWER * self.options.timeout
         with self._client.stream("GET" if body is None else "POST", address, json=body) as answer:
             if answer.is_redirect:
                 to = answer.headers.get("location", "elsewhere")
                 return answer.status_code, f"it redirects to {to}, which is not followed; give that address".encode()
-            for piece in answer.iter_bytes():
+            # Not unpacked: a small answer that is packed can be a large one, and none was asked for.
+            for piece in answer.iter_raw():
                 text += piece
+                if time.monotonic() > latest:
+                    raise httpx.ReadTimeout(f"the answer had not ended {_WHOLE_ANSWER * self.options.timeout:g} s on")
                 if len(text) > most:
                     raise self._error(
-                        f"{address} answered with more than {most} bytes, and no answer to this question is "
+                        f"{masked(address)} answered with more than {most} bytes, and no answer to this question is "
                         "that long. Check what runs at that address."
                     )
         return answer.status_code, bytes(text)
 
     def masked(self, words: object) -> str:
         """Words without the key, which a server may repeat."""
-        return str(words).replace(self._key, "[key]") if self._key else str(words)
+        return masked(str(words).replace(self._key, "[key]") if self._key else str(words))
 
 
 def _parsed(text: bytes) -> Any:

@@ -92,6 +92,15 @@ class StoredReference(Reference):
         self.identity = replace(self.live.identity, method="store")
         return Store(self._path, Namespace(self.identity.fingerprint, self._numerics, self._dtype))
 
+    def in_other_precisions(self) -> list[Namespace]:
+        """What the store has of this very reference in another precision, in which a run would read it."""
+        spaces = [
+            replace(self.store.namespace, numerics=numerics, dtype=dtype)
+            for numerics in _other_numerics(self._numerics)
+            for dtype in ("float32", "float16")
+        ]
+        return self.store.kept_of(spaces)
+
     @property
     def live(self) -> Reference:
         """The reference that computes what is missing."""
@@ -235,6 +244,14 @@ def numerics_class(identity: ReferenceIdentity, device: str) -> str:
         return f"{identity.dtype} under {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
     shortened = device == "cuda" and identity.dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
     return f"{identity.dtype} by tf32" if shortened else identity.dtype
+
+
+def _other_numerics(numerics: str) -> list[str]:
+    """The classes that weights of this dtype can be computed in on this kind of machine or another."""
+    if numerics.endswith(" by a server"):
+        return [numerics]
+    weights = numerics.split(" ", 1)[0]
+    return [weights, f"{weights} under bfloat16", f"{weights} under float16", f"{weights} by tf32"]
 
 
 def allowed_difference(numerics: str, dtype: str) -> float:

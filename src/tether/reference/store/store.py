@@ -128,6 +128,15 @@ class Store:
                 "`tether store verify` lists such parts, and they may be deleted."
             )
 
+    def kept_of(self, spaces: Sequence[Namespace]) -> list[Namespace]:
+        """Which other namespaces the folder has parts of; one listing.
+
+        Args:
+            spaces: those that are asked about.
+        """
+        folders = {name.split("/", 1)[0] for name in self.folder.sizes()}
+        return [space for space in spaces if space != self.namespace and space.digest.hex() in folders]
+
     def holds(self, contents: Sequence[bytes]) -> np.ndarray:
         """Which completions are stored, bool `[k]`.
 

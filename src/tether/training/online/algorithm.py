@@ -31,7 +31,6 @@ from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.online.config import OnlineConfig
 from tether.training.online.experience import GIVEN, Experience, Plan, means_of
 from tether.training.online.function import FunctionEngine
-from tether.training.online.health import Health
 from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
@@ -192,7 +191,7 @@ class Online(Algorithm[Scores]):
             eval_group=args.num_generations_eval or args.num_generations,
             eval_batch=args.per_device_eval_batch_size,
         )
-        shown: list[TrainerCallback] = [Health()]
+        shown: list[TrainerCallback] = []
         if args.log_completions:
             folder = Path(str(args.output_dir))
             shown.append(CompletionsTable(lambda: self.made.last, folder, args.num_completions_to_print))

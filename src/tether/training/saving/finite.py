@@ -7,6 +7,7 @@ import math
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tether.compat.deepspeed import is_away, is_only_copy
 from tether.errors import TetherError
@@ -42,7 +43,8 @@ class FiniteGuard:
             TetherError: something is not finite, in some process.
         """
         lost, self._bad = self._bad, torch.zeros_like(self._bad)
-        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=lost.device)
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # of shards: each has a part
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=lost.device)
         found = torch.stack([lost.float(), (~torch.isfinite(norm)).float()])
         found = self._all(found)
         if found.any():

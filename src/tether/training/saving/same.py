@@ -46,6 +46,7 @@ _STEPS = (
 _FREE = ("reference", "ref_model", "dataset_", "precompute_", "stream_", "model_init", "sync_ref", "vllm", "rollout")
 _FREE_NAMES = (
     "cpu_matmul",
+    "cpu_threads",
     "remove_unused_columns",
     "logging_nan_inf_filter",
     "trust_remote_code",

@@ -118,7 +118,13 @@ def reference_spec(
     return args.reference_spec(meaning, model=ref_model, source=source, revision=revision, reload=reload, **found)
 
 
-def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def reference_model_spec(args: PreferenceConfig, source: str) -> ModelSpec:
+    """How another model that is the reference is loaded: as the policy is, but for what was said of it alone.
+
+    Args:
+        args: of the run.
+        source: the other model's name.
+    """
     own = cast(dict[str, Any], args.ref_model_init_kwargs or {})
     quantizations = {"quantization", "quantization_config"}
     # These belong to the policy alone; and one of the two ways to say a quantisation replaces the other.
@@ -132,7 +138,11 @@ def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTo
     options = {
         key: value for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items() if key not in left
     }
-    spec = ModelSpec.of(source, {**options, **own}, trust_remote_code=args.trust_remote_code)
+    return ModelSpec.of(source, {**options, **own}, trust_remote_code=args.trust_remote_code)
+
+
+def _load_reference(args: PreferenceConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    spec = reference_model_spec(args, source)
     try:
         theirs = load_tokenizer(
             spec.tokenizer or source, revision=spec.revision, trust_remote_code=spec.trust_remote_code

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.precision import choose_precision
+from tether.compute.threads import choose_threads
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
 from tether.models.adapters import in_one_way
@@ -213,6 +214,7 @@ def _policy(
     peft_config = learning_tokens(given.peft_config, new_tokens, policy, args)
     policy = at_the_start(with_adapter(policy, algorithm.adapter(peft_config), args), args)
     algorithm.prepare_model(policy, tokenizer)
+    choose_threads(args.cpu_threads, on_cpu=args.computes_on_cpu())
     choose_precision(args, policy, cpu_matmul=args.cpu_matmul, on_cpu=args.computes_on_cpu())
     return policy, settings, before
 

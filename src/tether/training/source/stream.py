@@ -131,7 +131,8 @@ class StreamReport(TrainerCallback):
             return
         report = self._stream.report_of(self._totals)
         read = {"pass": self._epoch + 1, "from_kept_row": self._from}
-        self._data.reports["train"] = {**report.to_dict(), "streamed": read, "audit": self._audit}
+        said = {"lines": report.lines(), "streamed": read, "audit": self._audit}
+        self._data.reports["train"] = {**report.to_dict(), **said}
         for name, (rows, prompts) in self._shared.items():
             self._data.say_overlap(name, rows, prompts, report.kept)
         if self._main:

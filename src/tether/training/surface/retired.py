@@ -135,16 +135,6 @@ def translated(given: dict[str, Any], fields: set[str]) -> dict[str, Any]:
     return found
 
 
-def replacement(name: str) -> str | None:
-    """What to write in place of an older name, as a sentence; None for a name that is none of these."""
-    old = RETIRED.get(name)
-    if old is None:
-        return None
-    if old.becomes is not None:
-        return f"It is called `{old.becomes}` now."
-    return f"There is no such option any more: {old.advice or 'leave it out'}."
-
-
 class Configuration(type):
     """The type of configurations, which understands older names of their options.
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from tether.errors import ConfigError
-from tether.report.html import Html, join, tag
+from tether.report.texts import Limits, plain_text
 
 _FOLDER = "completions"
 
@@ -62,32 +62,32 @@ def read_completions(folder: Path) -> CompletionsFile | None:
         rewards, group = json.loads(about["rewards"]), int(about["group"])
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
         raise ConfigError(
-            f"{paths[-1]} is no table of completions that Tether wrote ({error}). Remove it: the page does without."
+            f"{paths[-1]} is not a table of completions that Tether wrote ({error}). Remove it: the page does without."
         ) from error
     return CompletionsFile(table.to_pylist(), rewards, group) if table.num_rows else None
 
 
-def completions_content(found: CompletionsFile) -> Html:
-    """Some groups, each as a table; all text escaped."""
-    names = ("completion", *found.rewards, "advantage")
-    head = tag("thead", tag("tr", (tag("th", name, scope="col", class_="value") for name in names)))
-    parts = [tag("p", f"Of the last rollout that was logged, step {found.rows[0]['step']}; by the sum of the rewards.")]
-    for said, rows in found.groups():
-        body = tag("tbody", (_row(row, found.rewards) for row in rows))
-        parts.append(tag("h3", said))
-        parts.append(tag("pre", _text(rows[0]["prompt"])))
-        parts.append(tag("div", tag("table", head, body), class_="scroll"))
-    return join(parts)
+def completions_content(found: CompletionsFile, limits: Limits) -> dict[str, Any]:
+    """Some groups, each as a table.
+
+    Args:
+        found: the table.
+        limits: how much may be shown.
+    """
+    columns = ("completion", *found.rewards, "advantage")
+    groups = [
+        {
+            "why": said,
+            "prompt": limits.text(plain_text(rows[0]["prompt"])),
+            "rows": [_row(row, found.rewards, limits) for row in rows[: limits.rows]],
+            "left_out": max(len(rows) - limits.rows, 0),
+        }
+        for said, rows in found.groups()
+    ]
+    words = f"Of the last rollout that was logged, step {found.rows[0]['step']}; by the sum of the rewards."
+    return {"words": words, "columns": columns, "groups": groups}
 
 
-def _row(row: dict[str, Any], rewards: list[str]) -> Html:
-    figures = ("-" if row[name] is None else f"{row[name]:.3g}" for name in (*rewards, "advantage"))
-    return tag(
-        "tr", tag("td", _text(row["completion"]), class_="value long"), (tag("td", f, class_="value") for f in figures)
-    )
-
-
-def _text(said: Any) -> str:
-    if isinstance(said, list):
-        return "\n\n".join(f"{one.get('role', '')}: {one.get('content', '')}" for one in said)
-    return str(said)
+def _row(row: dict[str, Any], rewards: list[str], limits: Limits) -> tuple[str, list[str]]:
+    figures = ["-" if row[name] is None else f"{row[name]:.3g}" for name in (*rewards, "advantage")]
+    return limits.text(plain_text(row["completion"])), figures

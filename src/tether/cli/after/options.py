@@ -1,0 +1,85 @@
+"""What the commands after training have in common: how models and rows are named, and how waiting is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tether.evaluate.named import Loaded, NamedModel
+
+MODEL = (
+    "A run folder, one of its checkpoints, a model's folder, hub name or .gguf file; RUN:reference is what a run was "
+    "trained against."
+)
+Model = Annotated[str, typer.Argument(help=MODEL, metavar="RUN|MODEL", show_default=False)]
+DataFile = Annotated[str, typer.Option("--data", help="Rows: a file, folder or hub name.", show_default=False)]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference", help="What to compare with, named as the model is; left out: the run's reference. none: nothing."
+    ),
+]
+Format = Annotated[str | None, typer.Option("--format", help="Layout of the rows, such as chatml.intel.")]
+Split = Annotated[str | None, typer.Option("--split", help="Part of a hub data set or folder.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Type of the weights, such as bfloat16; left out: as they were trained.")
+]
+Beta = Annotated[
+    float | None, typer.Option(help="Multiplies log-ratios; left out: the reward of the run's own objective.", min=0.0)
+]
+MaxTokens = Annotated[int, typer.Option(help="Tokens computed at once.", min=2)]
+First = Annotated[int | None, typer.Option("--first", help="Only so many rows.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+NONE = "none"
+
+
+def source_of(data: str, layout: str | None = None, split: str | None = None, first: int | None = None) -> Any:
+    """Rows as `load_rows` takes them."""
+    said = {"format": layout, "split": split, "first": first}
+    given = {key: value for key, value in said.items() if value is not None}
+    return {"path": data, **given} if given else data
+
+
+def named_pair(model: str, reference: str | None, dtype: str | None = None) -> tuple[NamedModel, NamedModel | None]:
+    """A model, and what it is compared with: as was said, or its run's reference; None for nothing."""
+    from tether.config.named import REFERENCE, named_model
+
+    policy = named_model(model, dtype=dtype)
+    if reference == NONE or policy.classifies:
+        return policy, None if reference in (None, NONE) else named_model(reference, dtype=dtype)
+    if reference is not None:
+        return policy, named_model(reference, dtype=dtype)
+    trained = policy.trained
+    known = trained is not None and trained.identity is not None and trained.identity.meaning != NONE
+    return policy, named_model(f"{model}{REFERENCE}") if known and policy.role == "policy" else None
+
+
+def load_pair(policy: NamedModel, reference: NamedModel | None) -> tuple[Loaded, Loaded | None]:
+    """Both of them, in the same weights where the reference is the policy with its adapter off."""
+    first = policy.load()
+    return first, None if reference is None else reference.load(first)
+
+
+def watch(parts: Iterable[Any], words: str, total: int) -> Iterator[Any]:
+    """Show how far an iteration is, where there is a terminal; standard output stays for the answer."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(parts, words, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that was asked for, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", errors="replace")

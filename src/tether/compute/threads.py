@@ -1,0 +1,158 @@
+"""How many threads a run on a CPU computes with: what the system grants, and of that what a measurement finds fastest.
+
+A step consists of many short parallel regions, each of which ends when its last thread does. A thread that waits for
+its turn, since another process computes or a container's quota is used up, makes all others wait in each region, so
+that fewer threads can be several times as fast. What a user chose (`OMP_NUM_THREADS`, `torch.set_num_threads`) stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from tether.errors import ConfigError
+
+logger = logging.getLogger("tether")
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Fewer threads must be this much faster to be taken: what a quiet machine's measurements differ by.
+_WORTH = 1.1
+# A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance.
+_BURST_SECONDS = 0.04
+_ROUNDS = 7
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+# What the last run of this process found, and what it was found among: the next one is free to decide again.
+_own: dict[str, int] = {}
+
+
+def choose_threads(setting: int | str, *, on_cpu: bool) -> int:
+    """Set torch's threads for this process and say in one line how many and why.
+
+    Args:
+        setting: their number, or `auto`.
+        on_cpu: whether the run computes on a CPU; elsewhere nothing is measured.
+
+    Returns:
+        The number now in use.
+
+    Raises:
+        ConfigError: more threads than the system grants cores were asked for.
+    """
+    cores = granted_cores()
+    if not on_cpu:
+        return torch.get_num_threads()
+    if setting != "auto":
+        if int(setting) > cores:
+            raise ConfigError(f"is {setting}, and {cores} cores are granted to this process. Set auto.", "cpu_threads")
+        threads, why = int(setting), "cpu_threads"
+    elif chosen := chosen_elsewhere():
+        threads, why = torch.get_num_threads(), chosen
+    else:
+        threads, why = _measured(cores)
+        _own["threads"] = threads
+    torch.set_num_threads(threads)
+    logger.info(f"threads: {threads} of {cores} cores ({why})")
+    return threads
+
+
+def chosen_elsewhere() -> str:
+    """What says that the user, or a launcher, has set the threads; empty where they are as torch found them."""
+    named = next((name for name in _VARIABLES if os.environ.get(name)), "")
+    if named:
+        return f"{named}={os.environ[named]}"
+    now = torch.get_num_threads()
+    if now in (_own.get("threads"), *_defaults()):
+        return ""
+    return f"torch.set_num_threads({now})"
+
+
+def _defaults() -> tuple[int, int]:
+    """What torch begins with: the cores that this process may use, or, by MKL, those that are not hyperthreads."""
+    allowed = _affinity()
+    siblings = {_text(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core) for core in allowed}
+    return len(allowed), len(siblings)
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def granted_cores() -> int:
+    """Cores that this process may use at once: by affinity, and by the CPU quota of its control groups."""
+    quotas = [math.ceil(quota) for quota in _quotas()]
+    return max(1, min([len(_affinity()), *quotas]))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores that each control group of this process is granted, its parents included; versions 1 and 2."""
+    for line in _text(_MEMBERSHIP).splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            roots = [_CGROUPS, _CGROUPS / "unified"]
+        elif "cpu" in controllers.split(","):
+            roots = [_CGROUPS / controllers, _CGROUPS / "cpu"]
+        else:
+            continue
+        for root in roots:
+            # In a container the path may be the host's, of which only the root is mounted.
+            folder = root / path.strip("/")
+            for place in (folder, *folder.parents):
+                yield from _quota_of(place)
+                if place == root:
+                    break
+
+
+def _quota_of(folder: Path) -> Iterator[float]:
+    quota, period = (_text(folder / "cpu.max").split() or ["max", ""])[:2]
+    if quota == "max":
+        quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit() and int(quota) and int(period):  # -1: none
+        yield int(quota) / int(period)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _measured(cores: int) -> tuple[int, str]:
+    """The fastest of all cores, half of them, and so on to one, and what was found."""
+    counts = [cores >> halved for halved in range(cores.bit_length())]
+    if len(counts) == 1:
+        return 1, "no more are granted"
+    rates = measured_rates(counts)
+    # The most threads that are about as fast as any.
+    threads = next(count for count in counts if rates[count] * _WORTH >= max(rates.values()))
+    against = 1 if threads == cores else cores
+    gain = rates[threads] / rates[against]
+    return threads, f"measured {gain:.1f}x the speed of {against}; set cpu_threads or OMP_NUM_THREADS to choose"
+
+
+def measured_rates(counts: list[int]) -> dict[int, float]:
+    """Short parallel regions a second, as a training step has them, with each number of threads; medians, in turns."""
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    inputs, weight = torch.ones(256, 512), torch.ones(512, 512)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for burst in range(_ROUNDS + 1):
+            for count in counts:
+                torch.set_num_threads(count)
+                done, start = 0, time.perf_counter()
+                while (passed := time.perf_counter() - start) < _BURST_SECONDS:
+                    nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
+                    done += 1
+                if burst:  # the first finds its threads and its memory
+                    rates[count].append(done / passed)
+    return {count: median(found) for count, found in rates.items()}

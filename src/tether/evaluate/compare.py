@@ -1,0 +1,106 @@
+"""Answers of two models to the same prompts, as a table and as a page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from tether.evaluate.named import Loaded
+from tether.evaluate.sampled import Generation, answer
+from tether.evaluate.scored import Watch, unwatched
+
+# Even a page that failed to escape something could run no script and load nothing.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_CSS = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 0 auto; padding: 1rem; }
+article { border-top: 1px solid #8886; padding: 1rem 0; break-inside: avoid; }
+.prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+h2 { font-size: .85rem; font-weight: 600; opacity: .7; margin: .5rem 0 0; overflow-wrap: anywhere; }
+p.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0; }
+"""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A prompt, as text, and what each model wrote."""
+
+    prompt: str
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models by name, how answers were drawn, and the answers."""
+
+    left: str
+    right: str
+    how: str
+    rows: tuple[Answers, ...]
+
+
+def compare_answers(
+    left: Loaded, right: Loaded, prompts: Dataset, generation: Generation, *, watch: Watch = unwatched
+) -> Comparison:
+    """Have both models answer.
+
+    Args:
+        left: a model.
+        right: another one, or the same.
+        prompts: see `tether.evaluate.sampled.prompt_rows`.
+        generation: how answers are drawn; both get the same draws.
+        watch: shows how far it is.
+    """
+    texts = [
+        answer(one, prompts, generation, watch=watch, words=f"sampling from {one.named.name}") for one in (left, right)
+    ]
+    drawn = (
+        "the most likely token each time"
+        if generation.temperature == 0
+        else f"temperature {generation.temperature:g}, top_p {generation.top_p:g}, seed {generation.seed}"
+    )
+    rows = zip(prompts["prompt"], *texts, strict=True)
+    return Comparison(
+        left.named.name,
+        right.named.name,
+        f"at most {generation.max_new_tokens} tokens, {drawn}",
+        tuple(Answers(prompt_text(prompt), first, second) for prompt, first, second in rows),
+    )
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as a person reads it.
+
+    >>> prompt_text([{"role": "user", "content": "Hello"}])
+    'user: Hello'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def comparison_page(found: Comparison) -> str:
+    """One HTML document without scripts; all text escaped."""
+    parts = [
+        f'<article><p class="prompt">{_text(row.prompt)}</p><div class="two">'
+        f'<section><h2>{_text(found.left)}</h2><p class="text">{_text(row.left)}</p></section>'
+        f'<section><h2>{_text(found.right)}</h2><p class="text">{_text(row.right)}</p></section></div></article>'
+        for row in found.rows
+    ]
+    title = f"{found.left} and {found.right}"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{_text(title)}</title>'
+        f"<style>{_CSS}</style></head><body><h1>{_text(title)}</h1>"
+        f"<p>{len(found.rows)} prompts; {_text(found.how)}.</p>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)

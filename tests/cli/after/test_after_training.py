@@ -1,0 +1,205 @@
+"""Commands after training, on a tiny run: what they print agrees with training, and wrong input is one paragraph."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cli.conftest import Workplace
+from tether.cli.main import main
+from tether.config.named import named_model
+
+Json = Any
+
+
+class Run:
+    """A tiny LoRA run of six steps with a checkpoint at the third, and a way to call commands in its folder."""
+
+    def __init__(self, path: Path, *overrides: str) -> None:
+        self.path = path
+        self.place = Workplace(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(path)
+            assert main(["train", "run.yaml", "train.learning_rate=0.02", *overrides]) == 0
+        self.out = path / "out"
+
+    def metrics(self) -> Json:
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return next(row for row in map(json.loads, reversed(lines)) if "eval_rewards/accuracies" in row)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def call(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(run.path)
+
+    def _call(*arguments: str, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        found = main(list(arguments))
+        out, err = capsys.readouterr()
+        assert found == code, out + err
+        return out, err
+
+    return _call
+
+
+def test_eval_agrees_with_the_evaluation_of_training(run: Run, call: Any) -> None:
+    found = json.loads(call("eval", "out", "--data", "held_out.jsonl", "--json")[0])
+    trained = run.metrics()
+    assert found["overall"]["accuracy"][0] == pytest.approx(trained["eval_rewards/accuracies"])
+    assert found["overall"]["margin"][0] == pytest.approx(trained["eval_rewards/margins"], abs=1e-5)
+    assert found["chosen"][0] == pytest.approx(trained["eval_rewards/chosen"], abs=1e-5)
+    assert found["proved"] is True
+    assert found["kl"]["chosen"][0] > 1e-4
+    out = call("eval", "out", "--data", "held_out.jsonl")[0]
+    assert "prefers the chosen completion in" in out
+    assert "KL(policy, reference)" in out
+
+
+def test_eval_groups_by_columns(run: Run, call: Any) -> None:
+    rows = [{**row, "kind": "ab"[n % 2], "size": n * 1.5} for n, row in enumerate(run.place.pairs(12))]
+    run.place.write_rows(rows, "grouped.jsonl")
+    found = json.loads(call("eval", "out", "--data", "grouped.jsonl", "--by", "kind", "--by", "size", "--json")[0])
+    groups = found["by"]["kind"]
+    assert [groups[name]["pairs"] for name in ("a", "b")] == [6, 6]
+    weighted = sum(groups[name]["margin"][0] / 2 for name in "ab")
+    assert weighted == pytest.approx(found["overall"]["margin"][0])
+    assert [group["pairs"] for group in found["by"]["size"].values()] == [3, 3, 3, 3]
+
+
+def test_a_model_against_itself_is_no_preference(call: Any) -> None:
+    found = json.loads(call("eval", "out", "--data", "held_out.jsonl", "--reference", "out", "--json")[0])
+    assert found["overall"]["ties"] == found["overall"]["pairs"] == 8
+    assert found["kl"]["chosen"][0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_checkpoint_and_the_start_have_names(run: Run, call: Any) -> None:
+    steps = sorted(run.out.glob("checkpoint-*"))
+    first = json.loads(call("eval", str(steps[0]), "--data", "held_out.jsonl", "--json")[0])
+    last = json.loads(call("eval", "out", "--data", "held_out.jsonl", "--json")[0])
+    assert first["overall"]["margin"][0] != pytest.approx(last["overall"]["margin"][0], abs=1e-4)
+    start = json.loads(call("eval", "model", "--data", "held_out.jsonl", "--reference", "out:reference", "--json")[0])
+    assert start["overall"]["margin"][0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_score_writes_what_plain_peft_computes(run: Run, call: Any) -> None:
+    call("score", "held_out.jsonl", "--model", "out", "--output", "s.parquet", "--kl")
+    call("score", "held_out.jsonl", "--model", "out", "--output", "s.jsonl")
+    table = parquet.read_table(run.path / "s.parquet")
+    rows = table.to_pylist()
+    lines = [json.loads(line) for line in (run.path / "s.jsonl").read_text().splitlines()]
+    assert [row["logp"] for row in lines] == pytest.approx([row["logp"] for row in rows])
+    assert [(row["row"], row["completion"]) for row in rows] == [(n, k) for n in range(8) for k in (0, 1)]
+    for row in rows:
+        assert row["reward"] == pytest.approx(0.1 * (row["logp"] - row["reference_logp"]), abs=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(run.path / "model")
+    policy = PeftModel.from_pretrained(base, run.out).eval()
+    tokenizer = named_model(str(run.out)).load().tokenizer
+    pair = run.place.pairs(8)[0]
+    prompt, text = (tokenizer(text)["input_ids"] for text in (pair["prompt"], pair["prompt"] + pair["chosen"]))
+    ids = torch.tensor([[*text, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logps = policy(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    assert rows[0]["logp"] == pytest.approx(logps[len(prompt) - 1 :].sum().item(), abs=1e-4)
+    assert rows[0]["tokens"] == len(ids[0]) - len(prompt)
+    assert call("score", "held_out.jsonl", "--model", "out", "--output", "s.jsonl", code=2)[1].count("Error:") == 1
+
+
+def test_merged_is_what_was_trained(run: Run, call: Any) -> None:
+    found = json.loads(call("merge", "out", "--output", "whole", "--data", "held_out.jsonl", "--json")[0])
+    assert found["base_proved"] is True
+    assert found["effect"] > 100 * max(found["merged"], found["loaded"])
+    assert found["dtype"] == found["trained_dtype"] == "float32"
+    against = json.loads(call("eval", "whole", "--data", "held_out.jsonl", "--reference", "out", "--json")[0])
+    assert abs(against["overall"]["margin"][0]) < 1e-5
+    assert load_file(run.path / "whole" / "model.safetensors")
+    _, error = call("merge", "whole", "--output", "again", code=2)
+    assert "no adapter" in error
+    _, error = call("merge", "out", "--output", "whole", code=2)
+    assert "is there already" in error
+
+
+def test_merging_into_another_base_is_refused(run: Run, call: Any) -> None:
+    file = run.path / "model" / "model.safetensors"
+    held = load_file(file)
+    try:
+        save_file({name: value + 0.01 for name, value in held.items()}, file, metadata={"format": "pt"})
+        _, error = call("merge", "out", "--output", "other", code=2)
+        assert "--any-base" in error
+        assert not (run.path / "other").exists()
+        found = json.loads(call("merge", "out", "--output", "other", "--any-base", "--json")[0])
+        assert found["base_proved"] is False
+        assert "was trained against" in call("eval", "out", "--data", "held_out.jsonl")[1]
+    finally:
+        save_file(held, file, metadata={"format": "pt"})
+
+
+def test_compare_puts_answers_side_by_side(run: Run, call: Any) -> None:
+    options = ("--data", "held_out.jsonl", "--first", "3", "--max-new-tokens", "6", "--html", "page.html")
+    found = json.loads(call("compare", "out:reference", "out", *options, "--json")[0])
+    assert [row["prompt"] for row in found["rows"]] == ["film 0:", "film 1:", "film 2:"]
+    assert any(row["left"] != row["right"] for row in found["rows"])
+    same = json.loads(call("compare", "out", "out", "--prompt", "film <b>:", "--html", "page.html", "--json")[0])
+    assert all(row["left"] == row["right"] for row in same["rows"])
+    page = (run.path / "page.html").read_text()
+    assert "film &lt;b&gt;:" in page
+    assert "<script" not in page
+
+
+def test_greedy_answers_are_those_of_transformers(run: Run, call: Any) -> None:
+    found = json.loads(call("compare", "model", "out", "--prompt", "film 1:", "--max-new-tokens", "5", "--json")[0])
+    loaded = named_model("model").load()
+    ids = loaded.tokenizer("film 1:", return_tensors="pt")["input_ids"]
+    model: Any = loaded.model
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert found["rows"][0]["left"] == loaded.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_chat_answers_lines_of_a_pipe(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("film 1:\n\n/new\nfilm 2:\n/quit\nnever\n"))
+    lines = call("chat", "out", "--max-new-tokens", "4", "--json")[0].splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(row["prompt"], row["model"]) for row in found] == [
+        ("film 1:", "out"),
+        ("film 1:", "out:reference"),
+        ("film 2:", "out"),
+        ("film 2:", "out:reference"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("eval", "nowhere", "--data", "held_out.jsonl"), "'nowhere'"),
+        (("eval", "model:reference", "--data", "held_out.jsonl"), "is no folder of a run"),
+        (("eval", "out", "--data", "nothing.jsonl"), "nothing.jsonl"),
+        (("eval", "out", "--data", "held_out.jsonl", "--by", "colour"), "no column 'colour'"),
+        (("eval", "out", "--data", "prompts.jsonl"), "chosen"),
+        (("score", "prompts.jsonl", "--model", "out", "--output", "x.jsonl"), "no completion to score"),
+        (("score", "held_out.jsonl", "--model", "out", "--output", "x.csv"), ".parquet"),
+        (("score", "held_out.jsonl", "--model", "model", "--output", "x.jsonl", "--kl"), "no reference"),
+        (("compare", "out", "model"), "--prompt"),
+        (("chat", "out", "--system", "Be kind."), "without turns"),
+        (("merge", "out:reference", "--output", "x"), "is a reference"),
+        (("merge", "out", "--output", "x", "--dtype", "int3"), "bfloat16"),
+    ],
+)
+def test_wrong_input_is_one_paragraph(run: Run, call: Any, arguments: tuple[str, ...], words: str) -> None:
+    run.place.write_rows([{"prompt": "film"}], "prompts.jsonl")
+    _, error = call(*arguments, code=2)
+    assert words in error
+    assert error.count("Error:") == 1
+    assert not (run.path / "x").exists()
