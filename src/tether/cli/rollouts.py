@@ -32,24 +32,20 @@ def show(
     whole: Annotated[bool, typer.Option("--whole", help="Do not shorten completions.")] = False,
 ) -> None:
     """Print completions of a rollout with their rewards, the best of each prompt first."""
-    from rich.markup import escape
-
     from tether.rewards.judge import prompt_text
     from tether.rollout.files import kept_rollouts, read_rollout
-    from tether.training.progress import console
 
     numbers = kept_rollouts(folder)
     number = numbers[-1] if step is None else step
     groups = read_rollout(folder, number)
     typer.echo(f"rollout {number} of {len(numbers)}: {_figures(groups)}")
-    ordered = sorted(groups, key=lambda group: -_spread(group))
-    for group in ordered[:prompts]:
+    for group in sorted(groups, key=lambda group: -_spread(group))[:prompts]:
         prompt = prompt_text(group[0].row.get("prompt", ""))
-        console().print(f"\n[bold]row {group[0].source_row}[/]  {escape(_short(prompt, whole, end=True))}")
+        typer.echo(f"\nrow {group[0].source_row}  {_short(prompt, whole, end=True)}")
         for one in sorted(group, key=lambda one: -(one.total if one.total is not None else float("-inf"))):
             said = "  ".join(f"{name} {_number(value)}" for name, value in one.rewards.items()) or "no rewards yet"
             cut = "  [cut off]" if one.finish == "length" else ""
-            console().print(f"  {escape(said + cut)}\n    {escape(_short(one.text, whole))}")
+            typer.echo(f"  {said}{cut}\n    {_short(one.text, whole)}")
 
 
 @app.command("score")
@@ -169,8 +165,8 @@ def _number(value: float | None) -> str:
 
 
 def _short(text: str, whole: bool, *, end: bool = False, most: int = 300) -> str:
-    """A text on one line; of a long one the beginning, or the end."""
-    text = " ".join(text.split())
+    """A text on one line, without what would steer a terminal; of a long one the beginning, or the end."""
+    text = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in " ".join(text.split()))
     if whole or len(text) <= most:
         return text
     return f"…{text[-most:]}" if end else f"{text[:most]}…"
