@@ -1,10 +1,10 @@
-"""Commands for what comes after training: evaluate, score, compare, talk to, merge, report."""
+"""Commands for what comes after training: evaluate, score, compare, talk to, merge, export."""
 
 from __future__ import annotations
 
 import typer
 
-from tether.cli.after import chat, compare, merge, score
+from tether.cli.after import chat, compare, export, merge, score
 from tether.cli.after import eval as evaluation
 
 
@@ -15,3 +15,4 @@ def register(app: typer.Typer) -> None:
     app.command("compare", help=compare.HELP, epilog=compare.EXAMPLE)(compare.compare)
     app.command("chat", help=chat.HELP, epilog=chat.EXAMPLE)(chat.chat)
     app.command("merge", help=merge.HELP, epilog=merge.EXAMPLE)(merge.merge)
+    app.command("export", help=export.HELP, epilog=export.EXAMPLE)(export.export)
