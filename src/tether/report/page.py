@@ -77,7 +77,7 @@ def small_enough(made: Callable[[Limits], str]) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page at once and without secrets: whoever has the old one open, or a killed run, never sees half of it."""
+    """Write a page at once and without secrets: a reader or a killed run never sees half of it."""
     write_whole(path, masked(text))
 
 
