@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from tether import OnlineDPOConfig, OnlineDPOTrainer
+from tether import OnlineDPOConfig
 from tether.errors import ConfigError
 from tether.scoring import pack, score
 from tether.training.online.experience import pairs_of
-from training.online import CLASSES, SETTINGS, steps, trainer, weights
-
-CLASSES["online_dpo"] = (OnlineDPOTrainer, OnlineDPOConfig)
+from training.online import SETTINGS, steps, trainer, weights
 
 
 def sometimes(completion_ids, want):
