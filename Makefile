@@ -4,14 +4,16 @@
 #   make test       tests and doctests            make check      format, lint, types, architecture
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
 #   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
+#   make faults     kills, damaged files, full disks, lost processes (an hour; FAULTS_EVERY=1 for every place)
 #   make test-deepspeed  ZeRO stages 2 and 3 in two processes
+#   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
 #   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-quantized test-vllm test-deepspeed check bench parity wheel docs clean setup setup-demo
+.PHONY: help demo test test-slow faults test-quantized test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -42,6 +44,9 @@ demo: $(DEMO_STAMP)
 
 test: $(DEV_STAMP)
 	@$(PYTEST) -n 2 $(ARGS)
+
+faults: $(DEV_STAMP)
+	@$(PYTEST) -m faults -v tests/faults $(ARGS)
 
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed" $(ARGS)
@@ -88,6 +93,19 @@ check: $(DEV_STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/basedpyright
 	@$(PYTEST) -q tests/test_architecture.py
+
+# In an environment of their own: the tools bring packages that nothing here needs. --no-deps: the lock names everything.
+# --strict: a package that could not be looked up is a failure; without it, a mirror that knows nothing passes for clean.
+AUDIT := .venv/audit
+audit: $(AUDIT)/.installed
+	@$(AUDIT)/bin/pip-audit --requirement requirements.lock --strict --no-deps --disable-pip --progress-spinner off $(ARGS)
+	@$(AUDIT)/bin/cyclonedx-py requirements requirements.lock --output-file sbom.json
+	@echo "list of packages: sbom.json"
+
+$(AUDIT)/.installed: | .venv/bin/python
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install -qq --no-compile 'pip-audit>=2.9,<3' 'cyclonedx-bom>=7,<8'
+	@touch $@
 
 bench: $(DEV_STAMP)
 	@$(OFFLINE) $(BIN)/python benchmarks/vs_trl.py $(ARGS)

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "src" / "tether"
 
 # A room may import rooms of a lower rank and itself. Rooms of one rank do not know each other.
 RANKS = {
-    **dict.fromkeys(("types", "errors"), 0),
+    **dict.fromkeys(("types", "errors", "files", "masking"), 0),
     "compat": 1,
     **dict.fromkeys(("models", "data"), 2),
     "compute": 3,

@@ -61,6 +61,12 @@ _HOMES |= {"Namespace": "reference", "Store": "reference", "pack": "scoring", "s
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tether' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
-    return getattr(import_module(f"tether.{_HOMES[name]}"), name)
+    if name.startswith("_"):
+        raise AttributeError(f"module 'tether' has no attribute {name!r}")
+    if name in _HOMES:
+        return getattr(import_module(f"tether.{_HOMES[name]}"), name)
+    # Everything else that a script for TRL imports: its arguments, helpers and callbacks.
+    trl = import_module("tether.trl")
+    if name in trl.__all__ or name in trl.ABSENT:
+        return getattr(trl, name)
+    raise AttributeError(f"module 'tether' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from pathlib import Path
@@ -28,7 +29,8 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_the_run_file_and_every_command_work(workplace: Any, tether: Any) -> None:
+def test_the_run_file_and_every_command_work(workplace: Any, tether: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("film 3:\n"))  # what is said to `tether chat`
     (run,) = [block for block in blocks("yaml") if block.startswith("# run.yaml")]
     (workplace.path / "run.yaml").write_text(run.replace("1024", "64").replace("batch_size: 32", "batch_size: 8"))
     typed = commands()

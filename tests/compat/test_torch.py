@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tether.compat import torch as places
@@ -71,3 +75,28 @@ def test_tensors_say___tensor_flatten__():
     found = places.inner_tensors(TwoParts(values, scale))
     assert [part is whole for part, whole in zip(found, (values, scale), strict=True)] == [True, True]
     assert places.inner_tensors(torch.ones(2)) == []
+
+
+class _Runs:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_the_metadata_of_shards_is_torchs_own(tmp_path, monkeypatch):
+    """A pickle; torch's reader would run what it names (INV-39)."""
+    values = {"weight": torch.ones(4, 2), "half": torch.ones(2, dtype=torch.bfloat16), "step": 3}
+    with pytest.warns(UserWarning, match="single process"):
+        checkpoint.save(values, checkpoint_id=tmp_path / "shards", no_dist=True)
+    assert places.foreign_metadata(tmp_path / "shards" / ".metadata") == ""
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    for crafted in (
+        pickle.dumps(_Runs()),
+        b"ctorch.distributed.checkpoint.metadata\nos.system\n(Vtrue\ntR.",
+        b"\x80\x04\x8c%torch.distributed.checkpoint.metadata\x8c\tos.system\x93\x8c\x04true\x85R.",
+    ):
+        (tmp_path / ".metadata").write_bytes(crafted)
+        assert "os" in places.foreign_metadata(tmp_path / ".metadata")
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04junk")
+    assert places.foreign_metadata(tmp_path / ".metadata") != ""
+    assert ran == []

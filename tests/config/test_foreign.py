@@ -113,6 +113,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "mine": {"file_name": "pairs.json", "ranking": True, "columns": {"prompt": "ask", "chosen": "chosen"}},
         "chats": {"hf_hub_url": "some/chats", "formatting": "sharegpt", "split": "test", "subset": "a"},
         "renamed": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"user_tag": "bard"}},
+        "odd": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"writer_tag": "bard"}},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "judges.py").write_text(
@@ -241,9 +242,9 @@ def test_an_axolotl_file_has_its_values_and_axolotls_defaults() -> None:
             "report_to": ["wandb"],
             "run_name": "one",
         },
+        "env": {"WANDB_PROJECT": "demo"},
         "output": "./out",
     }
-    assert found.environment == {"WANDB_PROJECT": "demo"}
     marks = {one.key: one.mark for one in found.fates}
     assert (marks["base_model"], marks["rl"], marks["lora_dropout"]) == ("same", "convertible", "note")
     assert fate(found, "datasets[0].ds_type").there == "drops it under rl: dpo"
@@ -324,10 +325,10 @@ def test_comments_say_what_was_decided_and_the_table_what_became_of_every_key() 
     found = converted(AXOLOTL + "strange: 1\n")
     text = run_file_text(found)
     assert "model: some/model\n" in text
-    assert "# It sets these in the environment, which a run file does not: WANDB_PROJECT=demo\n" in text
+    assert "env:\n  WANDB_PROJECT: demo\n" in text
     assert "  # Axolotl's default\n  optim: adamw_torch_fused\n" in text
     table = fate_lines(found)
-    assert len(table) == 1 + len(found.fates) + len(found.defaults) + 1
+    assert len(table) == 1 + len(found.fates) + len(found.defaults)
     assert all(any(line.strip().startswith(f"{one.key}:") for line in table) for one in found.fates)
     assert next(line for line in table if "strange" in line).endswith("no such key. Axolotl ignores it")
 
@@ -503,6 +504,50 @@ def test_rows_are_found_where_the_tool_finds_them() -> None:
     assert chats.values["data"]["eval"] == {"split": 0.1, "by": "row"}
 
 
+GAPS = [
+    ("chat_template: chatml", {"model.chat_template": "chatml"}),
+    ("chat_template: tokenizer_default_fallback_llama3", {"model.chat_template": "fallback:llama3"}),
+    ("special_tokens: {eos_token: <e>, pad_token: <p>}", {"model.special_tokens": {"eos_token": "<e>"}}),
+    ("special_tokens: {additional_special_tokens: [<a>]}", {"model.add_tokens": ["<a>"]}),
+    ("default_system_message: Be brief.", {"data.system": "Be brief."}),
+    ("dataset_exact_deduplication: true", {"data.deduplicate": True}),
+    ("excess_length_strategy: raise", {"train.truncation_mode": "error"}),
+    (
+        "loss_watchdog_threshold: 5.0\nearly_stopping_patience: 2",
+        {"callbacks": {"loss_watchdog": {"threshold": 5.0, "patience": 3}, "early_stopping": {"patience": 2}}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("lines", "expected"), GAPS)
+def test_what_axolotl_says_of_templates_tokens_rows_and_ends(lines: str, expected: dict[str, Any]) -> None:
+    text = AXOLOTL.replace('special_tokens: {pad_token: "<pad>"}\n', "") if "special_tokens" in lines else AXOLOTL
+    found = converted(text + lines)
+    for target, value in expected.items():
+        section: Any = found.values
+        for part in target.split("."):
+            section = section[part]
+        assert section == value
+    Path("run.yaml").write_text(run_file_text(found), encoding="utf-8")
+    assert load_run_file("run.yaml").to_dict() == found.run.to_dict()
+
+
+def test_roles_and_keys_of_messages_are_renamed_where_they_are_not_found() -> None:
+    found = converted(AXOLOTL, "datasets.0.roles={user: [bard], assistant: [gpt]}", "datasets.0.message_field_role=who")
+    rows = found.values["data"]["train"]
+    assert (rows["roles"], rows["message_keys"]) == ({"bard": "user"}, {"role": "who"})
+    assert converted(LLAMAFACTORY, "dataset=renamed").values["data"]["train"]["roles"] == {"bard": "user"}
+    assert converted(LLAMAFACTORY, "default_system=Hi").values["data"]["system"] == "Hi"
+
+
+def test_weights_of_four_bits_are_those_of_the_tool() -> None:
+    found = converted(TRL, "load_in_4bit=true")
+    assert found.values["model"]["quantization"] == {"double": False}
+    told = converted(TRL, "load_in_4bit=true", "use_bnb_nested_quant=true", "bnb_4bit_quant_type=fp4")
+    assert told.values["model"]["quantization"] == {"type": "fp4"}
+    assert converted(LLAMAFACTORY, "quantization_bit=4").values["model"]["quantization"] == "4bit"
+
+
 # Reading
 
 
@@ -585,10 +630,9 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["optimizer=muon"], "`optimizer` is 'muon' (text); allowed is adamw_torch"),
         (AXOLOTL, ["lr_scheduler=rex"], "`lr_scheduler` is 'rex'"),
         (AXOLOTL, ["relora=true"], "no restarts of an adapter (ReLoRA) here"),
-        (AXOLOTL, ["chat_template=chatml"], "say chat_template=jinja chat_template_jinja=FILE"),
-        (AXOLOTL, ["special_tokens={eos_token: '</s>'}"], "`special_tokens.eos_token` changes what a row ends"),
+        (AXOLOTL, ["chat_template=exaone"], "say chat_template=jinja chat_template_jinja=FILE"),
+        (AXOLOTL, ["special_tokens={end_token: '</s>'}"], "text, under one of bos_token"),
         (AXOLOTL, ["datasets.0.type=mine.transform"], "A function of your own is not run"),
-        (AXOLOTL, ["datasets.0.roles={user: [bard]}"], "calls 'bard' what is 'user' elsewhere"),
         (AXOLOTL, ["datasets.0.shards=4"], "a run file has no such key of a data set"),
         (AXOLOTL, ["comet_api_key=x"], "it is a secret, and files are copied"),
         (AXOLOTL, ["plugins=[my.Plugin]"], "`plugins` has 'my.Plugin', which is code that is not run here"),
@@ -597,12 +641,12 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["adapter=llama-adapter"], "`adapter` is 'llama-adapter' (text); allowed is lora, qlora"),
         (LLAMAFACTORY, ["stage=ppo"], "PPO is not here"),
         (LLAMAFACTORY, ["pref_loss=kto_pair"], "which TRL removed; `stage: kto` reads pairs too"),
-        (LLAMAFACTORY, ["dataset=other"], "is not there; there are mine, chats, renamed"),
-        (LLAMAFACTORY, ["dataset=renamed"], "has `user_tag: bard`, and roles are not renamed; known is human or user"),
+        (LLAMAFACTORY, ["dataset=other"], "is not there; there are mine, chats, renamed, odd"),
+        (LLAMAFACTORY, ["dataset=odd"], "has the tag `writer_tag: bard`; known are role_tag"),
         (LLAMAFACTORY, ["dataset_dir=nowhere"], "nowhere/dataset_info.json cannot be read"),
         (LLAMAFACTORY, ["max_samples=many"], "`max_samples` is 'many' (text); allowed is a number"),
         (LLAMAFACTORY, ["save_safetensors=false"], "weights are saved as safetensors"),
-        (AXOLOTL, ["chat_template_jinja=none.jinja"], "is not the name of a file"),
+        (AXOLOTL, ["chat_template_jinja=none.jinja"], "is neither a template nor the name of a file"),
         (LLAMAFACTORY, ["quantization_bit=3"], "`quantization_bit` is 3 (a whole number); allowed is 4 or 8"),
         (LLAMAFACTORY, ["lora_rnk=3"], "`lora_rnk` is not a key of LLaMA-Factory. Did you mean `lora_rank`?"),
         (LLAMAFACTORY, ["finetuning_type=freeze"], "a run file names what trains by its parameters"),
@@ -610,7 +654,7 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (TRL, ["loss_type=[kto_pair]"], "`loss_type` is 'kto_pair' (text); allowed is sigmoid, sigmoid_norm, hinge"),
         (TRL, ["max_prompt_length=512"], "max_length is of prompt and completion together"),
         (TRL, ["num_processes=2"], "start several processes with `torchrun"),
-        (TRL, ["bnb_4bit_quant_type=fp4"], "weights of 4 bits are nf4 here"),
+        (TRL, ["bnb_4bit_quant_type=fp8"], "allowed is nf4, fp4"),
         (TRL, ["env={HF_TOKEN: x}"], "set HF_TOKEN in the environment"),
         (TRL, ["dataset_name=null"], "`dataset_name` is missing"),
         (TRL, ["datasets=[{path: a, fraction: 0.5}]"], "`fraction` of a data set has no key in a run file"),

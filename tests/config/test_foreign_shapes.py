@@ -272,16 +272,10 @@ def test_what_the_shapes_say() -> None:
 
 
 def test_what_only_the_user_can_say_stops_with_what_to_type() -> None:
-    base = (
-        AXOLOTL["conversations"].replace("tokenizer_default", "llama3").replace('"<|pad|>"', '"<|pad|>", eos_token: x')
-    )
-    for overrides, said in (
-        ([], "say special_tokens.eos_token=null"),
-        (["special_tokens.eos_token=null"], "say chat_template=tokenizer_default"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            run_of(base, *overrides)
-    run = run_of(base, "special_tokens.eos_token=null", "chat_template=tokenizer_default")
+    base = AXOLOTL["conversations"].replace("tokenizer_default", "exaone")
+    with pytest.raises(ConfigError, match="say chat_template=tokenizer_default"):
+        run_of(base)
+    run = run_of(base, "chat_template=tokenizer_default")
     assert run.to_dict() == run_of(AXOLOTL["conversations"]).to_dict()
 
 

@@ -118,7 +118,7 @@ def test_length_bias_is_the_accuracy_of_preferring_the_longer() -> None:
 def test_lengths_and_limits(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = load_rows([pair(), pair("word " * 600), pair(chosen=" blue" * 600)])
     records = preferences(rows, schema := read_preferences(rows))
-    lengths = measured(records, schema, byte_tokenizer, Limited(20))
+    lengths = measured(records, len(records), schema, byte_tokenizer, Limited(20))
     assert lengths.limits[512].dropped == pytest.approx(1 / 3)
     assert lengths.limits[512].cut == pytest.approx(1 / 3)
     assert lengths.truncated == pytest.approx(2 / 3)

@@ -45,6 +45,8 @@ def test_two_processes_train_and_evaluate_as_one(size, tokens, tmp_path):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4, msg=name)
 
+    told = [json.loads((two / f"ddp{rank}.json").read_text()) for rank in (0, 1)]
+    assert told == [{"find_unused_parameters": True, "broadcast_buffers": True, "bucket": 2**20, "backend": "gloo"}] * 2
     counts = [json.loads((two / f"counts{rank}.json").read_text()) for rank in (0, 1)]
     needed, made = zip(*(zip(*rank, strict=True) for rank in counts), strict=True)
     assert made[0] == made[1]

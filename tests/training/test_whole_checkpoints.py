@@ -137,6 +137,28 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(finished, tmp_path, mo
     assert not (tmp_path / "run" / ".writing").exists()
 
 
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6, 8, 10]),
+        (2, None, [4, 6]),
+        (1, None, [6]),
+        (1, 2, [2, 6]),
+        (3, 2, [2, 4, 6]),
+        (4, None, [2, 4, 6, 10]),
+    ],
+)
+def test_old_checkpoints_go_by_their_steps(tmp_path, limit, best, left):
+    """Whatever the clock said: the newest one, at step 6, has the oldest time here; 8 and 10 were gone back from."""
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (4e9 if step != 6 else 1e9,) * 2)
+    (tmp_path / "checkpoint-mine").mkdir()
+    whole.remove_old(tmp_path / "checkpoint-6", limit, tmp_path / f"checkpoint-{best}" if best else None)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {f"checkpoint-{step}" for step in left} | {"checkpoint-mine"}
+
+
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 1}])
 def test_a_finished_run_makes_no_further_step(tmp_path, length):
     """INV-46."""
@@ -205,17 +227,45 @@ class Signals(TrainerCallback):
             os.kill(os.getpid(), self._number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_its_step(finished, tmp_path, number):
     handler = signal.getsignal(number)
-    with pytest.raises(TetherError, match=rf"Stopped by {number.name}.*checkpoint-3") as stopped:
+    kind = KeyboardInterrupt if number == signal.SIGINT else TetherError
+    with pytest.raises(kind, match=rf"Stopped by {number.name}.*checkpoint-3") as stopped:
         run(tmp_path, callbacks=[Signals(number, 3)]).train()
-    assert stopped.value.exit_code == 1
+    assert getattr(stopped.value, "exit_code", 130) == 128 + number
     assert signal.getsignal(number) is handler
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     again = run(tmp_path)
     again.train(resume_from_checkpoint=True)
     require_equal(again.policy, finished[1])
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    class Twice(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                pytest.fail("the second one was not heard")
+
+    with pytest.raises(KeyboardInterrupt) as left:
+        run(tmp_path, callbacks=[Twice()]).train()
+    assert "saved" not in str(left.value)
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_the_first_log_after_resuming_is_the_unbroken_ones(tmp_path):
+    """INV-7, where logs and checkpoints do not fall together."""
+    logs = []
+    for folder, resume in ((tmp_path / "whole", None), (tmp_path / "whole" / "checkpoint-2", True)):
+        trainer = run(tmp_path / "whole", logging_steps=3, max_steps=6)
+        trainer.train(resume_from_checkpoint=str(folder) if resume else None)
+        lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        timed = ("runtime", "per_second", "train_loss", "flos")
+        logs.append([{k: v for k, v in line.items() if not any(word in k for word in timed)} for line in lines])
+    assert [line["step"] for line in logs[0]] == [3, 6, 6]
+    assert logs[0] == logs[1]
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(finished, tmp_path):

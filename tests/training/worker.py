@@ -17,6 +17,15 @@ from safetensors.torch import save_file
 from tether import DPOConfig, DPOTrainer
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
+# What DDP is told beside its defaults; it changes nothing that is computed.
+DDP = {
+    "ddp_find_unused_parameters": True,
+    "ddp_bucket_cap_mb": 1,
+    "ddp_broadcast_buffers": True,
+    "ddp_backend": "gloo",
+    "ddp_timeout": 600,
+}
+
 
 def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
     """Two epochs of 13 rows in steps of 8 pairs, the second step of an epoch not full; then 7 rows of evaluation.
@@ -45,6 +54,7 @@ def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
             gradient_checkpointing=False,
             max_grad_norm=0.0,
             max_tokens_per_forward=tokens,
+            **(DDP if "WORLD_SIZE" in os.environ else {}),
         ),
         train_dataset=Dataset.from_list(pair_rows(13)),
         eval_dataset=Dataset.from_list(pair_rows(7)),
@@ -63,6 +73,10 @@ def run(folder: Path, size: int, accumulation: int, tokens: int | None) -> None:
     trainer.run.budget.split = counting
     trainer.train()
     trainer.run.budget.split = split
+    if "WORLD_SIZE" in os.environ:
+        told = {name: getattr(trainer.model_wrapped, name) for name in ("find_unused_parameters", "broadcast_buffers")}
+        told |= {"bucket": trainer.model_wrapped.bucket_bytes_cap, "backend": torch.distributed.get_backend()}
+        (folder / f"ddp{trainer.args.process_index}.json").write_text(json.dumps(told))
     numbers = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     numbers += [log["rewards/margins"] for log in trainer.state.log_history if "loss" in log]
     metrics = trainer.evaluate()

@@ -65,7 +65,7 @@ def demo(
         say(f"sampling: {len(prompts)} held-out prompts before training")
         before = _sample(trainer, prompts)
         start = time.perf_counter()
-        train_and_evaluate(trainer)
+        train_and_evaluate(trainer, run)
         seconds = time.perf_counter() - start
         say(f"sampling: the same prompts after {seconds:.0f} s of training and evaluation")
         after = _sample(trainer, prompts)
@@ -150,4 +150,6 @@ def _summary(results: dict[str, Any], report: Path) -> list[str]:
         f"{sentiment['before_mean']:+.3f} before, {sentiment['after_mean']:+.3f} after; change "
         f"{sentiment['difference']:+.3f} (95 % interval {sentiment['low']:+.3f} to {sentiment['high']:+.3f})",
         f"report: {report}",
+        "next: your own rows. `tether init` writes a run file for them, `tether plan` says what it takes, and "
+        "`tether train` trains it",
     ]

@@ -1,12 +1,12 @@
-"""`tether doctor model NAME`: load a model, say what it is, and check what preference training needs of it."""
+"""`tether doctor`: the environment; `tether doctor model NAME`: load a model, and check what training needs of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tether.cli.environment import Finding
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:
@@ -14,23 +14,25 @@ if TYPE_CHECKING:
 
     from tether.models.spec import ModelSpec
 
-app = typer.Typer(help="Look at what a run is made of, before it runs.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at this machine, and at what a run is made of, before it runs.", invoke_without_command=True
+)
 _CHAT = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It is."}]
 _RANK = 16
 _PAIR = ("The film was", " good, as far as I remember it.", " bad.")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: `ok`, `note` (worth knowing) or `problem` (training would be wrong or impossible)."""
-
-    level: str
-    text: str
-
-
 @app.callback()
-def _doctor() -> None:
-    """Commands stand behind `doctor`."""
+def _doctor(context: typer.Context) -> None:
+    """Without a command: the environment; see `tether.cli.environment`."""
+    if context.invoked_subcommand is None:
+        from tether.cli.environment import findings
+
+        found = findings()
+        for finding in found:
+            typer.echo(f"{finding.level}: {finding.text}")
+        if any(finding.level == "problem" for finding in found):
+            raise typer.Exit(1)
 
 
 @app.command("model")

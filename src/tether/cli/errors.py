@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import sysconfig
 import traceback
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import typer
 
 from tether.errors import TetherError
+from tether.files import is_full
+from tether.masking import masked
 
 # The parent of typer's public BadParameter: every misuse of commands and options. Typer does not export it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -55,6 +58,10 @@ def explain(error: BaseException) -> tuple[str, int]:
             "lines say what it was) or `train.max_length`, or train an adapter (`lora:`) in place of the whole model.",
             1,
         )
+    if is_full(error):
+        return _explain_full(error), 1
+    if (worker := _killed_worker(error)) is not None:
+        return worker, 1
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error), 2 if error.errno == errno.ENOENT else 1
     if isinstance(error, ImportError) or "to be installed" in str(error) or "is not installed" in str(error):
@@ -98,17 +105,32 @@ def print_error(paragraph: str) -> None:
     from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
-    text = Text.assemble(("Error: ", "bold red"), " ".join(paragraph.split()))
+    text = Text.assemble(("Error: ", "bold red"), " ".join(masked(paragraph).split()))
     console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _explain_full(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return (
+        f"There is no space left on the disk for {repr(str(name)) if name else 'the run'}. Free some (old checkpoint-* "
+        "folders are the largest) and go on with --resume, or write elsewhere with `output=FOLDER`; "
+        "`train.save_total_limit` keeps fewer checkpoints. Checkpoints that were whole still are."
+    )
+
+
+def _killed_worker(error: BaseException) -> str | None:
+    """What to say of a process that was killed beside the run; None for another error."""
+    if not isinstance(error, BrokenProcessPool) and "DataLoader worker" not in str(error):
+        return None
+    return (
+        f"A process that prepares rows beside the run has ended: {_first_line(error)} Something killed it, mostly the "
+        "system for want of memory: lower `train.dataset_num_proc` and `train.dataloader_num_workers`, and go on with "
+        "--resume where there are checkpoints."
+    )
 
 
 def _explain_system(error: OSError) -> str:
     place = f" '{error.filename}'" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"There is no space left on the disk for{place or ' the run'}. Free some (old checkpoint-* folders are the "
-            "largest), or write elsewhere with `output=FOLDER`; `train.save_total_limit` keeps fewer checkpoints."
-        )
     if error.errno == errno.ENOENT:
         return (
             f"The file{place} is missing. Where it belongs to a checkpoint, that was not written whole or was changed "

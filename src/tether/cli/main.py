@@ -15,13 +15,14 @@ from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
 from tether.cli.foreign.convert import convert
 from tether.cli.foreign.trl import COMMANDS, trl_command
+from tether.cli.init import init
+from tether.cli.plan import plan
 from tether.cli.precompute import precompute
 from tether.cli.store import app as store_app
 from tether.cli.train import TrainCommand, train
 
 app = typer.Typer(
     help="Preference training that never lets the reference policy be wrong.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(
@@ -29,6 +30,8 @@ app.command(
     cls=TrainCommand,
     help="Train the model of a run file on its pairs, evaluate it, and write the run folder.",
 )(train)
+app.command("init", help="Write a run file from a few answers, or from flags.")(init)
+app.command("plan", help="Say what a run will take, before any weights are read: memory, tokens, steps.")(plan)
 app.command(
     "demo",
     help="Tune a real language model on preferences in minutes, compare before and after, and write the report.",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tether.compat.messages import NO_PINNED_MEMORY, SPECIAL_TOKENS, TOO_LONG
+from tether.masking import masked
 from tether.training.progress import console
 
 # Messages of libraries that are right in general and mean nothing here, each with its reason.
@@ -26,12 +27,12 @@ class _Lines(logging.Handler):
         own = record.name.split(".")[0] == "tether"
         style = "" if record.levelno < logging.WARNING else "yellow"
         text = message if own else f"{record.name.split('.')[0]}: {message}"
-        console().print(text, style=style, markup=False, soft_wrap=True)
+        console().print(masked(text), style=style, markup=False, soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     # Without the file and line of a library, which --debug shows.
-    console().print(f"{category.__name__}: {message}", style="yellow", markup=False, soft_wrap=True)
+    console().print(masked(f"{category.__name__}: {message}"), style="yellow", markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

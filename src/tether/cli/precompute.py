@@ -32,6 +32,9 @@ def precompute(
     Raises:
         TetherError: bad input, or a store that does not hold what the reference says.
     """
+    from tether.config.quick import refuse_at_once
+
+    refuse_at_once(run_file, overrides or ())
     from tether.cli.output import terminal_output
     from tether.config import build, load_run_file, trainer_class
     from tether.training.store import FOLDER

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tether.errors import ConfigError
+from tether.files import write_whole
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -19,11 +21,15 @@ CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
 # The option that every command has.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]
+_HEADER = """\
+# The run file as it was read, overrides and defaults of its sections filled in; reading it gives the same run.
+# Keys of `train` that are not here have the defaults in docs/run_file.md.
+"""
 _RESULTS = ("*.safetensors", "checkpoint-*")
 
 
 def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTrainer:
-    """Check the data, load the model, prove the reference; write the resolved configuration.
+    """Check the data, load the model, prove the reference.
 
     Args:
         run: a checked run file.
@@ -34,37 +40,46 @@ def make_trainer(run: RunConfig, checkpoint: Path | None = None) -> TetherTraine
     """
     from tether.config import build, trainer_class
 
+    for name, value in run.variables().items():
+        os.environ.setdefault(name, value)
     output = Path(run.output)
     arguments, adapter, keywords = build(run)
     if checkpoint is None:
         _refuse_used_folder(output)
     trainer = trainer_class(run.objective.loss)(args=arguments, peft_config=adapter, **keywords)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG).write_text(run.dump_yaml(), encoding="utf-8")
     logging.getLogger("tether").info(_batch_line(arguments))
     return trainer
 
 
-def train_and_evaluate(trainer: TetherTrainer, checkpoint: Path | None = None) -> None:
-    """Train with the progress display, evaluate at the end, save the model and what was found.
+def train_and_evaluate(trainer: TetherTrainer, run: RunConfig, checkpoint: Path | None = None) -> None:
+    """Train with the progress display, evaluate at the end, save the model, what was found, and the page.
+
+    The folder is this run's from before its configuration is written until the page is.
 
     Args:
         trainer: see `make_trainer`.
+        run: what it was made from.
         checkpoint: where to resume from.
     """
     from tether.evaluate.pairs import write_pairs
+    from tether.report import write_report
     from tether.report.live import PageWriter
+    from tether.training.saving.stop import one_run_at_a_time
 
-    trainer.add_callback(PageWriter(trainer.run_folder))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # With load_best_model_at_end the model is another one now than at the last evaluation.
-    if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
-        trainer.evaluate()
-    trainer.save_model(str(trainer.run_folder))
-    write_pairs(trainer)
-    if trainer.is_world_process_zero():
-        write_evaluation(trainer.run_folder, _results(trainer))
+    folder, main = trainer.run_folder, trainer.is_world_process_zero()
+    with one_run_at_a_time(folder, main=trainer.args.should_save):
+        if main:
+            write_whole(folder / CONFIG, _HEADER + run.dump_yaml())
+        trainer.add_callback(PageWriter(folder))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # With load_best_model_at_end the model is another one now than at the last evaluation.
+        if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
+            trainer.evaluate()
+        trainer.save_model(str(folder))
+        write_pairs(trainer)
+        if main:
+            write_evaluation(folder, _results(trainer))
+            write_report(folder)
 
 
 def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
@@ -72,7 +87,7 @@ def write_evaluation(folder: Path, results: dict[str, Any]) -> None:
     path = folder / EVALUATION
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if results:
-        path.write_text(json.dumps({**found, **results}, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps({**found, **results}, indent=2) + "\n")
 
 
 def _results(trainer: TetherTrainer) -> dict[str, Any]:

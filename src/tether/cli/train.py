@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
-from tether.cli.foreign.convert import AUTO, As, say_and_prepare
+from tether.cli.foreign.convert import AUTO, As, say_fates
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ def train(
         TetherError: bad input, before weights are loaded where possible, or a failed run.
     """
     # Here and not on top, so that `tether --help` does not wait for torch.
+    from tether.config.quick import refuse_at_once
+
+    refuse_at_once(run_file, overrides or ())
     from tether.config import load_run_file
     from tether.config.foreign import convert_file, is_foreign
 
@@ -92,7 +95,7 @@ def train_conversion(
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    say_and_prepare(conversion)
+    say_fates(conversion)
     run, wanted = conversion.run, resume or conversion.resume
     if wanted == AUTO:
         wanted = _LAST if Path(run.output).is_dir() and get_last_checkpoint(run.output) else None
@@ -116,14 +119,11 @@ def _train(
 
 def _run(run: RunConfig, resume: str | None) -> TetherTrainer:
     from tether.cli.run import make_trainer, train_and_evaluate
-    from tether.report import write_report
     from tether.training.checkpoint import resume_folder
 
     checkpoint = resume_folder(True if resume == _LAST else resume, run.output)
     trainer = make_trainer(run, checkpoint)
-    train_and_evaluate(trainer, checkpoint)
-    if trainer.is_world_process_zero():
-        write_report(trainer.run_folder)
+    train_and_evaluate(trainer, run, checkpoint)
     return trainer
 
 
@@ -140,10 +140,19 @@ def _summary(trainer: TetherTrainer, output: Path) -> list[str]:
     """Final figures and where things are, a line each."""
     from tether.training.progress import SEPARATOR, evaluations, figures
 
-    logs = trainer.state.log_history
+    logs, steps = trainer.state.log_history, trainer.state.global_step
     last = next((entry for entry in reversed(logs) if "loss" in entry), {})
-    lines = [SEPARATOR.join([f"trained {trainer.state.global_step} steps", *figures(last)])]
+    lines = [SEPARATOR.join([f"trained {steps} step{'s' * (steps != 1)}", *figures(last)])]
     final = {prefix: entry for entry in logs for prefix in evaluations(entry)}
     lines += [SEPARATOR.join([prefix.removesuffix("_"), *figures(entry, prefix)]) for prefix, entry in final.items()]
     kind = "adapter" if (output / "adapter_config.json").is_file() else "model"
-    return [*lines, f"{kind} and tokenizer: {output}", f"report: {output / 'report.html'}"]
+    return [*lines, f"{kind} and tokenizer: {output}", f"report: {output / 'report.html'}", _next(kind, output)]
+
+
+def _next(kind: str, output: Path) -> str:
+    """What can be done with what was trained."""
+    loads = {
+        "adapter": f"peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})",
+        "model": f"transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})",
+    }
+    return f"next: open the report; load the {kind} in Python with {loads[kind]}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -55,6 +58,12 @@ def rows_of_last_round(accelerator: Accelerator) -> int | None:
         together = 1 if getattr(inner, "split_batches", False) else getattr(inner, "num_processes", 1)
         remainder = len(loader.dataset) % (inner.batch_size * together)
     return remainder if remainder > 0 else None
+
+
+def begin_group_on_cpu(seconds: float) -> None:
+    """Begin the group of a launched run on CPUs with its time limit, which transformers gives to accelerators alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 
 
 def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -2,15 +2,78 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor, UntypedStorage, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves as _tree_leaves
 
 # What every dropout layer derives from (plain, by channel, alpha); torch exports only the layers themselves.
 DropoutLayer = _DropoutNd
+# Sees every operation that runs inside it, backward included, and what it returns; and what there is in nested values.
+DispatchMode, tree_leaves = TorchDispatchMode, _tree_leaves
 # What `checkpoint_wrapper` and `torch.compile` put before the names of what they wrap.
 WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+# All that torch's writer puts into the metadata of a sharded checkpoint; its reader takes whatever a pickle names.
+_OF_METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        of_torch = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
+        if name in _OF_METADATA.get(module, ()) or of_torch:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def foreign_metadata(path: Path) -> str:
+    """What the metadata of a sharded checkpoint holds that torch's writer does not write; empty for nothing.
+
+    Torch's reader would run it. Nothing is run here: only the classes of metadata are made.
+    """
+    try:
+        with path.open("rb") as file:
+            _MetadataReader(file).load()
+    except Exception as error:  # a damaged pickle raises errors of any kind
+        return str(error) or type(error).__name__
+    return ""
+
+
+def launcher_store(seconds: float) -> Any:
+    """A connection to the store where the processes of a launched run meet; an answer may take so many seconds.
+
+    torch exports the class without a name that type checkers see.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=seconds)
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)  # type: ignore
 
 
 def has_onednn() -> bool:
@@ -67,3 +130,8 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
         return []
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return [getattr(tensor, name) for name in names]
+
+
+def memory_address(memory: UntypedStorage) -> int:
+    """What tells one memory from another, also where it has no bytes, as on the device `meta`: torch 2.11's handle."""
+    return memory._cdata

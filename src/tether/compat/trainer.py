@@ -13,7 +13,6 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-from transformers.trainer_utils import rotate_checkpoints
 
 # Callbacks of these packages read metrics and add none.
 _OURS = ("transformers", "tether")
@@ -61,17 +60,21 @@ def checkpoints_below(trainer: Trainer, folder: Path) -> Iterator[None]:
         del loose._get_output_dir, loose._push_from_checkpoint
 
 
-def after_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """What transformers does once a checkpoint is written: push it, remove old ones."""
+def push_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Push a checkpoint that is written, where that was asked for."""
     if trainer.args.push_to_hub:
         trainer._push_from_checkpoint(str(folder))
-    if trainer.args.should_save:
-        rotate_checkpoints(
-            output_dir=str(folder.parent),
-            save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+
+
+def loss_since_log(trainer: Trainer) -> tuple[int, float]:
+    """The step of the last log, and the sum of this process' losses since."""
+    return cast(int, trainer._globalstep_last_logged), float(trainer._tr_loss)
+
+
+def continue_log(trainer: Trainer, last_logged: int, loss: float) -> None:
+    """Have the next log be of all steps since an earlier one; a resumed loop begins to count where it resumes."""
+    trainer._globalstep_last_logged = last_logged
+    trainer._tr_loss.fill_(loss)
 
 
 def announce_prediction_step(trainer: Trainer) -> None:

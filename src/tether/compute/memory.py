@@ -24,7 +24,7 @@ _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def token_budget(
-    setting: int | str | None, model: nn.Module, device: torch.device, *, checkpointing: bool
+    setting: int | str | None, model: nn.Module, device: torch.device, *, checkpointing: bool, room: int | None = None
 ) -> tuple[int | None, str]:
     """The tokens of a forward and a line that says where the number comes from.
 
@@ -33,12 +33,14 @@ def token_budget(
         model: the policy, in place on its device; the optimizer is not made yet.
         device: where it is.
         checkpointing: whether activations inside layers are computed again in the backward.
+        room: bytes for activations, of a machine that is not this one; None: what `free_bytes` finds here.
     """
     if setting is None:
         return None, "batching: each batch in one forward, however long"
     if isinstance(setting, int):
         return setting, f"batching: at most {setting} tokens a forward (max_tokens_per_forward)"
-    need, room = bytes_per_token(model, checkpointing=checkpointing), free_bytes(model, device)
+    need = bytes_per_token(model, checkpointing=checkpointing)
+    room = free_bytes(model, device) if room is None else room
     fitting = int(max(room, 0) * _SHARE / need)
     enough = _ENOUGH.get(device.type, _ENOUGH["cuda"])
     # A power of two, so that a few bytes more or less do not change how a step is split.

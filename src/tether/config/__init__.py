@@ -1,10 +1,16 @@
 """The YAML run file: read strictly, checked whole, turned into what the trainer takes."""
 
-from tether.config.build import build, split_batch
-from tether.config.fields import trainer_class
-from tether.config.read import check_run, load_run_file
-from tether.config.run import RunConfig
-from tether.config.schema import json_schema
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tether.config.build import build, split_batch
+    from tether.config.fields import trainer_class
+    from tether.config.read import check_run, load_run_file
+    from tether.config.run import RunConfig
+    from tether.config.schema import json_schema
 
 __all__ = [
     "RunConfig",
@@ -15,3 +21,21 @@ __all__ = [
     "split_batch",
     "trainer_class",
 ]
+# Imported when first used: the configurations need torch, which a file with a mistake in it does not wait for.
+_HOMES = {
+    "RunConfig": "run",
+    "build": "build",
+    "check_run": "read",
+    "json_schema": "schema",
+    "load_run_file": "read",
+    "split_batch": "build",
+    "trainer_class": "fields",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tether.config' has no attribute {name!r}")
+    value = getattr(import_module(f"tether.config.{_HOMES[name]}"), name)
+    globals()[name] = value  # the module of the same name, `build`, would stand in its place once it is imported
+    return value

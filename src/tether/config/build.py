@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
-from tether.config.sections import LOADING, Judge, Lora, Model, Peft, Reference, Rollout, Section
+from tether.config.sections import LOADING, Judge, Lora, Model, Peft, Quantize, Reference, Rollout, Section
 from tether.errors import ConfigError
 from tether.rewards import READY_MADE, python_function
 from tether.training import OnlineConfig, PreferenceConfig
@@ -54,6 +54,8 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, PeftConfig | None, dict[str
         del keywords["ref_model"]
     if issubclass(config_class(run.objective.loss), OnlineConfig):
         keywords["reward_funcs"] = [_reward(judge) for judge in run.rewards or ()]
+    if run.callbacks is not None:
+        keywords["callbacks"] = run.callbacks.make()
     task = "SEQ_CLS" if run.objective.loss == "reward" else None
     return arguments, adapter_config(run.lora, run.peft, task=task), keywords
 
@@ -124,6 +126,9 @@ def _options(run: RunConfig) -> dict[str, Any]:
         **_reference(run.reference),
         **_model(run.model),
     }
+    if run.callbacks is not None and run.callbacks.early_stopping is not None:
+        options.setdefault("load_best_model_at_end", True)
+        options.setdefault("metric_for_best_model", "loss")
     options = _online(run, options)
     _refuse_idle_options(run)
     return options
@@ -198,6 +203,8 @@ def _under(name: str, section: Section) -> dict[str, Any]:
 
 def _model(model: Model) -> dict[str, Any]:
     loading = {keyword: getattr(model, name) for name, keyword in LOADING.items()}
+    if isinstance(model.quantization, Quantize):
+        loading |= {"quantization": None, "quantization_config": model.quantization.options()}
     return {
         "model_init_kwargs": {keyword: value for keyword, value in loading.items() if value not in (None, False)},
         **_under("model", model),
@@ -241,6 +248,8 @@ def _refuse_idle_options(run: RunConfig) -> None:
             f"`data.buffer_size` is {run.data.buffer_size}, but the rows are not streamed, so that all of them are "
             "shuffled. Leave it out, or set `data.streaming: true`."
         )
+    if run.data.eval is None and run.callbacks is not None and run.callbacks.early_stopping is not None:
+        raise ConfigError("`callbacks.early_stopping` is given, but there is nothing to evaluate. Name `data.eval`.")
     if run.data.eval is None:
         for name in ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end"):
             if further.get(name) not in (None, False, "no"):

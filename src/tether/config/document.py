@@ -122,7 +122,7 @@ def write_document(values: Any, *, flow: bool = False) -> str:
 
 def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str, above: tuple[int, ...]) -> None:
     if id(node) in above:
-        raise ConfigError(f"{name}, line {node.start_mark.line + 1}: `{_dotted(path)}` contains itself.")
+        raise ConfigError(f"{name}, line {node.start_mark.line + 1}: `{dotted(path)}` contains itself.")
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -142,14 +142,15 @@ def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], nam
         here = (*path, key.value)
         if key.value in own:
             raise ConfigError(
-                f"{name}, line {line}: `{_dotted(here)}` was given before, on line {lines[here]}. Keep one of the two."
+                f"{name}, line {line}: `{dotted(here)}` was given before, on line {lines[here]}. Keep one of the two."
             )
         own.add(key.value)
         lines[here] = line
         _record_lines(value, here, lines, name, above)
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """A key as overrides write it: `train.batch_size`."""
     return ".".join(map(str, path))
 
 

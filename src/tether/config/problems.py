@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tether.config.document import KeyPath
+from tether.config.document import KeyPath, dotted
 from tether.config.run import RunConfig, Train
 from tether.config.sections import SOURCE_TAGS, Allowed
+from tether.config.unknown import unknown
 from tether.config.words import describe_type
 
 _SHOWN = 3
-# What transformers, TRL and other tools call keys of a run file.
-_OTHER_NAMES = {
-    "attn_implementation": "model.attention",
-    "device_map": "model.device",
-    "torch_dtype": "model.dtype",
-    "load_in_4bit": "model.quantization: 4bit",
-    "load_in_8bit": "model.quantization: 8bit",
-    "quantization_config": "model.quantization",
-    "tokenizer_name": "model.tokenizer",
-    "base_model": "model",
-    "lora_model_dir": "model.adapter",
-    "adapter_name_or_path": "model.adapter",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target",
-    "target_modules": "lora.target",
-    "peft_config": "lora",
-    "use_dora": "lora.dora",
-    "use_rslora": "lora.rslora",
-    "init_lora_weights": "lora.init",
-}
 _KINDS = (
     (bool, "a switch"),
     (int, "a whole number"),
@@ -78,22 +57,7 @@ def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
     Returns:
         The sentence.
     """
-    key, parent = str(path[-1]), path[:-1]
-    elsewhere = dict(_leaves(fields))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if near:
-        hint = f"Did you mean `{dotted((*parent, near[0]))}`?"
-    elif key in elsewhere:
-        hint = f"It belongs in `{elsewhere[key]}`."
-    elif far := difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
-        hint = f"Did you mean `{elsewhere[far[0]]}`?"
-    elif key in _OTHER_NAMES:
-        hint = f"It is called `{_OTHER_NAMES[key]}` here."
-    elif parent == ("train",):
-        hint = f"Allowed are {', '.join(Train.model_fields)}, and the fields of the trainer's configuration."
-    else:
-        hint = f"Allowed are {', '.join(known)}."
-    return f"`{dotted(path)}` is not known. {hint}"
+    return unknown(path, known, dict(_leaves(fields)), Train.model_fields)
 
 
 def wrong_value(path: KeyPath, value: Any, allowed: str) -> str:
@@ -122,11 +86,6 @@ def show(value: Any) -> str:
     return f"{text} ({next((words for kind, words in _KINDS if isinstance(value, kind)), type(value).__name__)})"
 
 
-def dotted(path: KeyPath) -> str:
-    """A key as overrides write it: `train.batch_size`."""
-    return ".".join(map(str, path))
-
-
 def _resolve(location: KeyPath, values: dict[str, Any]) -> tuple[KeyPath, type[BaseModel], str]:
     """The key that an error belongs to, the section it is in, and what is allowed there.
 
@@ -151,7 +110,7 @@ def _resolve(location: KeyPath, values: dict[str, Any]) -> tuple[KeyPath, type[B
         if part not in owner.model_fields:
             break
         field = owner.model_fields[str(part)]
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         allowed = next((item.words for item in field.metadata if isinstance(item, Allowed)), "")
         if not allowed:
             keys = f"a mapping with the keys {', '.join(inner.model_fields)}" if inner else ""
@@ -170,7 +129,7 @@ def _has(value: Any, part: str | int) -> bool:
     return part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
     for kind in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
@@ -196,7 +155,7 @@ def _leaves(fields: list[str]) -> Iterator[tuple[str, str]]:
     """`(key, dotted path)` of every key inside a section."""
     yield from ((name, f"train.{name}") for name in fields)
     for section, field in RunConfig.model_fields.items():
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         yield from ((name, f"{section}.{name}") for name in (inner.model_fields if inner else ()))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from tether.config.callbacks import Callbacks
 from tether.config.document import write_document
 from tether.config.sections import (
     Allowed,
@@ -21,9 +22,18 @@ from tether.config.sections import (
     key,
     named,
 )
+from tether.masking import masked_values
 from tether.training import PreferenceConfig
 
 _DEFAULTS = {name: field.default for name, field in PreferenceConfig.__dataclass_fields__.items()}
+
+
+# Words in the name of a variable that holds a secret.
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+def _plain_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Objective(Section, extra="allow"):
@@ -94,6 +104,8 @@ class RunConfig(Section):
         rewards: what judges completions that the policy samples; None where the rows have completions.
         rollout: how these are sampled.
         train: the steps.
+        callbacks: what may end the run early.
+        env: variables of the run's environment, for trackers and libraries.
         output: the run folder.
     """
 
@@ -116,7 +128,27 @@ class RunConfig(Section):
     )
     rollout: Rollout | None = Field(default=None, description="How these completions are sampled; null: the defaults.")
     train: Train = Train()
+    callbacks: Callbacks | None = Field(default=None, description="What may end the run early; null: nothing.")
+    env: dict[Text, str | int | float | bool] | None = key(
+        None,
+        "Variables of the environment, set where it does not have them, as in {WANDB_PROJECT: demo}; never a secret.",
+        "a mapping of names to text or numbers, or null",
+    )
     output: Text = key("runs/run", "The run folder; left out: runs/ and the run file's name.")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> RunConfig:
+        for name in self.env or ():
+            if any(word in name.upper() for word in SECRET):
+                raise ValueError(
+                    f"`env.{name}` is a secret, and run files are copied and shown. Take it out, and set {name} in the "
+                    "environment"
+                )
+        return self
+
+    def variables(self) -> dict[str, str]:
+        """What `env` says, as text."""
+        return {name: _plain_text(value) for name, value in (self.env or {}).items()}
 
     @model_validator(mode="after")
     def _one_adapter(self) -> RunConfig:
@@ -129,5 +161,5 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
     def dump_yaml(self) -> str:
-        """The resolved run file; reading it gives the same run."""
-        return write_document(self.to_dict())
+        """The resolved run file; reading it gives the same run, but for secrets, which are not in it."""
+        return write_document(masked_values(self.to_dict()))

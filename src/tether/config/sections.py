@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -119,6 +120,13 @@ class Rows(Section):
     first: int | None = key(
         None, "Only that many rows, from the first on; null: all.", "a whole number from 1, or null", ge=1
     )
+    roles: dict[str, Text] = Field(
+        default_factory=dict, description="Other names of roles of messages to the usual ones, as in {bard: assistant}."
+    )
+    message_keys: dict[Literal["role", "content"], Text] = Field(
+        default_factory=dict, description="What messages call role and content, as in {role: speaker, content: text}."
+    )
+    columns: Names | None = key(None, "Only these columns are read; null: all.", "a list of columns, or null")
     split: Text = key("train", "Part of a hub data set, or of a folder with train and test files.")
     name: Text | None = key(None, "Configuration of a hub data set; null: its only one.")
     revision: Text | None = key(
@@ -230,16 +238,38 @@ LOADING = {
 }
 
 
+class Quantize(Section):
+    """`model.quantization:` as a mapping: bitsandbytes' weights of 4 bits in detail."""
+
+    type: Literal["nf4", "fp4"] = key("nf4", "How 16 values are spread.")
+    double: bool = key(True, "Quantise the scales of blocks too.")
+    storage: Literal["uint8", "float16", "bfloat16", "float32"] = key("uint8", "Type that the bits are kept in.")
+    compute: Dtype = key("auto", "Type that is computed in; auto: bfloat16 on an accelerator, else float32.")
+
+    def options(self) -> dict[str, Any]:
+        """As transformers' `quantization_config` in plain values."""
+        compute = "bfloat16" if torch.accelerator.is_available() else "float32"
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.type,
+            "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_quant_storage": self.storage,
+            "bnb_4bit_compute_dtype": compute if self.compute == "auto" else self.compute,
+        }
+
+
 class Model(Section, section="model"):
     """`model:` the policy. `model: name` is short for `model: {name: name}`."""
 
     name: Text = key(..., "Hub name, folder of a model or of an adapter, or .gguf file.")
     dtype: Dtype = key("auto", "Type of the weights; auto: float32 without an accelerator, else the checkpoint's.")
     revision: Text | None = key(None, "Branch, tag or commit of a hub name.", _REVISION)
-    quantization: Literal["4bit", "nf4", "8bit", "int8"] | None = key(
+    quantization: Literal["4bit", "nf4", "8bit", "int8"] | Quantize | None = key(
         None,
-        "Quantise the weights under an adapter: 4bit, 8bit by bitsandbytes, int8 by torchao; null: not.",
-        "4bit (the same as nf4), 8bit, int8 or null",
+        "Quantise the weights under an adapter: 4bit, 8bit by bitsandbytes, int8 by torchao; a mapping for 4 bits in "
+        "detail; null: not.",
+        "4bit (the same as nf4), 8bit, int8, a mapping such as {type: fp4, double: false}, or null",
     )
     device: Text | None = key(
         None,

@@ -1,9 +1,10 @@
-"""Another chat template for a tokenizer or processor: a file of it, or that of another tokenizer."""
+"""Another chat template for a tokenizer or processor: by name, a file, text, or that of another tokenizer."""
 
 from __future__ import annotations
 
 import logging
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ logger = logging.getLogger("tether")
 # Control tokens as templates spell them: <|im_start|>, [INST], <start_of_turn>.
 _CONTROLS = re.compile(r"<[|\uff5c][^\s<>|{}]{1,40}[|\uff5c]>|<[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
 _SHOWN = 4
+# Templates of `templates/`, by name.
+LIBRARY = ("chatml", "gemma", "llama3", "phi3", "qwen25", "zephyr")
+# Before a source: it is taken only where the tokenizer has no template.
+FALLBACK = "fallback:"
 
 
 def use_chat_template(processing: PreTrainedTokenizerBase | ProcessorMixin, source: str | Path) -> None:
@@ -23,13 +28,18 @@ def use_chat_template(processing: PreTrainedTokenizerBase | ProcessorMixin, sour
 
     Args:
         processing: a tokenizer or a processor; changed in place, so that it is saved with the template.
-        source: a file of the template, or the name or folder of a tokenizer that has one.
+        source: a name of `LIBRARY`, a file of the template, its text, or the name or folder of a tokenizer that has
+            one; after `fallback:` it is taken only where there is no template yet.
 
     Raises:
         ConfigError: there is no template.
     """
-    template = _template_of(source)
     tokenizer: Any = getattr(processing, "tokenizer", processing)
+    if str(source).startswith(FALLBACK):
+        if tokenizer.chat_template or getattr(processing, "chat_template", None):
+            return
+        source = str(source).removeprefix(FALLBACK).strip()
+    template = _template_of(source)
     tokenizer.chat_template = template
     if processing is not tokenizer:
         processing.chat_template = template  # type: ignore[union-attr]
@@ -45,6 +55,10 @@ def use_chat_template(processing: PreTrainedTokenizerBase | ProcessorMixin, sour
 
 
 def _template_of(source: str | Path) -> str | dict[str, str]:
+    if source in LIBRARY:
+        return resources.files("tether.models").joinpath("templates", f"{source}.jinja").read_text(encoding="utf-8")
+    if "{%" in str(source) or "{{" in str(source):
+        return str(source)
     path = Path(source).expanduser()
     if path.is_file():
         text = path.read_text(encoding="utf-8")
@@ -57,6 +71,6 @@ def _template_of(source: str | Path) -> str | dict[str, str]:
     if not template:
         raise ConfigError(
             f"chat_template: the tokenizer '{source}' has none. Name one that has, such as that of the model's "
-            "instruction-tuned variant, or give a file (.jinja)."
+            f"instruction-tuned variant or one of {', '.join(LIBRARY)}, or give a file (.jinja)."
         )
     return template

@@ -185,6 +185,43 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> lis
     return [tokenizer.get_vocab()[token] for token in wanted]
 
 
+SPECIAL_TOKENS = ("bos_token", "cls_token", "eos_token", "mask_token", "pad_token", "sep_token", "unk_token")
+
+
+def check_special_tokens(tokens: Mapping[str, str] | None) -> None:
+    """Refuse what is no special token of a tokenizer.
+
+    Raises:
+        ConfigError: an unknown name, or a token that is not text.
+    """
+    for name, token in (tokens or {}).items():
+        if name not in SPECIAL_TOKENS or not isinstance(token, str) or not token:
+            raise ConfigError(
+                f"has {name!r}: {token!r}; allowed are {', '.join(SPECIAL_TOKENS)}, each with the text of a token. "
+                "Other tokens go in add_tokens.",
+                "special_tokens",
+            )
+
+
+def use_tokens(tokenizer: PreTrainedTokenizerBase, new: Iterable[str], special: Mapping[str, str] | None) -> list[int]:
+    """Add tokens to a tokenizer, and set its special ones, of which those that it lacks are added too.
+
+    Args:
+        tokenizer: changed in place.
+        new: see `add_tokens`.
+        special: name in `SPECIAL_TOKENS` to its text.
+
+    Returns:
+        The ids of all that are new.
+    """
+    wanted, known = list(new), tokenizer.get_vocab()
+    lacking = [token for token in dict.fromkeys((special or {}).values()) if token not in known and token not in wanted]
+    ids = add_tokens(tokenizer, [*wanted, *lacking])
+    for name, token in (special or {}).items():
+        setattr(tokenizer, name, token)
+    return ids
+
+
 def embed_tokens(model: nn.Module, ids: list[int]) -> None:
     """Make room for new tokens, and let each begin as the mean of all that were there before.
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import ReferencePolicyError
+from tether.files import write_whole
+from tether.masking import masked
 from tether.reference.base import Reference
 from tether.reference.guard import GuardResult
 from tether.types import ReferenceIdentity
@@ -25,7 +27,7 @@ def write_record(folder: Path, reference: Reference, line: str, guard: GuardResu
     record["guard"] = guard.to_dict() if guard else None
     if reference.sync is not None:
         record["moves"] = reference.moves
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / RECORD, masked(json.dumps(record, indent=2)) + "\n")
 
 
 def write_tensors(folder: Path, reference: Reference, *, write: bool = True) -> None:

@@ -238,12 +238,25 @@ class _WithoutAdapter:
     objection: str
 
 
+def structural_objection(policy: nn.Module) -> str:
+    """Why a policy without its adapter is not, or will not stay, its start, by what it is made of; empty for no reason.
+
+    It looks at no value, so that a model without weights has the same answer.
+    """
+    if not adapter_configs(policy):
+        return "the policy has no adapter"
+    outside = outside_adapters(policy)
+    return f"{some(outside)} outside the adapter would train" if outside else ""
+
+
+HOLDS_SOMETHING = "the adapter already holds something, or its base was rewritten"
+
+
 def _without_adapter(run: _Run) -> _WithoutAdapter:
     policy = run.policy
+    objection = structural_objection(policy)
     if not adapter_configs(policy):
-        return _WithoutAdapter(False, "the policy has no adapter")
-    outside = outside_adapters(policy)
-    objection = f"{some(outside)} outside the adapter would train" if outside else ""
+        return _WithoutAdapter(False, objection)
     learnt = learnt_for_some_tokens(policy)
     if learnt:
         return _WithoutAdapter(False, objection or f"the adapter on {learnt!r} already holds something")
@@ -251,7 +264,7 @@ def _without_adapter(run: _Run) -> _WithoutAdapter:
     result = compare_with_start(policy, off, run.scorer, run.probe, SAME)
     if not result.passed:
         far = f"without the adapter a token is {result.max_difference:.2g} nats from the start"
-        return _WithoutAdapter(False, f"{far} (the adapter already holds something, or its base was rewritten)")
+        return _WithoutAdapter(False, f"{far} ({HOLDS_SOMETHING})")
     acting = acting_layer(policy)
     if acting:
         return _WithoutAdapter(False, objection or acting)
@@ -261,6 +274,35 @@ def _without_adapter(run: _Run) -> _WithoutAdapter:
     if moved > SAME:
         return _WithoutAdapter(False, objection or f"the adapter acts by {moved:.2g} nats while it is switched off")
     return _WithoutAdapter(True, objection)
+
+
+def expected_method(spec: ReferenceSpec, policy: nn.Module, *, at_zero: bool) -> tuple[Method, str]:
+    """The method that `resolve` will choose and why, of a policy without weights; the proof is left to `resolve`.
+
+    Args:
+        spec: the declaration; what it names need not be loaded.
+        policy: with its adapters, on any device.
+        at_zero: whether the adapter begins without effect.
+    """
+    if spec.meaning == "none":
+        return "none", "no reference is loaded or run"
+    if spec.method is not None:
+        return spec.method, "as forced"
+    if spec.meaning == "model":
+        return "model", "another model, frozen" if spec.sync is None else f"it moves {spec.sync}"
+    if spec.meaning == "adapter":
+        return "adapter_on", "an adapter, frozen beside the one that trains"
+    outside = outside_adapters(policy)
+    if spec.meaning == "base":
+        if outside:
+            return "snapshot", f"because {some(outside)} outside any adapter would train"
+        return "adapter_off", "the adapter switched off" if adapter_configs(policy) else "no adapter, no update"
+    objection = structural_objection(policy) or ("" if at_zero else HOLDS_SOMETHING)
+    if spec.sync is not None and not objection:
+        objection = "only a snapshot can move"
+    if objection:
+        return "snapshot", f"because {objection}"
+    return "adapter_off", f"{len(trainable_tensors(policy))} trainable tensors, all inside the adapter"
 
 
 def _start_fingerprint(run: _Run) -> str:

@@ -33,7 +33,8 @@ def write_comparison(run_folders: Sequence[Path | str], path: Path | str) -> Pat
     Raises:
         ConfigError: fewer than two, one twice, or one that cannot be read.
     """
-    return write_page(Path(path), compare(read_runs(run_folders)))
+    write_page(Path(path), compare(read_runs(run_folders)))
+    return Path(path)
 
 
 def read_runs(run_folders: Sequence[Path | str]) -> list[Run]:

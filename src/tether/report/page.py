@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tether.files import write_whole
+from tether.masking import masked
 from tether.report.cards import verdict_cards
 from tether.report.curves import charts_of
 from tether.report.read import Run, read_run
@@ -40,7 +41,9 @@ def write_report(run_folder: Path | str) -> Path:
         ConfigError: there are no metrics, or a file is not what its name says.
     """
     folder = Path(run_folder)
-    return write_page(folder / REPORT, render(read_run(folder)))
+    path = folder / REPORT
+    write_page(path, render(read_run(folder)))
+    return path
 
 
 def render(run: Run) -> str:
@@ -73,12 +76,9 @@ def small_enough(made: Callable[[Limits], str]) -> str:
     return text
 
 
-def write_page(path: Path, text: str) -> Path:
-    """Write a page at once: whoever has the old one open, or a run that is killed here, never sees half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    part.replace(path)
-    return path
+def write_page(path: Path, text: str) -> None:
+    """Write a page at once and without secrets: whoever has the old one open, or a killed run, never sees half of it."""
+    write_whole(path, masked(text))
 
 
 def _limited(run: Run, limits: Limits) -> dict[str, Any]:

@@ -113,8 +113,10 @@ def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str
 def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> None:
     """Some rotary embeddings take their factors from the longest sequence of a forward, so that rows would mix."""
     limit = rotary_limit(model.config)
+    if limit is None:
+        return  # reading a value would wait for the device, and without weights there is none
     longest = int(batch.position_ids.max()) + 1
-    if limit is not None and longest > limit[0]:
+    if longest > limit[0]:
         raise ScoringError(
             f"A sequence has {longest} tokens, and {type(model).__name__} changes its rotary embedding "
             f"({limit[1]}) for every row of a forward beyond {limit[0]}. Set max_length to {limit[0]} or less."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import TetherError
+from tether.files import write_whole
 from tether.reference import FrozenProbe
 from tether.training.setup.run import Run
 
+logger = logging.getLogger("tether")
 METRICS = "metrics.jsonl"
 _STUCK_LOGS = 20
+# Logs in a row without any gradient, after which that is said.
+_FLAT_LOGS = 3
 # Updates after which the layout is proved once more: the first changes an adapter's zero half alone.
 _PROVED_AFTER = 2
 
@@ -43,7 +48,7 @@ class GuardCallback(TrainerCallback):
         self._begin, self._every, self._prove_again = begin, every, prove_again
         self._probe: FrozenProbe | None = None
         self._moving = False
-        self._zero_margins = 0
+        self._zero_margins = self._flat = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Start equality, and the optimizer's tensors."""
@@ -93,6 +98,16 @@ class GuardCallback(TrainerCallback):
                     "learning rate, or "
                     "train in float32 or bfloat16 where float16 overflows; the weights since the last log are lost."
                 )
+        if "grad_norm" in logs and not self._still:
+            self._flat = self._flat + 1 if logs["grad_norm"] == 0.0 else 0
+            if self._flat == _FLAT_LOGS:
+                logger.warning(
+                    f"step {state.global_step}: the gradient was exactly 0 in {_FLAT_LOGS} logs: no row teaches "
+                    "anything more, so that this run has diverged or is done (loss "
+                    f"{logs.get('loss', math.nan):.4g}, margin {logs.get('rewards/margins', math.nan):.4g}). Where the "
+                    "margin is in the hundreds, lower the learning rate or clip gradients (max_grad_norm), and begin "
+                    "again"
+                )
         if "rewards/margins" in logs:
             self._zero_margins = self._zero_margins + 1 if logs["rewards/margins"] == 0.0 else 0
             if self._zero_margins >= _STUCK_LOGS:
@@ -119,7 +134,7 @@ class StepLines:
             return
         written = self._path.read_bytes()
         lines = (written if step else written[self._earlier :]).decode("utf-8", "replace").splitlines()
-        self._path.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+        write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
         self._earlier = 0
 
     def append(self, values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from tether.compat.torch import foreign_metadata
 from tether.errors import ConfigError
 from tether.models.adapters import load_active
 from tether.models.adapting.rewritten import load_plain
@@ -100,6 +101,12 @@ def require_parts(folder: Path, save_only_model: bool) -> None:
     Raises:
         ConfigError: the checkpoint is no whole one, and was not meant to be without these parts.
     """
+    for path in folder.rglob(".metadata"):
+        if foreign := foreign_metadata(path):
+            raise ConfigError(
+                f"The checkpoint {folder} has a {path.name} of shards that torch did not write ({foreign}); reading it "
+                "could run anything. Resume from a checkpoint that you trust."
+            )
     there = [path.name for path in folder.iterdir()]
     if _STATE not in there:
         raise ConfigError(

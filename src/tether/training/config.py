@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from tether.compat.accelerate import begin_group_on_cpu
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
+from tether.models.spec import check_special_tokens
 from tether.objectives import Range
 from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
@@ -249,7 +251,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     truncation_mode: str = option(
         "keep_start",
-        "What is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`.",
+        "What is kept of a longer sequence: `keep_start`, `keep_end`, `middle` or `drop`; `error`: it stops the run.",
         allowed=TRUNCATION_MODES,
     )
     prompt_boundary: str = option(
@@ -304,9 +306,21 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     chat_template_path: str | None = option(
         None,
-        "Chat template that conversations are written with: a file of it (.jinja), or the name or folder of a "
-        "tokenizer whose template it is; None: the model's own.",
+        "Chat template that conversations are written with: chatml, gemma, llama3, phi3, qwen25 or zephyr, a file of "
+        "it (.jinja), its text, or the name or folder of a tokenizer whose template it is; after `fallback:` it is "
+        "taken only where the model has none; None: the model's own.",
         key="model.chat_template",
+    )
+    special_tokens: dict[str, str] | str | None = option(
+        None,
+        "Special tokens of the tokenizer, such as `{eos_token: <|im_end|>}`; one that its vocabulary lacks is added.",
+        key="model.special_tokens",
+    )
+    default_system: str | None = option(
+        None, "System message of conversations that begin with none.", key="data.system"
+    )
+    deduplicate: bool = option(
+        False, "Leave out training rows that are exactly those of an earlier row.", key="data.deduplicate"
     )
     train_parameters: list[str] | None = option(
         None,
@@ -365,6 +379,10 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             self.require_streamable()
         self.dataset_check = keywords("dataset_check", self.dataset_check)
         check_limits(self.dataset_check or {})
+        self.special_tokens = keywords("special_tokens", self.special_tokens)
+        check_special_tokens(self.special_tokens)
+        if self.deduplicate and self.stream_dataset:
+            raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.check_reference()
         if self.include_num_input_tokens_seen is False:  # what a command line says of the default
@@ -377,6 +395,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
                 setattr(self, name, keywords(name, value))
         self.remove_unused_columns = False
         self._check_machine()
+        if self.use_cpu and self.ddp_backend in (None, "gloo"):
+            begin_group_on_cpu(self.ddp_timeout)
         super().__post_init__()
 
     def _check_machine(self) -> None:

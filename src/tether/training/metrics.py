@@ -38,6 +38,14 @@ class MetricSums:
         rows = zip(names, table.tolist(), strict=True)
         return {name: total / (1 if _extreme(name) else count) for name, (total, count) in rows if count}
 
+    def state(self) -> dict[str, list[float]]:
+        """What was added in this process since the last call of `means`."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def load_state(self, state: dict[str, list[float]], device: torch.device) -> None:
+        """Go on from what `state` returned."""
+        self._sums = {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in state.items()}
+
 
 def sum_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and number of values, detached: the parts of a mean over several batches."""

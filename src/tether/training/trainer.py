@@ -65,7 +65,9 @@ from tether.training.saving.before import check_optimizer, rehearse
 from tether.training.saving.same import identity_of, require_same_run, write_identity
 from tether.training.saving.saving import Saving
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
+from tether.training.saving.where import Whereabouts
 from tether.training.saving.whole import save_whole
+from tether.training.saving.window import read_window, write_window
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.reference import check_start, shard_reference
@@ -139,6 +141,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         self._display = install_progress(self)
         self._identity = identity_of(self.run, self.args, self.policy)
         self._signals = StopOnSignal(self.accelerator)
+        self._resumed: Path | None = None
         _follow(self)
 
     @property
@@ -321,6 +324,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         resume = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
         run, folder = self.run, resume_folder(resume, self.args.output_dir)
         refuse_second_run(self.state.global_step, folder)
+        self._resumed = folder
         self._attempts = Attempts()
         run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
@@ -334,7 +338,12 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             if self.args.precompute_ref_log_probs:
                 self.precompute_reference()
         try:
-            with one_run_at_a_time(self.run_folder, main=self.args.should_save), self._signals:
+            with (
+                one_run_at_a_time(self.run_folder, main=self.args.should_save),
+                self._signals,
+                Whereabouts(self) as where,
+            ):
+                self.add_callback(where)
                 result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
             self._signals.refuse_to_go_on(checkpoint_folder(self))
             self._saving.begin(self.policy, self.optimizer, "the run ends with nothing saved of its last steps")
@@ -352,10 +361,14 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             # Made by now; it gathers what a forward needs.
             held_by(self.policy, engine)
         shard_reference(run.reference.live, self.accelerator)
+        if self._resumed is not None and state.global_step < state.max_steps:
+            read_window(self, self._resumed, self._sums)
         if state.global_step == 0:
             updates = run.proof.updates
             self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
+        if self.is_world_process_zero():
+            write_reports(self.run_folder, run.data.reports)
         live = run.reference.live
         return None if live.identity.meaning == "none" else FrozenProbe(live, run.probe, live.tolerance)
 
@@ -426,6 +439,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
                 write_precision(folder, self.args.mixed_precision)
                 write_objective(folder, self.run.algorithm.state())
                 write_identity(folder, self._identity)
+            write_window(self, folder, self._sums)
             self.run.source.save(folder, self.accelerator.process_index)
 
         save_whole(self, trial, write)
@@ -516,8 +530,6 @@ def _follow(trainer: TetherTrainer) -> None:
         trainer.run.data, trainer.run_folder, main=trainer.is_world_process_zero()
     ):
         trainer.add_callback(callback)
-    if trainer.is_world_process_zero():
-        write_reports(trainer.run_folder, trainer.run.data.reports)
     # Only where it is asked for: the evaluation of a few rows would be in a store that the run fills.
     wanted = trainer.args.metric_for_best_model if trainer.eval_dataset is not None else None
     if wanted is not None and not reports_more(trainer, TetherTrainer):

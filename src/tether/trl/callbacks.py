@@ -1,4 +1,4 @@
-"""TRL's callback that shows what a policy writes, for prepared rows."""
+"""TRL's callbacks: what a policy writes, for prepared rows; the display, which is Tether's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from transformers import GenerationConfig, TrainerCallback
 from tether.data import text_tokenizer
 from tether.models.structure import evaluation_mode
 from tether.training import TetherTrainer
+
+
+class RichProgressCallback(TrainerCallback):
+    """Does nothing: every run has a display already, and two would write over each other."""
 
 
 class LogCompletionsCallback(TrainerCallback):

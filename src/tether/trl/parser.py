@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from tether.errors import ConfigError
+
+
+def init_zero_verbose() -> None:
+    """Show errors alone of what is logged from now on."""
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
 
 
 class TrlParser(HfArgumentParser):

@@ -53,12 +53,10 @@ def convert(
     typer.echo(f"run file: {output}")
 
 
-def say_and_prepare(conversion: Conversion) -> None:
-    """Print what became of every key, and give the run its environment, where that says nothing yet."""
+def say_fates(conversion: Conversion) -> None:
+    """Print what became of every key."""
     from tether.config.foreign.write import fate_lines
 
     if os.environ.get("RANK", "0") == "0":
         for line in fate_lines(conversion):
             typer.echo(line, err=True)
-    for name, value in conversion.environment.items():
-        os.environ.setdefault(name, value)

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from tether.config.foreign import axolotl_data, shared
 from tether.config.foreign.draft import Draft, Source, as_number
+from tether.models.spec import SPECIAL_TOKENS
 from tether.objectives import OBJECTIVES
 
 _PREFERENCE = ("dpo", "ipo", "kto", "orpo", "simpo")
@@ -51,6 +52,8 @@ _SERVICES = {
     "trackio": ("use_trackio",),
     "tensorboard": ("use_tensorboard",),
 }
+# Axolotl's templates that are here, by the name of `model.chat_template`.
+_TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi_3": "phi3", "qwen_25": "qwen25"}
 _VARIABLES = {
     **{f"wandb_{name}": f"WANDB_{name.upper()}" for name in ("project", "entity", "mode", "run_id", "watch")},
     "wandb_log_model": "WANDB_LOG_MODEL",
@@ -177,36 +180,54 @@ def _model(draft: Draft, source: Source) -> None:
         if ranged := [name for name in names if name.endswith("]") and "[" in name and ":" in name]:
             source.refuse("unfrozen_parameters", f"{ranged[0]!r} is a part of a weight; whole weights train here.")
         draft.set("model.train", names, "unfrozen_parameters")
-    others = sorted(key for key, value in source.mapping("special_tokens").items() if value and key != "pad_token")
-    if others:
-        source.refuse(
-            ("special_tokens", others[0]),
-            f"`special_tokens.{others[0]}` changes what a row ends or begins with, and a run file sets no special "
-            f"token. Where it is the tokenizer's own, or set there and saved, say special_tokens.{others[0]}=null.",
-        )
-    draft.note("special_tokens", "nothing is padded; the tokenizer is saved as it is")
+    _tokens(draft, source)
+    if source.has("default_system_message"):
+        draft.set("data.system", source.text("default_system_message"), "default_system_message")
     _template(draft, source, "chat_template", source.text("chat_template"))
+
+
+def _tokens(draft: Draft, source: Source) -> None:
+    """`special_tokens`: those of a row's ends; nothing is padded, so that a new token for it would only be dead."""
+    given = {name: token for name, token in source.mapping("special_tokens").items() if token}
+    more = given.pop("additional_special_tokens", [])
+    pad = given.pop("pad_token", None)
+    for name, token in given.items():
+        if name not in SPECIAL_TOKENS or not isinstance(token, str):
+            source.wrong(("special_tokens", name), token, f"text, under one of {', '.join(SPECIAL_TOKENS)}")
+    if given:
+        draft.set("model.special_tokens", given, "special_tokens")
+    if more:
+        if not isinstance(more, list) or not all(isinstance(token, str) for token in more):
+            source.wrong(("special_tokens", "additional_special_tokens"), more, "a list of tokens")
+        draft.set("model.add_tokens", [*draft.get("model.add_tokens", []), *more], "special_tokens")
+    if pad and (given or more):
+        draft.explain("special_tokens", f"pad_token {pad!r} is left out: nothing is padded")
+    elif pad:
+        draft.note("special_tokens", "nothing is padded; the tokenizer is saved as it is")
 
 
 def _template(draft: Draft, source: Source, key: str, name: str | None) -> None:
     given = source.text("chat_template_jinja")
     if given is not None:
-        if "{" in given or not Path(given).expanduser().is_file():
+        if "{" not in given and not Path(given).expanduser().is_file():
             source.refuse(
-                "chat_template_jinja",
-                "`chat_template_jinja` is not the name of a file. Write the template to one, and name that.",
+                "chat_template_jinja", "`chat_template_jinja` is neither a template nor the name of a file. Correct it."
             )
         draft.set("model.chat_template", given, "chat_template_jinja")
         draft.note(key, "chat_template_jinja says it")
         return
     if name is None:
         return
-    if not name.startswith("tokenizer_default"):
+    fallback = name.removeprefix("tokenizer_default_fallback_")
+    known = _TEMPLATES.get(fallback)
+    if known is not None and key == "chat_template":
+        draft.set("model.chat_template", known if fallback == name else f"fallback:{known}", key)
+        return
+    if not name.startswith("tokenizer_default") or fallback != name:
         source.refuse(
             key,
-            f"`{key}` is {name!r}, which Axolotl writes conversations with in place of the model's own template, and "
-            f"whose text is Axolotl's. Where the two are the same, say {key}=tokenizer_default; else write the "
-            f"template to a file, and say {key}=jinja chat_template_jinja=FILE.",
+            f"`{key}` is {name!r}; known are {', '.join(_TEMPLATES)}. Where it is the model's own template, say "
+            f"{key}=tokenizer_default; else write it to a file, and say {key}=jinja chat_template_jinja=FILE.",
         )
     draft.note(key, "conversations are written by the model's own template; a model without one is refused")
 
@@ -294,10 +315,12 @@ def _steps(draft: Draft, source: Source) -> None:
         source.wrong("gradient_checkpointing", checkpointing, "true or false; activations are not moved to the host")
     said = "gradient_checkpointing" if source.has("gradient_checkpointing") else ""
     draft.set("train.gradient_checkpointing", checkpointing, said, "" if said else "Axolotl's default")
-    strategy = source.one_of("excess_length_strategy", ("drop", "truncate"), "drop")
+    strategy = source.one_of("excess_length_strategy", ("drop", "truncate", "raise"), "drop")
     said = "excess_length_strategy" if source.has("excess_length_strategy") else ""
     text = "" if said else "Axolotl's default: rows that are too long are left out"
-    draft.set("train.truncation_mode", {"drop": "drop", "truncate": "keep_start"}[strategy], said, text)
+    draft.set(
+        "train.truncation_mode", {"drop": "drop", "truncate": "keep_start", "raise": "error"}[strategy], said, text
+    )
     arguments = source.get("optim_args")
     if isinstance(arguments, dict):
         arguments = ",".join(f"{name}={value}" for name, value in arguments.items())
@@ -343,7 +366,23 @@ def _schedule(draft: Draft, source: Source) -> None:
         draft.set("train.lr_scheduler_kwargs", keywords, "lr_scheduler_kwargs" if floor is None else said)
 
 
+def _callbacks(draft: Draft, source: Source) -> None:
+    """What ends a run early."""
+    if (threshold := source.number("loss_watchdog_threshold")) is not None:
+        draft.set("callbacks.loss_watchdog.threshold", threshold, "loss_watchdog_threshold")
+        said = "loss_watchdog_patience" if source.has("loss_watchdog_patience") else ""
+        draft.set("callbacks.loss_watchdog.patience", source.number("loss_watchdog_patience") or 3, said)
+    else:
+        draft.note("loss_watchdog_patience", "of loss_watchdog_threshold, which is not given")
+    if (patience := source.number("early_stopping_patience")) is not None:
+        if draft.get("data.eval") is None:
+            draft.note("early_stopping_patience", "there is nothing to evaluate")
+        else:
+            draft.set("callbacks.early_stopping.patience", patience, "early_stopping_patience")
+
+
 def _evaluation(draft: Draft, source: Source) -> None:
+    _callbacks(draft, source)
     keys = [key for key in ("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy") if source.has(key)]
     if draft.get("data.eval") is None:
         for key in (*keys, "eval_batch_size"):

@@ -45,6 +45,8 @@ def data(draft: Draft, source: Source) -> None:
         draft.note("val_set_size", "test_datasets are evaluated")
     elif share:
         draft.set("data.eval", {"split": share}, "val_set_size")
+    if source.flag("dataset_exact_deduplication"):
+        draft.set("data.deduplicate", True, "dataset_exact_deduplication")
     if source.has("dataset_prepared_path"):
         draft.set("data.cache", source.text("dataset_prepared_path"), "dataset_prepared_path")
     if not source.flag("shuffle_merged_datasets", True):
@@ -87,6 +89,7 @@ def _entry(draft: Draft, source: Source, place: tuple[str, int], entry: dict[str
     found |= {
         name: value for name, value in (("split", split), ("first", int(count or 0))) if value not in ("train", 0)
     }
+    found |= _labels(given)
     found |= _layout(draft, source, place, given)
     return found["path"] if found.keys() == {"path"} else found
 
@@ -112,19 +115,10 @@ def _check_messages(draft: Draft, source: Source, place: tuple[str, int], given:
         **(given.get("message_property_mappings") or {}),
     }
     for name, column in mappings.items():
-        if column is not None and column not in _PROPERTIES.get(name, (name,)):
+        if column is not None and name not in _PROPERTIES and column != name:
             source.refuse(
                 place,
-                f"messages have {name!r} under {column!r}; known is {' or '.join(_PROPERTIES.get(name, (name,)))}.",
-            )
-    for role, names in (given.get("roles") or {}).items():
-        names = [names] if isinstance(names, str) else names
-        strange = [one for one in names if one not in _ROLES.get(role, {role})]
-        if strange:
-            source.refuse(
-                (*place, "roles"),
-                f"`roles` of a data set calls {strange[0]!r} what is {role!r} elsewhere, and roles are not renamed. "
-                f"Write {role!r} in the rows.",
+                f"messages have {name!r} under {column!r}; role and content alone may have other names.",
             )
     template = given.get("chat_template")
     if template is not None and not str(template).startswith("tokenizer_default"):
@@ -141,6 +135,18 @@ def _check_messages(draft: Draft, source: Source, place: tuple[str, int], given:
     for name, known in (("train_on_eos", ("turn", "all")), ("train_on_eot", ("turn", "all"))):
         if name in given and given[name] not in known:
             source.wrong((*place, name), given[name], " or ".join(known))
+
+
+def _labels(given: dict[str, Any]) -> dict[str, Any]:
+    """`roles` and `message_keys` of a source: what is not found by itself."""
+    roles: dict[str, str] = {}
+    for role, names in (given.get("roles") or {}).items():
+        listed = [names] if isinstance(names, str) else list(names or ())
+        roles |= {one: role for one in listed if one not in _ROLES.get(role, {role})}
+    named = {"role": given.get("message_field_role"), "content": given.get("message_field_content")}
+    named |= given.get("message_property_mappings") or {}
+    keys = {name: column for name, column in named.items() if column and column not in _PROPERTIES.get(name, (column,))}
+    return {**({"roles": roles} if roles else {}), **({"message_keys": keys} if keys else {})}
 
 
 def _layout(draft: Draft, source: Source, place: tuple[str, int], given: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,6 @@ class Conversion:
         fates: what became of each key.
         comments: by dotted key of the run file.
         defaults: what the tool sets where the file says nothing, by dotted key, with why.
-        environment: variables that the run gets.
         resume: a checkpoint that the file names.
     """
 
@@ -89,7 +88,6 @@ class Conversion:
     fates: list[Fate]
     comments: dict[str, str]
     defaults: dict[str, str]
-    environment: dict[str, str]
     resume: str | None
 
 
@@ -194,7 +192,7 @@ def convert_document(
     fates = list(draft.fates.values())
     unsaid = {".".join(map(str, path)): key for path, key in draft.origins.items() if not key}
     defaults = {target: draft.comments.get(target, "") for target in unsaid}
-    return Conversion(tool, source.path, values, run, fates, draft.comments, defaults, draft.environment, draft.resume)
+    return Conversion(tool, source.path, values, run, fates, draft.comments, defaults, draft.resume)
 
 
 def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[PreferenceConfig] | None) -> None:

@@ -135,7 +135,6 @@ class Draft:
         self.fates: dict[str, Fate] = {}
         self.comments: dict[str, str] = {}
         self.origins: dict[KeyPath, str] = {}
-        self.environment: dict[str, str] = {}
         self.resume: str | None = None
 
     def set(self, target: str, value: Any, key: str = "", comment: str = "") -> None:

@@ -20,6 +20,8 @@ _BITS = {4: "4bit", 8: "8bit"}
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 _SHAREGPT = {"messages": "conversations"}
 _SHARED = {name: name for name in ("system", "tools", "images", "chosen", "rejected", "kto_tag")}
+# LLaMA-Factory's templates that are here, by the name of `model.chat_template`.
+_TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi": "phi3", "qwen": "qwen25"}
 _TAGS = {
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
@@ -30,6 +32,9 @@ _TAGS = {
     "system_tag": ("system",),
 }
 _INFO = "dataset_info.json"
+_OWN_TEMPLATE = (
+    "conversations are written by the model's own template; for another one, `tether: {model: {chat_template: FILE}}`"
+)
 
 
 def configuration(source: Source) -> type[PreferenceConfig]:
@@ -145,9 +150,18 @@ def _quantize(draft: Draft, source: Source, key: str, target: str) -> None:
 def _model(draft: Draft, source: Source) -> None:
     shared.revision(draft, source, "model_revision", "model_name_or_path")
     _quantize(draft, source, "quantization_bit", "model.quantization")
+    shared.four_bits(draft, source, source.one_of("quantization_type", ("nf4", "fp4"), "nf4"), "quantization_type")
+    shared.four_bits(draft, source, source.flag("double_quantization", True), "double_quantization")
     if source.flag("pure_bf16"):
         draft.set("model.dtype", "bfloat16", "pure_bf16")
         draft.set("train.bf16", False, "pure_bf16")
+    if source.has("default_system"):
+        draft.set("data.system", source.text("default_system"), "default_system")
+    name = source.text("template")
+    if name in _TEMPLATES:
+        draft.set("model.chat_template", f"fallback:{_TEMPLATES[name]}", "template")
+    else:
+        draft.note("template", _OWN_TEMPLATE)
     tokens = [token for key in ("add_tokens", "add_special_tokens") for token in source.names(key) or ()]
     if tokens:
         draft.set("model.add_tokens", tokens, "add_tokens" if source.has("add_tokens") else "add_special_tokens")
@@ -291,7 +305,7 @@ def _of_information(source: Source, key: str, folder: Path, name: str, info: dic
     kind = entry.get("formatting", "alpaca")
     if kind not in ("alpaca", "sharegpt", "openai"):
         source.refuse(key, f"{where} has the formatting {kind!r}; known are alpaca, sharegpt and openai.")
-    _check_tags(source, key, where, entry.get("tags") or {})
+    labels = _labels(source, key, where, entry.get("tags") or {})
     ours = {**(_ALPACA if kind == "alpaca" else _SHAREGPT), **_SHARED}
     columns = entry.get("columns") or {}
     if strange := sorted(columns.keys() - ours.keys()):
@@ -301,16 +315,23 @@ def _of_information(source: Source, key: str, folder: Path, name: str, info: dic
     for theirs, own in (("subset", "name"), ("split", "split"), ("folder", "data_dir")):
         if hub and entry.get(theirs) and (own, entry[theirs]) != ("split", "train"):
             rows[own] = entry[theirs]
-    return {**rows, **({"fields": fields} if fields else {})}
+    return {**rows, **({"fields": fields} if fields else {}), **labels}
 
 
-def _check_tags(source: Source, key: str, where: str, tags: dict[str, Any]) -> None:
+def _labels(source: Source, key: str, where: str, tags: dict[str, Any]) -> dict[str, Any]:
+    """`roles` and `message_keys` of a source, from tags that are not found by themselves."""
+    roles: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for name, value in tags.items():
-        if value is not None and value not in _TAGS.get(name, ()):
-            known = " or ".join(_TAGS.get(name, ("none",)))
-            source.refuse(
-                key, f"{where} has `{name}: {value}`, and roles are not renamed; known is {known}. Rename it."
-            )
+        if value is None or value in _TAGS.get(name, ()):
+            continue
+        if name not in _TAGS or not isinstance(value, str):
+            source.refuse(key, f"{where} has the tag `{name}: {value}`; known are {', '.join(_TAGS)}. Correct it.")
+        if name in ("role_tag", "content_tag"):
+            keys[name.removesuffix("_tag")] = value
+        else:
+            roles[value] = {"observation_tag": "tool", "function_tag": "function_call"}.get(name, name[:-4])
+    return {**({"roles": roles} if roles else {}), **({"message_keys": keys} if keys else {})}
 
 
 def _steps(draft: Draft, source: Source) -> None:
@@ -319,6 +340,8 @@ def _steps(draft: Draft, source: Source) -> None:
     draft.set("train.max_length", source.number("cutoff_len", 2048), said, "" if said else "LLaMA-Factory's default")
     if source.flag("disable_gradient_checkpointing"):
         draft.set("train.gradient_checkpointing", False, "disable_gradient_checkpointing")
+    if (patience := source.number("early_stopping_steps")) is not None:
+        draft.set("callbacks.early_stopping.patience", patience, "early_stopping_steps")
     if source.has("resume_from_checkpoint") and source.get("resume_from_checkpoint") is not False:
         value = source.get("resume_from_checkpoint")
         draft.resume = "last" if value is True else str(value)

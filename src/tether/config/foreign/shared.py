@@ -8,6 +8,7 @@ from typing import Any
 
 from tether.config.fields import config_class, fields_under, row_of
 from tether.config.foreign.draft import Draft, Source
+from tether.config.run import SECRET
 
 # PEFT's names of what `lora:` has a key for.
 _LORA = {
@@ -21,7 +22,14 @@ _LORA = {
     "modules_to_save": "modules_to_save",
     "target_parameters": "target_parameters",
 }
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+# Key of a tool to the key of `model.quantization`, and its default there.
+_FOUR_BITS: dict[str, tuple[str, Any]] = {
+    "quantization_type": ("type", "nf4"),
+    "bnb_4bit_quant_type": ("type", "nf4"),
+    "double_quantization": ("double", True),
+    "use_bnb_nested_quant": ("double", True),
+    "bnb_4bit_quant_storage": ("storage", "uint8"),
+}
 # Attention of transformers that a model can be loaded with; kernels are chosen by Tether itself.
 PLAIN_ATTENTION = ("eager", "sdpa")
 
@@ -104,6 +112,20 @@ def revision(draft: Draft, source: Source, key: str, model: str) -> None:
         draft.set("model.revision", value, key)
 
 
+def four_bits(draft: Draft, source: Source, value: Any, key: str) -> None:
+    """A detail of weights of 4 bits: a type, a type of storage, or whether scales are quantised too."""
+    if draft.get("model.quantization") in (None, "8bit"):
+        draft.note(key, "of weights of 4 bits, which are not asked for")
+        return
+    part, usual = _FOUR_BITS[key]
+    if value == usual and draft.get("model.quantization") == "4bit":
+        draft.note(key, "as it is here")
+        return
+    if draft.get("model.quantization") == "4bit":
+        draft.values["model"]["quantization"] = {}
+    draft.set(f"model.quantization.{part}", value, key if source.has(key) else "")
+
+
 def warmup(draft: Draft, source: Source) -> bool:
     """`warmup_steps` and `warmup_ratio`; transformers has one key for both. Returns whether either was given."""
     steps, share = source.number("warmup_steps"), source.number("warmup_ratio")
@@ -123,14 +145,12 @@ def warmup(draft: Draft, source: Source) -> bool:
 
 def environment(draft: Draft, name: str, value: Any, key: str) -> None:
     """A variable that the run gets, as the tool would set it; never written down where it is a secret."""
-    if any(word in name.upper() for word in _SECRET):
+    if any(word in name.upper() for word in SECRET):
         draft.source.refuse(
             key,
             f"`{key}` is a secret, and files are copied and shown. Take it out, and set {name} in the environment.",
         )
-    draft.environment[name] = str(value).lower() if isinstance(value, bool) else str(value)
-    if key in draft.fates:
-        draft.fates[key].became.append(f"${name}")
+    draft.set(f"env.{name}", value, key)
 
 
 def trackers(draft: Draft, wanted: list[tuple[str, str]], name: tuple[str, str] | None) -> None:

@@ -37,7 +37,7 @@ _READY_MADE: dict[str, dict[str, Any]] = {
 }
 _SFT = {"nll": "sft", "chunked_nll": "sft", "dft": "dft"}
 _CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo"}
-_SOURCE = ("path", "name", "data_dir", "data_files", "split")
+_SOURCE = ("path", "name", "data_dir", "data_files", "split", "columns")
 
 
 def configuration(source: Source) -> type[PreferenceConfig]:
@@ -144,8 +144,12 @@ def _model(draft: Draft, source: Source) -> None:
     for key, name in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
         if source.flag(key):
             draft.set("model.quantization", name, key)
-    if source.flag("load_in_4bit") and not source.flag("use_bnb_nested_quant"):
-        draft.explain("load_in_4bit", "the scales of the blocks are quantised too here (use_bnb_nested_quant: true)")
+    shared.four_bits(draft, source, source.flag("use_bnb_nested_quant"), "use_bnb_nested_quant")
+    quant_type = source.one_of("bnb_4bit_quant_type", ("nf4", "fp4"), "nf4")
+    shared.four_bits(draft, source, quant_type, "bnb_4bit_quant_type")
+    shared.four_bits(draft, source, source.text("bnb_4bit_quant_storage", "uint8"), "bnb_4bit_quant_storage")
+    if source.has("eos_token"):
+        draft.set("model.special_tokens", {"eos_token": source.text("eos_token")}, "eos_token")
     for name, value in source.mapping("model_init_kwargs").items():
         place = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "attn_implementation": "attention"}
         if name not in place:

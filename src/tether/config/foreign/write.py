@@ -22,9 +22,6 @@ def run_file_text(conversion: Conversion) -> str:
             for target in fate.became[:1]:
                 comments.setdefault(target, f"{fate.key}: {fate.reason}")
     lines = [f"# Converted from {conversion.path.name}, a file of {conversion.tool.name}."]
-    if conversion.environment:
-        said = " ".join(f"{name}={value}" for name, value in conversion.environment.items())
-        lines.append(f"# It sets these in the environment, which a run file does not: {said}")
     if conversion.resume:
         where = "" if conversion.resume in ("last", "auto") else f"={conversion.resume}"
         lines.append(f"# It goes on from a checkpoint: tether train … --resume{where}")
@@ -70,8 +67,6 @@ def fate_lines(conversion: Conversion) -> list[str]:
         lines.append(
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
         )
-    if conversion.environment:
-        lines.append("environment: " + " ".join(f"{name}={value}" for name, value in conversion.environment.items()))
     return ["  " * (number > 0) + line for number, line in enumerate(lines)]
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit.language import detector, is_in_another_language, is_odd, is_refusal, script
-from tether.data.audit.lengths import Lengths, Limited, Reading, measured
+from tether.data.audit.lengths import Lengths, Limited, Reading, drawing, measured
 from tether.data.audit.near_duplicates import NearDuplicates
 from tether.data.images.inputs import reads_images, require_processor
 from tether.data.images.parts import as_text, has_parts, identity, image_column, missing_file
@@ -171,7 +171,8 @@ def check(
     schema = schema_of(looked.rows, kind, name)
     finder = MarkerFinder(None if tokenizer is None else text_tokenizer(tokenizer))
     held = _Held.of(evaluation, kind, tokenizer, name) if evaluation else None
-    seen, kept = _Seen(), []
+    seen, reading = _Seen(), Reading(given, step) if any(looked.images) else None
+    every, good, drawn = drawing(len(given), reading), 0, []
     for place, row, images, fault in zip(places, python_rows(looked.rows, schema.columns), *looked.beside, strict=True):
         number = place + 1
         faults = [fault] if fault else row_faults(row, schema)
@@ -181,12 +182,13 @@ def check(
             continue
         found = record(row, schema, place)
         _look(found, images, number, seen, finder, held)
-        kept.append(found)
+        if good % every == 0:  # the others are forgotten: a check holds no whole set in memory
+            drawn.append(found)
+        good += 1
     lengths = None
-    if tokenizer is not None and kept:
-        reading = Reading(given, step) if any(looked.images) else None
+    if tokenizer is not None and drawn:
         limit = Limited(max_length, cast(TruncationMode, truncation_mode))
-        lengths = measured(kept, schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name)
+        lengths = measured(drawn, good, schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name)
         seen.faults += lengths.unreadable
     return _result(seen, schema, kind, len(given), total, lengths, name)
 

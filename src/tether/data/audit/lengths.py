@@ -108,8 +108,14 @@ class Lengths:
         return plain
 
 
+def drawing(rows: int, reading: Reading | None) -> int:
+    """Which row of so many is measured: every n-th one."""
+    return max(rows // (MEASURED_ROWS if reading is None else READ_ROWS), 1)
+
+
 def measured(
-    rows: Sequence[Preference],
+    drawn: Sequence[Preference],
+    count: int,
     schema: Schema,
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     limit: Limited | None = None,
@@ -118,10 +124,11 @@ def measured(
     encoder_decoder: bool = False,
     name: str = "data",
 ) -> Lengths:
-    """Tokenise rows, an even sample of them where they are many, and say how long they are.
+    """Tokenise an even part of the rows, and say how long they are.
 
     Args:
-        rows: all of them.
+        drawn: these, see `drawing`.
+        count: of all rows.
         schema: theirs.
         processing: the model's tokenizer or processor.
         limit: the run's; None for none.
@@ -132,8 +139,6 @@ def measured(
     Raises:
         DataError: the tokenizer has no chat template or no end-of-sequence token, or no image can be read.
     """
-    step = max(len(rows) // (MEASURED_ROWS if reading is None else READ_ROWS), 1)
-    drawn = rows[::step]
     tokenizer = text_tokenizer(processing)
     template = chat_template(processing, name=name) if schema.form == "conversational" else None
     template = parts_template(template) if template is not None and reads_images(processing) else template
@@ -151,7 +156,7 @@ def measured(
                 measured_rows.unreadable.append(str(error).removeprefix(f"{name}: "))
     if not measured_rows.prompts:
         raise DataError(f"{name}: no row could be measured: {'; '.join(measured_rows.unreadable[:SHOWN_FAULTS])}.")
-    return measured_rows.summary(len(rows), images=pictures is not None)
+    return measured_rows.summary(count, images=pictures is not None)
 
 
 @dataclass

@@ -7,6 +7,7 @@ asked for, so that they never lie in memory for a whole data set.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,8 @@ from tether.data.text.tokenize import Encoder, Tokenized
 from tether.errors import DataError
 from tether.types import ImageInputs
 
+# What Pillow warns with of an image of more than 89 million pixels; of twice as many it raises by itself.
+_BOMB = "Image size .* could be decompression bomb"
 # Written for the sandbox that templates run in, where lists cannot be changed.
 _PREAMBLE = """\
 {%- set tether = namespace(messages=[]) -%}
@@ -169,7 +172,10 @@ class ImageRows:
 
 
 def _decoded(reference: Mapping[str, Any]) -> Any:
-    return ImageFeature().decode_example(dict(reference)).convert("RGB")  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # A few bytes can unpack to an image that fills the memory.
+        warnings.filterwarnings("error", _BOMB)
+        return ImageFeature().decode_example(dict(reference)).convert("RGB")  # type: ignore[arg-type]
 
 
 def require_processor(rows: Dataset, processor: Any, *, name: str, first: int = 0) -> None:

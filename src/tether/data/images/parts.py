@@ -10,6 +10,7 @@ The rest of the data room knows text only. So an image part is written as one ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -21,11 +22,13 @@ from datasets import Dataset
 
 from tether.data.rows.columns import BATCH_ROWS, IMAGE_COLUMNS
 from tether.data.rows.values import SHOWN_FAULTS
+from tether.masking import masked
 
 # How an image lies in a table, as `datasets` stores it: the file, or where it is.
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 MARK = "\ue000"  # of Unicode's private use area
 References = list[dict[str, Any]]
+_ELSEWHERE = re.compile(r"(?!file:|zip:|tar:)[A-Za-z][A-Za-z0-9+.-]+://")
 _TEXTS = ("prompt", "chosen", "rejected", "completion", "completions", "messages", "text")
 
 
@@ -84,6 +87,12 @@ def missing_file(references: Sequence[Mapping[str, Any]]) -> str | None:
     return next((path for path in paths if not path or ("://" not in path and not Path(path).is_file())), None)
 
 
+def address(references: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first image of some that another machine has; None where all lie here."""
+    paths = (str(one["path"] or "") for one in references if one["bytes"] is None)
+    return next((path for path in paths if _ELSEWHERE.match(path.rpartition("::")[2])), None)
+
+
 def has_parts(rows: Dataset) -> bool:
     """Whether the content of messages is in parts anywhere, as conversations with images have it."""
     schema = rows.features.arrow_schema
@@ -129,6 +138,11 @@ def as_text(rows: Dataset, token: str | None = None) -> TextRows:
     for number in range(len(rows)):
         row: dict[str, Any] = {text: plain[text][number] for text in texts}
         try:
+            if far := address(references[number]):
+                raise ValueError(
+                    f"its image is at an address, `{masked(far)}`, and rows do not decide what is fetched; save the "
+                    "image, and give its file"
+                )
             row = _placed({text: _flat(value) for text, value in row.items()}, len(references[number]), token)
         except ValueError as fault:
             faults[number + 1] = str(fault)

@@ -50,6 +50,7 @@ class Options:
     boundary: Boundary = "split"
     num_proc: int | None = None
     encoder_decoder: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.boundary not in BOUNDARIES:
@@ -140,6 +141,8 @@ class Job:
         stop = min(start + BATCH_ROWS, len(self.rows))
         turns = self.options.turns
         records = preferences(self.rows, self.schema, start, stop, turns=turns, first=self.first)
+        if self.options.system is not None:
+            records = [_with_system(record, self.options.system) for record in records]
         tally = Tally(other_prompts=self._other_prompts(records, start, stop))
         for record in records:
             self._look(record, tally)
@@ -225,6 +228,11 @@ class Job:
         max_length, mode = self.options.max_length, self.options.mode
         before = len(ids.prompt_ids), [len(completion) for completion in ids.completion_ids]
         lengths = truncated_lengths(*before, max_length, mode)
+        if lengths is None and mode == "error":
+            raise DataError(
+                f"{self.name}: row {ids.source_row + 1} has {before[0] + max(before[1], default=0):,} tokens, and "
+                f"max_length is {max_length:,}. Raise it, shorten the row, or choose another truncation_mode."
+            )
         if lengths is None:
             tally.dropped["too_long" if mode == "drop" else "prompt_too_long"] += 1
             return None
@@ -287,6 +295,14 @@ def _image_ids(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> fr
     """Tokens that stand for parts of an image."""
     found = getattr(processing_class, "image_token_id", None)
     return frozenset([found]) if isinstance(found, int) else frozenset()
+
+
+def _with_system(record: Preference, text: str) -> Preference:
+    """A conversation that begins with a system message."""
+    prompt = record.prompt
+    if isinstance(prompt, str) or (prompt and prompt[0].get("role") == "system"):
+        return record
+    return replace(record, prompt=[{"role": "system", "content": text}, *prompt])
 
 
 def _raw_fault(record: Preference) -> str | None:

@@ -78,6 +78,7 @@ def prepare(
     boundary: Boundary | str = "split",
     num_proc: int | None = None,
     encoder_decoder: bool = False,
+    system: str | None = None,
     name: str = "train",
 ) -> Prepared:
     """Check, render, tokenise and truncate preference rows.
@@ -95,6 +96,7 @@ def prepare(
         boundary: what to do where ids(prompt) is not a prefix of ids(prompt + completion): `split`, `drop` or
             `error`, see `tether.data.text.tokenize`.
         num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and templates.
+        system: a system message of conversations that begin with none.
         encoder_decoder: the model reads the prompt in an encoder, see `tether.data.text.seq2seq`.
         name: what to call the rows in messages and in the report.
 
@@ -114,6 +116,7 @@ def prepare(
         cast(Boundary, boundary),
         num_proc,
         encoder_decoder,
+        system,
     )
     job = Job.of(load_rows(rows, kind=kind, name=name), tokenizer, options, name)
     return _finished(job, list(_run(job, num_proc or 1)))

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.data.rows.values import Form
 from tether.data.text.marks import UNUSABLE
 from tether.data.text.render import Rendered
+from tether.files import write_whole
 from tether.types import Kind
 
 REPORT = "data.json"
@@ -55,6 +56,8 @@ _ADVICE = {
     "identical_after_truncation": _ROOM,
     "nothing_scored": _ROOM + ", or score further turns",
 }
+# From this share of dropped rows on, a run learns from other data than was meant.
+_MANY = 0.2
 # What the completions of a row are called in the report, and the rows themselves.
 PARTS: dict[Kind, tuple[str, ...]] = {
     "pair": ("chosen", "rejected"),
@@ -190,6 +193,18 @@ class Report:
         }
         return [f"{self.name}: {text}" for text, holds in {head: True, **notes}.items() if holds]
 
+    def remark(self) -> str:
+        """What to do where a large part of the rows was dropped, by the most frequent reason; empty elsewhere."""
+        lost = self.rows - self.kept
+        if not self.rows or lost < _MANY * self.rows or not any(self.dropped.values()):
+            return ""
+        reason = max(DROPS, key=lambda reason: self.dropped.get(reason, 0))
+        lacking = " and ".join(what for what in self.unwritten if what in UNUSABLE)
+        advice = _ADVICE[reason].format(max_length=self.max_length, lost=lacking or "all of them")
+        return (
+            f"{self.name}: {lost / self.rows:.0%} of the rows are not trained on, most with {DROPS[reason]}: {advice}."
+        )
+
 
 @dataclass
 class Tally:
@@ -299,4 +314,4 @@ def row_digest(row: Rendered) -> bytes:
 def write_reports(folder: Path, reports: Mapping[str, Any]) -> None:
     """Keep the reports on a run's data sets in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT).write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / REPORT, json.dumps(reports, indent=2) + "\n")

@@ -33,6 +33,8 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 _SPLITS |= {"evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"dev": "validation"}
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+# Characters of a line of a packed file.
+_LINE = 2**28
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -361,11 +363,17 @@ def _opened(path: Path) -> Any:
     return io.TextIOWrapper(pa.input_stream(str(path), compression="detect"), encoding="utf-8-sig", newline="")
 
 
-def _decoded(lines: Iterable[str], path: Path, name: str) -> Iterable[str]:
-    number = 0
+def _decoded(lines: Any, path: Path, name: str) -> Iterable[str]:
+    """Line by line; of a packed file, which may unpack to any number of bytes, none that is longer than a row is."""
+    number, most = 0, _LINE if path.suffix.lower() in COMPRESSED else -1
     try:
-        for line in lines:
+        while line := lines.readline(most):
             number += 1
+            if len(line) == most:
+                raise DataError(
+                    f"{name}: line {number} of `{path}` unpacks to more than {_LINE:,} characters, which is not a row. "
+                    "Check where the file is from; write one object a line (.jsonl)."
+                )
             yield line
     except UnicodeDecodeError as error:
         raise DataError(

@@ -25,13 +25,15 @@ from tether.data.rows.conversion import convert, detected, fitting, reads
 from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
 from tether.data.rows.values import joined_parts
-from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file
+from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file, stream_file
 from tether.data.sources.origin import Origin, Source, is_origin, names_of, origins_of
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
+# Bytes from which on a file of JSON lines becomes a table in pieces of so many rows.
+_LARGE, _PIECE = 2**24, 10_000
 
 
 def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name: str = "data") -> Dataset:
@@ -79,7 +81,7 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
     """
     origin = origins_of(source, "train", name)[0]
     layout = origin.layout(name)
-    rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
+    rows = as_said(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin, name)
     columns = (
         rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     )
@@ -97,7 +99,7 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
 
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
     layout = origin.layout(name)
-    rows = renamed(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin.fields, name)
+    rows = as_said(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin, name)
     return _with_layout(rows, origin, layout, kind, name)
 
 
@@ -131,6 +133,38 @@ def plain_rows(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]
             batch[column] = list(references_of(rows, column, start, start + BATCH_ROWS))
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
+
+
+def as_said(rows: Dataset | list[dict[str, Any]], origin: Origin, name: str) -> Dataset | list[dict[str, Any]]:
+    """Rows with the columns, the roles and the keys of messages that their source says."""
+    if origin.columns is not None:
+        kept = [*origin.columns, *(column for column in origin.fields.values() if column not in origin.columns)]
+        found = rows.column_names if isinstance(rows, Dataset) else {key for row in rows for key in row}
+        if lacking := [column for column in kept if column not in found]:
+            raise DataError(f"{name}: columns has `{lacking[0]}`; there are {listed(map(str, sorted(found)))}.")
+        rows = (
+            rows.select_columns(kept)
+            if isinstance(rows, Dataset)
+            else [{key: row[key] for key in kept if key in row} for row in rows]
+        )
+    rows = renamed(rows, origin.fields, name)
+    if not origin.roles and not origin.message_keys:
+        return rows
+    keys = {theirs: ours for ours, theirs in origin.message_keys.items()}
+    return [{key: _relabelled(value, origin.roles, keys) for key, value in row.items()} for row in plain_rows(rows)]
+
+
+def _relabelled(value: Any, roles: Mapping[str, str], keys: Mapping[str, str]) -> Any:
+    """Messages with the usual names of roles and keys; anything else as it is."""
+    if isinstance(value, list):
+        return [_relabelled(item, roles, keys) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {keys.get(key, key): item for key, item in value.items()}
+    for key in ("role", "from"):
+        if isinstance(found.get(key), str):
+            found[key] = roles.get(found[key], found[key])
+    return found
 
 
 def renamed(
@@ -277,6 +311,8 @@ def from_hub(source: str, split: str, rows: str, *, streaming: bool = False, **f
 
 
 def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
+    if len(paths) == 1 and (table := _in_pieces(paths[0], name)) is not None:
+        return Dataset(table)
     parts: list[tuple[Path, Part]] = [(path, read_file(path, name)) for path in paths]
     if len(parts) == 1:
         rows = parts[0][1]
@@ -288,6 +324,25 @@ def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
         return [row for _, rows in parts for row in cast(list[dict[str, Any]], rows)]
     tables = [table_of(rows, f"{name} ({path})") if isinstance(rows, list) else rows for path, rows in parts]
     return Dataset(concatenated(tables, [str(path) for path, _ in parts], name))
+
+
+def _in_pieces(path: Path, name: str) -> pa.Table | None:
+    """A large file of JSON lines as a table, made of some rows at a time: as Python's objects it is six times as large.
+
+    None for other files, and where pieces have columns of other types than the whole would have: it is read whole then,
+    with the messages that belong to that.
+    """
+    if kind_of_file(path) != ".jsonl" or path.stat().st_size < _LARGE:
+        return None
+    tables, first = [], 0
+    try:
+        rows = stream_file(path, name)
+        while piece := list(islice(rows, _PIECE)):
+            tables.append(table_of(cast(list[dict[str, Any]], piece), name, first))
+            first += len(piece)
+        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+    except (DataError, pa.ArrowException):
+        return None
 
 
 def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:

@@ -16,6 +16,7 @@ from tether.errors import ConfigError
 
 Source = Dataset | DatasetDict | IterableDataset | IterableDatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
 _NAME_LENGTH = 200
+_KEYS = ("message_keys", "{role: speaker, content: text}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Origin:
         fields: name of a field as the format reads it to the name of the column that holds it.
         weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
         first: only that many rows, from the first on; None: all.
+        roles: roles of messages by other names, as in {bard: assistant}.
+        message_keys: what messages call `role` and `content`, as in {role: speaker, content: text}.
+        columns: only these columns are read; None: all.
         split: which part of a hub data set, or of a folder whose files are named after parts.
         name: which configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
@@ -44,6 +48,9 @@ class Origin:
     fields: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     first: int | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    message_keys: Mapping[str, str] = field(default_factory=dict)
+    columns: Sequence[str] | None = None
     split: str = "train"
     name: str | None = None
     revision: str | None = None
@@ -77,9 +84,14 @@ class Origin:
             or (origin.first is not None and origin.first < 1)
         ):
             raise ConfigError(f"{name}: first is {origin.first!r}; it must be a whole number from 1.")
-        renamed = origin.fields
-        if not isinstance(renamed, Mapping) or not all(isinstance(one, str) for kv in renamed.items() for one in kv):
-            raise ConfigError(f"{name}: fields is {renamed!r}; it must be a mapping such as {{prompt: question}}.")
+        for key, example in (("fields", "{prompt: question}"), ("roles", "{bard: assistant}"), _KEYS):
+            renamed = getattr(origin, key)
+            if not isinstance(renamed, Mapping) or not all(
+                isinstance(one, str) for kv in renamed.items() for one in kv
+            ):
+                raise ConfigError(f"{name}: {key} is {renamed!r}; it must be a mapping such as {example}.")
+        if strange := sorted(origin.message_keys.keys() - {"role", "content"}):
+            raise ConfigError(f"{name}: message_keys has {strange[0]!r}; allowed are role and content.")
         return origin
 
     @property

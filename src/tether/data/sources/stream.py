@@ -20,6 +20,7 @@ from tether.data.rows.columns import BATCH_ROWS
 from tether.data.rows.conversion import convert, detected
 from tether.data.sources.files import expand, stream_file
 from tether.data.sources.load import (
+    as_said,
     concatenated,
     from_hub,
     from_saved,
@@ -29,7 +30,6 @@ from tether.data.sources.load import (
     part_of,
     plain_rows,
     refuse_hub_keys,
-    renamed,
     streamed_rows,
     table_of,
 )
@@ -92,7 +92,7 @@ class RowStream:
                     return
                 part = part[: origin.first - first]
             count = len(part)
-            rows = renamed(part if isinstance(part, list) else Dataset(part), origin.fields, name)
+            rows = as_said(part if isinstance(part, list) else Dataset(part), origin, name)
             if first == 0 and layout is None and origin.format is None:
                 columns = rows.column_names if isinstance(rows, Dataset) else {key for row in rows for key in row}
                 layout = detected(columns, self.kind)

@@ -13,6 +13,7 @@ depends on the prompt's length, `max_length` and itself: never on a sibling. A r
 - `middle`: lengths as with `keep_end`, but the prompt loses its middle: it keeps its beginning (instructions) and its
   end (the question), half of the room each.
 - `drop`: a row that does not fit is dropped; nothing is cut.
+- `error`: a row that does not fit is an error.
 
 A completion that is cut ends without an end-of-turn token: none is put in its place. A row whose prompt would lose a
 token that stands for a part of an image is dropped, since the model would have fewer places than there are features.
@@ -26,8 +27,8 @@ from typing import Literal, TypeVar
 from tether.errors import ConfigError
 
 Item = TypeVar("Item")
-TruncationMode = Literal["keep_start", "keep_end", "middle", "drop"]
-TRUNCATION_MODES: tuple[TruncationMode, ...] = ("keep_start", "keep_end", "middle", "drop")
+TruncationMode = Literal["keep_start", "keep_end", "middle", "drop", "error"]
+TRUNCATION_MODES: tuple[TruncationMode, ...] = ("keep_start", "keep_end", "middle", "drop", "error")
 
 
 def truncated_lengths(
@@ -64,7 +65,7 @@ def truncated_lengths(
         return prompt, list(completions)
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a prompt and a completion need at least 2 tokens.")
-    if mode == "drop":
+    if mode in ("drop", "error"):
         return (prompt, list(completions)) if prompt + max(completions, default=0) <= max_length else None
     # A prompt without completions is to be answered, which takes at least one token.
     room = max_length - (min(prompt, max_length // 2) if mode in ("keep_end", "middle") else prompt)

@@ -16,12 +16,15 @@ from typing import Any
 import httpx2 as httpx
 
 from tether.errors import ConfigError, ReferencePolicyError
+from tether.masking import masked
 from tether.reference.spec import RemoteOptions
 
 # Answers that another attempt may change.
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 10.0
+# An answer must have ended after this many times the limit for one part of it: one byte now and then is none.
+_WHOLE_ANSWER = 2
 # An answer's bytes: for lists of models and what surrounds values, and for each token with its alternatives.
 _ANSWER_BYTES, _TOKEN_BYTES = 2**20, 2**12
 
@@ -39,8 +42,9 @@ class CompletionsServer:
 
     def __init__(self, options: RemoteOptions) -> None:
         self.options = options
-        self.url = options.url.rstrip("/").removesuffix("/v1") + "/v1"
-        headers, self._key = {"Content-Type": "application/json"}, ""
+        self._address = options.url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.url = masked(self._address)
+        headers, self._key = {"Content-Type": "application/json", "Accept-Encoding": "identity"}, ""
         if options.api_key_env is not None:
             self._key = os.environ.get(options.api_key_env, "")
             if not self._key:
@@ -161,13 +165,16 @@ class CompletionsServer:
 
     def _sent(self, path: str, body: dict[str, Any] | None, most: int) -> tuple[int, bytes]:
         """Status and content of one answer."""
-        text = bytearray()
-        with self._client.stream("GET" if body is None else "POST", self.url + path, json=body) as answer:
+        text, latest = bytearray(), time.monotonic() + _WHOLE_ANSWER * self.options.timeout
+        with self._client.stream("GET" if body is None else "POST", self._address + path, json=body) as answer:
             if answer.is_redirect:
                 to = answer.headers.get("location", "elsewhere")
                 return answer.status_code, f"it redirects to {to}, which is not followed; give that address".encode()
-            for piece in answer.iter_bytes():
+            # Not unpacked: a small answer that is packed can be a large one, and none was asked for.
+            for piece in answer.iter_raw():
                 text += piece
+                if time.monotonic() > latest:
+                    raise httpx.ReadTimeout(f"the answer had not ended {_WHOLE_ANSWER * self.options.timeout:g} s on")
                 if len(text) > most:
                     raise ReferencePolicyError(
                         f"{self.url}{path} answered with more than {most} bytes, and no answer to this question is "
@@ -177,7 +184,7 @@ class CompletionsServer:
 
     def _masked(self, words: object) -> str:
         """Words without the key, which a server may repeat."""
-        return str(words).replace(self._key, "[key]") if self._key else str(words)
+        return masked(str(words).replace(self._key, "[key]") if self._key else str(words))
 
     def _who(self) -> str:
         return f"The model {self.model!r} served at {self.url}"

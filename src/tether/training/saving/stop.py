@@ -21,7 +21,8 @@ from tether.errors import ConfigError, TetherError
 
 logger = logging.getLogger("tether")
 LOCK = ".run.lock"
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+_HELD: set[Path] = set()  # folders that this process has the lock of
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
     Raises:
         ConfigError: another run has it.
     """
-    if not main:
+    place = folder.resolve()
+    if not main or place in _HELD:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,14 +53,30 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        _HELD.add(place)
         try:
             yield
         finally:
+            _HELD.discard(place)
             file.truncate(0)
 
 
+class StoppedError(TetherError):
+    """A signal stopped a run that had saved; the exit code is the one that shells give a process that it ends.
+
+    Args:
+        words: where the run stands.
+        number: of the signal.
+    """
+
+    def __init__(self, words: str, number: int) -> None:
+        super().__init__(words)
+        self.exit_code = 128 + number
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGHUP have a run save at the end of its step and stop; a second one ends it at once.
+    """SIGTERM, SIGHUP, SIGINT (Ctrl-C) and SIGUSR1, which schedulers send ahead of the end, have a run save at the end
+    of its step and stop; a second signal ends it at once.
 
     Args:
         accelerator: of the run; processes are told at different moments and must stop at the same step.
@@ -95,19 +113,22 @@ class StopOnSignal(TrainerCallback):
         """A run that was stopped has not finished.
 
         Raises:
-            TetherError: it was; with where it stands.
+            StoppedError: it was; with where it stands. KeyboardInterrupt after Ctrl-C, as anywhere in Python.
         """
         if self._stopped:
             name = signal.Signals(self._stopped).name
-            raise TetherError(
+            words = (
                 f"Stopped by {name} before the last step. The steps so far are saved in {checkpoint}; go on from it "
                 "with --resume (in Python train(resume_from_checkpoint=True))."
             )
+            raise KeyboardInterrupt(words) if self._stopped == signal.SIGINT else StoppedError(words, self._stopped)
 
     def _heard(self, number: int, frame: Any) -> None:
         self._got = number
         self._restore()
-        logger.warning(f"{signal.Signals(number).name}: saving at the end of this step, then stopping")
+        logger.warning(
+            f"{signal.Signals(number).name}: saving at the end of this step, then stopping; once more to leave at once"
+        )
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -48,7 +48,12 @@ def whole_save(
     with warnings.catch_warnings(), settings.in_place(), generation_as_it_is(model, folder, write=args.should_save):
         # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
         warnings.filterwarnings("ignore", EMBEDDINGS_SAVED)
-        yield _with_shared(model, state)
+        # transformers writes its arguments beside the model, the login to the hub among them.
+        token, args.hub_token = args.hub_token, None
+        try:
+            yield _with_shared(model, state)
+        finally:
+            args.hub_token = token
     if not args.should_save:
         return
     write_active(model, folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ from tether.data.audit.audit import FINDINGS, check
 from tether.data.audit.limits import check_sets, passed
 from tether.data.prepare.job import Options
 from tether.data.prepare.stream import Arrange, PreparedStream
+from tether.data.sources.load import plain_rows
 from tether.data.sources.stream import RowStream, is_streamed
 from tether.errors import ConfigError, DataError
 from tether.models.gguf import cache_root
@@ -42,7 +45,20 @@ _AUDITED_ROWS = 2000
 # Findings of the sample that are worth a line, above this share; the others are in the run folder.
 _WARNED = ("contradictions", "near_duplicates", "odd_roles", "other_script", "refusals")
 _TELLING = 0.05
+# A length by which so many pairs are told apart is a shortcut; of fewer pairs than this a share says little.
+_ONE_SIDED = 0.9
+_ENOUGH = 20
 Rows = Dataset | IterableDataset | list[dict[str, Any]] | Mapping[str, Any] | str | Path | list[str]
+
+
+def distinct_rows(rows: Dataset, name: str) -> Dataset:
+    """Rows without those that are exactly an earlier one, and a line that says how many these were."""
+    seen: dict[bytes, int] = {}
+    for place, row in enumerate(plain_rows(rows)):
+        seen.setdefault(sha256(json.dumps(row, default=str, sort_keys=True).encode()).digest(), place)
+    if len(seen) < len(rows):
+        logger.info(f"{name}: {len(rows) - len(seen):,} rows are exactly an earlier one, and are left out")
+    return rows.select(list(seen.values()))
 
 
 @dataclass
@@ -79,6 +95,8 @@ class RunData:
     def prepare(self, name: str, rows: Rows) -> Prepared:
         """Prepare one set, or take it from the cache; see `tether.data.prepare.prepare`."""
         data = load_rows(rows, kind=self.args.kind, name=name)
+        if self.args.deduplicate and name == "train":
+            data = distinct_rows(data, name)
         if is_streamed(rows):
             logger.info(f"{name}: a streamed set, read whole: {len(data):,} rows")
         prepared = prepare_cached(
@@ -92,6 +110,7 @@ class RunData:
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             encoder_decoder=self.encoder_decoder,
+            **({} if self.args.default_system is None else {"system": self.args.default_system}),
             name=name,
         )
         self.check(name, arrow_table(prepared.dataset))
@@ -103,6 +122,8 @@ class RunData:
             self.reports[name]["audit"] = self._audit(name, data)
         for line in prepared.report.lines():
             logger.info(line)
+        if remark := prepared.report.remark():
+            logger.warning(remark)
         return prepared
 
     def prepare_stream(self, name: str, rows: Rows) -> PreparedStream:
@@ -116,6 +137,7 @@ class RunData:
             cast(Any, args.prompt_boundary),
             args.dataset_num_proc,
             self.encoder_decoder,
+            args.default_system,
         )
         source = RowStream(cast(Any, rows), args.kind, name)
 
@@ -151,6 +173,16 @@ class RunData:
         for finding, one in found.findings.items():
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
+        longer = found.length_bias.get("longer_wins", 0.5)
+        sizes = [found.characters.get(part, ()) for part in ("chosen", "rejected")]
+        unequal = sum(chosen != rejected for chosen, rejected in zip(*sizes, strict=True))
+        if unequal >= max(_ENOUGH, found.rows / 2) and not 1 - _ONE_SIDED <= longer <= _ONE_SIDED:
+            which = "longer" if longer > 0.5 else "shorter"
+            logger.warning(
+                f"{name}: in {max(longer, 1 - longer):.0%} of {unequal} sampled pairs of unequal lengths the {which} completion is the "
+                "chosen one, so that length alone tells them apart. Balance the lengths, or watch those of what the "
+                "model writes."
+            )
         shares = {finding: one.share for finding, one in found.findings.items()}
         return {"sampled_rows": found.rows, **shares, **found.length_bias}
 

@@ -27,7 +27,7 @@ from tether.models.adapters import (
 )
 from tether.models.before.limits import Limits
 from tether.models.chat_template import use_chat_template
-from tether.models.spec import ModelSpec, add_tokens, select_trainable
+from tether.models.spec import ModelSpec, select_trainable, use_tokens
 from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
 from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router, lacking_router
@@ -191,7 +191,10 @@ def processing_of(source: str | Path, args: PreferenceConfig, given: Any = None)
         given: the one that was passed; it is changed in place.
     """
     processing = given or policy_spec(source, args).load_processing()
-    new_tokens = add_tokens(text_tokenizer(processing), args.add_tokens or ())
+    special: Any = dict(cast(dict[str, str], args.special_tokens or {}))
+    if getattr(args, "eos_token", None) is not None:  # of the trainers of texts
+        special["eos_token"] = args.eos_token  # type: ignore[attr-defined]
+    new_tokens = use_tokens(text_tokenizer(processing), args.add_tokens or (), special)
     if args.chat_template_path is not None:
         use_chat_template(processing, args.chat_template_path)
     return processing, new_tokens

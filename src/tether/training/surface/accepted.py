@@ -53,12 +53,7 @@ class AcceptedArguments(Declared):
 class AcceptedTemplateArguments(AcceptedArguments):
     """What TRL's supervised trainer and its reward trainer have besides."""
 
-    UNFIT: ClassVar[dict[str, tuple[Any, str]]] = {
-        **AcceptedArguments.UNFIT,
-        "eos_token": (None, "set `eos_token` of the tokenizer, and pass it as processing_class"),
-    }
-
-    eos_token: str | None = option(None, "TRL's; stays unset.")
+    eos_token: str | None = option(None, 'Token that ends an answer; it is also `special_tokens={"eos_token": …}`.')
 
 
 @dataclass

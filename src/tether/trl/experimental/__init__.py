@@ -1,0 +1,1 @@
+"""Trainers that TRL keeps under `experimental` and that are here."""
