@@ -94,6 +94,11 @@ def test_the_served_page_follows_the_run_and_is_loaded_again(tmp_path: Path) -> 
         run_folder(folder, metrics=[STEP, {**STEP, "step": 2}])
         with urllib.request.urlopen(f"{address}/") as answer:
             assert "the last log is of step 2." in answer.read().decode()
+        run_folder(folder, metrics=[STEP], config="data: https://me:pass@example.org/rows.jsonl\n")
+        with urllib.request.urlopen(f"{address}/") as answer:
+            page = answer.read().decode()
+            assert "example.org" in page
+            assert "me:pass" not in page
         (folder / "data.json").write_text("{")
         with urllib.request.urlopen(f"{address}/") as answer:
             assert "data.json is not JSON" in answer.read().decode()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tether.errors import ConfigError
 from tether.files import write_whole
 from tether.masking import masked
 from tether.report.cards import verdict_cards
@@ -24,8 +25,8 @@ LARGEST_PAGE = 2_000_000
 _OPEN_CONFIG_LINES = 60
 
 
-def write_report(run_folder: Path | str) -> Path:
-    """Write `report.html` into a run folder, from whichever of its files exist; also while the run goes on.
+def write_report(run_folder: Path | str, path: Path | str | None = None) -> Path:
+    """Write the page of a run, from whichever of its files exist; also while the run goes on.
 
     Reads `metrics.jsonl` (needed), `config.yaml`, `reference.json`, `data.json`, `evaluation.json`, `samples.json`,
     `pairs.json`, `health.jsonl` and the last table in `completions/`.
@@ -33,17 +34,18 @@ def write_report(run_folder: Path | str) -> Path:
 
     Args:
         run_folder: the folder that a run wrote.
+        path: of the page; None for `report.html` in that folder.
 
     Returns:
         Path of the page.
 
     Raises:
-        ConfigError: there are no metrics, or a file is not what its name says.
+        ConfigError: there are no metrics, a file is not what its name says, or there is no folder for the page.
     """
     folder = Path(run_folder)
-    path = folder / REPORT
-    write_page(path, render(read_run(folder)))
-    return path
+    page_path = folder / REPORT if path is None else Path(path)
+    write_page(page_path, render(read_run(folder)))
+    return page_path
 
 
 def render(run: Run) -> str:
@@ -77,7 +79,11 @@ def small_enough(made: Callable[[Limits], str]) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page at once and without secrets: a reader or a killed run never sees half of it."""
+    """Write a page at once and without secrets: who has the old one open, or a killed run, never sees half of it."""
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"Got '{path}' for the page, and there is no folder '{path.parent}'. Make it, or name another."
+        )
     write_whole(path, masked(text))
 
 

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tether.errors import ConfigError
+from tether.masking import masked
 from tether.report.compare import compare, read_runs
 from tether.report.page import render
 from tether.report.read import METRICS, read_run
@@ -56,7 +57,7 @@ def page_server(run_folders: Sequence[Path | str], port: int = 0) -> ThreadingHT
             if self.path != "/" or host not in (_HOST, "localhost"):
                 self.send_error(404)
                 return
-            body = current_page(folders).encode("utf-8", "replace")
+            body = masked(current_page(folders)).encode("utf-8", "replace")
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tether.cli.after import chat, compare, export, merge, score
+from tether.cli.after import chat, compare, export, merge, report, score
 from tether.cli.after import eval as evaluation
 
 
@@ -14,5 +14,6 @@ def register(app: typer.Typer) -> None:
     app.command("score", help=score.HELP, epilog=score.EXAMPLE)(score.score)
     app.command("compare", help=compare.HELP, epilog=compare.EXAMPLE)(compare.compare)
     app.command("chat", help=chat.HELP, epilog=chat.EXAMPLE)(chat.chat)
+    app.command("report", help=report.HELP, epilog=report.EXAMPLE)(report.report)
     app.command("merge", help=merge.HELP, epilog=merge.EXAMPLE)(merge.merge)
     app.command("export", help=export.HELP, epilog=export.EXAMPLE)(export.export)
