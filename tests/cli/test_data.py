@@ -98,6 +98,6 @@ def test_wrong_words_are_refused(
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    from tether.cli.data_tables import visible
+    from tether.cli.data.tables import visible
 
     assert visible("a\x1b[2J\tb\n") == "a\\x1b[2J⇥b⏎\n"

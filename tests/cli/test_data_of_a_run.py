@@ -65,7 +65,7 @@ def test_what_is_shown_is_what_is_trained_on(
     elif loss != "{loss: sft, completion_only_loss: false}":
         run.edit("logging_steps: 1", "logging_steps: 1, turns: last")
     printed: list[list[Any]] = []
-    monkeypatch.setattr("tether.cli.data_tables.print_tokens", lambda parts, row: printed.append(parts))
+    monkeypatch.setattr("tether.cli.data.tables.print_tokens", lambda parts, row: printed.append(parts))
     code, _, err = tether("data", "show", "run.yaml", "--row", "2")
     assert code == 0, err
 
@@ -92,7 +92,7 @@ def test_what_is_shown_is_what_is_trained_on(
 
 def test_what_is_checked_is_what_is_trained_on(run: Workplace, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Check] = []
-    monkeypatch.setattr("tether.cli.data_tables.print_check", found.append)
+    monkeypatch.setattr("tether.cli.data.tables.print_check", found.append)
     for loss, kind in (("sigmoid", "pair"), ("sft", "completion"), ("kto", "unpaired")):
         run.edit("objective: {beta: 0.1}", f"objective: {{loss: {loss}}}")
         code, _, err = tether("data", "check", "run.yaml")

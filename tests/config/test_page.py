@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tether.config.page import run_file_page
+from tether.config.keys.page import run_file_page
 from tether.config.run import RunConfig, Train
 
 

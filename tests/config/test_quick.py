@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tether.config import load_run_file
-from tether.config.page import known_keys
-from tether.config.quick import KEYS, refuse_at_once
+from tether.config.keys.page import known_keys
+from tether.config.keys.quick import KEYS, refuse_at_once
 from tether.errors import ConfigError
 
 GOOD = "model: m\ndata: {train: rows.jsonl}\n"

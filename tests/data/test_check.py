@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, chat, pair, user
-from tether.cli.data_tables import notes
+from tether.cli.data.tables import notes
 from tether.data import load_rows
 from tether.data.audit import language as languages
 from tether.data.audit.audit import FINDINGS, check
@@ -204,7 +204,7 @@ def test_without_its_library_languages_are_left_out_and_that_is_said(monkeypatch
     monkeypatch.setattr(languages, "detector", lambda: None)
     monkeypatch.setattr("tether.data.audit.audit.detector", lambda: None)
     monkeypatch.setattr("tether.data.audit.limits.detector", lambda: None)
-    monkeypatch.setattr("tether.cli.data_tables.detector", lambda: None)
+    monkeypatch.setattr("tether.cli.data.tables.detector", lambda: None)
     without = check(rows)
     assert "other_language" not in without.findings
     assert any("install tether[language]" in line for line in notes(without))

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from tether.cli import after, data
+from tether.cli.before.doctor import app as doctor
+from tether.cli.before.init import init
+from tether.cli.before.plan import plan
 from tether.cli.demo import demo
-from tether.cli.doctor import app as doctor
 from tether.cli.errors import explain, print_error
 from tether.cli.foreign.convert import convert
 from tether.cli.foreign.trl import COMMANDS, trl_command
-from tether.cli.init import init
-from tether.cli.plan import plan
 from tether.cli.precompute import precompute
 from tether.cli.rollouts import app as rollouts_app
 from tether.cli.sample import sample

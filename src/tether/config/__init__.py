@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tether.config.build import build, split_batch
     from tether.config.fields import trainer_class
+    from tether.config.keys.schema import json_schema
     from tether.config.read import check_run, load_run_file
     from tether.config.run import RunConfig
-    from tether.config.schema import json_schema
 
 __all__ = [
     "RunConfig",

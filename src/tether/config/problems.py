@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tether.config.document import KeyPath, dotted
+from tether.config.keys.unknown import unknown
 from tether.config.run import RunConfig, Train
 from tether.config.sections import SOURCE_TAGS, Allowed
-from tether.config.unknown import unknown
 from tether.config.words import describe_type
 
 _SHOWN = 3

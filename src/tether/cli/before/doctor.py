@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tether.cli.environment import Finding
+from tether.cli.before.environment import Finding
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ _PAIR = ("The film was", " good, as far as I remember it.", " bad.")
 
 @app.callback()
 def _doctor(context: typer.Context) -> None:
-    """Without a command: the environment; see `tether.cli.environment`."""
+    """Without a command: the environment; see `tether.cli.before.environment`."""
     if context.invoked_subcommand is None:
-        from tether.cli.environment import findings
+        from tether.cli.before.environment import findings
 
         found = findings()
         for finding in found:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tether.cli.data_tables import notes
+from tether.cli.data.tables import notes
 from tether.data.audit.audit import FINDINGS
 from tether.report.charts import Values, histogram
 from tether.report.render import page

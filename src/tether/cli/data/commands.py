@@ -86,14 +86,14 @@ def check(
     if as_json:
         typer.echo(json.dumps({"sets": [one.to_dict() for one in found], "passed": over}, indent=2))
     else:
-        from tether.cli.data_tables import print_check
+        from tether.cli.data.tables import print_check
 
         for one in found:
             print_check(one)
         for line in over:
             typer.echo(f"Limit passed: {line}", err=True)
     if page is not None:
-        from tether.cli.data_page import check_page
+        from tether.cli.data.page import check_page
 
         page.write_text(check_page(found, over), encoding="utf-8", errors="replace")
     if over:
@@ -136,7 +136,7 @@ def show(
     Raises:
         TetherError: there is no such row, it would be dropped, or it cannot be read.
     """
-    from tether.cli.data_tables import print_tokens
+    from tether.cli.data.tables import print_tokens
     from tether.cli.output import terminal_output
 
     asked = _Asked(files, tokenizer, layout, kind, split, max_length, None)
@@ -147,7 +147,7 @@ def show(
     for line in report.lines()[1:]:
         typer.echo(line)
     if page is not None:
-        from tether.cli.data_page import tokens_page
+        from tether.cli.data.page import tokens_page
 
         page.write_text(tokens_page(shown, row), encoding="utf-8", errors="replace")
 

@@ -1,4 +1,4 @@
-"""The page of the run file's keys, docs/run_file.md: `python -m tether.config.page` prints it."""
+"""The page of the run file's keys, docs/run_file.md: `python -m tether.config.keys.page` prints it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tether.config.fields import config_class, fields_under
+from tether.config.keys.quick import KEYS
 from tether.config.problems import section_in
-from tether.config.quick import KEYS
 from tether.config.run import RunConfig, Train
 from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sync
 from tether.config.words import describe_type, field_types
@@ -20,8 +20,8 @@ from tether.training.declared import Text
 _HEAD = """\
 # The run file
 
-Every key, with its type, its default and what it does. This page is written by `python -m tether.config.page`, and a
-test compares the two. Keys that are not here are refused, with the nearest one that exists.
+Every key, with its type, its default and what it does. This page is written by `python -m tether.config.keys.page`; a test
+compares the two. Keys that are not here are refused, with the nearest one that exists.
 `tether train run.yaml train.max_length=512` sets a key for one run.
 """
 _OBJECTIVE = """
@@ -116,7 +116,7 @@ def _row(key: str, allowed: str, default: str, text: str) -> str:
 
 
 def known_keys() -> dict[str, Any]:
-    """What `tether.config.quick` knows of keys: of the file, of its sections, and of each algorithm's configuration."""
+    """What `quick` knows of keys: of the file, of its sections, and of each algorithm's configuration."""
     sections = {name: section_in(field.annotation) for name, field in RunConfig.model_fields.items()}
     named = [name for rows in OBJECTIVES.values() for row in rows.values() if (name := row.run_file_key)]
     train = {}

@@ -1,7 +1,7 @@
 """What can be said of a run file without torch: that it is not there, is not YAML, or has a key that does not exist.
 
-The keys are in keys.json beside this file, which `python -m tether.config.page` writes; a test compares them with the
-configurations. What this lets through, `load_run_file` checks whole.
+The keys are in keys.json beside this file, which `python -m tether.config.keys.page` writes; a test compares them with
+the configurations. What this lets through, `load_run_file` checks whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.config.document import KeyPath, read_document
-from tether.config.unknown import unknown
+from tether.config.keys.unknown import unknown
 from tether.errors import ConfigError
 
 KEYS = Path(__file__).with_name("keys.json")
