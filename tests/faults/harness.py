@@ -172,6 +172,8 @@ class Nursery:
                 "TETHER_CACHE": str(folder / "cache"),
             },
         )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run one command; `code`, `seconds` and `said`."""

@@ -176,6 +176,7 @@ def serve(folder: Path) -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     prepare(folder)
+    answers.write("ready\n")
     for line in sys.stdin:
         answers.write(json.dumps(run(json.loads(line))) + "\n")
 

@@ -313,7 +313,8 @@ def test_reports_grow_with_the_stream(tmp_path, caplog):
     held = IterableDataset.from_generator(lambda: iter([ROWS[3], ROWS[44], {**ROWS[30], "chosen": " otherwise"}]))
     trainer = trainer_of(tmp_path / "run", rows=rows, eval_dataset=held)
     path = tmp_path / "run" / "data.json"
-    first = json.loads(path.read_text())
+    first = json.loads(json.dumps(trainer.run.data.reports))
+    assert not path.exists()  # the folder is this run's from its first step on
     assert (first["train"]["rows"], first["eval"]["rows"]) == (10, 3)
     assert "eval: a streamed set, read whole: 3 rows" in caplog.text
     assert first["train"]["audit"]["sampled_rows"] == 10

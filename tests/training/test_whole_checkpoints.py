@@ -214,6 +214,7 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"Another run trains in .* now: process 1 on elsewhere"):
             trainer.train()
         assert trainer.state.global_step == 0
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK}  # nothing of the first run is written over
     trainer.train()  # the lock of a run that ended, however it ended, is none
     assert trainer.state.global_step == 1
 
