@@ -169,7 +169,7 @@ def _processor() -> str:
 def product_seconds(weight: Tensor) -> dict[str, float]:
     """Seconds of a product with this matrix: in float32 by each library (infinity: not there), and in bfloat16.
 
-    The cast of the matrix is part of bfloat16's. On one thread and in its own processor time, in turns, of which the
+    The cast of the matrix is part of bfloat16's. On one thread and in its own CPU time, in turns, of which the
     fastest counts: what other processes do to the clock on the wall, or to a thread that is waited for, is not in it.
     """
     threads = torch.get_num_threads()
