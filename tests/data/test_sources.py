@@ -99,6 +99,15 @@ def test_a_hub_name_that_cannot_be_fetched_says_both_things_that_were_looked_for
         load_rows("owner/pairs")
 
 
+def test_an_object_of_columns_is_its_rows(tmp_path: Path) -> None:
+    """As pandas and others write it; a row of its own that holds conversations is still one row."""
+    (tmp_path / "columns.json").write_text(json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}, indent=1))
+    assert load_rows(tmp_path / "columns.json").to_list() == ROWS
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "one.json").write_text(json.dumps({"chosen": turns, "rejected": turns}, indent=1))
+    assert len(load_rows(tmp_path / "one.json")) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -112,6 +121,8 @@ def test_a_hub_name_that_cannot_be_fetched_says_both_things_that_were_looked_for
         ("pairs.json", '[{"prompt": "a"}', r"is not JSON"),
         ("pairs.csv", "prompt,chosen,rejected\na,b\n", r"line 2 of `.*` has 2 fields, the header has 3"),
         ("pairs.csv", "prompt,chosen,chosen\na,b,c\n", r"names a column twice"),
+        ("pairs.csv", "prompt;chosen;rejected\na;b;c\n", r"separated by ';'. Separate them by commas"),
+        ("pairs.csv", "prompt\tchosen\trejected\na\tb\tc\n", r"separated by '\\t'"),
         ("pairs.parquet", "no parquet", r"cannot be read as Parquet"),
         ("pairs.txt", "a", r"ends in `\.txt`; it must end in `\.jsonl`, `\.ndjson`, `\.json`, `\.csv`, "),
         ("pairs.pkl", "a", r"ends in `\.pkl`"),  # INV-39: no pickle is loaded

@@ -23,7 +23,7 @@ REFUSED = {
     "CPT": "could not be resumed",
     "CARTRIDGE": "could not be resumed",
     "POLY": "task_ids should not be None",
-    "XLORA": "PEFT cannot put this XLORA adapter",
+    "XLORA": "mixes adapters that were trained before, and its `adapters` names none",
 }
 # Refused where the layout is proved: a router that takes the mean over all tokens of a forward, as a run would tell.
 MIXING = "LILY"

@@ -194,7 +194,9 @@ def _one_object(text: str) -> dict[str, Any] | None:
 
 
 def _rows_in(whole: dict[str, Any], path: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of a file that is one object: itself, or the one list of objects in it (`{"data": [...]}`)."""
+    """The rows of a file that is one object: itself, the one list of objects in it (`{"data": [...]}`), or columns."""
+    if _has_columns(whole):
+        return [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
     lists = {
         key: value
         for key, value in whole.items()
@@ -212,6 +214,13 @@ def _rows_in(whole: dict[str, Any], path: Path, name: str) -> list[dict[str, Any
     )
 
 
+def _has_columns(whole: dict[str, Any]) -> bool:
+    """Whether each value is a column: lists of one length, of which one that is read as text holds texts."""
+    lengths = {len(value) if isinstance(value, list) else -1 for value in whole.values()}
+    texts = [value for key, value in whole.items() if key in TEXTS]
+    return len(lengths) == 1 and -1 not in lengths and any(isinstance(item, str) for value in texts for item in value)
+
+
 def _read_csv(path: Path, name: str) -> Part:
     return list(_csv_rows(path, name))
 
@@ -226,6 +235,12 @@ def _csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
             if len(set(header)) < len(header):
                 raise DataError(
                     f"{name}: the header of `{path}` names a column twice ({', '.join(header)}). Rename one."
+                )
+            apart = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+            if apart is not None:
+                raise DataError(
+                    f"{name}: the header of `{path}` is one column, `{header[0]}`: its fields are separated by "
+                    f"{apart!r}. Separate them by commas."
                 )
             for cells in reader:
                 if cells and len(cells) != len(header):

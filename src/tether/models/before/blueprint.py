@@ -48,6 +48,12 @@ def rehearse(config: PeftConfig, model_config: Any) -> None:
         ConfigError: PEFT cannot put it there, or the model cannot be called with token ids alone with it.
     """
     refuse_unfit_virtual_tokens(config, model_config)
+    # PEFT would say "`use_cache` must be False", which changes nothing.
+    if getattr(config, "adapters", None) == {}:
+        raise ConfigError(
+            f"A {kind_of(config)} adapter mixes adapters that were trained before, and its `adapters` names none. Give "
+            "their folders by name, or train one adapter, such as LoRA."
+        )
     model = blueprint(model_config)
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
