@@ -29,13 +29,7 @@ adapter: lora
 lora_r: 4
 datasets: [{path: pairs.jsonl, type: chatml.intel}]
 """,
-    "llamafactory": """\
-model_name_or_path: some/model
-stage: dpo
-finetuning_type: lora
-dataset: mine
-dataset_dir: .
-""",
+    "llamafactory": "model_name_or_path: m\nstage: dpo\nfinetuning_type: lora\ndataset: mine\ndataset_dir: .\n",
 }
 
 

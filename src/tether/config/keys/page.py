@@ -20,8 +20,8 @@ from tether.training.declared import Text
 _HEAD = """\
 # The run file
 
-Every key, with its type, its default and what it does. This page is written by `python -m tether.config.keys.page`; a test
-compares the two. Keys that are not here are refused, with the nearest one that exists.
+Every key, with its type, its default and what it does. This page is written by `python -m tether.config.keys.page`; a
+test compares the two. Keys that are not here are refused, with the nearest one that exists.
 `tether train run.yaml train.max_length=512` sets a key for one run.
 """
 _OBJECTIVE = """
