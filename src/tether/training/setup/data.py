@@ -179,9 +179,9 @@ class RunData:
         if unequal >= max(_ENOUGH, found.rows / 2) and not 1 - _ONE_SIDED <= longer <= _ONE_SIDED:
             which = "longer" if longer > 0.5 else "shorter"
             logger.warning(
-                f"{name}: in {max(longer, 1 - longer):.0%} of {unequal} sampled pairs of unequal lengths the {which} completion is the "
-                "chosen one, so that length alone tells them apart. Balance the lengths, or watch those of what the "
-                "model writes."
+                f"{name}: in {max(longer, 1 - longer):.0%} of {unequal} sampled pairs of unequal lengths the {which} "
+                "completion is the chosen one, so that length alone tells them apart. Balance the lengths, or watch "
+                "those of what the model writes."
             )
         shares = {finding: one.share for finding, one in found.findings.items()}
         return {"sampled_rows": found.rows, **shares, **found.length_bias}
