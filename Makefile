@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv, and installs again only when pyproject.toml or requirements.lock change.
 #
 #   make demo       tune a real language model on preferences and write its report (about 10 minutes on 2 cores)
+#   make demo-grpo  GRPO on sums of two digits, with a reward that can be verified (about a minute)
 #   make test       tests and doctests            make check      format, lint, types, architecture
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
 #   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults test-quantized test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow faults test-quantized test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -41,6 +42,10 @@ help:
 
 demo: $(DEMO_STAMP)
 	@$(OFFLINE) $(BIN)/tether demo $(ARGS)
+
+demo-grpo: $(DEMO_STAMP)
+	@$(OFFLINE) $(BIN)/python examples/grpo_sums/make_model.py
+	@$(OFFLINE) $(BIN)/tether train examples/grpo_sums/run.yaml $(ARGS)
 
 test: $(DEV_STAMP)
 	@$(PYTEST) -n 2 $(ARGS)
@@ -76,7 +81,7 @@ $(DEEPSPEED)/.installed: requirements.lock
 # vLLM pins other versions of transformers than Tether is tested with, so that it has an environment of its own.
 VLLM := .venv/vllm
 test-vllm: $(DEV_STAMP) $(VLLM)/.installed
-	@TETHER_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) -m vllm tests/reference/test_vllm.py $(ARGS)
+	@TETHER_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) -m vllm tests/reference/test_vllm.py tests/training/test_online_vllm.py $(ARGS)
 
 $(VLLM)/.installed: | .venv/bin/python
 	@echo "Installing a vLLM server for CPUs (about three minutes, once)"

@@ -32,6 +32,17 @@ def test_each_law_has_a_test_that_names_it_and_each_name_is_a_law():
     assert not found.keys() - LAWS, f"not in {PAGE.name}: { ({law: found[law] for law in found.keys() - LAWS}) }"
 
 
+def test_each_law_of_sampled_completions_has_a_test_that_names_it():
+    laws = {int(number) for number in re.findall(r"^\| R(\d+) \|", PAGE.read_text(encoding="utf-8"), flags=re.M)}
+    found: set[int] = set()
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                found |= {int(number) for number in re.findall(r"\bR(\d+)\b", ast.get_docstring(node) or "")}
+    assert laws == set(range(1, 25))
+    assert found == laws, f"not cited: {sorted(laws - found)}; no laws: {sorted(found - laws)}"
+
+
 def test_a_citation_is_of_the_function_that_has_it():
     """Negative control: a number in a module's docstring, or in a helper's, proves nothing."""
     source = '''

@@ -11,7 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
-from tether.config import build, check_run, json_schema
+from tether.config import build, check_run, json_schema, load_run_file
 from tether.errors import ConfigError
 from tether.training import GRPOConfig, RLOOConfig
 
@@ -140,6 +140,9 @@ def test_a_name_stands_for_trainer_and_options(loss: str, config: Any, stands_fo
         ({"rewards": [{"name": "length", "python": "a.py:b"}]}, "a reward has one of them"),
         ({"rewards": [{"python": "a.py:b", "n": 2}]}, "which a ready-made reward"),
         ({"rewards": [{"python": "a.py:b"}]}, "expected a Python file and a function in it"),
+        ({"rewards": [{"judge": {"url": "http://h", "by": "votes"}}]}, "by"),
+        ({"rewards": [{"judge": {"url": "http://h", "instructions": "Good?"}}]}, "The judge's instructions have no"),
+        ({"rewards": [{"judge": {"url": "http://h", "tolerance": 0.1}}]}, "which a judge does not give"),
         ({"rollout": {"groups": 4}}, "group"),
         ({"rollout": {"temperature": 0}}, "temperature"),
         ({"train": {"max_length": 64}}, "`train.max_length` is said by `rollout.max_prompt`"),
@@ -171,6 +174,15 @@ def test_the_example_trains_as_it_is(tmp_path: Path, tether: Tether, monkeypatch
     assert parquet.read_table(tmp_path / "out" / "rollouts" / "000001-0.parquet").num_rows == 160
 
 
+def test_the_recipe_for_a_gpu_is_a_run_file() -> None:
+    """It has been run nowhere here; its keys and values are checked all the same."""
+    run = load_run_file(EXAMPLE.parent / "grpo_gsm8k" / "run.yaml", ["train.use_cpu=true"])
+    args, adapter, keywords = build(run)
+    assert (args.rollout_engine, args.vllm_url, args.zero_variance) == ("vllm", None, "resample")
+    assert adapter is not None
+    assert keywords["train_dataset"]["fields"] == {"prompt": "question"}
+
+
 def test_the_schema_has_rewards_rollouts_and_the_losses() -> None:
     schema = json_schema()
     assert {"rewards", "rollout"} <= schema["properties"].keys()
@@ -181,5 +193,6 @@ def test_the_schema_has_rewards_rollouts_and_the_losses() -> None:
     ]
     assert ["grpo", "dapo", "dr_grpo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "reinforce"] in losses
     assert ["rloo"] in losses
+    assert ["online_dpo"] in losses
     group = schema["$defs"]["Rollout"]["properties"]["group"]
     assert group["default"] == 8

@@ -108,6 +108,18 @@ def test_refuses(model: PreTrainedModel, prompts: list[str], options: dict, mess
         generate(model, TOKENIZER, prompts, **options)
 
 
+def test_a_forced_last_token_of_the_checkpoint_does_not_leak_in(model: PreTrainedModel):
+    """BART's settings force an end at the last place: what is not said would be filled in by `generate`."""
+    plain = generate(model, TOKENIZER, PROMPTS, max_new_tokens=4, temperature=0)
+    model.generation_config.forced_eos_token_id = 20
+    model.generation_config.suppress_tokens = list(range(30, 60))
+    try:
+        assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=4, temperature=0) == plain
+        assert model.generation_config.forced_eos_token_id == 20
+    finally:
+        model.generation_config.forced_eos_token_id = model.generation_config.suppress_tokens = None
+
+
 def test_an_encoder_decoder_gives_what_its_decoder_wrote():
     """Greedy, against the most likely tokens of plain forwards."""
     model, tokenizer = tiny_seq2seq("bart", vocab_size=384).eval(), tiny_seq2seq_tokenizer("t5")

@@ -142,7 +142,7 @@ def assert_alike(ours, theirs, unlike=frozenset(), tolerance=3e-4):
     "name", [pytest.param(one, marks=() if one in ("dapo", "kl") else pytest.mark.slow) for one in CASES]
 )
 def test_three_steps_equal_trl(name, tmp_path):
-    """On policy, then the second update of a rollout, then another one: off policy the ratios count."""
+    """R8: on policy, then the second update of a rollout, then another one: off policy the ratios count."""
     ours, theirs = both(tmp_path, num_iterations=2, **CASES[name])
     assert_alike(ours, theirs, UNLIKE.get(name, ()))
 

@@ -120,6 +120,7 @@ def test_each_prompt_is_computed_once_and_a_finished_branch_no_more():
 
 
 def test_all_stop_tokens_end_a_completion_and_are_its_last():
+    """R20."""
     policy = tiny_model().eval()
     for engine in (TreeEngine(), TransformersEngine()):
         for group in engine.generate(policy, requests(16), SAMPLING):

@@ -6,13 +6,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from tether import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from tether import GRPOConfig, GRPOTrainer, OnlineDPOConfig, OnlineDPOTrainer, RLOOConfig, RLOOTrainer
 from tiny import QUIET, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PROMPTS = [{"prompt": "the film" + " was" * (i % 3), "want": i % 2} for i in range(8)]
 CLASSES = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+PAIRS = {"online_dpo": (OnlineDPOTrainer, OnlineDPOConfig)}
 SETTINGS: dict[str, Any] = {
     **QUIET,
     "per_device_train_batch_size": 8,
@@ -41,7 +42,7 @@ def policy(seed: int = 0, **changes: Any) -> Any:
 
 def trainer(folder: Any, algorithm: str = "grpo", *, rewards: Any = even, **arguments: Any) -> Any:
     """A trainer; settings are told from its arguments by their names."""
-    made, config = CLASSES[algorithm]
+    made, config = {**CLASSES, **PAIRS}[algorithm]
     fields = config.__dataclass_fields__
     settings = {**SETTINGS, **{name: arguments.pop(name) for name in list(arguments) if name in fields}}
     rows = arguments.pop("train_dataset", PROMPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tether import GRPOConfig
+import tether.training
+from tether import GRPOConfig, OnlineDPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
 from tether.objectives import OBJECTIVES
 from tether.scoring import pack
+from tether.training.config import PreferenceConfig
 from tether.training.online.config import REFUSED
 from tether.training.setup.run import build_step
 from tether.training.source.rollouts import Shape
@@ -258,6 +261,48 @@ def test_skipped_groups_change_nothing(tmp_path):
     assert tokens[1] < tokens[0]
 
 
+def test_groups_without_variance_are_replaced(tmp_path):
+    """Dynamic sampling: other prompts take their place, counted and kept; a function of the seed, so that a resumed run
+    and a replayed one have the same."""
+
+    def some(completion_ids, want):
+        return [float(w * sum(ids)) for ids, w in zip(completion_ids, want, strict=True)]
+
+    settings = {"rewards": some, "save_strategy": "steps", "save_steps": 1, "zero_variance": "resample"}
+    made = trained(tmp_path / "run", **settings)
+    plain = trained(tmp_path / "plain", rewards=some)
+    assert max(log["frac_reward_zero_std"] for log in steps(plain)) > 0
+    for log in steps(made):
+        assert log["frac_reward_zero_std"] == 0.0
+    replaced = [log["groups/resampled"] for log in steps(made)]
+    assert max(replaced) > 0
+    for number, count in enumerate(replaced):
+        file = tmp_path / "run" / "rollouts" / f"{number:06d}-0.parquet"
+        rows = parquet.read_table(file)["source_row"].to_pylist()
+        assert len(rows) == 8 + 4 * count
+        assert len(set(rows)) == len(rows) // 4, "no prompt twice"
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    again = trainer(tmp_path / "again", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert_same(weights(made), weights(again))
+    replayed = trained(tmp_path / "replayed", **settings, replay_rollouts=str(tmp_path / "run"))
+    assert_same(weights(made), weights(replayed))
+
+
+def test_resampling_ends(tmp_path):
+    """All rewards equal: the rounds end, and so do the prompts."""
+    made = trained(
+        tmp_path,
+        rewards=lambda completion_ids: [1.0] * len(completion_ids),
+        zero_variance="resample",
+        resample_rounds=9,
+        max_steps=1,
+    )
+    (log,) = steps(made)
+    assert log["groups/resampled"] == 6.0, "the prompts that are no part of the rollout"
+    assert log["frac_reward_zero_std"] == 1.0
+
+
 def test_shares_of_processes_are_those_of_one(tmp_path):
     """R10: completions of a rollout, in their order, whatever the processes and batches."""
     whole = Shape(4, 16, 1, 1, 1, 0, 0, False, 4, 4)
@@ -419,6 +464,21 @@ def test_rollout_functions_are_checked_and_trained_on(tmp_path):
         )
 
 
+def test_a_rollout_function_may_bring_the_rewards(tmp_path):
+    def sample(prompts, trainer):
+        ids = [[10 + k % 4, 11, 2] for k in range(len(prompts))]
+        rewards = [float(k % 4) for k in range(len(prompts))]
+        found = {"completion_ids": ids, "logprobs": None, "rewards": rewards}
+        return {"prompt_ids": [[5, 6, 7]] * len(prompts), **found}
+
+    made = trained(tmp_path, rewards=None, rollout_func=sample, max_steps=1)
+    (log,) = steps(made)
+    assert log["reward"] == 1.5
+    assert log["frac_reward_zero_std"] == 0.0
+    advantages = made.run.source._held[1][0][0].completion_values["advantage"]
+    assert advantages[0] < advantages[1] < 0 < advantages[2] < advantages[3]
+
+
 def test_what_cannot_be_is_refused_before_weights_load(tmp_path):
     def wants_gold(completions, gold):
         return []
@@ -432,7 +492,7 @@ def test_what_cannot_be_is_refused_before_weights_load(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_fields_say_why(name):
-    """Section 11: TRL's fields that do nothing here are errors, named, with the reason."""
+    """R23: TRL's fields that do nothing here are errors, named, with the reason."""
     algorithms = [config for _, config in CLASSES.values() if name in config.__dataclass_fields__]
     kept = REFUSED[name][0]
     other = {bool: not kept, int: 7, float: 0.7, str: "other"}.get(type(kept), "other")
@@ -442,6 +502,17 @@ def test_refused_fields_say_why(name):
     for config in algorithms:
         with pytest.raises(ConfigError, match=rf"^{name} is .*; it must stay"):
             config(output_dir="unused", use_cpu=True, report_to="none", **{name: other})
+
+
+@pytest.mark.parametrize("config", [config for _, config in (*CLASSES.values(), (None, OnlineDPOConfig))])
+def test_every_field_is_read_or_refused(config):
+    """R23: what a run does not look at must stay as it is."""
+    source = "\n".join(path.read_text("utf-8") for path in Path(tether.training.__file__).parent.rglob("*.py"))
+    options = {one for row in OBJECTIVES[config.algorithm].values() for one in row.defaults}  # read by the registry
+    own = config.__dataclass_fields__.keys() - PreferenceConfig.__dataclass_fields__.keys() - options
+    assert len(own) > 30
+    unread = [name for name in own - REFUSED.keys() if not re.search(rf'\.{name}\b|"{name}"', source)]
+    assert not unread
 
 
 @pytest.mark.parametrize(
@@ -464,7 +535,7 @@ def test_refused_fields_say_why(name):
         ({"temperature": 0.0}, "temperature is 0"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
-        ({"zero_variance": "resample"}, "zero_variance is 'resample', which is not built"),
+        ({"resample_rounds": 2}, "zero_variance is 'keep', so that nothing is sampled again"),
     ],
 )
 def test_wrong_values_name_the_field(arguments, said):

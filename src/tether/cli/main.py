@@ -18,6 +18,8 @@ from tether.cli.foreign.trl import COMMANDS, trl_command
 from tether.cli.init import init
 from tether.cli.plan import plan
 from tether.cli.precompute import precompute
+from tether.cli.rollouts import app as rollouts_app
+from tether.cli.sample import sample
 from tether.cli.store import app as store_app
 from tether.cli.train import TrainCommand, train
 
@@ -40,6 +42,8 @@ app.command(
     "precompute",
     help="Fill the store of a run file with the reference's log-probabilities, ahead of training.",
 )(precompute)
+app.command("sample", help="Sample and judge completions of a run file's prompts: pairs, ranked lists, labels.")(sample)
+app.add_typer(rollouts_app, name="rollouts")
 app.add_typer(store_app, name="store")
 app.add_typer(data.app, name="data")
 

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
-from tether.config.sections import LOADING, Judge, Lora, Model, Peft, Quantize, Reference, Rollout, Section
+from tether.config.sections import (
+    LOADING,
+    Asked,
+    Judge,
+    Lora,
+    Model,
+    Peft,
+    Quantize,
+    Reference,
+    Rollout,
+    Section,
+)
 from tether.errors import ConfigError
-from tether.rewards import READY_MADE, python_function
+from tether.reference import RemoteOptions
+from tether.rewards import (
+    READY_MADE,
+    EndpointJudge,
+    FunctionJudge,
+    Reward,
+    as_rewards,
+    judge_reward,
+    python_function,
+    win_rate,
+)
 from tether.training import OnlineConfig, PreferenceConfig
+from tether.training.online.algorithm import as_reward_functions
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -173,6 +196,12 @@ def _online(run: RunConfig, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **rollout, "reward_weights": [judge.weight for judge in run.rewards]}
 
 
+def rewards_of(judges: Sequence[Judge]) -> tuple[Reward, ...]:
+    """The reward functions of a list of entries, with names and weights."""
+    functions = as_reward_functions([_reward(judge) for judge in judges])
+    return as_rewards(functions, [judge.weight for judge in judges])
+
+
 def _reward(judge: Judge) -> Any:
     """The reward function of an entry of `rewards`.
 
@@ -181,6 +210,13 @@ def _reward(judge: Judge) -> Any:
     """
     if judge.python is not None:
         return python_function(judge.python)
+    if isinstance(judge.judge, Asked):
+        said = judge.judge.model_dump()
+        by, instructions, most = (said.pop(name) for name in ("by", "instructions", "max_tokens"))
+        asked = EndpointJudge(RemoteOptions(**said), instructions, most)
+        return judge_reward(asked) if by == "rating" else win_rate(asked)
+    if judge.judge is not None:
+        return win_rate(FunctionJudge(python_function(judge.judge)))
     if judge.name is None:
         return judge.model
     if judge.name not in READY_MADE:

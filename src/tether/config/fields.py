@@ -51,7 +51,11 @@ def config_class(loss: Loss) -> type[PreferenceConfig]:
     row = row_of(loss)
     classes = [one for one in vars(tether.training).values() if isinstance(one, type)]
     found = [one for one in classes if issubclass(one, PreferenceConfig) and one.algorithm]
-    return next(one for one in found if one.algorithm == (row.algorithm if row else "dpo"))
+    preset = [one for one in found if one.preset is not None and one.preset == loss]
+    ordinary = (one for one in found if one.preset is None)
+    return next(iter(preset), None) or next(
+        one for one in ordinary if one.algorithm == (row.algorithm if row else "dpo")
+    )
 
 
 def trainer_class(loss: Loss) -> type[TetherTrainer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -16,13 +17,14 @@ from tether.errors import ConfigError
 from tether.evaluate.named import NamedModel, Trained
 from tether.models.load import check_source, is_adapter
 from tether.models.reward import is_classifier
-from tether.reference.record import RECORD, read_record
+from tether.reference.record import RECORD, TENSORS, read_record
 from tether.training.checkpoint import last_checkpoint
 from tether.training.saving.whole import MANIFEST, require_whole
 
 REFERENCE = ":reference"
 CONFIG = "config.yaml"
-_MARKS = (CONFIG, RECORD, "metrics.jsonl")
+METRICS = "metrics.jsonl"
+_MARKS = (CONFIG, RECORD, METRICS)
 # Values of `train` that belong to the machine and the schedule and not to the model.
 _OF_THE_STEPS = {field.name for field in dataclasses.fields(TrainingArguments)}
 
@@ -91,21 +93,38 @@ def _weights(folder: Path) -> Path:
 def _trained(run: Path, weights: Path) -> Trained:
     place = weights if (weights / RECORD).is_file() else run
     record = read_record(place)
-    identity, moves = (None, 0) if record is None else (record[0], _moves(place))
+    facts: dict[str, Any] = {"conversational": _conversational(run)}
+    if record is not None:
+        facts["identity"] = record[0]
+        facts |= {} if record[0].sync is None else _moved(run, place)
     if not (run / CONFIG).is_file():
-        return Trained(run, identity=identity, moves=moves, conversational=_conversational(run))
+        return Trained(run, **facts)
     config = load_run_file(run / CONFIG)
-    loss = config.objective.loss
     return Trained(
         folder=run,
         model=config.model.name,
         args=build(_of_the_model(config))[0],
-        algorithm=trainer_class(loss).algorithm_class,
+        algorithm=trainer_class(config.objective.loss).algorithm_class,
         reference_model=config.reference.model,
-        identity=identity,
-        moves=moves,
-        conversational=_conversational(run),
+        **facts,
     )
+
+
+def _moved(run: Path, place: Path) -> dict[str, Any]:
+    """How often a moving reference had moved and where its values are; the run folder's own record is of the start."""
+    if place == run:
+        last = last_checkpoint(run)
+        if last is None or int(last.name.rpartition("-")[2]) != _last_step(run):
+            return {}
+        place = last
+    moves = int(json.loads((place / RECORD).read_text(encoding="utf-8")).get("moves", 0))
+    return {"moves": moves, "tensors": place / TENSORS}
+
+
+def _last_step(run: Path) -> int:
+    path = run / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return max((int(json.loads(line).get("step", 0)) for line in lines if line.endswith("}")), default=0)
 
 
 def _conversational(run: Path) -> bool | None:
@@ -113,10 +132,6 @@ def _conversational(run: Path) -> bool | None:
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     form = (data.get("train") or {}).get("form")
     return None if form is None else form != "standard"
-
-
-def _moves(folder: Path) -> int:
-    return int(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("moves", 0))
 
 
 def _of_the_model(config: RunConfig) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
     """The values, with the defaults of the loss' configuration, and what the loss' name stands for."""
     row, config = row_of(loss), config_class(loss)
     fields = config.__dataclass_fields__
-    default = {key: fields[name].default for key, name in fields_under("objective", config).items()}
+    default = {key: _default(fields[name]) for key, name in fields_under("objective", config).items()}
     default |= {"loss": loss, **(row.preset if row else {})}
     rate = {"learning_rate": fields["learning_rate"].default}
     for section, own in (("objective", default), ("train", rate)):
@@ -138,6 +139,11 @@ def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
         if isinstance(given, dict):
             values = {**values, section: {**own, **given}}
     return values
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory
+    return field.default if isinstance(made, type(dataclasses.MISSING)) else made()
 
 
 def _apply(values: dict[str, Any], override: str, given: dict[KeyPath, str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pydantic import TypeAdapter
 
+import tether.training
 from tether.config.fields import adapter_fields, config_class, fields_under
 from tether.config.run import RunConfig
 from tether.config.sections import ADAPTERS
@@ -21,6 +23,9 @@ def json_schema() -> dict[str, Any]:
     algorithms = {name: [row.run_file_key for row in rows.values()] for name, rows in OBJECTIVES.items()}
     configs = {name: config_class(next(filter(None, keys))) for name, keys in algorithms.items()}
     configs["dpo"] = config_class(["sigmoid"])
+    presets = [one for one in vars(tether.training).values() if getattr(one, "preset", None)]
+    for one in presets:
+        configs[one.preset], algorithms[one.preset] = one, [one.preset]
     train = schema["$defs"]["Train"]
     for config in configs.values():
         train["properties"] = {**_properties("train", config), **train["properties"]}
@@ -37,13 +42,14 @@ def json_schema() -> dict[str, Any]:
 def _objective(config: type[PreferenceConfig], keys: list[str]) -> dict[str, Any]:
     """A mapping of the losses of one algorithm and their options."""
     loss: dict[str, Any] = {"enum": keys}
-    if config.algorithm == "dpo":
+    pairs = config.algorithm == "dpo" and config.preset is None
+    if pairs:
         names = {"type": "array", "items": {"enum": list(OBJECTIVES["dpo"])}, "minItems": 1}
         loss = {"anyOf": [loss, names], "default": "sigmoid"}
     return {
         "type": "object",
         "properties": {**_properties("objective", config), "loss": loss},
-        "required": [] if config.algorithm == "dpo" else ["loss"],
+        "required": [] if pairs else ["loss"],
         "additionalProperties": False,
     }
 
@@ -55,7 +61,8 @@ def _properties(section: str, config: type[PreferenceConfig]) -> dict[str, Any]:
         field, made = config.__dataclass_fields__[name], _schema_of(field_types(config)[name])
         text = field.metadata.get("help")
         if isinstance(text, Text):
-            made = {**made, "description": str(text), "default": field.default, **_bounds(text)}
+            default = {} if field.default is dataclasses.MISSING else {"default": field.default}
+            made = {**made, "description": str(text), **default, **_bounds(text)}
         found[key] = made
     return found
 

@@ -355,27 +355,6 @@ class Rollout(Section, section="rollout"):
     """`rollout:` how completions are sampled, how often they are trained on, and what is left out."""
 
 
-class Judge(Section, extra="allow"):
-    """`rewards:` a list of these, each with one of `name`, `python` and `model`; a ready-made one with its options."""
-
-    name: Text | None = key(
-        None,
-        "A ready-made one, see docs/grpo.md; other keys are its options, as in {name: numeric_answer, column: gold}.",
-    )
-    python: Text | None = key(None, "A function in a local file, as in rewards.py:brevity; the file is run.")
-    model: Text | None = key(None, "A model that classifies sequences, with one label.")
-    weight: float = key(1.0, "Weight in the sum of rewards.", "a number")
-
-    @model_validator(mode="after")
-    def _one_of_three(self) -> Judge:
-        given = [name for name in ("name", "python", "model") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"it has {', '.join(given) or 'none'} of name, python and model; a reward has one of them")
-        if self.further and self.name is None:
-            raise ValueError(f"`{next(iter(self.further))}` is an option, which a ready-made reward (`name`) alone has")
-        return self
-
-
 class Sync(Section, section="reference.sync"):
     """`reference.sync:` a reference that moves (TR-DPO): it becomes `alpha * policy + (1 - alpha) * reference`."""
 
@@ -399,6 +378,55 @@ class Remote(Section):
         "nats, above 0, or null",
     )
     api_key_env: Text | None = key(None, "Environment variable with the server's key.")
+
+
+class Asked(Remote):
+    """`rewards: - judge:` a model behind an OpenAI-compatible `/v1/chat/completions`."""
+
+    by: Literal["rating", "wins"] = key(
+        "rating",
+        "rating: from 1 to 10, each completion alone; wins: against the others of its prompt, in both orders.",
+    )
+    instructions: Text | None = key(
+        None, "What it is asked, with {prompt}, {first} and for wins {second}; null: see docs/rewards.md."
+    )
+    max_tokens: int = key(512, "Tokens of its answer.", "a whole number from 1", ge=1)
+
+    @model_validator(mode="after")
+    def _no_tolerance(self) -> Asked:
+        if self.tolerance is not None:
+            raise ValueError("`tolerance` is of log-probabilities, which a judge does not give. Leave it out")
+        return self
+
+
+class Judge(Section, extra="allow"):
+    """`rewards:` a list of these, each with one of `name`, `python`, `model` and `judge`; a ready-made one with its
+    options."""
+
+    name: Text | None = key(
+        None,
+        "A ready-made one, see docs/rewards.md; other keys are options, as in {name: numeric_answer, column: gold}.",
+    )
+    python: Text | None = key(None, "A function in a local file, as in rewards.py:brevity; the file is run.")
+    model: Text | None = key(None, "A model that classifies sequences, with one label.")
+    judge: Text | Asked | None = key(
+        None,
+        "What compares or rates completions: a served model, or a function (prompt, first, second) in a local file.",
+        "a mapping such as {url: …, model: …, by: wins}, or a function as in judges.py:better",
+    )
+    weight: float = key(1.0, "Weight in the sum of rewards.", "a number")
+
+    @model_validator(mode="after")
+    def _one_of_these(self) -> Judge:
+        kinds = ("name", "python", "model", "judge")
+        given = [name for name in kinds if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"it has {', '.join(given) or 'none'} of name, python, model and judge; a reward has one of them"
+            )
+        if self.further and self.name is None:
+            raise ValueError(f"`{next(iter(self.further))}` is an option, which a ready-made reward (`name`) alone has")
+        return self
 
 
 class Reference(Section, section="reference"):

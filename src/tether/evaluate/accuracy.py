@@ -127,7 +127,8 @@ def _between(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _by_value(column: str, scored: ScoredRows) -> Iterator[tuple[str, np.ndarray]]:
-    values = [scored.rows[column][int(row)] for row in scored.source_rows]
+    every = list(scored.rows[column])
+    values = [every[row] for row in scored.source_rows.tolist()]
     distinct = {value if isinstance(value, (str, int, float, bool)) else str(value) for value in values}
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in distinct)
     if numbers and len(distinct) > _NUMBERS:

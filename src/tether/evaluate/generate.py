@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tether.errors import ConfigError
 from tether.models.load import ensure_pad_token
-from tether.models.structure import evaluation_mode, transformers_model
+from tether.models.structure import evaluation_mode, own_generation_settings_away, transformers_model
 
 
 def generate(
@@ -57,7 +57,8 @@ def generate(
     texts = [""] * len(prompts)
     sampler: Any = model
     devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), evaluation_mode(model), torch.inference_mode():
+    modes = evaluation_mode(model), own_generation_settings_away(model, base)
+    with torch.random.fork_rng(devices), modes[0], modes[1], torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -106,7 +107,10 @@ def _config(
     ends: Any = getattr(model.generation_config, "eos_token_id", None)
     ends = list(ends) if isinstance(ends, list) else [ends]
     ends.append(tokenizer.eos_token_id)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+    starts = ("decoder_start_token_id", "bos_token_id")  # what a decoder of its own begins with
+    own = [(name, getattr(model.generation_config, name, None), getattr(model.config, name, None)) for name in starts]
+    sampling |= {name: one if one is not None else other for name, one, other in own if (one, other) != (None, None)}
     return GenerationConfig(
         do_sample=temperature > 0,
         max_new_tokens=max_new_tokens,

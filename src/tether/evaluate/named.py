@@ -21,13 +21,12 @@ from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy
 from tether.models.adapters import continue_adapter
 from tether.models.fingerprint import model_fingerprint
-from tether.models.load import check_source, is_adapter, load_processing
+from tether.models.load import DTYPES, check_source, is_adapter, load_processing
 from tether.models.reward import is_classifier, load_reward_model
 from tether.models.spec import ModelSpec, embed_tokens
 from tether.models.structure import adapter_configs, adapters_off, dtype_of
 from tether.reference.base import frozen_pass
 from tether.reference.methods.model import may_move
-from tether.reference.record import TENSORS
 from tether.training import PreferenceConfig
 from tether.training.algorithms.base import Algorithm
 from tether.training.algorithms.reward import Reward
@@ -52,6 +51,7 @@ class Trained:
         reference_model: name of the other model that was the reference; None for none.
         identity: of the reference; None where there is no record.
         moves: how often the reference had moved.
+        tensors: file with the values of a reference that had moved; None where no checkpoint holds them.
         conversational: whether its rows were conversations; None where that is not known.
     """
 
@@ -62,6 +62,7 @@ class Trained:
     reference_model: str | None = None
     identity: ReferenceIdentity | None = None
     moves: int = 0
+    tensors: Path | None = None
     conversational: bool | None = None
 
     @property
@@ -116,6 +117,7 @@ class NamedModel:
         if run is not None and run.args is not None and run.model is not None:
             options = policy_spec(run.model, run.args).options()
         recorded = run.identity.dtype if run is not None and run.identity is not None else None
+        recorded = recorded if recorded in DTYPES else None
         by_run = options.get("dtype") if options.get("dtype") != "auto" else None
         return {**options, "dtype": self.dtype or by_run or recorded or "auto"}
 
@@ -208,7 +210,7 @@ class _Reference:
                 f"'{self.named.name}': the run {self.run.folder} was trained without a reference. Name another model."
             )
         policy = replace(self.named, name=str(self.run.folder), role="policy")
-        if self.run.moves or identity.sync is not None:
+        if identity.sync is not None:
             return self._moved(policy)
         if identity.method == "adapter_off" and is_adapter(self.named.source):
             shares = beside is not None and beside.named.source == self.named.source
@@ -257,11 +259,11 @@ class _Reference:
 
     def _moved(self, policy: NamedModel) -> Loaded:
         """A reference that moved: the tensors of the checkpoint, in the model that they were kept of."""
-        identity, place = self._identity(), Path(self.named.source) / TENSORS
-        if self.run.moves and not place.is_file():
+        identity, place = self._identity(), self.run.tensors
+        if place is None:
             raise ReferencePolicyError(
-                f"The reference of {self.run.folder} moved {self.run.moves} times, and only a checkpoint holds where "
-                f"it stood. Name one: {self.run.folder}/checkpoint-N:reference."
+                f"The reference of {self.run.folder} moves {identity.sync}, and no checkpoint of the last step holds "
+                f"where it stood. Name a checkpoint: {self.run.folder}/checkpoint-N, or another --reference."
             )
         if not self.run.moves:
             model, processing = self._alone(identity)
@@ -294,6 +296,9 @@ class _Reference:
         if found == identity.fingerprint:
             logger.info(f"reference: {identity.meaning} of {self.run.folder}, {found}, as it was trained against")
             return True
+        if identity.method == "snapshot" and is_adapter(self.named.source):
+            # The hash may be of the start with its adapter, which then was no zero (PiSSA, virtual tokens).
+            return None
         logger.warning(
             f"reference: '{identity.source}' is {found} now, and {self.run.folder} was trained against "
             f"{identity.fingerprint}: the weights or the libraries changed since, so what follows is not of that model"

@@ -20,6 +20,7 @@ from tether.objectives.preference import Numbers
 from tether.reference import refuse_other_tokenizer
 from tether.scoring import choose_layout, pack, score
 from tether.scoring.divergence import token_divergence, with_frozen_head
+from tether.scoring.layout.proof import LOG_PROBS
 from tether.scoring.reward import REWARDS, reward
 from tether.training import CPOConfig, DPOConfig, ORPOConfig, PreferenceConfig
 from tether.types import Example, Kind, Scores, ScoringBatch
@@ -172,7 +173,7 @@ def implicit_rewards(
         numbers = Numbers(policy, reference, combination, torch.tensor(list(sizes)), {})
         return combination.beta * numbers.reward_logratios()
     if beta is None and isinstance(args, (CPOConfig, ORPOConfig)):
-        row = CONTRASTS[args.loss_type if isinstance(args, CPOConfig) else "orpo"]
+        row = CONTRASTS[args.loss_type if isinstance(args, CPOConfig) else "odds_ratio"]
         shape = args.alpha if isinstance(args, CPOConfig) else 0.0
         logps = policy.mean_logps if row.per_token else policy.logps
         return _beta(args, beta) * shaped_reward(logps, shape)
@@ -232,10 +233,9 @@ def examples_of(rows: Dataset, named: NamedModel, reading: Reading, processing: 
 
 
 def _layout(loaded: Loaded, examples: Sequence[Example]) -> Any:
-    # The longest first rows prove least about leaks and cost most; any real ones do.
-    measures = {"measures": REWARDS} if loaded.named.classifies else {}
+    measures = REWARDS if loaded.named.classifies else LOG_PROBS
     with loaded.in_effect() as model:
-        return choose_layout(model, examples[:_PROBE_ROWS], **measures)
+        return choose_layout(model, examples[:_PROBE_ROWS], measures=measures)
 
 
 @dataclass(frozen=True)

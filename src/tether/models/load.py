@@ -181,8 +181,8 @@ def load_tokenizer(
         ConfigError: there is no tokenizer, or it has neither a padding nor an end token.
     """
     place = Path(source).expanduser()
-    # A folder may hold a tokenizer alone.
-    alone = revision is None and (place / "tokenizer.json").is_file() and not (place / "config.json").is_file()
+    # A folder may hold a tokenizer alone, or beside a model that is no policy.
+    alone = revision is None and (place / "tokenizer.json").is_file()
     folder = str(place) if alone else _local(source, revision)
     if is_adapter(folder) and not any(Path(folder).glob("tokenizer*")):
         base = _base_of_adapter(Path(folder))

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tether.compat.bitsandbytes import keep_quantized_layout
 from tether.compat.messages import BIAS_STAYS
@@ -115,6 +115,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def own_generation_settings_away(*models: nn.Module) -> Iterator[None]:
+    """Inside, `generate` finds no settings of the checkpoint to fill in, such as a last token that is forced."""
+    held = [(model, model.generation_config) for model in models if hasattr(model, "generation_config")]
+    for model, _ in held:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for model, config in held:
+            model.generation_config = config
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -27,6 +29,7 @@ _SCHEMA = pa.schema(
         "finish": pa.string(),
         "text": pa.string(),
         "rewards": pa.string(),
+        "row": pa.string(),
     }
 )
 
@@ -44,6 +47,7 @@ def write_rollout(
     rewards: Sequence[dict[str, float | None]] | None = None,
     engine: str,
     sampling: Sampling,
+    weights: Mapping[str, float] | None = None,
 ) -> None:
     """Write a rollout; a file appears whole or not at all.
 
@@ -54,6 +58,7 @@ def write_rollout(
         rewards: of each completion by function; None before they are known.
         engine: that sampled.
         sampling: how.
+        weights: of the rewards, by function.
     """
     flat = [
         (group, branch, one)
@@ -73,11 +78,12 @@ def write_rollout(
             "finish": one.finish,
             "text": text,
             "rewards": json.dumps(reward) if reward else None,
+            "row": json.dumps(dict(group.request.row), default=str, ensure_ascii=False),
         }
         for (group, branch, one), text, reward in zip(flat, texts, given, strict=True)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"engine": engine, "sampling": sampling.digest}
+    about = {"engine": engine, "sampling": sampling.digest, "weights": json.dumps(dict(weights or {}))}
     table = pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata(about)
     whole = path.with_suffix(".unfinished")
     parquet.write_table(table, whole)
@@ -86,6 +92,66 @@ def write_rollout(
 
 def _listed(values: Tensor | None) -> list[float] | None:
     return None if values is None else values.tolist()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A completion as it lies on disk.
+
+    Args:
+        source_row: number of its row in the data.
+        branch: its place in the group.
+        row: the row's columns, `prompt` among them.
+        ids: of its tokens.
+        text: the same, decoded.
+        finish: `stop` or `length`.
+        rewards: by function; empty where none were given yet.
+        total: their weighted sum; None where none applies.
+    """
+
+    source_row: int
+    branch: int
+    row: Mapping[str, Any]
+    ids: list[int]
+    text: str
+    finish: str
+    rewards: Mapping[str, float | None]
+    total: float | None
+
+
+def kept_rollouts(folder: Path) -> list[int]:
+    """Numbers of the rollouts in a run folder.
+
+    Raises:
+        RolloutError: there is none.
+    """
+    found = sorted({int(path.name.split("-")[0]) for path in (folder / FOLDER).glob("[0-9]*-*.parquet")})
+    if not found:
+        raise RolloutError(f"There are no rollouts in {folder}: give the folder of a run that kept them.")
+    return found
+
+
+def read_rollout(folder: Path, number: int) -> list[list[Kept]]:
+    """The completions of a rollout by prompt, of all processes.
+
+    Raises:
+        RolloutError: it was not kept.
+    """
+    groups: dict[int, list[Kept]] = {}
+    paths = sorted((folder / FOLDER).glob(f"{number:06d}-*.parquet"))
+    if not paths:
+        raise RolloutError(f"Rollout {number} is not in {folder}; there are {len(kept_rollouts(folder))} rollouts.")
+    for path in paths:
+        table = parquet.read_table(path)
+        weights = json.loads((table.schema.metadata or {}).get(b"weights", b"{}"))
+        for row in table.to_pylist():
+            rewards = json.loads(row["rewards"] or "{}")
+            known = [value * weights.get(name, 1.0) for name, value in rewards.items() if value is not None]
+            total = sum(known) if known else None
+            columns, said = json.loads(row["row"]), (row["completion_ids"], row["text"], row["finish"])
+            one = Kept(row["source_row"], row["branch"], columns, *said, rewards, total)
+            groups.setdefault(one.source_row, []).append(one)
+    return [sorted(group, key=lambda one: one.branch) for group in groups.values()]
 
 
 class ReplayEngine:

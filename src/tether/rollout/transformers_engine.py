@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from tether.models.structure import evaluation_mode, transformers_model, unwrap
+from tether.models.structure import (
+    evaluation_mode,
+    own_generation_settings_away,
+    transformers_model,
+    unwrap,
+)
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling
 from tether.rollout.sample import draw
 from tether.scoring.layout.encoder_decoder import is_encoder_decoder
@@ -88,25 +93,12 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
     )
     sampler: Any = unwrap(policy)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    with _own_settings_away(sampler, inner):
+    with own_generation_settings_away(sampler, inner):
         output = sampler.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([draws]))
     output = output[:, start:].cpu()
     logps = torch.stack(draws.logps, 1)
     kept = torch.stack(draws.kept, 1) if draws.kept else None
     return [_cut(output[row], logps[row], None if kept is None else kept[row], sampling) for row in range(len(wanted))]
-
-
-@contextmanager
-def _own_settings_away(*models: Any) -> Iterator[None]:
-    """Inside, `generate` finds no settings of the checkpoint to fill in, such as a last token that is forced."""
-    held = [(model, model.generation_config) for model in models if hasattr(model, "generation_config")]
-    for model, _ in held:
-        model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for model, config in held:
-            model.generation_config = config
 
 
 def _cut(ids: Tensor, logps: Tensor, kept: Tensor | None, sampling: Sampling) -> Completion:

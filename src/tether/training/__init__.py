@@ -4,6 +4,7 @@ from tether.training.algorithms.cpo import CPO, CPOConfig, CPOTrainer
 from tether.training.algorithms.dpo import DPO, DPOConfig, DPOTrainer
 from tether.training.algorithms.grpo import GRPO, GRPOConfig, GRPOTrainer
 from tether.training.algorithms.kto import KTO, KTOConfig, KTOTrainer
+from tether.training.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig, OnlineDPOTrainer
 from tether.training.algorithms.orpo import ORPO, ORPOConfig, ORPOTrainer
 from tether.training.algorithms.reward import Reward, RewardConfig, RewardTrainer
 from tether.training.algorithms.rloo import RLOO, RLOOConfig, RLOOTrainer
@@ -31,6 +32,9 @@ __all__ = [
     "ORPOConfig",
     "ORPOTrainer",
     "OnlineConfig",
+    "OnlineDPO",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
     "PreferenceConfig",
     "RLOOConfig",
     "RLOOTrainer",

@@ -116,6 +116,8 @@ class Declared(metaclass=Configuration):
     """Base of configurations; a subclass that names its algorithm gets a field for each option in the registry."""
 
     algorithm: ClassVar[Algorithm | None] = None
+    # What a run file calls it in place of a loss, where it is not the ordinary configuration of its losses.
+    preset: ClassVar[str | None] = None
 
     def __init_subclass__(cls, algorithm: Algorithm | None = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

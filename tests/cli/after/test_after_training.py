@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
@@ -14,46 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cli.conftest import Workplace
-from tether.cli.main import main
+from cli.after.runs import Run
 from tether.config.named import named_model
-
-Json = Any
-
-
-class Run:
-    """A tiny LoRA run of six steps with a checkpoint at the third, and a way to call commands in its folder."""
-
-    def __init__(self, path: Path, *overrides: str) -> None:
-        self.path = path
-        self.place = Workplace(path)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(path)
-            assert main(["train", "run.yaml", "train.learning_rate=0.02", *overrides]) == 0
-        self.out = path / "out"
-
-    def metrics(self) -> Json:
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        return next(row for row in map(json.loads, reversed(lines)) if "eval_rewards/accuracies" in row)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return Run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture
-def call(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.chdir(run.path)
-
-    def _call(*arguments: str, code: int = 0) -> tuple[str, str]:
-        capsys.readouterr()
-        found = main(list(arguments))
-        out, err = capsys.readouterr()
-        assert found == code, out + err
-        return out, err
-
-    return _call
 
 
 def test_eval_agrees_with_the_evaluation_of_training(run: Run, call: Any) -> None:
@@ -184,7 +145,7 @@ def test_chat_answers_lines_of_a_pipe(call: Any, monkeypatch: pytest.MonkeyPatch
     ("arguments", "words"),
     [
         (("eval", "nowhere", "--data", "held_out.jsonl"), "'nowhere'"),
-        (("eval", "model:reference", "--data", "held_out.jsonl"), "is no folder of a run"),
+        (("eval", "model:reference", "--data", "held_out.jsonl"), "is not the folder of a run"),
         (("eval", "out", "--data", "nothing.jsonl"), "nothing.jsonl"),
         (("eval", "out", "--data", "held_out.jsonl", "--by", "colour"), "no column 'colour'"),
         (("eval", "out", "--data", "prompts.jsonl"), "chosen"),

@@ -1,10 +1,10 @@
-"""Commands for what comes after training: evaluate, score, compare, talk to, merge, report."""
+"""Commands for what comes after training: evaluate, score, compare, talk to, merge, export."""
 
 from __future__ import annotations
 
 import typer
 
-from tether.cli.after import chat, compare, merge, report, score
+from tether.cli.after import chat, compare, export, merge, report, score
 from tether.cli.after import eval as evaluation
 
 
@@ -16,3 +16,4 @@ def register(app: typer.Typer) -> None:
     app.command("chat", help=chat.HELP, epilog=chat.EXAMPLE)(chat.chat)
     app.command("report", help=report.HELP, epilog=report.EXAMPLE)(report.report)
     app.command("merge", help=merge.HELP, epilog=merge.EXAMPLE)(merge.merge)
+    app.command("export", help=export.HELP, epilog=export.EXAMPLE)(export.export)

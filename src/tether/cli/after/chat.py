@@ -14,7 +14,7 @@ from tether.cli.run import Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tether.evaluate.chat import Conversation
+    from tether.evaluate.answers.chat import Conversation
 
 HELP = "Talk to a model and to what it was trained against, together, by the run's own template."
 EXAMPLE = "Example: tether chat runs/demo, or: echo 'My review:' | tether chat runs/demo --max-new-tokens 32"
@@ -39,8 +39,8 @@ def chat(
         TetherError: nothing is at the model's name, or it writes nothing.
     """
     from tether.cli.output import terminal_output
-    from tether.evaluate.chat import Conversation
-    from tether.evaluate.sampled import Generation
+    from tether.evaluate.answers.chat import Conversation
+    from tether.evaluate.answers.sampled import Generation
 
     generation = Generation(max_new_tokens, temperature, top_p, seed)
     with terminal_output(debug):

@@ -15,7 +15,7 @@ from tether.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from tether.evaluate.compare import Comparison
+    from tether.evaluate.answers.compare import Comparison
     from tether.evaluate.named import Loaded
 
 HELP = "Answers of two models to the same prompts, side by side; in the terminal and as a page."
@@ -54,8 +54,8 @@ def compare(
     """
     from tether.cli.output import terminal_output
     from tether.config.named import named_model
-    from tether.evaluate.compare import compare_answers, comparison_page
-    from tether.evaluate.sampled import Generation, prompt_rows
+    from tether.evaluate.answers.compare import compare_answers, comparison_page
+    from tether.evaluate.answers.sampled import Generation, prompt_rows
 
     if (data is None) == (not prompt):
         raise ConfigError("There is nothing to answer, or two kinds of it. Give --data FILE, or --prompt TEXT.")
@@ -87,7 +87,7 @@ def _load_both(names: list) -> tuple[Loaded, Loaded]:
 
 
 def _typed(texts: list[str], left: Loaded, right: Loaded) -> Dataset:
-    from tether.evaluate.sampled import talks, typed_prompts
+    from tether.evaluate.answers.sampled import talks, typed_prompts
 
     if talks(left) != talks(right):
         raise ConfigError(

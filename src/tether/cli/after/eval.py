@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tether.cli.after.compare import MaxNew, Seed, Temperature
+from tether.cli.after.judge import Judged
 from tether.cli.after.options import (
     AsJson,
     Beta,
@@ -13,6 +16,7 @@ from tether.cli.after.options import (
     Dtype,
     First,
     Format,
+    MaxLength,
     MaxTokens,
     Model,
     Reference,
@@ -24,12 +28,19 @@ from tether.cli.after.options import (
     watch,
 )
 from tether.cli.run import Debug
+from tether.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tether.evaluate.accuracy import Evaluation, Preferred
-    from tether.evaluate.intervals import Interval
+    from datasets import Dataset
 
-HELP = "Reward accuracy and margins of held-out pairs with intervals, by length and by column; KL to the reference."
+    from tether.evaluate.accuracy import Evaluation, Preferred
+    from tether.evaluate.answers.sampled import Generation
+    from tether.evaluate.answers.win_rate import WinRate
+    from tether.evaluate.intervals import Interval
+    from tether.evaluate.named import Loaded, NamedModel
+    from tether.evaluate.scored import Reading
+
+HELP = "Reward accuracy and margins of held-out pairs with intervals, by length and by column; KL; win rate by a judge."
 EXAMPLE = "Example: tether eval runs/demo --data heldout.jsonl --by source"
 
 
@@ -42,37 +53,104 @@ def evaluate(
     ] = None,
     beta: Beta = None,
     kl: Annotated[bool, typer.Option("--kl/--no-kl", help="KL of policy and reference at each scored token.")] = True,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Also the win rate over the reference, by a server's address, FILE.py:FUNCTION or a reward model.",
+            metavar="URL|FILE.py:NAME|MODEL",
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option("--judge-model", help="Name that the server knows it by.")] = None,
+    judge_key: Annotated[
+        str | None, typer.Option("--judge-key-env", help="Environment variable with the server's key.")
+    ] = None,
+    max_new_tokens: MaxNew = 128,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
     layout: Format = None,
     split: Split = None,
     first: First = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Limit in tokens; left out: the run's.", min=2)
-    ] = None,
+    max_length: MaxLength = None,
     max_tokens: MaxTokens = 2048,
     dtype: Dtype = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Print accuracy, margins and KL of held-out pairs.
+    """Print accuracy, margins and KL of held-out pairs, and the win rate on their prompts.
 
     Raises:
-        TetherError: nothing is at the model's name, the rows are no pairs, or a column is missing.
+        TetherError: nothing is at the model's name, the rows do not fit, or a column is missing.
     """
     from tether.cli.output import terminal_output
-    from tether.evaluate.accuracy import evaluate_pairs
-    from tether.evaluate.scored import Reading, load_for, score_rows
+    from tether.evaluate.answers.sampled import Generation
+    from tether.evaluate.scored import Reading
 
+    judged = None if judge is None else Judged(judge, judge_model, judge_key)
+    if judged is None and (judge_model or judge_key):
+        raise ConfigError("--judge-model and --judge-key-env belong to --judge, which was not given.")
+    asked = _Asked(
+        named_pair(model, reference, dtype),
+        source_of(data, layout, split, first),
+        Reading(max_length=max_length, max_tokens=max_tokens, beta=beta),
+        tuple(by or ()),
+        judged,
+        Generation(max_new_tokens, temperature, seed=seed),
+    )
     with terminal_output(debug):
-        named = named_pair(model, reference, dtype)
-        reading = Reading(max_length=max_length, max_tokens=max_tokens, beta=beta)
-        rows = load_for(source_of(data, layout, split, first), reading, by or ())
-        policy, other = load_pair(*named)
-        scored = score_rows(rows, policy, other, reading, wants_kl=kl, watch=watch)
-        found = evaluate_pairs(scored, model, other.named.name if other else None, by or ())
+        pairs, wins = asked.found(kl)
+    _show(pairs, wins, as_json)
+
+
+def _show(pairs: Evaluation | None, wins: WinRate | None, as_json: bool) -> None:
     if as_json:
-        print_json(found.to_dict())
-    else:
-        _print(found)
+        print_json({**(pairs.to_dict() if pairs else {}), **({"win_rate": wins.to_dict()} if wins else {})})
+        return
+    if pairs is not None:
+        _print(pairs)
+    if wins is not None:
+        _print_wins(wins)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be found out."""
+
+    named: tuple[NamedModel, NamedModel | None]
+    source: Any
+    reading: Reading
+    by: tuple[str, ...]
+    judged: Judged | None
+    generation: Generation
+
+    def found(self, kl: bool) -> tuple[Evaluation | None, WinRate | None]:
+        """What pairs show, where the rows are pairs, and the win rate, where a judge was named."""
+        from tether.data.sources.load import load_of_kind
+        from tether.evaluate.answers.sampled import prompt_rows
+        from tether.evaluate.scored import load_for
+
+        prompts, judge, other = None, None, self.named[1]
+        if self.judged is not None:
+            if other is None:
+                raise ConfigError("A win rate is over another model: name it with --reference.")
+            judge, prompts = self.judged.made(), prompt_rows(self.source)
+        alone = prompts is not None and load_of_kind(self.source, name="data")[1] != "pair"
+        if alone and self.by:
+            raise ConfigError("--by groups pairs, and the rows are none. Leave it out.")
+        rows = None if alone else load_for(self.source, self.reading, self.by)
+        policy, second = load_pair(*self.named)
+        pairs = None if rows is None else self._pairs(rows, policy, second, kl)
+        if prompts is None or judge is None or second is None:
+            return pairs, None
+        from tether.evaluate.answers.win_rate import compare_models
+
+        return pairs, compare_models(policy, second, prompts, judge, self.generation, watch=watch)
+
+    def _pairs(self, rows: Dataset, policy: Loaded, second: Loaded | None, kl: bool) -> Evaluation:
+        from tether.evaluate.accuracy import evaluate_pairs
+        from tether.evaluate.scored import score_rows
+
+        scored = score_rows(rows, policy, second, self.reading, wants_kl=kl, watch=watch)
+        return evaluate_pairs(scored, policy.named.name, second.named.name if second else None, self.by)
 
 
 def _print(found: Evaluation) -> None:
@@ -100,6 +178,20 @@ def _print(found: Evaluation) -> None:
             table.add_row(name, f"{group.pairs:,}", *_cells(group))
         console.print()
         console.print(table)
+
+
+def _print_wins(found: WinRate) -> None:
+    order = f", {found.turned} of them as the order decided" if found.turned else ""
+    unknown = found.prompts - found.judged
+    for line in (
+        f"\nwin rate of {found.first} over {found.second} by {found.judge}: {percent(found.rate)} of {found.judged} "
+        f"prompts ({found.wins} wins, {found.ties} ties{order}, {found.losses} losses)"
+        + (f"; {unknown} answers of the judge were not understood" if unknown else ""),
+        f"at equal length: {percent(found.controlled)}; the answers have {found.characters[0]:.0f} and "
+        f"{found.characters[1]:.0f} characters on average",
+        f"answers: {found.how}",
+    ):
+        typer.echo(line)
 
 
 def _kl_lines(found: Evaluation) -> list[str]:

@@ -33,6 +33,7 @@ Beta = Annotated[
     float | None, typer.Option(help="Multiplies log-ratios; left out: the reward of the run's own objective.", min=0.0)
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens computed at once.", min=2)]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Limit in tokens; left out: the run's.", min=2)]
 First = Annotated[int | None, typer.Option("--first", help="Only so many rows.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 NONE = "none"

@@ -14,6 +14,7 @@ from tether.cli.after.options import (
     Dtype,
     First,
     Format,
+    MaxLength,
     MaxTokens,
     Reference,
     Split,
@@ -43,9 +44,7 @@ def score(
     layout: Format = None,
     split: Split = None,
     first: First = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Limit in tokens; left out: the run's.", min=2)
-    ] = None,
+    max_length: MaxLength = None,
     max_tokens: MaxTokens = 2048,
     dtype: Dtype = None,
     as_json: AsJson = False,

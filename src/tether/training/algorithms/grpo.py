@@ -17,7 +17,7 @@ from tether.objectives import OBJECTIVES, Range
 from tether.objectives.online.advantages import group_advantages, normalize_then_sum, weighted_sum
 from tether.objectives.online.policy_gradient import PolicyGradient
 from tether.rollout import RolloutEngine
-from tether.training.declared import REGISTERED, option, refused
+from tether.training.declared import REGISTERED, Whole, option, refused
 from tether.training.online.algorithm import Online
 from tether.training.online.config import REFUSED, OnlineConfig
 from tether.training.setup.data import Rows
@@ -67,8 +67,14 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
     )
     zero_variance: str = option(
         "keep",
-        "`skip`: completions of groups whose rewards are all equal are not computed, which changes nothing at beta 0.",
-        allowed=("keep", "skip"),
+        "Groups whose rewards are all equal; `skip`: they are not computed, the same gradient at beta 0; `resample`: "
+        "other prompts take their place (DAPO's dynamic sampling).",
+        allowed=("keep", "skip", "resample"),
+    )
+    resample_rounds: int = option(
+        3,
+        "How often `resample` looks for other prompts; groups that are equal still are kept as they are.",
+        allowed=(Whole(1),),
     )
     kl_estimator: str = option("k3", "Estimate of the KL divergence in the loss, `k2` or `k3`.", allowed=("k2", "k3"))
     kl_place: str = option(
@@ -98,11 +104,11 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
         if self.scale_rewards not in _SCALES:
             raise ConfigError(f"is {self.scale_rewards!r}; allowed are group, batch, none.", "scale_rewards")
         self.scale_rewards = {True: "group", False: "none"}.get(cast(Any, self.scale_rewards), self.scale_rewards)
-        if self.zero_variance == "resample":
+        if self.resample_rounds != 3 and self.zero_variance != "resample":
             raise ConfigError(
-                "is 'resample', which is not built: what a step trains on would hang on earlier rewards, and no longer "
-                "on the seed alone, as resume and replay need. Take 'skip', which computes nothing for such groups.",
-                "zero_variance",
+                f"is {self.resample_rounds}, and zero_variance is {self.zero_variance!r}, so that nothing is sampled "
+                "again. Leave it out.",
+                "resample_rounds",
             )
         super().__post_init__()
         row = self.objective_rows[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -31,6 +31,7 @@ from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.online.config import OnlineConfig
 from tether.training.online.experience import GIVEN, Experience, Plan, means_of
 from tether.training.online.function import FunctionEngine
+from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
 from tether.training.source.base import Source
@@ -92,6 +93,8 @@ class Online(Algorithm[Scores]):
 
     args: OnlineConfig
     still_steps = True
+    # Of each group the best and the worst completion are a pair.
+    pairs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -191,25 +194,38 @@ class Online(Algorithm[Scores]):
         shown: list[TrainerCallback] = []
         if args.log_completions:
             folder = Path(str(args.output_dir))
-            shown.append(CompletionsTable(lambda: self._made.last, folder, args.num_completions_to_print))
+            shown.append(CompletionsTable(lambda: self.made.last, folder, args.num_completions_to_print))
         return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown)
 
     @property
-    def _made(self) -> Experience:
+    def made(self) -> Experience:
+        """What samples and judges."""
         assert self._experience is not None, "source() comes first"
         return self._experience
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have as it was, for its completions and rewards to be those of the whole run."""
-        names = ("temperature", "top_p", "top_k", "min_p", "max_completion_length", "num_generations", "num_iterations")
+        names = (
+            "zero_variance",
+            "resample_rounds",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "max_completion_length",
+            "num_generations",
+            "num_iterations",
+        )
         rewards = [[one.name, one.weight] for one in self.rewards]
         seed = self.args.seed if self.args.rollout_seed is None else self.args.rollout_seed
-        return {name: getattr(self.args, name) for name in names} | {"rewards": rewards, "rollout_seed": seed}
+        known = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
+        return known | {"rewards": rewards, "rollout_seed": seed}
 
     def _require_room(self, rows: Any) -> None:
         """Refuse prompts after which the model has no place for a whole completion, before any weights load."""
         context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
         longest, most = max(map(len, rows["prompt_ids"])), self.args.max_completion_length
+        self._longest = longest
         if isinstance(context, int) and not self.model_config.is_encoder_decoder and longest + most > context:
             fits = f"max_prompt_length to {context - most} or less, or " if context - most > 1 else ""
             raise ConfigError(
@@ -243,6 +259,25 @@ class Online(Algorithm[Scores]):
             leave_without_variance=self.leaves_without_variance,
             folder=Path(str(args.output_dir)) if args.keep_rollouts else None,
             table=args.log_completions,
+            pairs=self.pairs,
+            resample_rounds=args.resample_rounds if getattr(args, "zero_variance", "") == "resample" else 0,
+            serving=self._serving() if args.rollout_engine == "vllm" else None,
+        )
+
+    def _serving(self) -> Serving:
+        args = self.args
+        return Serving(
+            args.vllm_url,
+            args.vllm_python,
+            args.vllm_server_timeout,
+            args.vllm_concurrency,
+            args.vllm_tolerance,
+            args.vllm_gpu_memory_utilization,
+            args.vllm_tensor_parallel_size,
+            # The proof has eight tokens after a prompt, and one more is asked for.
+            args.vllm_max_model_length or self._longest + max(args.max_completion_length, 16),
+            Path(str(args.output_dir)) / "vllm.log",
+            self._tokenizer.save_pretrained,
         )
 
     def _decode(self, ids: list[int]) -> str:
@@ -285,15 +320,15 @@ class Online(Algorithm[Scores]):
         if "reward" not in means or self._evaluating:
             self._evaluating = False
             return means
-        return {**means, **self._made.progress.since()}
+        return {**means, **self.made.progress.since()}
 
     def state(self) -> dict[str, float]:
         """The first reward."""
-        return self._made.progress.state()
+        return self.made.progress.state()
 
     def load_state(self, state: dict[str, float]) -> None:
         """See `state`."""
-        self._made.progress.load(state)
+        self.made.progress.load(state)
 
     def begin_evaluation(self, passes: Passes) -> Context:
         """Figures of an evaluation are its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import gcd
 from typing import Any
 
@@ -12,22 +12,16 @@ from tether.objectives.online.correction import MODES, Correction, Mode
 from tether.training.config import PreferenceConfig
 from tether.training.declared import Whole, option, refused
 
-_LATER = "multi-turn rollouts and servers are not built yet; a `rollout_func` may sample wherever it likes"
+_BY_FILES = "weights reach the server by files on this machine, or as an adapter"
 # TRL's fields that are refused when they are set: what they must stay, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
-    "use_vllm": (False, f"a vLLM server is not started or fed with weights yet: {_LATER}"),
-    "vllm_mode": ("colocate", f"it belongs to use_vllm: {_LATER}"),
-    "vllm_model_impl": ("vllm", f"it belongs to use_vllm: {_LATER}"),
-    "vllm_enable_sleep_mode": (False, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_structured_outputs_regex": (None, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_server_base_url": (None, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_server_host": ("0.0.0.0", f"it belongs to use_vllm: {_LATER}"),
-    "vllm_server_port": (8000, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_server_timeout": (240.0, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_group_port": (51216, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_gpu_memory_utilization": (0.3, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_max_model_length": (None, f"it belongs to use_vllm: {_LATER}"),
-    "vllm_tensor_parallel_size": (1, f"it belongs to use_vllm: {_LATER}"),
+    "vllm_model_impl": ("vllm", "the server is started as vLLM has it; give one that runs otherwise by its address"),
+    "vllm_enable_sleep_mode": (False, "a server that sleeps drops its weights; lower vllm_gpu_memory_utilization"),
+    "vllm_structured_outputs_regex": (
+        None,
+        "tokens would be drawn from another distribution than the one that is trained",
+    ),
+    "vllm_group_port": (51216, f"no NCCL group is formed: {_BY_FILES}"),
     "vllm_importance_sampling_cap": (None, "TRL has renamed it; set vllm_importance_sampling_clip_max"),
     "max_tool_calling_iterations": (None, "multi-turn rollouts come from a `rollout_func` that returns `env_mask`"),
     "use_transformers_paged": (False, "the tree engine drops finished rows already"),
@@ -54,6 +48,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "entropy_coef_delta": (0.005, "the entropy is reported, and has no gradient yet"),
     "entropy_target": (0.2, "the entropy is reported, and has no gradient yet"),
     "auto_find_batch_size": (False, "a rollout holds whole groups; lower per_device_train_batch_size"),
+}
+
+
+# What describes a server that the run starts.
+_OF_OWN_SERVER = {
+    *("vllm_python", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"),
 }
 
 
@@ -120,9 +120,62 @@ class OnlineConfig(PreferenceConfig):
     rollout_engine: str = option(
         "auto",
         "What samples: `tree`, each prompt computed once for its group; `transformers`, by `generate`; `auto`: the "
-        "tree where it is proved.",
-        allowed=("auto", "tree", "transformers"),
+        "tree where it is proved; `vllm`: a server.",
+        allowed=("auto", "tree", "transformers", "vllm"),
         key="rollout.engine",
+    )
+    use_vllm: bool = option(
+        False,
+        "Sample by a vLLM server: `rollout_engine` is then `vllm`; the name is TRL's.",
+        key="the key rollout.engine",
+    )
+    vllm_mode: str = option(
+        "colocate",
+        "`server`: one that runs already; `colocate`: one of the run's own, on this machine.",
+        allowed=("colocate", "server"),
+        key="rollout.vllm_mode",
+    )
+    vllm_python: str | None = option(
+        None,
+        "Interpreter of the environment that has vLLM, for a server of the run's own: vLLM needs other versions of "
+        "packages than Tether.",
+        key="rollout.vllm_python",
+    )
+    vllm_server_base_url: str | None = option(
+        None, "Address of a server that runs already; it stands for `vllm_mode` `server`.", key="rollout.vllm_url"
+    )
+    vllm_server_host: str = option("0.0.0.0", "The same by host and port.", key="rollout.vllm_host")
+    vllm_server_port: int = option(8000, "See `vllm_server_host`.", allowed=(Whole(1),), key="rollout.vllm_port")
+    vllm_server_timeout: float = option(
+        240.0,
+        "Seconds that a request may take, and that a server of the run's own may take to start.",
+        allowed=(Range(0, low_included=False),),
+        key="rollout.vllm_timeout",
+    )
+    vllm_concurrency: int = option(
+        64, "Requests under way at once.", allowed=(Whole(1),), key="rollout.vllm_concurrency"
+    )
+    vllm_tolerance: float | None = option(
+        None,
+        "Nats that a token's log-prob may differ between server and trainer; unset: what the policy's dtype explains.",
+        allowed=(None, Range(0, low_included=False)),
+        key="rollout.vllm_tolerance",
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3,
+        "Share of a device's memory for a server of the run's own.",
+        allowed=(Range(0, 1, low_included=False),),
+        key="rollout.vllm_memory",
+    )
+    vllm_max_model_length: int | None = option(
+        None,
+        "Tokens of a prompt and its completion that a server of the run's own has room for; unset: the longest prompt "
+        "and `max_completion_length`.",
+        allowed=(None, Whole(2)),
+        key="rollout.vllm_context",
+    )
+    vllm_tensor_parallel_size: int = option(
+        1, "Devices of a server of the run's own.", allowed=(Whole(1),), key="rollout.vllm_devices"
     )
     replay_rollouts: str | None = option(
         None, "Folder of an earlier run whose completions are taken in place of new ones.", key="rollout.replay"
@@ -164,19 +217,10 @@ class OnlineConfig(PreferenceConfig):
     vllm_importance_sampling_clip_min: float | None = option(
         None, "Lower bound of these weights.", allowed=(None, Range(0)), key="rollout.correction_min"
     )
-    use_vllm: bool = refused(*REFUSED["use_vllm"])
-    vllm_mode: str = refused(*REFUSED["vllm_mode"])
     vllm_model_impl: str = refused(*REFUSED["vllm_model_impl"])
     vllm_enable_sleep_mode: bool = refused(*REFUSED["vllm_enable_sleep_mode"])
     vllm_structured_outputs_regex: str | None = refused(*REFUSED["vllm_structured_outputs_regex"])
-    vllm_server_base_url: str | None = refused(*REFUSED["vllm_server_base_url"])
-    vllm_server_host: str = refused(*REFUSED["vllm_server_host"])
-    vllm_server_port: int = refused(*REFUSED["vllm_server_port"])
-    vllm_server_timeout: float = refused(*REFUSED["vllm_server_timeout"])
     vllm_group_port: int = refused(*REFUSED["vllm_group_port"])
-    vllm_gpu_memory_utilization: float = refused(*REFUSED["vllm_gpu_memory_utilization"])
-    vllm_max_model_length: int | None = refused(*REFUSED["vllm_max_model_length"])
-    vllm_tensor_parallel_size: int = refused(*REFUSED["vllm_tensor_parallel_size"])
     vllm_importance_sampling_cap: float | None = refused(*REFUSED["vllm_importance_sampling_cap"])
     max_tool_calling_iterations: int | None = refused(*REFUSED["max_tool_calling_iterations"])
     use_transformers_paged: bool = refused(*REFUSED["use_transformers_paged"])
@@ -212,6 +256,7 @@ class OnlineConfig(PreferenceConfig):
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"is {getattr(self, name)!r}; it must stay {kept!r}: {reason}.", name)
         self.check_objective()
+        self._check_server()
         self._check_rows()
         self._check_correction()
         if self.num_completions_to_print is not None and not self.log_completions:
@@ -249,6 +294,53 @@ class OnlineConfig(PreferenceConfig):
                 )
         if self.top_k and self.top_k < 2:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
+
+    def _check_server(self) -> None:
+        """A server is wanted and described, or not wanted and not described."""
+        if self.use_vllm and self.rollout_engine not in ("auto", "vllm"):
+            raise ConfigError(f"is {self.rollout_engine!r}, and use_vllm is True. Leave one out.", "rollout_engine")
+        if self.use_vllm:
+            self.rollout_engine = "vllm"
+        changed = [
+            one.name
+            for one in fields(self)
+            if one.name.startswith("vllm_")
+            and not one.name.startswith("vllm_importance")
+            and getattr(self, one.name) != one.default
+        ]
+        if self.rollout_engine != "vllm":
+            if changed:
+                raise ConfigError(
+                    f"is {getattr(self, changed[0])!r}, and no vLLM server samples. Set rollout_engine to 'vllm', or "
+                    "leave it out.",
+                    changed[0],
+                )
+            return
+        if self.vllm_server_base_url is not None:
+            self.vllm_mode = "server"
+        own = self.vllm_mode == "colocate"
+        if own and self.vllm_python is None:
+            raise ConfigError(
+                "is unset, and the run starts a vLLM server of its own. Name the Python that has vLLM, or give the "
+                "address of a server as vllm_server_base_url.",
+                "vllm_python",
+            )
+        idle = {"vllm_server_host", "vllm_server_port"} if own else _OF_OWN_SERVER
+        whose = "the run's own" if own else "one that runs already"
+        for name in changed:
+            if name in idle:
+                raise ConfigError(
+                    f"is {getattr(self, name)!r}, and the server is {whose}, where it has no effect. Leave it out.",
+                    name,
+                )
+
+    @property
+    def vllm_url(self) -> str | None:
+        """Address of a server that runs already; None where the run starts one."""
+        if self.vllm_mode == "colocate":
+            return None
+        host = "127.0.0.1" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+        return self.vllm_server_base_url or f"http://{host}:{self.vllm_server_port}"
 
     def _check_correction(self) -> None:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max

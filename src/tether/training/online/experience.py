@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import Tensor
 from tether.errors import RewardError
 from tether.objectives.online.advantages import spread, weighted_sum, without_variance
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
-from tether.rollout import Group, RolloutEngine, RolloutRequest, Sampling
+from tether.rollout import Completion, Group, RolloutEngine, RolloutRequest, Sampling
 from tether.rollout.files import rollout_file, write_rollout
 from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
 from tether.training.algorithms.base import Passes
 from tether.training.online.gain import Progress
+from tether.training.online.serving import Served, Serving
 from tether.training.online.table import Completions
 from tether.types import Example, ScoringBatch
 
@@ -51,6 +53,9 @@ class Plan:
         leave_without_variance: completions of groups in which all rewards are equal are left out.
         folder: where rollouts are kept; None: nowhere.
         table: completions of the last rollout are held for the table.
+        serving: the server, where the engine is one.
+        resample_rounds: how often groups whose rewards are all equal are replaced by other prompts.
+        pairs: of each group the best and the worst completion are trained on, as a pair.
     """
 
     sampling: Sampling
@@ -66,6 +71,14 @@ class Plan:
     leave_without_variance: bool = False
     folder: Path | None = None
     table: bool = False
+    pairs: bool = False
+    serving: Serving | None = None
+    resample_rounds: int = 0
+
+    @property
+    def weights(self) -> Tensor:
+        """`[R]`; a `rollout_func` that returns the rewards itself has one."""
+        return torch.tensor([reward.weight for reward in self.rewards] or [1.0])
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,122 @@ class Wanted:
         number: of the rollout, or `eval`.
         group: completions of each prompt, over all processes.
         conversational: the rows' prompts are messages.
+        further: requests of so many prompts that are no part of it, from a place in their order on.
     """
 
     requests: tuple[tuple[RolloutRequest, ...], ...]
     number: int | str
     group: int
     conversational: bool
+    further: Callable[[int, int], list[RolloutRequest]] = lambda first, count: []
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was sampled for this process, and what its rewards are.
+
+    Args:
+        groups: with K completions.
+        texts: K.
+        judged: what reward functions saw.
+        table: what they said.
+        engine: that sampled.
+        seconds: that it took.
+        figures: of what came before, for the log.
+    """
+
+    groups: list[Group]
+    texts: list[str]
+    judged: Judged
+    table: RewardTable
+    engine: RolloutEngine
+    seconds: float
+    figures: Metrics = field(default_factory=dict)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """K, in order."""
+        return [one for group in self.groups for one in group.completions]
+
+    def replaced(self, places: Sequence[int], new: Sample, judge: Any, conversational: bool) -> Sample:
+        """With other groups at some places.
+
+        Args:
+            places: numbers of groups.
+            new: what stands there.
+            judge: makes `Judged` of groups and texts.
+            conversational: see `Wanted`.
+        """
+        starts = [0]
+        for group in self.groups:
+            starts.append(starts[-1] + len(group.completions))
+        rows = [row for place in places for row in range(starts[place], starts[place + 1])]
+        groups, texts, values = list(self.groups), list(self.texts), self.table.values.clone()
+        for place, group in zip(places, new.groups, strict=True):
+            groups[place] = group
+        for row, text in zip(rows, new.texts, strict=True):
+            texts[row] = text
+        values[rows] = new.table.values
+        extras: dict[str, list[Any]] = {}
+        for name in {**self.table.extras, **new.table.extras}:
+            extras[name] = list(self.table.extras.get(name, [None] * len(texts)))
+            for row, value in zip(rows, new.table.extras.get(name, [None] * len(rows)), strict=True):
+                extras[name][row] = value
+        metrics = {
+            name: [*self.table.metrics.get(name, []), *new.table.metrics.get(name, [])]
+            for name in {**self.table.metrics, **new.table.metrics}
+        }
+        seconds = tuple(a + b for a, b in zip_longest(self.table.seconds, new.table.seconds, fillvalue=0.0))
+        failed = tuple(a + b for a, b in zip_longest(self.table.failed, new.table.failed, fillvalue=0))
+        table = RewardTable(values, seconds, failed, metrics, extras)
+        judged = judge(groups, texts, conversational)
+        return Sample(groups, texts, judged, table, self.engine, self.seconds + new.seconds, self.figures)
+
+
+class Keeper:
+    """Writes a rollout's file: completions before rewards run, and once more with them; also those that are replaced.
+
+    Args:
+        path: of the file; None: nothing is kept.
+        plan: rewards and sampling.
+    """
+
+    def __init__(self, path: Path | None, plan: Plan) -> None:
+        self._path, self._plan = path, plan
+        self._groups: list[Group] = []
+        self._texts: list[str] = []
+        self._rewards: list[dict[str, float | None]] = []
+        self._engine = ""
+
+    def add(self, groups: Sequence[Group], texts: Sequence[str], engine: str) -> None:
+        """Keep completions whose rewards are not known yet."""
+        self._groups += groups
+        self._texts += texts
+        self._engine = engine
+        self._write()
+
+    def judged(self, table: RewardTable) -> None:
+        """Keep the rewards of what was added last."""
+        names = [one.name for one in self._plan.rewards]
+        for row in table.values.tolist():
+            self._rewards.append(
+                {name: _or_none(value) for name, value in zip(names, row, strict=True)} if names else {}
+            )
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        missing: list[dict[str, float | None]] = [{}] * (len(self._texts) - len(self._rewards))
+        write_rollout(
+            self._path,
+            self._groups,
+            self._texts,
+            rewards=[*self._rewards, *missing],
+            engine=self._engine,
+            sampling=self._plan.sampling,
+            weights={one.name: one.weight for one in self._plan.rewards},
+        )
 
 
 @dataclass
@@ -103,6 +226,7 @@ class Experience:
     evaluated: list[Metrics] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     last: Completions | None = None
+    served: Served | None = None
 
     @property
     def figures(self) -> list[str]:
@@ -110,49 +234,99 @@ class Experience:
         each = [f"rewards/{one.name}/mean" for one in self.plan.rewards]
         return [*each, "reward", "reward_std", "frac_reward_zero_std", *_lengths(torch.ones(1), torch.zeros(1) > 0)]
 
-    def make(self, wanted: Wanted) -> list[list[Example]]:
-        """The examples of each batch, with their advantages, weights, and log-probs that are constant.
+    def sample(self, wanted: Wanted) -> Sample:
+        """Completions, kept on disk before rewards run, and their rewards.
 
         Raises:
             RolloutError: no engine samples from what the trainer scores.
             RewardError: a reward function failed; the completions are on disk.
         """
-        passes, evaluating = self._passes(), wanted.number == "eval"
-        begun = time.perf_counter()
         requests = [one for batch in wanted.requests for one in batch]
-        engine = self._engine(requests)
-        groups = engine.generate(passes.model(), requests, self.plan.sampling)
-        sampled = time.perf_counter() - begun
+        self._engine(requests)
+        figures = {} if self.served is None else self.served.bring()
+        kept = self._keeper(wanted)
+        found = replace(self._sampled(wanted, requests, kept), figures=figures)
+        rounds = 0 if wanted.number == "eval" else self.plan.resample_rounds
+        return found if not rounds else self._with_variance(wanted, found, kept, rounds)
+
+    def _sampled(self, wanted: Wanted, requests: Sequence[RolloutRequest], kept: Keeper) -> Sample:
+        engine, begun = self._engine(requests), time.perf_counter()
+        groups = engine.generate(self._passes().model(), requests, self.plan.sampling)
+        seconds = time.perf_counter() - begun
         texts = [self.decode(one.ids.tolist()) for group in groups for one in group.completions]
-        keep = self._keeper(wanted, groups, texts, engine)
-        keep(None)
+        kept.add(groups, texts, engine.name)
         judged = judge_by(groups, texts, wanted.conversational)
         table = self._call(judged)
-        keep(table)
-        facts = torch.tensor([[one.length, one.finish == "length"] for group in groups for one in group.completions])
-        whole = self._gathered(torch.cat([table.values, facts.float()], 1))
+        kept.judged(table)
+        return Sample(groups, texts, judged, table, engine, seconds)
+
+    def _with_variance(self, wanted: Wanted, sample: Sample, kept: Keeper, rounds: int) -> Sample:
+        """Groups whose rewards are all equal, replaced by those of further prompts.
+
+        Which prompts come is a function of seed and rollout alone, so that a resumed run has the same.
+        """
+        weights = self.plan.weights
+        at = len(sample.completions) * self._passes().accelerator.process_index
+        owners = []
+        for group in sample.groups:
+            owners.append(at // wanted.group)
+            at += len(group.completions)
+        used = 0
+        for _ in range(rounds):
+            total = weighted_sum(self._gathered(sample.table.values), weights)
+            equal = without_variance(total, wanted.group).view(-1, wanted.group)[:, 0].nonzero()[:, 0].tolist()
+            further = dict(zip(equal, wanted.further(used, len(equal)), strict=False))
+            if not further:
+                break
+            used += len(further)
+            places = [place for place, owner in enumerate(owners) if owner in further]
+            requests = [
+                replace(further[owners[place]], branches=sample.groups[place].request.branches) for place in places
+            ]
+            new = self._sampled(wanted, requests, kept)
+            sample = sample.replaced(places, new, judge_by, wanted.conversational)
+        return replace(sample, figures={**sample.figures, "groups/resampled": float(used)})
+
+    def make(self, wanted: Wanted) -> list[list[Example]]:
+        """The examples of each batch, with their advantages, weights, and log-probs that are constant.
+
+        Raises:
+            RolloutError, RewardError: see `sample`.
+        """
+        sample, plan = self.sample(wanted), self.plan
+        facts = torch.tensor([[one.length, one.finish == "length"] for one in sample.completions])
+        whole = self._gathered(torch.cat([sample.table.values, facts.float()], 1))
         rewards, truncated = whole[:, :-2], whole[:, -1] > 0
-        weights = torch.tensor([reward.weight for reward in self.plan.rewards])
+        weights = plan.weights
         total = weighted_sum(rewards, weights)
         kept = self._kept(total, truncated, wanted.group)
-        count, first = len(texts), len(texts) * passes.accelerator.process_index
-        batches = self._batches(wanted, groups, kept[first : first + count], engine)
-        batches = [self._scored(batch) for batch in batches]
-        kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if self.plan.kl_in_reward else None
-        advantages = self.plan.advantages(rewards, weights, kl, wanted.group)
-        mine = iter(torch.stack([advantages, kept.float()], 1)[first : first + count].split(1))
-        found = [[_with_values(one, mine) for one in batch] for batch in batches]
+        first = len(facts) * self._passes().accelerator.process_index
+        mine = slice(first, first + len(facts))
+        if plan.pairs:
+            batches = [self._scored(batch) for batch in pairs_of(wanted, sample.groups, total[mine], kept[mine])]
+            advantages = torch.zeros(len(total))
+            kept = kept & ~without_variance(total.masked_fill(~kept, torch.nan), wanted.group)
+        else:
+            batches = self._batches(wanted, sample.groups, kept[mine], sample.engine)
+            batches = [self._scored(batch) for batch in batches]
+            kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if plan.kl_in_reward else None
+            advantages = plan.advantages(rewards, weights, kl, wanted.group)
+            values = iter(torch.stack([advantages, kept.float()], 1)[mine].split(1))
+            batches = [[_with_values(one, values) for one in batch] for batch in batches]
         metrics = {
-            **self._reward_metrics(rewards, total, kept, table, wanted.group),
+            **self._reward_metrics(rewards, total, kept, sample.table, wanted.group),
             **_lengths(whole[:, -2], truncated),
         }
         tokens = float(facts[:, 0].sum())
-        metrics |= {"rollout/seconds": sampled, "rollout/tokens_per_second": tokens / max(sampled, 1e-9)}
-        (self.evaluated if evaluating else self.pending).append(metrics)
-        if not evaluating:
+        metrics |= {**sample.figures, "rollout/seconds": sample.seconds}
+        metrics |= {"rollout/tokens_per_second": tokens / max(sample.seconds, 1e-9)}
+        if wanted.number == "eval":
+            self.evaluated.append(metrics)
+        else:
+            self.pending.append(metrics)
             self.progress.add(total, wanted.group)
-            self._hold(judged, table, rewards, advantages, wanted.group)
-        return found
+            self._hold(sample.judged, sample.table, rewards, advantages, wanted.group)
+        return batches
 
     def _hold(self, judged: Judged, table: RewardTable, rewards: Tensor, advantages: Tensor, group: int) -> None:
         """Keep what the table of completions shows; each process has to call."""
@@ -184,6 +358,9 @@ class Experience:
         return passes.gather(values.to(device)).cpu()
 
     def _engine(self, requests: Sequence[RolloutRequest]) -> RolloutEngine:
+        if self.engine is None and self.plan.serving is not None:
+            self.served = Served(self.plan.serving, self._passes(), requests, self.plan.sampling)
+            self.engine = self.served.engine
         if self.engine is None:
             passes = self._passes()
             self.engine = choose_engine(
@@ -196,34 +373,21 @@ class Experience:
             )
         return self.engine
 
-    def _keeper(
-        self, wanted: Wanted, groups: list[Group], texts: list[str], engine: RolloutEngine
-    ) -> Callable[[RewardTable | None], None]:
-        """Writes the rollout, before rewards run and once more with them; evaluations are not kept."""
+    def _keeper(self, wanted: Wanted) -> Keeper:
+        """Evaluations are not kept."""
         plan, number = self.plan, wanted.number
         if plan.folder is None or not isinstance(number, int):
-            return lambda table: None
-        path = rollout_file(plan.folder, number, self._passes().accelerator.process_index)
-
-        def keep(table: RewardTable | None) -> None:
-            rewards = (
-                None
-                if table is None
-                else [
-                    {one.name: _or_none(value) for one, value in zip(plan.rewards, row, strict=True)}
-                    for row in table.values.tolist()
-                ]
-            )
-            write_rollout(path, groups, texts, rewards=rewards, engine=engine.name, sampling=plan.sampling)
-
-        return keep
+            return Keeper(None, plan)
+        return Keeper(rollout_file(plan.folder, number, self._passes().accelerator.process_index), plan)
 
     def _call(self, judged: Judged) -> RewardTable:
         """The rewards; an error of one process reaches all."""
         passes = self._passes()
         given, table, error = judged.columns.get(GIVEN), None, None
         try:
-            if given is not None and not self.plan.rewards:
+            if not len(judged):  # of this process nothing is sampled again
+                table = RewardTable(torch.empty(0, max(1, len(self.plan.rewards))), (), ())
+            elif given is not None and not self.plan.rewards:
                 table = RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
             else:
                 table = call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
@@ -335,6 +499,44 @@ def _example(group: Group, kept: list[bool]) -> Example:
     ids = tuple(one if keep else one[:1] for one, keep in zip(example.completion_ids, whole, strict=True))
     scored = tuple(mask if keep else torch.ones(1, dtype=torch.bool) for mask, keep in zip(masks, whole, strict=True))
     return replace(example, completion_ids=ids, scored=None if all(map(torch.all, scored)) else scored)
+
+
+def pairs_of(wanted: Wanted, groups: Sequence[Group], rewards: Tensor, kept: Tensor) -> list[list[Example]]:
+    """For each batch the pairs of its groups: the best completion and the worst, the first of several.
+
+    Where no kept completion is better than another, the pair is of two single tokens and weighs nothing; it counts as
+    a pair, so that a step's loss is a mean over its prompts.
+
+    Args:
+        wanted: whole groups in each batch.
+        groups: with K completions.
+        rewards: `[K]`, NaN where none applies.
+        kept: bool `[K]`, which may be taken.
+    """
+    rest, found = iter(zip(groups, rewards.view(len(groups), -1), kept.view(len(groups), -1), strict=True)), []
+    for batch in wanted.requests:
+        examples = []
+        for _ in batch:
+            group, values, allowed = next(rest)
+            allowed = allowed & ~values.isnan()
+            best = int(values.masked_fill(~allowed, -torch.inf).argmax())
+            worst = int(values.masked_fill(~allowed, torch.inf).argmin())
+            weight = float(bool(allowed.any()) and bool(values[best] > values[worst]))
+            ids = [group.completions[place].ids for place in (best, worst)]
+            masks = [group.completions[place].written for place in (best, worst)]
+            if any(mask is not None and not bool(mask.any()) for mask in masks):
+                weight = 0.0
+            pair = tuple(one if weight else one[:1] for one in ids)
+            scored = None
+            if weight and any(mask is not None for mask in masks):
+                scored = tuple(
+                    torch.ones(len(one), dtype=torch.bool) if mask is None else mask
+                    for one, mask in zip(pair, masks, strict=True)
+                )
+            source = group.request.source_row
+            examples.append(Example(group.prompt, pair, source, {"weight": weight}, scored=scored))
+        found.append(examples)
+    return found
 
 
 def _with_values(example: Example, values: Any) -> Example:

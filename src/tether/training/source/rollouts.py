@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,24 @@ class RolloutSource(Source):
         rollout = epoch * (len(self) // self._shape.rounds) + number
         if self._held is None or self._held[0] != rollout:
             order, size = self._shape.order(len(self.rows), epoch), self._shape.prompts
-            shares = self._shape.shares(order[number * size : (number + 1) * size])
-            wanted = self._wanted(self.rows, self._raw, list(shares), rollout, self._shape.group)
+            taken = order[number * size : (number + 1) * size]
+            wanted = self._wanted(self.rows, self._raw, list(self._shape.shares(taken)), rollout, self._shape.group)
+            wanted = replace(wanted, further=self._further(taken, rollout))
             self._held = rollout, self._make(wanted)
         return self._held[1][inside % self._shape.batches]
+
+    def _further(self, taken: Sequence[int], rollout: int) -> Callable[[int, int], list[RolloutRequest]]:
+        """Prompts that are no part of a rollout, in an order that follows from seed and rollout."""
+        generator = torch.Generator().manual_seed(self._shape.seed * 1_000_003 + rollout)
+        drawn = torch.randperm(len(self.rows), generator=generator).tolist()
+        others = [row for row in drawn if row not in set(taken)]
+
+        def further(first: int, count: int) -> list[RolloutRequest]:
+            share = [(row, range(self._shape.group)) for row in others[first : first + count]]
+            wanted = self._wanted(self.rows, self._raw, [share], rollout, self._shape.group)
+            return list(wanted.requests[0])
+
+        return further
 
     def _wanted(
         self, rows: Dataset, raw: Dataset, shares: list[list[tuple[int, range]]], number: int | str, group: int
@@ -183,6 +197,13 @@ class RolloutSource(Source):
 
         requests = tuple(tuple(request(*one) for one in share) for share in shares)
         return Wanted(requests, number, group, conversational)
+
+    def in_order(self, prompts: int) -> Iterator[Wanted]:
+        """All rows in their order, so many at a time, each with its whole group; one process has them all."""
+        for number, start in enumerate(range(0, len(self.rows), prompts)):
+            places = range(start, min(start + prompts, len(self.rows)))
+            share = [(place, range(self._shape.group)) for place in places]
+            yield self._wanted(self.rows, self._raw, [share], number, self._shape.group)
 
     def evaluated(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Completions of an evaluation set's prompts, judged; each process has its own prompts, whole groups."""
@@ -292,6 +313,8 @@ def _tensors(batches: list[list[Example]]) -> dict[str, Tensor]:
             at = f"{b}.{e}"
             found[f"{at}.prompt"] = one.prompt_ids
             found[f"{at}.row"] = torch.tensor(one.source_row)
+            for name, value in one.values.items():
+                found[f"{at}.values.{name}"] = torch.tensor(value, dtype=torch.float64)
             for name, values in one.completion_values.items():
                 found[f"{at}.completion_values.{name}"] = values.clone()
             for k, ids in enumerate(one.completion_ids):
@@ -324,6 +347,7 @@ def _examples(found: dict[str, Tensor]) -> list[list[Example]]:
             found[f"{at}.prompt"],
             listed("ids"),
             int(found[key]),
+            {name: float(found[f"{at}.values.{name}"]) for name in named("values")},
             scored=listed("scored") or None,
             completion_values={name: found[f"{at}.completion_values.{name}"] for name in named("completion_values")},
             token_values={name: listed(f"token_values.{name}") for name in named("token_values")},

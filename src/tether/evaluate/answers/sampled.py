@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from datasets import Dataset
@@ -46,6 +47,13 @@ class Generation:
                 "are at least 1, at least 0, and above 0 and at most 1."
             )
 
+    def words(self) -> str:
+        """For a person."""
+        if self.temperature == 0:
+            return f"at most {self.max_new_tokens} tokens, the most likely each time"
+        nucleus = f", top_p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"at most {self.max_new_tokens} tokens, temperature {self.temperature:g}{nucleus}, seed {self.seed}"
+
     def sampling(self, stop_ids: tuple[int, ...]) -> Sampling:
         """As an engine takes it."""
         greedy = self.temperature == 0
@@ -72,7 +80,8 @@ def prompt_rows(source: Any, first: int | None = None) -> Dataset:
     for record in records:
         prompt = record.prompt
         if not prompt and record.completions and not isinstance(record.completions[0], str):
-            prompt = [message for message in record.completions[0] if message.get("role") != "assistant"][:1]
+            # A conversation that is trained on as a whole: what comes before the first answer is the prompt.
+            prompt = list(takewhile(lambda message: message.get("role") != "assistant", record.completions[0]))
         if prompt:
             row: dict[str, Any] = {"prompt": prompt} | ({"tools": record.tools} if record.tools else {})
             found.setdefault(str(row), row)
@@ -139,6 +148,6 @@ def answer(
 
 def stop_ids(loaded: Loaded) -> tuple[int, ...]:
     """Tokens that end an answer: what the model's generation settings and its tokenizer name."""
-    listed = getattr(transformers_model(loaded.model).generation_config, "eos_token_id", None)
-    ends = listed if isinstance(listed, (list, tuple)) else [listed]
+    listed: Any = getattr(transformers_model(loaded.model).generation_config, "eos_token_id", None)
+    ends: list[Any] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
     return tuple(sorted({int(one) for one in (*ends, loaded.tokenizer.eos_token_id) if one is not None}))

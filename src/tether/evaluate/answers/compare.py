@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 
+from tether.evaluate.answers.sampled import Generation, answer
 from tether.evaluate.named import Loaded
-from tether.evaluate.sampled import Generation, answer
 from tether.evaluate.scored import Watch, unwatched
+from tether.rewards.judge import prompt_text
 
 # Even a page that failed to escape something could run no script and load nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -52,36 +52,20 @@ def compare_answers(
     Args:
         left: a model.
         right: another one, or the same.
-        prompts: see `tether.evaluate.sampled.prompt_rows`.
+        prompts: see `tether.evaluate.answers.sampled.prompt_rows`.
         generation: how answers are drawn; both get the same draws.
         watch: shows how far it is.
     """
     texts = [
         answer(one, prompts, generation, watch=watch, words=f"sampling from {one.named.name}") for one in (left, right)
     ]
-    drawn = (
-        "the most likely token each time"
-        if generation.temperature == 0
-        else f"temperature {generation.temperature:g}, top_p {generation.top_p:g}, seed {generation.seed}"
-    )
     rows = zip(prompts["prompt"], *texts, strict=True)
     return Comparison(
         left.named.name,
         right.named.name,
-        f"at most {generation.max_new_tokens} tokens, {drawn}",
+        generation.words(),
         tuple(Answers(prompt_text(prompt), first, second) for prompt, first, second in rows),
     )
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as a person reads it.
-
-    >>> prompt_text([{"role": "user", "content": "Hello"}])
-    'user: Hello'
-    """
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def comparison_page(found: Comparison) -> str:

@@ -1,0 +1,1 @@
+"""What models write: sampled, side by side, in conversation, and judged."""

@@ -1,0 +1,174 @@
+"""Rollouts from a server (R17, R20, R21, R24): weights arrive after each step, or the run stops; a fake of vLLM."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tether import GRPOConfig
+from tether.errors import ConfigError, RolloutError
+from training.online import SETTINGS, policy, steps, trainer, weights
+from vllm_fake import serving_vllm
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def served(folder, server, **arguments):
+    settings = {"rollout_engine": "vllm", "vllm_server_base_url": server.url, "max_completion_length": 5, **arguments}
+    return trainer(folder, **settings)
+
+
+@pytest.fixture
+def server():
+    with serving_vllm(policy()) as one:
+        yield one
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_server_follows_the_policy(kind, server, tmp_path, caplog):
+    """R17: each step's weights are there before the next rollout, under a name of their own; log-probs agree."""
+    own = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
+    with caplog.at_level("INFO", "tether"):
+        made = served(tmp_path, server, **own)
+        made.train()
+    assert f"the server is sent {kind} weights" in caplog.text
+    logs = steps(made)
+    assert all(log["sync/logp_difference"] < 1e-4 for log in logs)
+    assert all(log["sampling/sampling_logp_difference/max"] < 1e-4 for log in logs)
+    assert all(log["sync/bytes"] > 1000 for log in logs)
+    names = {body["model"] for body in server.paths("/completions")}
+    if kind == "adapter":
+        loaded = [body["lora_name"] for body in server.paths("/load_lora_adapter")]
+        assert len(loaded) == len(set(loaded)) == 3
+        assert [body["lora_name"] for body in server.paths("/unload_lora_adapter")] == loaded[:2]
+        assert names == set(loaded)
+        assert not server.paths("/collective_rpc")
+    else:
+        assert len({body["kwargs"]["weights_path"] for body in server.paths("/collective_rpc")}) == 3
+        assert len(server.paths("/reset_prefix_cache")) == 3
+    folder = made.run.algorithm.made.served.engine._folder
+    assert len(list(folder.iterdir())) == 1, "the last version alone"
+    made.run.algorithm.made.served.close()
+    assert not folder.exists()
+
+
+def test_merging_leaves_the_policy_as_it_is(server, tmp_path):
+    """DoRA cannot be sent as a LoRA: merged weights, one layer at a time, and not a bit of the policy changes."""
+    made = served(tmp_path, server, peft_config=LoraConfig(**LORA, use_dora=True), learning_rate=0.0, max_steps=2)
+    before = {name: one.detach().clone() for name, one in made.policy.named_parameters()}
+    made.train()
+    assert len(server.paths("/collective_rpc")) == 2
+    for name, value in before.items():
+        assert torch.equal(value, dict(made.policy.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_server_that_keeps_old_weights_is_stopped(kind, server, tmp_path):
+    """R17, verl #7495: the first sync arrives and no later one."""
+    server.faults.ignore_weights = True
+    own = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
+    made = served(tmp_path, server, learning_rate=20.0 if own else 0.5, **own)
+    with pytest.raises(RolloutError, match="does not compute what the trainer does"):
+        made.train()
+    assert made.state.global_step == 1
+
+
+def test_a_stale_server_is_seen_through_what_its_dtype_explains(server, tmp_path):
+    """The other direction: where a tolerance is too wide to tell, it must have moved with the policy."""
+    server.faults.ignore_weights = True
+    made = served(tmp_path, server, learning_rate=0.5, vllm_tolerance=5.0)
+    with pytest.raises(RolloutError, match=r"has moved by .* nats on a few fixed sequences, and the vLLM server by 0%"):
+        made.train()
+    server.faults.ignore_weights = False
+    fine = served(tmp_path / "fine", server, learning_rate=0.5, vllm_tolerance=5.0)
+    fine.train()
+    assert fine.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "value", "said"),
+    [
+        ("keep_cache", True, "did not drop what it had computed with the old ones"),
+        ("other_prompt", True, "gave no completion of row .*: it read .* other prompt tokens"),
+        ("short", True, r"cut off at \d+ of \d+ tokens"),
+        ("without_ids", True, "without token ids or log-probs"),
+        ("past_the_end", True, "went on after a token that ends completions"),
+        ("noise", -0.05, "differs by 0.05 nats"),
+    ],
+)
+def test_what_a_server_may_do_wrong_is_named(fault, value, said, server, tmp_path):
+    setattr(server.faults, fault, value)
+    made = served(tmp_path, server, max_completion_length=30)
+    with pytest.raises(RolloutError, match=said):
+        made.train()
+
+
+def test_log_probs_before_the_temperature_are_refused(server, tmp_path):
+    """TRL #4159: a ratio of 2 at temperature 0.6."""
+    made = served(tmp_path, server, temperature=0.6)
+    made.train()
+    server.faults.raw = True
+    made = served(tmp_path / "raw", server, temperature=0.6)
+    with pytest.raises(RolloutError, match="--logprobs-mode processed_logprobs"):
+        made.train()
+
+
+def test_an_adapter_that_is_refused_says_how_to_start_the_server(server, tmp_path):
+    server.faults.refuse_adapters = True
+    with pytest.raises(RolloutError, match=r"greater than max_lora_rank 8.*--enable-lora"):
+        served(tmp_path, server, peft_config=LoraConfig(**LORA)).train()
+
+
+def test_a_server_that_is_gone_ends_the_run_in_time(tmp_path):
+    """R21."""
+    with serving_vllm(policy()) as server:
+        url = server.url
+    with pytest.raises(RolloutError, match="failed after 3 attempts"):
+        trainer(tmp_path, rollout_engine="vllm", vllm_server_base_url=url).train()
+
+
+def test_a_resumed_run_samples_the_same(server, tmp_path):
+    """R15 with a server: the same seeds, and the policy's weights are sent anew."""
+    whole = served(tmp_path / "whole", server, save_strategy="steps", save_steps=1)
+    whole.train()
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    again = served(tmp_path / "again", server, save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(value, weights(again)[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"use_vllm": True}, "vllm_python is unset"),
+        ({"vllm_server_base_url": "http://127.0.0.1:1"}, "no vLLM server samples"),
+        ({"use_vllm": True, "rollout_engine": "tree"}, "rollout_engine is 'tree', and use_vllm is True"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_python": "p"},
+            "vllm_python is 'p', and the server is one",
+        ),
+        ({"use_vllm": True, "vllm_python": "p", "vllm_server_port": 1}, "is the run's own, where it has no effect"),
+        ({"use_vllm": True, "vllm_python": "p", "vllm_enable_sleep_mode": True}, "a server that sleeps drops"),
+    ],
+)
+def test_a_server_is_described_where_one_is_wanted(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        GRPOConfig(output_dir="unused", **{**SETTINGS, **arguments})
+
+
+def test_trl_s_ways_to_name_a_server():
+    common = {"output_dir": "unused", **SETTINGS, "use_vllm": True, "vllm_mode": "server"}
+    assert GRPOConfig(**common).vllm_url == "http://127.0.0.1:8000"
+    assert GRPOConfig(**common, vllm_server_host="127.0.0.2", vllm_server_port=9).vllm_url == "http://127.0.0.2:9"
+    assert GRPOConfig(**common, vllm_server_base_url="http://localhost:7").vllm_url == "http://localhost:7"
+    assert GRPOConfig(**{**common, "vllm_mode": "colocate"}, vllm_python="python").vllm_url is None
+
+
+def test_a_server_elsewhere_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="must be on this machine"):
+        trainer(tmp_path, rollout_engine="vllm", vllm_server_base_url="http://example.com").train()
