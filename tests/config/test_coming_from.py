@@ -29,7 +29,7 @@ adapter: lora
 lora_r: 4
 datasets: [{path: pairs.jsonl, type: chatml.intel}]
 """,
-    "llamafactory": "model_name_or_path: some/model\nstage: dpo\nfinetuning_type: lora\ndataset: mine\ndataset_dir: .\n",
+    "llamafactory": "model_name_or_path: m\nstage: dpo\nfinetuning_type: lora\ndataset: mine\ndataset_dir: .\n",
 }
 
 

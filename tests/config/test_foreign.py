@@ -253,7 +253,7 @@ def test_an_axolotl_file_has_its_values_and_axolotls_defaults() -> None:
 def test_a_llamafactory_file_has_its_values_and_transformers_defaults() -> None:
     found = converted(LLAMAFACTORY)
     assert found.values == {
-        "model": {"name": "some/model"},
+        "model": {"name": "some/model", "chat_template": "fallback:llama3"},
         "lora": {"r": 8, "alpha": 16, "target": ["q_proj", "v_proj"]},
         "data": {"train": {"path": "pairs.json", "format": "alpaca", "fields": {"instruction": "ask"}}},
         "objective": {"loss": "sigmoid", "beta": 0.2},

@@ -127,7 +127,8 @@ def _options(run: RunConfig) -> dict[str, Any]:
         **_model(run.model),
     }
     if run.callbacks is not None and run.callbacks.early_stopping is not None:
-        options.setdefault("load_best_model_at_end", True)
+        if options.get("eval_strategy", "no") in ("no", False):
+            raise ConfigError("`callbacks.early_stopping` is given, and `train.eval_strategy` is no. Set it to steps.")
         options.setdefault("metric_for_best_model", "loss")
     options = _online(run, options)
     _refuse_idle_options(run)

@@ -13,7 +13,7 @@ logger = logging.getLogger("tether")
 
 
 class EarlyStopping(Section):
-    """`callbacks.early_stopping:` ends a run whose evaluation gets no better; needs `train.load_best_model_at_end`."""
+    """`callbacks.early_stopping:` ends a run whose evaluation gets no better, by `train.metric_for_best_model`."""
 
     patience: int = key(1, "Evaluations in a row without improvement after which the run ends.", "from 1", ge=1)
     threshold: float = key(0.0, "How much better counts as improvement.", "a number from 0", ge=0)

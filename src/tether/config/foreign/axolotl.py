@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from tether.config.foreign import axolotl_data, shared
+from tether.config.foreign import axolotl_data, axolotl_text, shared
 from tether.config.foreign.draft import Draft, Source, as_number
-from tether.models.spec import SPECIAL_TOKENS
 from tether.objectives import OBJECTIVES
 
 _PREFERENCE = ("dpo", "ipo", "kto", "orpo", "simpo")
@@ -52,8 +50,6 @@ _SERVICES = {
     "trackio": ("use_trackio",),
     "tensorboard": ("use_tensorboard",),
 }
-# Axolotl's templates that are here, by the name of `model.chat_template`.
-_TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi_3": "phi3", "qwen_25": "qwen25"}
 _VARIABLES = {
     **{f"wandb_{name}": f"WANDB_{name.upper()}" for name in ("project", "entity", "mode", "run_id", "watch")},
     "wandb_log_model": "WANDB_LOG_MODEL",
@@ -180,56 +176,7 @@ def _model(draft: Draft, source: Source) -> None:
         if ranged := [name for name in names if name.endswith("]") and "[" in name and ":" in name]:
             source.refuse("unfrozen_parameters", f"{ranged[0]!r} is a part of a weight; whole weights train here.")
         draft.set("model.train", names, "unfrozen_parameters")
-    _tokens(draft, source)
-    if source.has("default_system_message"):
-        draft.set("data.system", source.text("default_system_message"), "default_system_message")
-    _template(draft, source, "chat_template", source.text("chat_template"))
-
-
-def _tokens(draft: Draft, source: Source) -> None:
-    """`special_tokens`: those of a row's ends; nothing is padded, so that a new token for it would only be dead."""
-    given = {name: token for name, token in source.mapping("special_tokens").items() if token}
-    more = given.pop("additional_special_tokens", [])
-    pad = given.pop("pad_token", None)
-    for name, token in given.items():
-        if name not in SPECIAL_TOKENS or not isinstance(token, str):
-            source.wrong(("special_tokens", name), token, f"text, under one of {', '.join(SPECIAL_TOKENS)}")
-    if given:
-        draft.set("model.special_tokens", given, "special_tokens")
-    if more:
-        if not isinstance(more, list) or not all(isinstance(token, str) for token in more):
-            source.wrong(("special_tokens", "additional_special_tokens"), more, "a list of tokens")
-        draft.set("model.add_tokens", [*draft.get("model.add_tokens", []), *more], "special_tokens")
-    if pad and (given or more):
-        draft.explain("special_tokens", f"pad_token {pad!r} is left out: nothing is padded")
-    elif pad:
-        draft.note("special_tokens", "nothing is padded; the tokenizer is saved as it is")
-
-
-def _template(draft: Draft, source: Source, key: str, name: str | None) -> None:
-    given = source.text("chat_template_jinja")
-    if given is not None:
-        if "{" not in given and not Path(given).expanduser().is_file():
-            source.refuse(
-                "chat_template_jinja", "`chat_template_jinja` is neither a template nor the name of a file. Correct it."
-            )
-        draft.set("model.chat_template", given, "chat_template_jinja")
-        draft.note(key, "chat_template_jinja says it")
-        return
-    if name is None:
-        return
-    fallback = name.removeprefix("tokenizer_default_fallback_")
-    known = _TEMPLATES.get(fallback)
-    if known is not None and key == "chat_template":
-        draft.set("model.chat_template", known if fallback == name else f"fallback:{known}", key)
-        return
-    if not name.startswith("tokenizer_default") or fallback != name:
-        source.refuse(
-            key,
-            f"`{key}` is {name!r}; known are {', '.join(_TEMPLATES)}. Where it is the model's own template, say "
-            f"{key}=tokenizer_default; else write it to a file, and say {key}=jinja chat_template_jinja=FILE.",
-        )
-    draft.note(key, "conversations are written by the model's own template; a model without one is refused")
+    axolotl_text.text(draft, source)
 
 
 def _precision(draft: Draft, source: Source) -> None:

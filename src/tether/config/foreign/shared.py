@@ -118,7 +118,7 @@ def four_bits(draft: Draft, source: Source, value: Any, key: str) -> None:
         draft.note(key, "of weights of 4 bits, which are not asked for")
         return
     part, usual = _FOUR_BITS[key]
-    if value == usual and draft.get("model.quantization") == "4bit":
+    if value == usual:
         draft.note(key, "as it is here")
         return
     if draft.get("model.quantization") == "4bit":
