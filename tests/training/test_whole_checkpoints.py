@@ -137,6 +137,21 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(finished, tmp_path, mo
     assert not (tmp_path / "run" / ".writing").exists()
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_has_every_line(copied):
+    """And what a run that was killed in its rehearsal left is gone."""
+    path = copied / "metrics.jsonl"
+    *before, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(before))
+    (copied / ".rehearsal-x").mkdir()
+    for _ in range(2):
+        run(copied).train(resume_from_checkpoint=True)
+        *found, end = path.read_text().splitlines(keepends=True)
+        assert found == before
+        kept = ("step", "total_flos", "epoch")
+        assert json.loads(end) == {name: json.loads(last)[name] for name in kept}
+    assert not (copied / ".rehearsal-x").exists()
+
+
 @pytest.mark.parametrize(
     ("limit", "best", "left"),
     [

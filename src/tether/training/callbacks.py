@@ -161,9 +161,16 @@ class MetricsFile(TrainerCallback):
         """Append one line."""
         logs: dict[str, Any] = kwargs.get("logs") or {}
         if "train_loss" in logs and self._began == state.global_step:
-            return  # a finished run was resumed: its last line is there, and no step was made since
+            # A finished run was resumed and made no step: its last line is there, or it was killed before that.
+            if not state.is_world_process_zero or self._has_end(state.global_step):
+                return
+            logs = {name: logs[name] for name in ("total_flos", "epoch") if name in logs}
         if state.is_world_process_zero and logs:
             self._file.append({"step": state.global_step, **logs})
+
+    def _has_end(self, step: int) -> bool:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        return any('"total_flos"' in line and _step_of(line) == step for line in lines)
 
 
 def _step_of(line: str) -> float:

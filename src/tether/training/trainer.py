@@ -61,7 +61,7 @@ from tether.training.health import Watch, facts_of
 from tether.training.metrics import MetricSums
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
-from tether.training.saving.before import check_optimizer, rehearse
+from tether.training.saving.before import check_optimizer, clear_rehearsals, rehearse
 from tether.training.saving.same import identity_of, require_same_run, write_identity
 from tether.training.saving.saving import Saving
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
@@ -344,6 +344,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
                 Whereabouts(self) as where,
             ):
                 self.add_callback(where)
+                if self.args.should_save:
+                    clear_rehearsals(self.run_folder)
                 result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
             self._signals.refuse_to_go_on(checkpoint_folder(self))
             self._saving.begin(self.policy, self.optimizer, "the run ends with nothing saved of its last steps")

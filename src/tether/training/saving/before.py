@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from tether.training.saving.settings import invalid_generation
 
 logger = logging.getLogger("tether")
 _CARD = "README.md"
+_REHEARSAL = ".rehearsal-"
 _BACKWARD = (
     "Such an optimizer steps inside the backward of each forward, and here a step is several forwards whose gradients "
     "add up (`max_tokens_per_forward`), is clipped, and is looked at before the update. Take an optimizer that steps "
@@ -94,7 +96,7 @@ def rehearse(
     if not args.should_save:
         return
     _check_card(Path(str(args.output_dir)) / _CARD, policy)
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=str(args.output_dir)) as folder:
+    with tempfile.TemporaryDirectory(prefix=_REHEARSAL, dir=str(args.output_dir)) as folder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is to be said comes with the real save
@@ -113,6 +115,12 @@ def rehearse(
                 f"The run could not be saved when it is done: {type(error).__name__}: {' '.join(str(error).split())} "
                 "Correct the model, its configuration or its tokenizer before training."
             ) from error
+
+
+def clear_rehearsals(folder: Path) -> None:
+    """Remove what a run that was killed in its rehearsal left; called when the folder is this run's alone."""
+    for left in folder.glob(f"{_REHEARSAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _rewrites(policy: nn.Module) -> bool:
