@@ -9,6 +9,7 @@ tool; an error is given with the number of steps that were made before it.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from datasets import Dataset, disable_progress_bars
 from gpu import configuration
 from lengths import Profile, make_rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from vs_trl_worker import word_tokenizer
 
@@ -31,6 +32,8 @@ TOKENIZER = word_tokenizer()
 ROWS = make_rows(TOKENIZER, Profile(8, 5, 4), 4)
 STEPS = 4
 SITUATIONS: dict[str, Callable[[Any, Path], str]] = {}
+# It writes no tool call, as those of Llama 3 and Gemma do not.
+PLAIN_TEMPLATE = "{% for m in messages %}<s>{{ m.role }} {{ m.content or '' }}</s>{% endfor %}"
 
 
 class Tool:
@@ -40,15 +43,16 @@ class Tool:
         self.name = name
         self.module = __import__(name)
 
-    def train(self, folder: Path, model: Any, **changes: Any) -> Any:
+    def train(self, folder: Path, model: Any, *, rows: Any = ROWS, callbacks: Any = (), **changes: Any) -> Any:
         """A trainer that has trained."""
-        trainer = self.make(folder, model, **changes)
+        trainer = self.make(folder, model, rows=rows, callbacks=callbacks, **changes)
         trainer.train()
         return trainer
 
-    def make(self, folder: Path, model: Any, **changes: Any) -> Any:
+    def make(self, folder: Path, model: Any, *, rows: Any = ROWS, callbacks: Any = (), **changes: Any) -> Any:
         """A trainer."""
         adapter = changes.pop("peft_config", None)
+        evaluated = changes.pop("eval_dataset", None)
         settings = {
             "output_dir": str(folder / self.name),
             "max_steps": STEPS,
@@ -62,12 +66,17 @@ class Tool:
             "save_strategy": "no",
             "disable_tqdm": True,
         }
+        # TRL reads its reference from disk under the model's name; one that is only in memory needs a copy.
+        whole = self.name == "trl" and adapter is None and not isinstance(model, (str, PeftModel))
         return self.module.DPOTrainer(
             model=model,
+            ref_model=copy.deepcopy(model) if whole else None,
             args=self.module.DPOConfig(**{**settings, **changes}),
-            train_dataset=Dataset.from_list(ROWS),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=evaluated and Dataset.from_list(evaluated),
             processing_class=TOKENIZER,
             peft_config=adapter,
+            callbacks=list(callbacks),
         )
 
 
@@ -133,6 +142,42 @@ def pissa_by_random_svd(tool: Tool, folder: Path) -> str:
     return f"reloaded {abs(reloaded(folder) - nats(trainer.model)):.4f} nats from memory"
 
 
+class _Break(TrainerCallback):
+    """Makes a weight NaN after the third step, as a bad batch does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """See the class."""
+        if state.global_step == STEPS - 1:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+
+@situation
+def weights_become_nan(tool: Tool, folder: Path) -> str:
+    """A weight becomes NaN between two logs."""
+    trainer = tool.train(folder, base(), callbacks=[_Break()], logging_strategy="no")
+    trainer.save_model(str(folder / "final"))
+    saved = AutoModelForCausalLM.from_pretrained(folder / "final")
+    return f"finished and saved {sum(int(p.isnan().sum()) for p in saved.parameters())} NaN"
+
+
+@situation
+def cache_of_the_saved_model(tool: Tool, folder: Path) -> str:
+    """`use_cache` of the saved configuration after full training with gradient checkpointing; it was True."""
+    trainer = tool.train(folder, base(), gradient_checkpointing=True)
+    trainer.save_model(str(folder / "final"))
+    return f"use_cache={AutoConfig.from_pretrained(folder / 'final').use_cache} is saved"
+
+
+@situation
+def metric_that_no_evaluation_gives(tool: Tool, folder: Path) -> str:
+    """`metric_for_best_model` with a slip."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    more = {"load_best_model_at_end": True, "metric_for_best_model": "eval_los", "eval_dataset": ROWS[:4]}
+    tool.train(folder, base(), **options, **more)
+    return "trained to the end"
+
+
 @situation
 def second_adapter_over_transformers_first(tool: Tool, folder: Path) -> str:
     """A model that transformers loaded from an adapter's folder, and a new `peft_config`: what is trained from."""
@@ -146,6 +191,22 @@ def second_adapter_over_transformers_first(tool: Tool, folder: Path) -> str:
     before = nats(model)
     trainer = tool.make(folder, model, peft_config=lora())
     return f"starts {abs(nats(trainer.model) - before):.4f} nats from the model that was given"
+
+
+@situation
+def tool_call_that_a_template_does_not_write(tool: Tool, folder: Path) -> str:
+    """The chosen answer is a tool call, and the chat template writes none: tokens of the chosen completion."""
+    call = {"type": "function", "function": {"name": "find", "arguments": {"city": "Rome"}}}
+    answers = ({"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "assistant", "content": "abc abd"})
+    asked = [{"role": "user", "content": "abe"}]
+    row = {"prompt": asked, "chosen": [answers[0]], "rejected": [answers[1]]}
+    TOKENIZER.chat_template = PLAIN_TEMPLATE
+    try:
+        trainer = tool.make(folder, base(), rows=[row] * 4)
+        ids = trainer.train_dataset[0].get("chosen_ids", trainer.train_dataset[0].get("chosen_input_ids"))
+        return f"trains on a chosen completion of {len(ids)} tokens against one of the rejected text"
+    finally:
+        TOKENIZER.chat_template = None
 
 
 def outcome(tool: Tool, work: Callable[[Any, Path], str]) -> str:
