@@ -28,6 +28,8 @@ from lengths import PROFILES, Profile, make_rows, tokens_per_step
 from vs_trl_worker import word_tokenizer
 
 WORKER = Path(__file__).with_name("vs_trl_worker.py")
+# Tether's is started as its command line is: before torch.
+WORKERS = {"tether": WORKER.with_name("vs_trl_tether.py"), "trl": WORKER}
 TOOLS = ("tether", "trl")
 MAX_LENGTH = 1024
 LEARNING_RATE = 1e-5
@@ -171,7 +173,7 @@ def compare(
         for tool in TOOLS:
             try:
                 with competitors(options.busy):
-                    run = run_worker(WORKER, {**spec, "tool": tool})
+                    run = run_worker(WORKERS[tool], {**spec, "tool": tool})
             except WorkerError as error:
                 sys.exit(f"{tool} on {name}: {error}")
             runs[tool].append(run)

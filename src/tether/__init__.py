@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Container, MutableMapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +61,26 @@ __all__ = [
     "pack",
     "score",
 ]
+
+
+def _wait_briefly(environment: MutableMapping[str, str], modules: Container[str]) -> bool:
+    """Have torch's threads sleep soon when they wait; says whether the environment decides how they wait.
+
+    GNU's OpenMP, which they are on Linux, spins for 300,000 rounds at the end of each parallel region before a thread
+    sleeps, and for 1,000 where it knows that threads outnumber cores (libgomp's `env.c`, GCC 13). It knows of its own
+    threads only: where other processes compute too, a thread that spins takes the core from the one that it waits for,
+    and a region of a millisecond takes whole turns of the scheduler (docs/performance.md). The environment is read when
+    torch is loaded.
+    """
+    if any(name in environment for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
+        return True
+    if "torch" in modules:
+        return False
+    environment["GOMP_SPINCOUNT"] = "1000"
+    return True
+
+
+WAITS_BRIEFLY = _wait_briefly(os.environ, sys.modules)
 
 # Imported when first used: torch and transformers take seconds, and `tether --help` needs neither.
 _HOMES = {name: "training" for name in __all__ if name.endswith(("Config", "Trainer"))}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tether
 from tether.compute import threads
 from tether.errors import ConfigError
 
@@ -19,6 +20,7 @@ def machine(monkeypatch, tmp_path):
     for name in threads._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "_own", {})
+    monkeypatch.setattr(tether, "WAITS_BRIEFLY", True)
     monkeypatch.setattr(threads, "_affinity", lambda: set(range(8)))
     monkeypatch.setattr(threads, "_TOPOLOGY", tmp_path / "topology")
     monkeypatch.setattr(threads, "_CGROUPS", tmp_path / "cgroups")
@@ -75,6 +77,34 @@ def test_fewer_threads_are_taken_where_they_are_faster(machine, monkeypatch, cap
     # The next run of the process is free to decide again.
     monkeypatch.setattr(threads, "measured_rates", lambda counts: dict.fromkeys(counts, 1.0))
     assert threads.choose_threads("auto", on_cpu=True) == 8
+
+
+def test_threads_that_spin_are_said_where_they_cost(machine, monkeypatch, caplog):
+    """Torch was imported before Tether, so that only the number of threads can be chosen."""
+    caplog.set_level(logging.INFO, logger="tether")
+    for briefly, rates in (
+        (False, {8: 1, 4: 1, 2: 1, 1: 4}),
+        (True, {8: 1, 4: 1, 2: 1, 1: 4}),
+        (False, {8: 9, 4: 4, 2: 2, 1: 1}),
+    ):
+        monkeypatch.setattr(tether, "WAITS_BRIEFLY", briefly)
+        monkeypatch.setattr(threads, "measured_rates", lambda counts, rates=rates: rates)
+        threads.choose_threads("auto", on_cpu=True)
+    assert ["GOMP_SPINCOUNT=1000" in line for line in caplog.messages] == [True, False, False]
+
+
+def test_threads_that_wait_sleep_soon_where_tether_comes_first():
+    """Torch reads the environment when it is loaded; what a user said of how to wait stays."""
+    environment: dict[str, str] = {}
+    assert not tether._wait_briefly(environment, {"torch"})
+    assert environment == {}
+    assert tether._wait_briefly(environment, {"numpy"})
+    assert environment == {"GOMP_SPINCOUNT": "1000"}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        assert tether._wait_briefly({name: "active"}, set())
+    spoken = {"OMP_WAIT_POLICY": "active"}
+    assert tether._wait_briefly(spoken, set())
+    assert spoken == {"OMP_WAIT_POLICY": "active"}
 
 
 def test_what_a_user_chose_stays(machine, monkeypatch, caplog):

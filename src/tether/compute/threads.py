@@ -1,8 +1,9 @@
 """How many threads a run on a CPU computes with: what the system grants, and of that what a measurement finds fastest.
 
-A step consists of many short parallel regions, each of which ends when its last thread does. A thread that waits for
-its turn, since another process computes or a container's quota is used up, makes all others wait in each region, so
-that fewer threads can be several times as fast. What a user chose (`OMP_NUM_THREADS`, `torch.set_num_threads`) stays.
+A step consists of many short parallel regions, each of which ends when its last thread does. Threads that spin while
+they wait take the cores from those that they wait for, as soon as other processes compute or a container's quota is
+used up; see `tether._wait_briefly`, which ends that where Tether is imported before torch. Elsewhere fewer threads can
+be many times as fast. What a user chose (`OMP_NUM_THREADS`, `torch.set_num_threads`) stays.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from statistics import median
 import torch
 from torch import nn
 
+import tether
 from tether.errors import ConfigError
 
 logger = logging.getLogger("tether")
@@ -138,7 +140,10 @@ def _measured(cores: int) -> tuple[int, str]:
     threads = next(count for count in counts if rates[count] * _WORTH >= max(rates.values()))
     against = 1 if threads == cores else cores
     gain = rates[threads] / rates[against]
-    return threads, f"measured {gain:.1f}x the speed of {against}; set cpu_threads or OMP_NUM_THREADS to choose"
+    said = f"measured {gain:.1f}x the speed of {against}; set cpu_threads or OMP_NUM_THREADS to choose"
+    if threads < cores and not tether.WAITS_BRIEFLY:
+        said += ", or GOMP_SPINCOUNT=1000 so that threads that wait leave their cores to others"
+    return threads, said
 
 
 def measured_rates(counts: list[int]) -> dict[int, float]:
