@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tether.config import RunConfig, build, check_run, split_batch
-from tether.config.build import objective_arguments
+from tether.config.arguments import objective_arguments
 from tether.errors import ConfigError
 from tether.training import DPOConfig
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tether import DPOConfig
-from tether.config.build import build
+from tether.config.arguments import build
 from tether.config.read import check_run
 from tether.config.sections import ADAPTERS, Model
 from tether.models.adapters import stack_adapter, write_active

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tether import DPOConfig, DPOTrainer
-from tether.config.build import build
+from tether.config.arguments import build
 from tether.config.read import check_run
 from tether.reference.spec import METHODS
 from tether.training.config import ReferenceArguments

@@ -67,7 +67,7 @@ def score(
         TetherError: no rollouts, a reward that does not exist or that failed, or rows that are gone.
     """
     from tether.cli.output import terminal_output
-    from tether.config.build import rewards_of
+    from tether.config.arguments import rewards_of
     from tether.rewards import Calling, call_rewards, check_signatures
     from tether.rollout.files import kept_rollouts, read_rollout
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tether.config.build import build, split_batch
+    from tether.config.arguments import build, split_batch
     from tether.config.fields import trainer_class
     from tether.config.keys.schema import json_schema
     from tether.config.read import check_run, load_run_file
@@ -24,11 +24,11 @@ __all__ = [
 # Imported when first used: the configurations need torch, which a file with a mistake in it does not wait for.
 _HOMES = {
     "RunConfig": "run",
-    "build": "build",
+    "build": "arguments",
     "check_run": "read",
     "json_schema": "schema",
     "load_run_file": "read",
-    "split_batch": "build",
+    "split_batch": "arguments",
     "trainer_class": "fields",
 }
 
@@ -37,5 +37,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tether.config' has no attribute {name!r}")
     value = getattr(import_module(f"tether.config.{_HOMES[name]}"), name)
-    globals()[name] = value  # the module of the same name, `build`, would stand in its place once it is imported
+    globals()[name] = value  # no module here has the name of what is given out: it would stand in its place
     return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tether.config.build import build
+from tether.config.arguments import build
 from tether.config.fields import config_class, trainer_class
 from tether.config.read import load_run_file
 from tether.config.run import RunConfig, Train
