@@ -37,6 +37,7 @@ def test_it_counts_what_the_run_will_have(here, capsys):
     assert found["steps"] == 6
     assert (found["reference"]["meaning"], found["reference"]["method"]) == ("start", "adapter_off")
     assert found["memory"]["reference"] == 0
+    assert found["notes"] == []  # the step was replayed, not estimated
 
 
 def test_tokens_of_an_epoch_are_those_of_the_rows(here, capsys):

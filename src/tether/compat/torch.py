@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, UntypedStorage, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,6 +133,19 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
     return [getattr(tensor, name) for name in names]
 
 
+def without_values() -> FakeTensorMode:
+    """A context in which tensors have shape, type and device, and no values; real ones that meet them lose theirs.
+
+    Unlike the device `meta` they are said to be on a CPU, so that autocast and what asks for a device answer as there.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor was made inside `without_values`."""
+    return isinstance(tensor, FakeTensor)
+
+
 def memory_address(memory: UntypedStorage) -> int:
-    """What tells one memory from another, also where it has no bytes, as on the device `meta`: torch 2.11's handle."""
+    """What tells one memory from another, also where it has no bytes: the handle of torch's own object."""
     return memory._cdata

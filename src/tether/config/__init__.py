@@ -26,7 +26,7 @@ _HOMES = {
     "RunConfig": "run",
     "build": "arguments",
     "check_run": "read",
-    "json_schema": "schema",
+    "json_schema": "keys.schema",
     "load_run_file": "read",
     "split_batch": "arguments",
     "trainer_class": "fields",
@@ -36,6 +36,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tether.config' has no attribute {name!r}")
-    value = getattr(import_module(f"tether.config.{_HOMES[name]}"), name)
-    globals()[name] = value  # no module here has the name of what is given out: it would stand in its place
-    return value
+    # No module may have one of these names: once it is imported it would stand here in place of what is meant.
+    return getattr(import_module(f"tether.config.{_HOMES[name]}"), name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tether.compat.torch import DispatchMode, memory_address, tree_leaves
+from tether.compat.torch import DispatchMode, has_no_values, memory_address, tree_leaves, without_values
 from tether.models.structure import trainable_tensors, transformers_model
 from tether.types import ScoringBatch
 
@@ -46,7 +46,7 @@ class _Count(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
         for one in tree_leaves(answer):
-            if isinstance(one, Tensor) and one.is_meta:
+            if isinstance(one, Tensor) and has_no_values(one):
                 self._follow(one)
         if self._now > self.peak:
             self.peak, self.peak_wide = self._now, self._wide
@@ -75,16 +75,18 @@ def replay(
     """Bytes that micro-batches of a step hold at once, besides weights, optimizer and reference.
 
     Args:
-        model: on the device `meta`, with what trains, in training mode.
+        model: on the device `meta`, with what trains, in training mode; changed in place.
         batch: the largest micro-batch.
         values_of: the pass of a run: numbers that depend on the trainable tensors.
         repeats: micro-batches of a step; gradients of the first are there while a second is computed.
     """
-    vocabulary = transformers_model(model).config.get_text_config().vocab_size
-    before = batch.to("meta")
-    with _Count(vocabulary) as count:
-        for _ in range(min(repeats, 2)):
-            values_of(model, before).float().sum().backward()
+    inner = transformers_model(model)
+    with without_values():
+        model.to_empty(device="cpu")
+        inner.tie_weights()
+        with _Count(inner.config.get_text_config().vocab_size) as count:
+            for _ in range(min(repeats, 2)):
+                values_of(model, batch).float().sum().backward()
     trained = list(trainable_tensors(model).values())
     gradients = sum(one.grad.numel() * one.grad.element_size() for one in trained if one.grad is not None)
     model.zero_grad(set_to_none=True)

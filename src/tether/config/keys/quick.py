@@ -35,13 +35,17 @@ def refuse_at_once(path: Path, overrides: Sequence[str] = ()) -> None:
     keys = json.loads(KEYS.read_text(encoding="utf-8"))
     found: list[tuple[KeyPath, str]] = []
     for key in _keys(values):
-        place = next(lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines)
-        found.append((key, f"{path}, line {place}"))
+        line = next((lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines), None)
+        found.append((key, str(path) if line is None else f"{path}, line {line}"))
     for override in overrides:
         name, equals, _ = override.partition("=")
         parts = tuple(name.strip().split("."))
         if equals and all(parts):
-            found += [(parts[: length + 1], f"override '{override}'") for length in range(min(len(parts), 2))]
+            # A section that an override brings has no line, and is not what the override names.
+            found.append((parts[:1], f"override '{override}'" if len(parts) == 1 else str(path)))
+            found += [(parts[:2], f"override '{override}'")] if len(parts) > 1 else []
+    if any(override.startswith("objective") for override in overrides):
+        found = [one for one in found if one[0][0] != "train"]  # which fields there are hangs on the loss
     algorithm = _algorithm(values, keys)
     for key, place in found:
         sentence = _problem(key, algorithm, keys)
