@@ -46,6 +46,12 @@ DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit"}  # of named tuples; `os
 # Where a package is imported by another name than it is installed by; pydantic pins its core.
 DISTRIBUTIONS = {"lingua": "lingua_language_detector", "yaml": "pyyaml", "pydantic_core": "pydantic"}
 
+# A page on a new objective is held to the contract of all; a script writes the golden numbers of cases that tests have.
+TESTS_THAT_ARE_READ = {
+    "objectives/test_docs.py": {"test_contract.py"},
+    "parity/make_golden.py": {"test_objectives.py", "test_trl.py"},
+}
+
 FUNCTION_LINES = 60
 CLASS_LINES = 400
 FILE_LINES = 400
@@ -395,6 +401,33 @@ def undeclared_imports(folder: Path, pyproject: str) -> list[str]:
     ]
 
 
+def imported_tests(folder: Path) -> list[str]:
+    """Test modules that another file imports: what two of them need is in `tests/support/`."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
+    complaints = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            source = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            parts = {part for name in (*names, *source) for part in name.split(".")}
+            found = {f"{part}.py" for part in parts if part.startswith("test_")} & {one.name for one in trees}
+            place = path.relative_to(folder).as_posix()
+            if found - TESTS_THAT_ARE_READ.get(place, set()):
+                complaints.append(f"{place}:{node.lineno} imports {', '.join(sorted(found))}")
+    return complaints
+
+
+def wrong_map(page: str, package: Path) -> list[str]:
+    """Folders of the package that its map does not name, and files and folders that the map names and are not there."""
+    folders = {path.relative_to(package) for path in package.rglob("*") if path.is_dir() and path.name != "__pycache__"}
+    named = re.findall(r"`([\w./]+(?:\.py|/))`", page)
+    known = {one.name for one in folders}
+    missing = [one for one in sorted(folders) if not {f"{one.name}/", f"{one}/"} & {*named}]
+    places = {one for one in named for root in (package, package.parents[1]) if (root / one).exists()}
+    gone = [one for one in named if one.rstrip("/") not in known and one not in places]
+    return [*(f"{one.name}/ is not named" for one in missing), *(f"{one} is not there" for one in gone)]
+
+
 def plant(folder: Path, **files: str) -> Path:
     """A package `tether` under `folder`; keys are paths with `__` for `/`."""
     package = folder / "tether"
@@ -590,3 +623,32 @@ def test_unfit_files_are_caught(tmp_path: Path) -> None:
     (tmp_path / "fine.md").write_text("a page in frame/work/ and on apache.org\n")
     names = [complaint.split(":")[0] for complaint in unfit_files(tmp_path)]
     assert names == ["address.md", "large.bin", "path.py"]
+
+
+def test_what_two_test_modules_need_is_in_support() -> None:
+    assert imported_tests(ROOT / "tests") == []
+
+
+@pytest.mark.parametrize("text", ["import data.test_a", "from data.test_a import X", "from data import test_a"])
+def test_an_imported_test_module_is_caught(tmp_path: Path, text: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test_a.py").write_text("X = 1\n")
+    (tmp_path / "worker.py").write_text(text)
+    assert len(imported_tests(tmp_path)) == 1
+    (tmp_path / "worker.py").write_text("from data.samples import test_a_name\nimport test_elsewhere\n")
+    assert imported_tests(tmp_path) == []
+
+
+def test_the_map_names_every_room() -> None:
+    assert wrong_map((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), PACKAGE) == []
+
+
+def test_a_wrong_map_is_caught(tmp_path: Path) -> None:
+    package = plant(tmp_path / "src", data__rows__schema="", models__load="")
+    page = "`data/`: `rows/`, `data/rows/schema.py`; `models/`: `load`"
+    assert wrong_map(page, package) == []
+    assert wrong_map(page.replace("`models/`", "models"), package) == ["models/ is not named"]
+    assert wrong_map(f"{page}, `models/spec.py`, `text/`", package) == [
+        "models/spec.py is not there",
+        "text/ is not there",
+    ]

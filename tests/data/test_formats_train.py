@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from data.samples import assistant, user
-from data.test_formats import EXAMPLES
-from data.test_fuzz import CANONICAL
+from support.format_examples import CANONICAL, EXAMPLES
 from tether.data import example_from_row, load_rows, prepare, read_preferences
 from tether.data.rows.formats import FORMAT_NAMES
 from tether.objectives import preference_loss

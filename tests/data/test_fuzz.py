@@ -12,30 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from data.samples import assistant, pair, user
-from data.test_formats import EXAMPLES
+from data.samples import assistant, user
+from support.format_examples import CANONICAL, EXAMPLES
 from tether.config import load_run_file
 from tether.data import load_rows, preferences, prepare, read_preferences, split_rows
 from tether.data.audit.audit import check
 from tether.errors import ConfigError, DataError, TetherError
 
 ROWS, RUN_FILES, BATCH = 10_000, 500, 4
-CANONICAL: list[tuple[str | None, str, dict[str, Any], dict[str, Any]]] = [
-    (None, "pair", pair(), {}),
-    (
-        None,
-        "pair",
-        pair([user("Hi")], [assistant("A")], [assistant("B")], weight=1.0, margin=0.5, tools=[{"name": "f"}]),
-        {},
-    ),
-    (None, "pair", {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant("B")]}, {}),
-    (None, "ranked", {"prompt": "Hi", "completions": ["a", "b"], "scores": [1.0, 2.0]}, {}),
-    (None, "ranked", {"prompt": [user("Hi")], "completions": [[assistant("A")], [assistant("B")]]}, {}),
-    (None, "unpaired", {"prompt": "Hi", "completion": "A", "label": True}, {}),
-    (None, "completion", {"messages": [user("Hi"), assistant("A")], "chat_template_kwargs": {"a": 1}}, {}),
-    (None, "completion", {"text": "Hi"}, {}),
-    (None, "prompt_only", {"prompt": [user("Hi")]}, {}),
-]
 # Rows with images are read by a processor, by the audit and by splits.
 WITH_IMAGES: list[tuple[str | None, str, dict[str, Any]]] = [
     (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data.samples import PLAIN, assistant, chat_tokenizer, pair, user
-from data.test_real_styles import ENDS, STYLES
+from support.styles import ENDS, STYLES
 from tether.data import load_rows
 from tether.data.show import shown_row
 from tiny_vision import picture, tiny_processor

@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 import streams
-from data.test_formats import EXAMPLES
-from data.test_images import row as image_row
+from support.format_examples import EXAMPLES
+from support.image_rows import row as image_row
 from tether.data import example_from_row, load_rows, prepare
 from tether.data.prepare.job import Options
 from tether.data.prepare.prefetch import Ahead

@@ -11,13 +11,12 @@ import torch
 from datasets import Dataset
 
 from objectives import formulae, test_contract
-from objectives.test_training import TOKENIZER, config
-from tether import DPOTrainer
+from tether import DPOConfig, DPOTrainer
 from tether.objectives import OBJECTIVES
 from tether.objectives.describe import BEGIN, END, describe, every_row, rewritten
 from tether.objectives.metrics import preference_metrics
 from tether.types import Scores
-from tiny import pair_rows, tiny_model
+from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
 CHOOSING = DOCS / "choosing_an_objective.md"
@@ -83,13 +82,14 @@ def test_adding_an_objective_as_the_page_does(tmp_path, monkeypatch):
         check(row.name)
     test_contract.test_extremes_are_finite(row.name, torch.float32)
     assert rewritten(CHOOSING.read_text(encoding="utf-8")).count("### cal_dpo") == 1
+    tokenizer = tiny_tokenizer()
     trainer = DPOTrainer(
         model=tiny_model(
-            num_hidden_layers=1, vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2
+            num_hidden_layers=1, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2
         ),
-        args=config(tmp_path, loss_type=["cal_dpo", "sft"], max_steps=1),
+        args=DPOConfig(output_dir=str(tmp_path), loss_type=["cal_dpo", "sft"], max_steps=1, **QUIET),
         train_dataset=Dataset.from_list(pair_rows(4)),
-        processing_class=TOKENIZER,
+        processing_class=tokenizer,
     )
     trainer.train()
     logged = trainer.state.log_history[0]

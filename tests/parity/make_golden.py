@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trl import DPOConfig, DPOTrainer
 
 from parity import test_objectives, test_trl
-from parity.test_trl import digest, run
+from support.trl_dpo import digest, run
 
 
 def golden(cases: dict[str, dict]) -> dict[str, dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parity.test_trl import METRICS, needs_trl, run
+from support.trl_dpo import METRICS, needs_trl, run
 from tether import DPOConfig, DPOTrainer
 
 CASES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity.test_trl import METRICS, digest, needs_trl, run
+from support.trl_dpo import METRICS, digest, needs_trl, run
 from tether import DPOConfig, DPOTrainer
 
 GOLDEN = Path(__file__).parent / "golden_objectives.json"

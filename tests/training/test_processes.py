@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.processes import torchrun
+
 WORKER = Path(__file__).parent / "worker.py"
 
 
@@ -51,7 +53,3 @@ def test_two_processes_train_and_evaluate_as_one(size, tokens, tmp_path):
     needed, made = zip(*(zip(*rank, strict=True) for rank in counts), strict=True)
     assert made[0] == made[1]
     assert (needed[0] != needed[1]) == bool(tokens)
-
-
-def torchrun(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -17,6 +17,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 import streams
 import tether
+from support.processes import torchrun
+from support.trainer_kinds import TOKENIZER, model_for
 from tether.data.prepare.job import Options
 from tether.data.prepare.stream import PreparedStream
 from tether.data.sources.stream import RowStream
@@ -24,8 +26,6 @@ from tether.errors import ConfigError, DataError
 from tether.training.source.dealing import Order, Position, StreamLoader
 from tether.training.step import Filler
 from tiny import QUIET, pair_rows
-from training.test_kinds import TOKENIZER, model_for
-from training.test_processes import torchrun
 
 ROWS = pair_rows(45)
 ROWS[12] = {**ROWS[12], "rejected": ROWS[12]["chosen"]}  # cannot be used

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from test_kinds import KINDS, build, other, weights
+
+from support.trainer_kinds import KINDS, build, other, weights
 
 NUMBERS = ("loss", "kl", "delta", "rewards/margins", "min_reward", "num_tokens")
 
