@@ -71,7 +71,7 @@ def score(
     from tether.rewards import Calling, call_rewards, check_signatures
     from tether.rollout.files import kept_rollouts, read_rollout
 
-    functions = rewards_of([_judge_of(one) for one in rewards])
+    functions = rewards_of([_reward_named(one) for one in rewards])
     if to is not None and to.exists():
         raise ConfigError(f"{to} exists. Remove it, or write elsewhere with --to FILE.")
     with terminal_output(debug):
@@ -86,7 +86,7 @@ def score(
         typer.echo(line)
 
 
-def _judge_of(text: str) -> Any:
+def _reward_named(text: str) -> Any:
     from pydantic import ValidationError
 
     from tether.config.document import parse
