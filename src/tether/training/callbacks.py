@@ -137,6 +137,11 @@ class StepLines:
         write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
         self._earlier = 0
 
+    def has_end(self, step: int) -> bool:
+        """Whether the last line of a run that ended at this step is there."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        return any('"total_flos"' in line and _step_of(line) == step for line in lines)
+
     def append(self, values: dict[str, Any]) -> None:
         """Write one line."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,15 +167,11 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] = kwargs.get("logs") or {}
         if "train_loss" in logs and self._began == state.global_step:
             # A finished run was resumed and made no step: its last line is there, or it was killed before that.
-            if not state.is_world_process_zero or self._has_end(state.global_step):
+            if not state.is_world_process_zero or self._file.has_end(state.global_step):
                 return
             logs = {name: logs[name] for name in ("total_flos", "epoch") if name in logs}
         if state.is_world_process_zero and logs:
             self._file.append({"step": state.global_step, **logs})
-
-    def _has_end(self, step: int) -> bool:
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        return any('"total_flos"' in line and _step_of(line) == step for line in lines)
 
 
 def _step_of(line: str) -> float:
