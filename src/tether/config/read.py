@@ -143,7 +143,7 @@ def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     made = field.default_factory
-    return field.default if isinstance(made, type(dataclasses.MISSING)) else made()
+    return field.default if made is dataclasses.MISSING else made()  # pyright: ignore[reportCallIssue]
 
 
 def _apply(values: dict[str, Any], override: str, given: dict[KeyPath, str]) -> None:

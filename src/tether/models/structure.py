@@ -120,7 +120,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def own_generation_settings_away(*models: nn.Module) -> Iterator[None]:
     """Inside, `generate` finds no settings of the checkpoint to fill in, such as a last token that is forced."""
-    held = [(model, model.generation_config) for model in models if hasattr(model, "generation_config")]
+    held: list[tuple[Any, Any]] = [
+        (model, model.generation_config) for model in models if hasattr(model, "generation_config")
+    ]
     for model, _ in held:
         model.generation_config = GenerationConfig()
     try:

@@ -84,7 +84,7 @@ class VLLMEngine:
                 "temperature to 1, or leave the cut out."
             )
         wanted = [(request, branch) for request in requests for branch in request.branches]
-        found = iter(self._transport.many(lambda one: self._completion(*one, sampling), wanted))
+        found = iter(self._transport.many(lambda one: self._completion(one[0], one[1], sampling), wanted))
         return [Group(one, tuple(next(found) for _ in one.branches)) for one in requests]
 
     def logps(self, sequences: list[list[int]]) -> list[list[float]]:

@@ -127,16 +127,18 @@ def known_keys() -> dict[str, Any]:
     return {
         "file": list(RunConfig.model_fields),
         "sections": {
-            name: list(section.model_fields) for name, section in sections.items() if _is_closed(name, section)
+            name: list(section.model_fields)
+            for name, section in sections.items()
+            if section is not None and _is_closed(name, section)
         },
         "losses": {loss: config_class(loss).algorithm for loss in dict.fromkeys(named)},
         "train": train,
     }
 
 
-def _is_closed(name: str, section: type[Any] | None) -> bool:
+def _is_closed(name: str, section: type[Any]) -> bool:
     """Whether a section is a mapping of keys that it names itself; `train` has fields of configurations besides."""
-    return section is not None and (name in ("train", "objective") or section.model_config.get("extra") != "allow")
+    return name in ("train", "objective") or section.model_config.get("extra") != "allow"
 
 
 if __name__ == "__main__":

@@ -150,4 +150,5 @@ def stop_ids(loaded: Loaded) -> tuple[int, ...]:
     """Tokens that end an answer: what the model's generation settings and its tokenizer name."""
     listed: Any = getattr(transformers_model(loaded.model).generation_config, "eos_token_id", None)
     ends: list[Any] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
-    return tuple(sorted({int(one) for one in (*ends, loaded.tokenizer.eos_token_id) if one is not None}))
+    ends.append(loaded.tokenizer.eos_token_id)
+    return tuple(sorted({int(one) for one in ends if one is not None}))

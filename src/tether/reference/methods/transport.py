@@ -26,7 +26,7 @@ _LONGEST_PAUSE = 10.0
 _WHOLE_ANSWER = 2
 # What an answer may have at least: lists of models, and what surrounds values.
 ANSWER_BYTES = 2**20
-Question, Found = TypeVar("Question"), TypeVar("Found")
+Question = TypeVar("Question")
 
 
 class Transport:
@@ -71,8 +71,8 @@ class Transport:
                 follow_redirects=False,
                 limits=httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency),
             )
-        except (ValueError, httpx.InvalidURL) as error:  # a proxy that the environment names
-            raise ConfigError(f"{what}: no connection can be made: {self.masked(error)}.") from None
+        except (ValueError, httpx.InvalidURL) as failure:  # a proxy that the environment names
+            raise ConfigError(f"{what}: no connection can be made: {self.masked(failure)}.") from None
         self.requests = 0
 
     def ask(

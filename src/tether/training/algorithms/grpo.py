@@ -169,6 +169,11 @@ class GRPO(Online):
         """As `zero_variance` says."""
         return self.args.zero_variance == "skip"
 
+    @property
+    def resample_rounds(self) -> int:
+        """As `zero_variance` says."""
+        return self.args.resample_rounds if self.args.zero_variance == "resample" else 0
+
     def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
         """Rewards against the mean of their group."""
         if self.args.multi_objective_aggregation == "normalize_then_sum":

@@ -153,6 +153,11 @@ class Online(Algorithm[Scores]):
         return False
 
     @property
+    def resample_rounds(self) -> int:
+        """How often groups whose rewards are all equal are replaced by other prompts."""
+        return 0
+
+    @property
     def name(self) -> str:
         """The loss."""
         return self.objective.row.name
@@ -260,7 +265,7 @@ class Online(Algorithm[Scores]):
             folder=Path(str(args.output_dir)) if args.keep_rollouts else None,
             table=args.log_completions,
             pairs=self.pairs,
-            resample_rounds=args.resample_rounds if getattr(args, "zero_variance", "") == "resample" else 0,
+            resample_rounds=self.resample_rounds,
             serving=self._serving() if args.rollout_engine == "vllm" else None,
         )
 
