@@ -196,7 +196,7 @@ def test_the_run_gets_its_environment_where_that_says_nothing_yet(
         seen.update({name: os.environ.get(name) for name in ("WANDB_PROJECT", "WANDB_MODE")})
         raise ConfigError("stopped here")
 
-    monkeypatch.setattr("tether.cli.run.make_trainer", stop)
+    monkeypatch.setattr("tether.config.build", stop)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_PROJECT", "gone")
     monkeypatch.delenv("WANDB_PROJECT")
@@ -204,7 +204,7 @@ def test_the_run_gets_its_environment_where_that_says_nothing_yet(
     code, _, err = tether("dpo", "--config", "trl.yaml")
     monkeypatch.setenv("WANDB_PROJECT", "")  # so that it is taken back
     assert code == 2
-    assert "environment: WANDB_PROJECT=mine WANDB_MODE=offline" in err
+    assert "env.WANDB_PROJECT, env.WANDB_MODE" in err
     assert seen == {"WANDB_PROJECT": "mine", "WANDB_MODE": "online"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from typing import Any
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -70,7 +71,7 @@ def test_every_error_is_one_paragraph_with_its_code(error: BaseException, code: 
 
 
 def test_an_error_that_nobody_expected_shows_its_traceback_only_on_request(
-    tether: Tether, monkeypatch: pytest.MonkeyPatch
+    tether: Tether, workplace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of no file: what a file of the user's own raises is told apart below.
     monkeypatch.setattr("tether.config.load_run_file", eval("lambda *_: 1 / 0"))
@@ -108,7 +109,9 @@ def test_what_a_machine_or_a_folder_lacks_is_no_bug(error: BaseException, code: 
     assert found == code
 
 
-def test_an_error_in_a_function_of_the_users_own_names_it(tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_function_of_the_users_own_names_it(
+    tether: Tether, workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def own_reward(*args: object) -> None:
         subprocess.run([0], check=True)  # type: ignore[list-item]  # raises inside a library
 

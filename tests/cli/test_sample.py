@@ -48,11 +48,11 @@ def test_sampled_rows_train(prompts: Any, tether: Tether) -> None:
     """Pairs, lists and labels of one sampling agree with each other, and `tether train` reads each of them."""
     found = {}
     for form in ("pairs", "ranked", "unpaired"):
-        code, out, err = tether("sample", "run.yaml", "--as", form, "--to", f"{form}.jsonl", "--truncated")
+        code, out, err = tether("sample", "run.yaml", "--as", form, "--to", f"sampled_{form}.jsonl", "--truncated")
         assert code == 0, err
         assert "6 prompts, 24 completions" in out
-        found[form] = read(prompts.path / f"{form}.jsonl")
-        assert f"{len(found[form])} rows: {form}.jsonl" in out
+        found[form] = read(prompts.path / f"sampled_{form}.jsonl")
+        assert f"{len(found[form])} rows: sampled_{form}.jsonl" in out
     lists = {row["prompt"]: row for row in found["ranked"]}
     for row in found["pairs"]:
         ranked = lists[row["prompt"]]
@@ -66,7 +66,7 @@ def test_sampled_rows_train(prompts: Any, tether: Tether) -> None:
     )
     for form, loss in (("pairs", "sigmoid"), ("ranked", "plackett_luce"), ("unpaired", "kto")):
         (prompts.path / "next.yaml").write_text(
-            f"model: model\ndata: {{train: {form}.jsonl}}\nobjective: {{loss: {loss}}}\n"
+            f"model: model\ndata: {{train: sampled_{form}.jsonl}}\nobjective: {{loss: {loss}}}\n"
             f"train: {{max_steps: 1, batch_size: 2, use_cpu: true}}\noutput: {form}-out\n",
             encoding="utf-8",
         )

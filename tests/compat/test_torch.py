@@ -88,10 +88,10 @@ def test_the_metadata_of_shards_is_torchs_own(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="single process"):
         checkpoint.save(values, checkpoint_id=tmp_path / "shards", no_dist=True)
     assert places.foreign_metadata(tmp_path / "shards" / ".metadata") == ""
-    ran = []
+    ran, runs = [], pickle.dumps(_Runs())
     monkeypatch.setattr(os, "system", ran.append)
     for crafted in (
-        pickle.dumps(_Runs()),
+        runs,
         b"ctorch.distributed.checkpoint.metadata\nos.system\n(Vtrue\ntR.",
         b"\x80\x04\x8c%torch.distributed.checkpoint.metadata\x8c\tos.system\x93\x8c\x04true\x85R.",
     ):

@@ -44,6 +44,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "adapter": None,
             "add_tokens": None,
             "chat_template": None,
+            "special_tokens": None,
             "train": None,
             "freeze": None,
         },
@@ -56,6 +57,8 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "cache": "auto",
             "streaming": False,
             "buffer_size": 1000,
+            "system": None,
+            "deduplicate": False,
         },
         "reference": {
             "meaning": "start",
@@ -93,6 +96,8 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
         "rewards": None,
         "rollout": None,
         "train": {"epochs": 3.0, "learning_rate": 1e-6, "batch_size": 8, "max_length": 1024, "max_steps": -1},
+        "callbacks": None,
+        "env": None,
         "output": "runs/run",
     }
 
@@ -233,7 +238,7 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
         (
             "model: x\ndata:",
             "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache, "
-            "streaming, buffer_size.",
+            "streaming, buffer_size, system, deduplicate.",
         ),
         ("model: x\ndata: {}", "run.yaml, line 2: `data.train` is missing."),
         ("model: x\ndata: {train: []}", "`data.train` is [] (a list); allowed is a path, a glob or a hub name"),

@@ -176,6 +176,8 @@ def test_a_run_looks_at_its_rows_in_one_process(rank: int, monkeypatch: pytest.M
         truncation_mode="keep_start",
         prompt_boundary="split",
         dataset_num_proc=None,
+        deduplicate=False,
+        default_system=None,
         process_index=rank,
         output_dir="unused",
     )

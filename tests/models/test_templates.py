@@ -40,7 +40,7 @@ def test_a_template_by_name_writes_what_its_model_was_trained_on(name: str) -> N
                 text = resources.files("trl").joinpath("chat_templates", f"{OF_TRL[name]}.jinja").read_text()
                 assert found == written(text, talk, add_generation_prompt=opening)
             else:
-                end = "<|im_end|>" if name == "chatml" else "</s>"
+                end = "<|im_end|>" if name == "chatml" else tiny_tokenizer().eos_token
                 assert found.count(end) == len(talk)
                 assert found.endswith("assistant\n" if name == "chatml" else "<|assistant|>\n") == opening
 
@@ -56,7 +56,7 @@ def test_a_fallback_is_taken_where_there_is_none() -> None:
 def test_special_tokens_are_set_and_those_that_are_new_are_added() -> None:
     tokenizer = tiny_tokenizer()
     size = len(tokenizer)
-    assert use_tokens(tokenizer, ["<new>"], {"eos_token": "<|im_end|>", "bos_token": "</s>"}) == [size, size + 1]
-    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token) == ("<|im_end|>", size + 1, "</s>")
+    assert use_tokens(tokenizer, ["<new>"], {"eos_token": "<end>", "bos_token": "<new>"}) == [size, size + 1]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token) == ("<end>", size + 1, "<new>")
     with pytest.raises(ConfigError, match="special_tokens has 'end': 'x'; allowed are bos_token"):
         check_special_tokens({"end": "x"})

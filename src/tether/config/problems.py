@@ -14,6 +14,8 @@ from tether.config.sections import SOURCE_TAGS, Allowed
 from tether.config.words import describe_type
 
 _SHOWN = 3
+# Problems that say more than that a value is of another type.
+_TELLING = ("value_error", "missing", "extra_forbidden")
 _KINDS = (
     (bool, "a switch"),
     (int, "a whole number"),
@@ -37,12 +39,14 @@ def describe(error: ValidationError, values: dict[str, Any], place: Callable[[Ke
         The paragraph.
     """
     sentences: dict[KeyPath, str] = {}
-    for problem in error.errors(include_url=False):
+    for problem in sorted(error.errors(include_url=False), key=lambda one: one["type"] not in _TELLING):
         path, model, allowed = _resolve(problem["loc"], values)
         if path not in sentences:
             sentences[path] = f"{place(path)}: {_sentence(problem, path, model, allowed, values, fields)}"
-    shown = list(sentences.values())[:_SHOWN]
-    more = len(sentences) - len(shown)
+    # Of a value that may be a mapping or something else, pydantic says what is wrong for each; the inner one tells.
+    deepest = [path for path in sentences if not any(other[: len(path)] == path != other for other in sentences)]
+    shown = [sentences[path] for path in deepest[:_SHOWN]]
+    more = len(deepest) - len(shown)
     return " ".join(shown) + (f" There are {more} further problems." if more > 1 else " There is one more." * more)
 
 
@@ -104,6 +108,8 @@ def _resolve(location: KeyPath, values: dict[str, Any]) -> tuple[KeyPath, type[B
                 break
             if _holds(values, path, part):  # a place in a list of sources, or the name of a set
                 path.append(part)
+            continue
+        if part not in inner.model_fields and not _holds(values, path, part):  # a branch of a union
             continue
         owner = inner
         path.append(part)
