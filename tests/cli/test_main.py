@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-from typing import Any
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch

@@ -100,3 +100,12 @@ def test_the_metadata_of_shards_is_torchs_own(tmp_path, monkeypatch):
     (tmp_path / ".metadata").write_bytes(b"\x80\x04junk")
     assert places.foreign_metadata(tmp_path / ".metadata") != ""
     assert ran == []
+
+
+def test_what_is_kept_inside_a_replay_has_values():
+    with places.without_values():
+        assert places.has_no_values(torch.zeros(2))
+        with places.with_values():
+            kept = torch.arange(3)
+        assert places.has_no_values(torch.zeros(2))
+    assert kept.tolist() == [0, 1, 2]

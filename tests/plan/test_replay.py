@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from tether.models.before.blueprint import blueprint
 from tether.plan.replay import replay
 from tether.scoring import pack, score
+from tether.scoring.attention.blocked import _hidden
 from tether.types import Example
 from tiny import tiny_model
 
@@ -31,3 +34,13 @@ def test_activations_grow_with_tokens_and_shrink_by_checkpointing():
     short, long = _held(16)[0].activations, _held(64)[0].activations
     assert 2 < long / short < 6
     assert _held(64, checkpointing=True)[0].activations < 0.7 * long
+
+
+def test_scores_after_a_replay_are_those_before_it():
+    """What attention keeps for later was made inside a replay, where tensors have no values."""
+    model, batch = tiny_model(), _batch(19)
+    _hidden.cache_clear()
+    before = score(model, batch, backend="blocked").token_logps
+    _hidden.cache_clear()
+    _held(19)
+    torch.testing.assert_close(score(model, batch, backend="blocked").token_logps, before, atol=0, rtol=0)

@@ -116,14 +116,14 @@ def says(message: str, phrase: str) -> bool:
 def test_every_diagnosis_in_the_code_has_its_cause_in_the_document():
     """Errors of the reference and its store: none without a row."""
     phrases = listed(TEXT) + listed(STORE)
-    for message in texts("ReferencePolicyError", "StoreError", folders=("reference", "training")):
+    for message in texts("ReferencePolicyError", "StoreError", "_error", folders=("reference", "training")):
         if not message.startswith(tuple(NOT_LISTED)):
             assert any(says(message, phrase) for phrase in phrases), message
 
 
 def test_every_message_in_the_document_is_in_the_code():
     """A row whose message was reworded or removed is noticed; and so is one that another row swallows."""
-    kinds = ("ReferencePolicyError", "StoreError", "ConfigError", "TetherError", "warning")
+    kinds = ("ReferencePolicyError", "StoreError", "ConfigError", "TetherError", "_error", "warning")
     messages = list(texts(*kinds, folders=("reference", "training", "cli")))
     phrases = listed(TEXT) + listed(STORE)
     assert len(phrases) > 45

@@ -14,7 +14,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves as _tree_leaves
 
 # What every dropout layer derives from (plain, by channel, alpha); torch exports only the layers themselves.
@@ -144,6 +144,11 @@ def without_values() -> FakeTensorMode:
 def has_no_values(tensor: Tensor) -> bool:
     """Whether a tensor was made inside `without_values`."""
     return isinstance(tensor, FakeTensor)
+
+
+def with_values() -> Any:
+    """A context in which tensors have values, also inside `without_values`: for what is kept and used again later."""
+    return _disable_current_modes()
 
 
 def memory_address(memory: UntypedStorage) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tether.compat.torch import softmax_backward
+from tether.compat.torch import softmax_backward, with_values
 from tether.compute.cpu_matmul import batched_product
 
 BLOCK = 96
@@ -121,7 +121,7 @@ def _weights(rows: Tensor, keys: Tensor, heads: int, window: int) -> Tensor:
 @lru_cache(maxsize=32)
 def _hidden(places: int, keys: int, heads: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Added to the scores of the last keys, `[places * heads, keys]`: 0, or minus infinity where it may not see."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), with_values():
         distance = torch.arange(places)[:, None] + (keys - places) - torch.arange(keys)
         unseen = (distance < 0) | (distance >= window) if window else distance < 0
         mask = torch.zeros(places, keys, dtype=dtype).masked_fill_(unseen, -torch.inf)
