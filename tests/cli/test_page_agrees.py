@@ -8,7 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from report.test_page import Page
+from support.report_pages import Page
 
 CHARTS = {
     "Loss": "loss",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from report.test_several import two_runs
+from support.report_pages import two_runs
 from tether.cli.main import main
 
 

@@ -24,6 +24,7 @@ def fill_at(home: Home, number: int, about: str) -> None:
     tried("the disk full from a write on")
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_at_a_checkpoint_and_for_a_while(nursery, tmp_path):
     home = Home(nursery, tmp_path / "home", "lora")
     changes = home.unbroken()

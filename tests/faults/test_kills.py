@@ -37,6 +37,7 @@ def kill_at(home: Home, change: list, *, torn: bool) -> None:
     tried(f"killed {'with half of a file written' if torn else 'before a change of a file'}")
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_few_changes_of_files(nursery, tmp_path):
     """The last checkpoint half written, before its name, while the one before it goes, and the final save."""
     home = Home(nursery, tmp_path / "home", "lora")

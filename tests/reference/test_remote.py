@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-import tether.reference.methods.completions_server as completions
 from completions_server import serving
 from policies import PROBE, continued_adapter, resolved, take_steps, with_lora
 from tether.errors import ConfigError, ReferencePolicyError
@@ -20,7 +19,7 @@ from tiny import VOCABULARY, tiny_model
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(completions, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("tether.reference.methods.transport._FIRST_PAUSE", 0.001)
 
 
 @pytest.fixture

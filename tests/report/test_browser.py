@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from report.test_page import full_run, run_folder
+from support.report_pages import full_run, run_folder
 from tether.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

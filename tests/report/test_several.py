@@ -12,27 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from report.test_page import STEP, Page, run_folder
+from support.report_pages import STEP, Page, run_folder, two_runs
 from tether.errors import ConfigError
 from tether.report import write_comparison
 from tether.report.serve import page_server
-
-
-def two_runs(folder: Path, **second: float) -> list[Path]:
-    """Two runs in folders of one name, with other learning rates."""
-    made = []
-    for place, (rate, accuracy) in enumerate([("1.0e-5", second.get("first", 0.6)), ("5.0e-5", 0.8)]):
-        result = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 200}
-        lines = [{**STEP, "step": step, "loss": 0.7 - 0.01 * step * (place + 1)} for step in (1, 2, 3)]
-        made.append(
-            run_folder(
-                folder / "ab"[place] / "out",
-                metrics=[*lines, {"step": 3, "eval_loss": 0.6, "eval_rewards/margins": 0.5}],
-                config=f"model: tiny\ntrain: {{learning_rate: {rate}, epochs: 1}}\noutput: {place}\n",
-                evaluation={"reward_accuracy": result},
-            )
-        )
-    return made
 
 
 def test_runs_are_told_apart_compared_and_drawn_over_one_another(tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ def test_options_take_effect(kind, name, value, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["kto", "orpo", "cpo", "reward"])
+@pytest.mark.sweep(3)
 def test_columns_take_effect_or_are_refused(kind, tmp_path):
     """A weight of 0 takes a row out of the gradient; a margin that no loss reads is an error."""
     rows = KINDS[kind][1]

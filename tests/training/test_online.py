@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -286,7 +287,8 @@ def test_groups_without_variance_are_replaced(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert_same(weights(made), weights(again))
     replayed = trained(tmp_path / "replayed", **settings, replay_rollouts=str(tmp_path / "run"))
-    assert_same(weights(made), weights(replayed))
+    for name, tensor in weights(made).items():
+        torch.testing.assert_close(weights(replayed)[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
 def test_resampling_ends(tmp_path):
@@ -509,7 +511,7 @@ def test_every_field_is_read_or_refused(config):
     """R23: what a run does not look at must stay as it is."""
     source = "\n".join(path.read_text("utf-8") for path in Path(tether.training.__file__).parent.rglob("*.py"))
     options = {one for row in OBJECTIVES[config.algorithm].values() for one in row.defaults}  # read by the registry
-    own = config.__dataclass_fields__.keys() - PreferenceConfig.__dataclass_fields__.keys() - options
+    own = {one.name for one in dataclasses.fields(config)} - PreferenceConfig.__dataclass_fields__.keys() - options
     assert len(own) > 30
     unread = [name for name in own - REFUSED.keys() if not re.search(rf'\.{name}\b|"{name}"', source)]
     assert not unread

@@ -78,6 +78,7 @@ def _wanted(made):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo"])
+@pytest.mark.sweep(2)
 def test_it_trains_resumes_and_replays(loss, tmp_path):
     settings = {"rewards": sometimes, "loss_type": loss, "num_generations": 4, "num_iterations": 2, "max_steps": 4}
     settings |= {"save_strategy": "steps", "save_steps": 1}
@@ -85,8 +86,9 @@ def test_it_trains_resumes_and_replays(loss, tmp_path):
     made.train()
     logs = steps(made)
     if loss != "simpo":
-        assert logs[0]["rewards/margins"] == 0.0
-        assert logs[1]["rewards/margins"] > 0.0, "the second update of the same pairs"
+        first = next(place for place, log in enumerate(logs) if "rewards/margins" in log)  # rewards may all be equal
+        assert logs[first]["rewards/margins"] == 0.0
+        assert logs[first + 1]["rewards/margins"] > 0.0, "the second update of the same pairs"
     assert made.run.reference.identity.meaning == ("none" if loss == "simpo" else "start")
     shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
     again = trainer(tmp_path / "again", "online_dpo", **settings)

@@ -81,6 +81,7 @@ def assert_same(made: Any, whole: Any) -> None:
     assert [log["loss"] for log in steps(made)] == [log["loss"] for log in steps(whole)]
 
 
+@pytest.mark.slow
 def test_ends_in_a_rollout_a_reward_and_an_update(tmp_path):
     """R15, R18: a draw of the second rollout, its reward, and the loss of the second and the third step."""
     with ending(0, end) as seen:

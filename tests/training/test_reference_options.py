@@ -173,6 +173,7 @@ def test_another_tokenizer_is_refused_before_training(other, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
+@pytest.mark.sweep(1)
 def test_a_moving_reference_resumes_exactly(adapter, tmp_path):
     """INV-7: train(8) equals train(4) and resume(4), with moves at 3 and 6; and the reference really moves."""
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -262,7 +263,8 @@ def test_a_second_signal_leaves_at_once(tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 for _ in range(2):
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
+                    time.sleep(0.1)
                 pytest.fail("the second one was not heard")
 
     with pytest.raises(KeyboardInterrupt) as left:

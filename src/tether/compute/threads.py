@@ -36,11 +36,11 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 _own: dict[str, int] = {}
 
 
-def choose_threads(setting: int | str, *, on_cpu: bool) -> int:
+def choose_threads(setting: int | str | None, *, on_cpu: bool) -> int:
     """Set torch's threads for this process and say in one line how many and why.
 
     Args:
-        setting: their number, or `auto`.
+        setting: their number, `auto`, or None to leave them as torch has them.
         on_cpu: whether the run computes on a CPU; elsewhere nothing is measured.
 
     Returns:
@@ -50,7 +50,7 @@ def choose_threads(setting: int | str, *, on_cpu: bool) -> int:
         ConfigError: more threads than the system grants cores were asked for.
     """
     cores = granted_cores()
-    if not on_cpu:
+    if not on_cpu or setting is None:
         return torch.get_num_threads()
     if setting != "auto":
         if int(setting) > cores:

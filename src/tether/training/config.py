@@ -234,11 +234,12 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         "with another rounding; `auto`: what is measured to be faster.",
         allowed=LIBRARIES,
     )
-    cpu_threads: int | str = option(
+    cpu_threads: int | str | None = option(
         "auto",
         "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and a short "
-        "measurement at the start say, unless OMP_NUM_THREADS or torch.set_num_threads has chosen.",
-        allowed=("auto", Whole(1, "thread")),
+        "measurement at the start say, unless OMP_NUM_THREADS or torch.set_num_threads has chosen; None: as torch has "
+        "them.",
+        allowed=("auto", None, Whole(1, "thread")),
     )
     remove_unused_columns: bool = option(
         True, "Taken as TRL has it; no column is removed by it, since rows are prepared beforehand."

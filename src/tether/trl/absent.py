@@ -18,8 +18,6 @@ ABSENT: dict[str, str] = {
     "GKDConfig": "Nothing here learns from a teacher's distribution. Keep TRL for it",
     "PPOTrainer": _ONLINE,
     "PPOConfig": _ONLINE,
-    "OnlineDPOTrainer": _ONLINE,
-    "OnlineDPOConfig": _ONLINE,
     "NashMDTrainer": _ONLINE,
     "NashMDConfig": _ONLINE,
     "XPOTrainer": _ONLINE,

@@ -55,6 +55,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ],
     ids=lambda overrides: " ".join(overrides),
 )
+@pytest.mark.sweep(3)
 def test_evaluated_as_it_was_trained(trained: Any, overrides: tuple[str, ...]) -> None:
     run, ask = trained(*overrides)
     found, logged = ask(*EVAL), run.metrics()
