@@ -267,8 +267,12 @@ def test_a_second_signal_leaves_at_once(tmp_path):
                     time.sleep(0.1)
                 pytest.fail("the second one was not heard")
 
-    with pytest.raises(KeyboardInterrupt) as left:
-        run(tmp_path, callbacks=[Twice()]).train()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt) as left:
+            run(tmp_path, callbacks=[Twice()]).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "saved" not in str(left.value)
     assert last_checkpoint(tmp_path) is None
 
