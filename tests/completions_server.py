@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import torch
 
@@ -111,9 +112,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(model, *names: str) -> Iterator[_Server]:
-    """Serve a model under some names until the context ends."""
-    server = _Server(model, list(names) or ["tiny"])
+def running(server: Any) -> Iterator[Any]:
+    """Answer until the context ends."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -122,3 +122,10 @@ def serving(model, *names: str) -> Iterator[_Server]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving(model, *names: str) -> Iterator[_Server]:
+    """Serve a model under some names until the context ends."""
+    with running(_Server(model, list(names) or ["tiny"])) as server:
+        yield server

@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from completions_server import running
+
 
 class Faults:
     """What the server does wrong, by name; set on the running server."""
@@ -145,12 +147,5 @@ class FakeVLLM(ThreadingHTTPServer):
 @contextmanager
 def serving_vllm(model: Any) -> Iterator[FakeVLLM]:
     """Serve a model until the context ends."""
-    server = FakeVLLM(model)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(FakeVLLM(model)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

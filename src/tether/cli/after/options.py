@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tether.files import write_whole
+
 if TYPE_CHECKING:
     from tether.evaluate.named import Loaded, NamedModel
 
@@ -83,4 +85,4 @@ def print_json(value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file that was asked for, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="replace")
+    write_whole(path, text)
