@@ -59,7 +59,7 @@ test-slow: $(DEV_STAMP)
 # In a folder of their own: transformers imports torchao wherever it finds it, with warnings.
 QUANTIZED := .venv/quantization
 test-quantized: $(DEV_STAMP) $(QUANTIZED)/.installed
-	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py tests/cli/test_quantized_runs.py $(ARGS)
+	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py tests/cli/test_quantized_runs.py tests/compat/test_bitsandbytes.py $(ARGS)
 
 $(QUANTIZED)/.installed: requirements.lock
 	@$(PIP) --no-deps --target $(QUANTIZED) --upgrade bitsandbytes torchao
@@ -71,7 +71,7 @@ DEEPSPEED := .venv/deepspeed
 test-deepspeed: $(DEV_STAMP) $(DEEPSPEED)/.installed
 	@PYTHONPATH=$(DEEPSPEED)$${PYTHONPATH:+:$$PYTHONPATH} PATH=$(CURDIR)/$(DEEPSPEED)/bin:$$PATH \
 		TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/extensions \
-		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/reference/test_store_processes.py $(ARGS)
+		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/reference/test_store_processes.py tests/compat/test_deepspeed.py $(ARGS)
 
 $(DEEPSPEED)/.installed: requirements.lock
 	@command -v g++ >/dev/null || { echo "DeepSpeed compiles an operation with g++, which is missing. Install it."; exit 2; }
