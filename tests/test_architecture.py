@@ -23,15 +23,15 @@ PACKAGE = ROOT / "src" / "tether"
 
 # A room may import rooms of a lower rank and itself. Rooms of one rank do not know each other.
 RANKS = {
-    **dict.fromkeys(("types", "errors", "files", "masking"), 0),
+    **dict.fromkeys(("types", "errors", "files", "masking", "progress"), 0),
     "compat": 1,
     **dict.fromkeys(("models", "data"), 2),
     "compute": 3,
     "scoring": 4,
     **dict.fromkeys(("reference", "objectives"), 5),
-    **dict.fromkeys(("rollout", "rewards"), 6),
+    **dict.fromkeys(("rollout", "rewards", "report"), 6),
     "training": 7,
-    **dict.fromkeys(("evaluate", "plan", "report", "trl"), 8),
+    **dict.fromkeys(("evaluate", "plan", "trl"), 8),
     "config": 9,
     "cli": 10,
     "__main__": 11,
