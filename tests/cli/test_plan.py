@@ -49,6 +49,7 @@ def test_tokens_of_an_epoch_are_those_of_the_rows(here, capsys):
     assert found["tokens_unshared"] == 2 * prompts + answers
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("changes", "method", "why"),
     [

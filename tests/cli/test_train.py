@@ -75,6 +75,7 @@ def test_a_run_folder_is_written_whole_and_a_resumed_run_ends_where_it_would_hav
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_run_file_trains_the_same(workplace: Any, tether: Tether) -> None:
     results = []
     for name in ("a", "b"):

@@ -55,6 +55,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("method", [None, "snapshot", "model"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_the_reference_and_stays(name, method):
@@ -120,6 +121,7 @@ def test_one_start_has_one_fingerprint_under_every_means():
     assert resolved(with_lora()).identity.fingerprint == resolved(plain).identity.fingerprint
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("build", [tiny_model, with_lora, continued_adapter, unfrozen_norms])
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_a_reference_moves_by_the_formula(build, alpha):

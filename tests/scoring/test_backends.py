@@ -99,6 +99,7 @@ def varlen_on_cpu(monkeypatch):
     monkeypatch.setattr(attention, "varlen_problem", lambda device: "")
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("heads", [2, 4, 6], ids=lambda heads: f"{heads} query heads over 2")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flex_attention_equals_the_segmented_form(name, heads):
@@ -140,6 +141,7 @@ def test_how_flash_attention_is_told_a_forest():
     assert (told.longest_query, told.longest_key) == (3, 4)
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("family", TREES)
 def test_models_score_alike_with_flex_attention(family):
     model, batch = tiny_model(family).eval().requires_grad_(False), pack(ragged_examples())
