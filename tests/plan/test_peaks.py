@@ -17,6 +17,7 @@ NEAR = 0.15
 TOO_LOW = {"lora"}
 
 
+@pytest.mark.slow  # a plan of a model of this size replays a step for 20 seconds
 @pytest.mark.parametrize(
     "name",
     [
