@@ -62,6 +62,9 @@ def test_every_backend_scores_and_learns_as_each_sequence_alone(family: str, bac
         pytest.skip("the kernel has no softcap")
     if backend in HALF and family == "gpt_oss":
         pytest.skip("the kernel has no sinks")
+    config = model.config.get_text_config()
+    if dtype == "bfloat16" and any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts")):
+        pytest.skip("a rounding may send a token to another expert, whatever computes it")
     batch = pack(ragged_examples()).to(DEVICE)
     alone = score_alone(model, batch)
     expected = gradient(model, alone, batch)
@@ -124,7 +127,7 @@ def test_the_fused_head_equals_a_plain_one(softcap: float | None, dtype: str) ->
         leaf = hidden.clone().requires_grad_()
         linear.zero_grad()
         if fused:
-            values = token_scores(leaf, Head(linear, softcap=softcap), targets, chunk=16).token_logps
+            values = token_scores(Head(linear, softcap=softcap), leaf, targets, chunk=16).token_logps
         else:
             logits = linear(leaf).float()
             logits = softcap * torch.tanh(logits / softcap) if softcap else logits

@@ -6,7 +6,9 @@ compare what is asked of the kernel with plain operations, and the proof at the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ def varlen_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: For
     return output[None]
 
 
-def _kernel():
+def _kernel() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
