@@ -34,7 +34,7 @@ WRONG: list[tuple[str, Change, list[str]]] = [
     ),
     ("wrong type in row 17", _row(17, chosen=4), ["row 17", "`chosen`"]),
     ("nothing in row 17", _row(17, rejected=None), ["row 17", "`rejected`"]),
-    ("line 5 is not JSON", _rows(lambda rows: [*rows[:4], "{", *rows[5:]]), ["line 5", "not JSON"]),
+    ("line 5 is not JSON", _rows(lambda rows: [*rows[:4], "{", *rows[5:]]), ["line 5", "cannot be read as JSON"]),
     ("empty file", lambda place: place.write_rows([]), ["pairs.jsonl", "empty"]),
     ("no such file", _run_file("pairs.jsonl", "pears.jsonl"), ["pears.jsonl", "Did you mean `pairs.jsonl`"]),
     (

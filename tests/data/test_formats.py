@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from data.samples import pair
-from support.format_examples import ASKED, EXAMPLES, HH, said
+from support.format_examples import ASKED, BAD, EXAMPLES, GOOD, HH, said
 from tether.data import load_rows, preferences, read_preferences
 from tether.data.rows.conversion import detected
 from tether.data.rows.formats import FORMATS
@@ -61,6 +61,17 @@ def test_function_calls_and_observations_become_tool_calls_and_tool_messages() -
 def test_any_format_gives_its_prompts_alone() -> None:
     rows = load_rows({"path": [{"question": "Why?", "chosen": 3}], "format": "chatml.intel"}, kind="prompt_only")
     assert rows[0]["prompt"] == ASKED
+
+
+def test_an_answer_of_several_steps_is_kept_whole_beside_its_prompt() -> None:
+    """It may repeat the end of its prompt; what comes then is the answer, and not its last message alone."""
+    steps = [{**GOOD[0], "content": "Let me see."}, {"role": "tool", "content": "22"}, *GOOD]
+    row = {"system": "Be kind.", "prompt": "Why? ", "chosen": [*ASKED, *steps], "rejected": steps[1:]}
+    found = load_rows({"path": [{**row, "rejected": steps}], "format": "chatml.ultra"})[0]
+    assert [found[name] for name in ("chosen", "rejected")] == [steps, steps]
+    assert [message["content"] for message in found["prompt"]] == ["Be kind.", "Why? "]
+    with pytest.raises(DataError, match="`rejected` begins with messages of the tool"):
+        load_rows({"path": [row], "format": "chatml.ultra"})
 
 
 def test_patterns_put_text_together() -> None:
@@ -128,6 +139,21 @@ def test_only_what_can_be_no_other_is_recognised(columns: list[str], kind: Any, 
             "zephyr.nectar",
             {"prompt": "a", "answers": [{"rank": 1}, {}]},
             "item 1 of `answers` is an object with the keys rank",
+        ),
+        (
+            "zephyr.nectar",
+            {"prompt": "a", "answers": [{"rank": 1, "answer": "b"}, {"rank": 1.0, "answer": "c"}]},
+            "two answers have the best rank, 1, so that neither is preferred",
+        ),
+        (
+            "chatml.argilla_chat",
+            {"chosen": [*ASKED, *GOOD], "rejected": [{**ASKED[0], "content": "How?"}, *BAD]},
+            "`rejected` begins with messages of the user that the prompt of this row does not end in",
+        ),
+        (
+            "chatml.ultra",
+            {"prompt": "Why?", "chosen": [{"role": "system", "content": "Be kind."}, *ASKED, *GOOD], "rejected": "b"},
+            "`chosen` begins with messages of the system that the prompt",
         ),
     ],
 )

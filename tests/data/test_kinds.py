@@ -288,7 +288,7 @@ def test_arguments_of_the_template_are_per_row() -> None:
         ("unpaired", {"prompt": "A", "completion": " x", "label": "good"}, "`label` is text"),
         ("pair", pair(weight=-1), r"`weight` is a number \(-1\); it must be 0 or more"),
         ("pair", pair(margin="wide"), "`margin` is text .'wide'.; it must be a number"),
-        ("pair", pair(margin=float("nan")), "`margin` is a number"),
+        ("pair", pair(margin=float("nan")), r"`margin` is a number .nan.; it must be a finite number"),
         ("pair", pair(tools=[TOOL]), "`tools` is given, but the row is text"),
         ("pair", chat() | {"tools": "f"}, "`tools` is text .'f'.; it must be a list of objects"),
         ("pair", chat() | {"chat_template_kwargs": {"tokenize": True}}, "sets `tokenize`, which Tether sets itself"),

@@ -81,6 +81,40 @@ def test_a_missing_column_lists_what_was_found() -> None:
         check([{"text": "a"}])
 
 
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        (
+            {"prompt": "a", "Chosen": "b", " Rejected": "c"},
+            "(`Chosen` to `chosen`, spelt as it is here, ` Rejected` to `rejected`, spelt as it is here)",
+        ),
+        ({"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"}, "as it is with `format: alpaca`"),
+    ],
+)
+def test_what_to_do_is_said_where_it_is_known(row: dict, advice: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check([row])
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pair(margin=float("inf")),
+        pair(weight=-1.0),
+        pair(*(f'[{{"role": "user", "content": "{text}"}}]' for text in "abc")),
+        pair([user("Hi")], [assistant("A")], [user("B")]),
+        pair([user("Hi")], [assistant("A")], [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]),
+        pair([user("Hi")], [assistant("A")], [assistant([{"type": "output_text", "text": "B"}])]),
+    ],
+)
+def test_no_format_is_named_that_would_read_the_same_fault(row: dict) -> None:
+    with pytest.raises(DataError) as caught:
+        check([row])
+    assert "Correct or remove them" in str(caught.value)
+    assert "format:" not in str(caught.value)
+
+
 def test_a_prompt_under_another_name_is_not_guessed_from_shared_text() -> None:
     row = {"question": "Why?", "chosen": "The sky.", "rejected": "The sea."}
     with pytest.raises(DataError, match="there is no `prompt`, but a column `question`; rename it"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.samples import CHATML, chat, chat_tokenizer
 from tether.data import load_rows
 from tether.data.prepare.prepare import prepare
 from tether.errors import ConfigError, DataError
@@ -24,6 +25,42 @@ def test_roles_and_keys_of_messages_have_the_usual_names() -> None:
         load_rows({**source, "message_keys": {"speaker": "who"}})
     with pytest.raises(DataError, match="columns has `none`; there are `extra`, `talk`"):
         load_rows({"path": [ROW], "columns": ["none"]})
+
+
+@pytest.mark.parametrize("role", ["human", "gpt", "User", "Assistant"])
+def test_a_role_under_another_name_is_refused_unless_the_template_names_it(role: str) -> None:
+    """The template would write it as it is, and of an answer's role a part would be the answer."""
+    usual = {"human": "user", "gpt": "assistant"}.get(role, role.lower())
+    row = chat()
+    row = {
+        key: [{**message, "role": role if message["role"] == usual else message["role"]} for message in value]
+        for key, value in row.items()
+    }
+    with pytest.raises(DataError, match=rf"row 1: a message has the role `{role}`.*`roles: {{{role}: {usual}}}`"):
+        prepare([row], chat_tokenizer(), max_length=None)
+    said = prepare(
+        load_rows({"path": [row], "roles": {role: usual}}), chat_tokenizer(), max_length=None
+    ).dataset.to_list()
+    assert said == prepare([chat()], chat_tokenizer(), max_length=None).dataset.to_list()
+    opened = role if usual == "assistant" else "assistant"
+    named = chat_tokenizer(f"{{# '{role}' #}}" + CHATML.replace("start|>assistant", f"start|>{opened}"))
+    [found] = prepare([row], named, max_length=None).dataset
+    assert named.decode(found["completion_ids"][0]) == "I am a model.<|im_end|>"
+
+
+def test_a_tool_call_without_the_object_around_it_is_written_as_any_other() -> None:
+    """Templates read `tool_call.function`; many files have the name and the arguments alone."""
+    called = (
+        "{% for call in message.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments.x }}{% endfor %}"
+    )
+    tokenizer = chat_tokenizer(CHATML.replace("message['content'] +", "message['content'] }}" + called + "{{"))
+    call = {"name": "f", "arguments": {"x": "here"}}
+    found = []
+    for given in (call, {"id": "1", **call}, {"type": "function", "function": call}):
+        row = chat() | {"chosen": [{"role": "assistant", "content": "", "tool_calls": [given]}]}
+        found.append(prepare([row], tokenizer, max_length=None).dataset.to_list())
+    assert found[0] == found[1] == found[2]
+    assert tokenizer.decode(found[0][0]["completion_ids"][0]) == "f here<|im_end|>"
 
 
 def test_rows_that_occur_again_are_left_out() -> None:

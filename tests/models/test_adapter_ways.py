@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 from policies import resolved, with_lora
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import model_fingerprint
-from tether.models.adapters import in_one_way, rewrites_base
+from tether.models.adapters import in_one_way, refuse_nameless_layers, rewrites_base
 from tether.models.fingerprint import base_tensors, fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.structure import adapter_tensors, adapters_off
@@ -87,6 +87,15 @@ def test_a_model_loaded_from_an_adapters_folder(tmp_path):
     first.save_pretrained(tmp_path / "sft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
     assert torch.equal(alone(in_one_way(model)), alone(first.eval()))
+
+
+def test_layers_of_an_adapter_that_nothing_describes_are_refused():
+    """They would train, and nothing could load what is saved of them."""
+    refuse_nameless_layers(tiny_model())
+    refuse_nameless_layers(get_peft_model(tiny_model(), lora()))
+    model = inject_adapter_in_model(lora(), tiny_model())
+    with pytest.raises(ConfigError, match=r"layers of an adapter, such as model\.layers\.0\.self_attn\.q_proj, and no"):
+        refuse_nameless_layers(model)
 
 
 def test_adapters_of_two_kinds_are_refused():

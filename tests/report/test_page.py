@@ -16,7 +16,9 @@ import pytest
 from support.report_pages import ATTACK, GUARD, IDENTITY, PAIRS, SIDE, STEP, Page, full_run, page_of, run_folder
 from tether.data.audit.audit import FINDINGS
 from tether.errors import ConfigError
+from tether.evaluate.intervals import wilson_interval
 from tether.report import write_report
+from tether.report.cards import _FEW_ROWS
 from tether.report.page import LARGEST_PAGE
 from tether.report.sections.data import _FINDINGS
 
@@ -316,6 +318,19 @@ def test_a_margin_has_its_interval_and_its_verdict(margin: tuple[float, float], 
 def test_an_accuracy_that_misleads_is_no_good_verdict(last: dict[str, Any], verdict: str, tmp_path: Path) -> None:
     """A wrecked model, or a run that cannot have learnt anything, has an accuracy above chance as well."""
     assert _judged(tmp_path, **last).startswith(verdict)
+
+
+def test_so_many_rows_tell_a_good_model_from_chance() -> None:
+    """The measured basis of the limit on rows: how often an accuracy has an interval above one half, exactly."""
+
+    def told(rows: int, accuracy: float) -> float:
+        least = next(right for right in range(rows // 2, rows + 1) if wilson_interval(right, rows)[0] > 0.5)
+        chances = (math.comb(rows, k) * accuracy**k * (1 - accuracy) ** (rows - k) for k in range(least, rows + 1))
+        return sum(chances)
+
+    assert all(told(rows, 0.75) > 0.8 for rows in (_FEW_ROWS - 1, _FEW_ROWS, 31, 40, 100))
+    assert told(_FEW_ROWS - 2, 0.75) < 0.8
+    assert max(told(rows, 0.5) for rows in range(5, 60)) < 0.04
 
 
 def test_the_margins_of_held_out_pairs_are_told_and_drawn(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tether.training.health import Facts, Health
+from tether.training.health import Facts, Health, rules
 from tether.training.health.rules import Logs
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +39,23 @@ def test_nothing_is_said_of_the_demo() -> None:
     logs = [(int(line["step"]), line) for line in demo() if "loss" in line]
     assert len(logs) == 17
     assert heard(logs) == []
+
+
+def test_the_limits_lie_beyond_what_the_demo_logs() -> None:
+    """The measured basis of the figures: the extremes of a healthy run, as the comments beside them say."""
+    logs = [line for line in demo() if "loss" in line]
+    lost = max(logs[0]["logps/chosen"] - line["logps/chosen"] for line in logs)
+    margins = [line["rewards/margins"] / (DEMO.beta or 1.0) for line in logs[1:]]
+    assert lost == pytest.approx(6.7, abs=0.1)
+    assert lost < rules._LOST / 2
+    assert min(margins) == pytest.approx(0.04, abs=0.001)
+    assert min(margins) > 1.9 * rules._NO_MARGIN
+    assert margins[3] / margins[-1] == pytest.approx(0.22, abs=0.01)  # after 10 steps of 35
+    assert max(line["rewards/accuracies"] for line in logs) == 0.9375 < rules._SATURATED
+    assert max(line["grad_norm"] for line in logs) == pytest.approx(1.18, abs=0.01)
+    assert max(line["grad_norm"] for line in logs) < rules._CLIPPED * DEMO.max_grad_norm / 8
+    assert sorted(line["kl/k3"] for line in logs)[-2:] == pytest.approx([0.38, 0.66], abs=0.01)
+    assert max(line["kl/k3"] for line in logs) < rules._FAR
 
 
 @pytest.mark.parametrize(

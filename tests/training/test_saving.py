@@ -442,7 +442,7 @@ def test_a_card_that_cannot_be_gone_on_from_is_known_before(base, tmp_path):
         trainer(tmp_path / "run", base, peft_config=lora())
 
 
-def test_the_best_metric_is_one_that_an_evaluation_gives(tmp_path):
+def test_the_best_metric_is_one_that_an_evaluation_gives(tmp_path, caplog):
     """Found by evaluating a few rows; several sets, and what a subclass adds, are known too."""
     sets = {"a": pair_rows(3), "b": pair_rows(2)}
     chosen = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -451,6 +451,9 @@ def test_the_best_metric_is_one_that_an_evaluation_gives(tmp_path):
         trainer(tmp_path / "run", policy(), evaluation=sets, **chosen)
     with pytest.raises(ConfigError, match=r"did you mean 'rewards/margins'"):
         trainer(tmp_path / "run", policy(), evaluation=pair_rows(3), metric_for_best_model="rewards/margin", **chosen)
+    with caplog.at_level(logging.INFO, logger="tether"):
+        trainer(tmp_path / "run", policy(), evaluation=pair_rows(3), metric_for_best_model="kl/k3", **chosen)
+    assert "best model: the one with the highest kl/k3; greater_is_better says which" in caplog.text
     run = trainer(tmp_path / "run", policy(), evaluation=sets, metric_for_best_model="eval_b_rewards/margins", **chosen)
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-1")
@@ -546,6 +549,15 @@ def test_the_proof_says_why_it_could_not_be_made(base, tmp_path, caplog, monkeyp
         named.save_model()
     assert "not loaded again for comparison, as the base of the adapter was made in memory" in caplog.text
     assert "and 0.0 GiB are free" in caplog.text
+
+
+def test_an_adapter_that_trains_in_bfloat16_is_found_to_be_what_was_saved(base, tmp_path, caplog):
+    """PEFT loads adapters in float32; the same tensors in another type are rounded otherwise."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    policy = get_peft_model(model, lora(init_lora_weights=False), autocast_adapter_dtype=False)
+    with caplog.at_level(logging.INFO, logger="tether"):
+        trainer(tmp_path / "run", policy).save_model()
+    assert "rows scored by the model as it is loaded, at most 0.0e+00 nats from memory" in caplog.text
 
 
 def test_a_base_that_was_changed_in_memory_is_found_out(base, tmp_path):

@@ -117,6 +117,27 @@ def test_a_method_that_is_never_called_is_refused(name, tmp_path):
             kind(model="nowhere", args=None, train_dataset=[])
 
 
+def test_what_is_put_on_a_trainer_from_outside_counts_or_is_refused(tmp_path, monkeypatch):
+    """As a patch of a script, on one trainer or on the class, in place of a subclass."""
+    run = trainer(tmp_path)
+    plain = run.compute_loss
+
+    def tenfold(model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, output = plain(model, inputs, True, num_items_in_batch)
+        return (10 * loss, output) if return_outputs else 10 * loss
+
+    run.compute_loss = tenfold
+    assert run.evaluate()["eval_loss"] == pytest.approx(10 * math.log(2), abs=1e-5)
+    for owner in (run, DPOTrainer):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "dpo_loss", lambda *args: None, raising=False)
+            with pytest.raises(ConfigError, match=r"DPOTrainer\.dpo_loss would never be called"):
+                run.train()
+    run.train()
+    first = next(log["loss"] for log in run.state.log_history if "loss" in log)
+    assert first == pytest.approx(10 * math.log(2), abs=1e-5)
+
+
 def test_other_methods_of_a_subclass_are_its_own(tmp_path):
     class Fine(DPOTrainer):
         def log(self, logs, start_time=None):
@@ -506,6 +527,25 @@ def test_processes_that_are_not_one_run_are_refused(name, tmp_path, monkeypatch)
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match="nowhere"):
         DPOTrainer(model="nowhere", args=args, train_dataset=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2' .* no variable such as RANK .* not started by a launcher. Unset"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is '2' .* not started by a launcher"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two' .* that is not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2 and RANK is 1 .* MASTER_ADDR, where the processes meet"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is 2 .* MASTER_ADDR"),
+    ],
+)
+def test_a_number_of_processes_that_no_launcher_set_is_told_as_that(variables, message, tmp_path, monkeypatch):
+    """accelerate's own error is of an address, and it would wait for processes that do not exist."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        settings(tmp_path)
 
 
 def test_supervised_rows_of_a_function_are_its_texts(tmp_path):

@@ -201,7 +201,7 @@ def test_a_finished_run_makes_no_further_step(tmp_path, length):
         ({"beta": 0.3}, "beta 0.3 in place of 0.1"),
         ({"loss_type": "ipo"}, "loss_type"),
         ({"max_length": 300}, "max_length 300 in place of"),
-        ({"alpha": 16}, "adapters"),
+        ({"alpha": 16}, "is resumed with lora_alpha 16 of the adapter 'default' in place of"),
         ({"lr_scheduler_type": "linear"}, 'lr_scheduler_type "linear" in place of "constant"'),
         ({"learning_rate": 0.02}, "learning_rate 0.02 in place of 0.01"),
         ({"per_device_train_batch_size": 2}, "rows of a step 2 in place of 4"),

@@ -15,6 +15,12 @@ from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
+from tether.errors import ConfigError
+
+# Where launchers say how many processes they started, and which one this is: as accelerate looks for them.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
 
 @contextmanager
 def step_incomplete(accelerator: Accelerator) -> Iterator[None]:
@@ -60,9 +66,36 @@ def rows_of_last_round(accelerator: Accelerator) -> int | None:
     return remainder if remainder > 0 else None
 
 
+def require_launcher() -> None:
+    """Refuse a number of processes in the environment where what a launcher sets beside it is missing.
+
+    accelerate would take such a process for the first one, and fail over the address or wait for the others.
+
+    Raises:
+        ConfigError: what is missing, and what to do.
+    """
+    size = next((name for name in SIZES if os.environ.get(name, "1") != "1"), None)
+    if size is None or dist.is_initialized():
+        return
+    count, rank = os.environ[size], next((name for name in _RANKS if name in os.environ), None)
+    start = "`torchrun --nproc_per_node N` or `accelerate launch`"
+    if not count.isdigit() or rank is None:
+        why = "no variable such as RANK says which of them this is" if count.isdigit() else "that is not a number"
+        raise ConfigError(
+            f"{size} is {count!r} in the environment, and {why}: this process was not started by a launcher. Unset "
+            f"{size} for a run of one process, or start with {start}."
+        )
+    if "MASTER_ADDR" not in os.environ and not dist.is_mpi_available():
+        raise ConfigError(
+            f"{size} is {count} and {rank} is {os.environ[rank]} in the environment, and MASTER_ADDR, where the "
+            f"processes meet, is not set. Start them with {start}, or set it; for a run of one process, unset {size}."
+        )
+
+
 def begin_group_on_cpu(seconds: float) -> None:
     """Begin the group of a launched run on CPUs with its time limit, which transformers gives to accelerators alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and not dist.is_initialized():
+        os.environ.setdefault("MASTER_PORT", "29500")  # as accelerate does
         dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 
 

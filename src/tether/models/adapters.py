@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tether.compat.messages import ADAPTER_INCOMPLETE
-from tether.compat.peft import adopted, injected_configs, set_active
+from tether.compat.peft import adopted, injected_configs, set_active, tuner_layers
 from tether.errors import ConfigError
 from tether.models.adapting.beside import WEIGHTS, remember_brought
 from tether.models.adapting.rewritten import named_initialisation, remember_initial
@@ -89,6 +89,22 @@ def in_one_way(model: nn.Module) -> nn.Module:
         )
     logger.info(f"adapter: {', '.join(map(repr, configs))}, which transformers put into the model")
     return policy
+
+
+def refuse_nameless_layers(model: nn.Module) -> None:
+    """Refuse a policy with layers of an adapter of which nothing says what it is, as it could never be loaded again.
+
+    Raises:
+        ConfigError: with the way to have an adapter that can be saved.
+    """
+    inner = unwrap(model)
+    layer = next((path for path, _ in tuner_layers(inner)), None)
+    if layer is not None and not isinstance(inner, PeftModel):
+        raise ConfigError(
+            f"{type(inner).__name__} has layers of an adapter, such as {layer}, and no configuration of one: "
+            "peft.inject_adapter_in_model leaves none, so that nothing could load what is saved. Put the adapter in "
+            "with peft.get_peft_model, or give the model without it and `peft_config`."
+        )
 
 
 def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:

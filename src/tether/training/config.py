@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from tether.compat.accelerate import begin_group_on_cpu
+from tether.compat.accelerate import begin_group_on_cpu, require_launcher
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
 from tether.data.rows.schema import TURNS, Turns
@@ -396,6 +396,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
                 setattr(self, name, keywords(name, value))
         self.remove_unused_columns = False
         self._check_machine()
+        require_launcher()
         if self.use_cpu and self.ddp_backend in (None, "gloo"):
             begin_group_on_cpu(self.ddp_timeout)
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
 from tether.data import is_origin
 from tether.errors import ConfigError, DataError
@@ -23,6 +24,7 @@ from tether.training.setup.run import Run
 from tether.training.step import Context, MicroBatch
 from tether.types import LossOutput
 
+logger = logging.getLogger("tether")
 _OWN = "loss of the user's own"
 # What transformers adds to the metrics of an evaluation.
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -166,6 +168,13 @@ def require_metric(wanted: str | None, known: Iterable[str], sets: Any) -> None:
         f"{', '.join(shown)}.",
         "metric_for_best_model",
     )
+
+
+def announce_best(args: TrainingArguments) -> None:
+    """Say which way the metric of the best model counts: transformers takes every one but a loss for better when it is
+    higher, a divergence from the reference too."""
+    side = "highest" if args.greater_is_better else "lowest"
+    logger.info(f"best model: the one with the {side} {args.metric_for_best_model}; greater_is_better says which")
 
 
 def prepare_unseen(data: RunData, rows: Any, name: str = "eval") -> Any:

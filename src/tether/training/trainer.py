@@ -53,6 +53,7 @@ from tether.training.checkpoint import (
 )
 from tether.training.config import PreferenceConfig
 from tether.training.evaluation import (
+    announce_best,
     checked_outputs,
     evaluate,
     evaluated_names,
@@ -108,7 +109,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         peft_config: PeftConfig | None = None,
         **others: Any,
     ) -> None:
-        refuse_overrides(type(self), TetherTrainer)
+        refuse_overrides(self)
         others, processing_class = accepted_arguments(others, self.algorithm_class.config, processing_class)
         for callback in callbacks or ():
             refuse_callback(callback)
@@ -331,6 +332,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         Raises:
             ReferencePolicyError: a guard found the reference wrong, moved, or another than the checkpoint's.
         """
+        refuse_overrides(self)  # once more: something may have been put on it since
         resume = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
         run, folder = self.run, resume_folder(resume, self.args.output_dir)
         refuse_second_run(self.state.global_step, folder)
@@ -554,6 +556,8 @@ def _follow(trainer: TetherTrainer) -> None:
             trainer.run, trainer._scored_loss, trainer.policy, trainer._passes(), trainer.accelerator
         )
         require_metric(wanted, names, trainer.eval_dataset)
+    if wanted is not None:
+        announce_best(trainer.args)
     rehearse(trainer._save, trainer._saving.prove_start, trainer.policy, trainer.args)
 
 

@@ -100,7 +100,10 @@ def _missing_columns(found: list[str], kind: Kind, name: str) -> str:
         f"`{one}` says `{column}`" for pair in _OPPOSED if set(pair) <= set(found) for one, column in _answers(pair)
     ]
     for column in missing:
-        if column not in _UNGUESSED:
+        alike = [one for one in found if one.strip().lower() == column]
+        if alike:
+            hints += [f"`{alike[0]}` to `{column}`, spelt as it is here"]
+        elif column not in _UNGUESSED:
             near = difflib.get_close_matches(column, [f for f in found if f not in TEXTS], n=1, cutoff=0.5)
             hints += [f"`{near[0]}` looks like `{column}`"] if near else []
     other = kind_of(found)

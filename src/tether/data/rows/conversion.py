@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tether.data.rows.columns import TEXTS
-from tether.data.rows.fields import FieldFault, Reading, with_image_parts
+from tether.data.rows.fields import FieldFault, Reading, own_part, with_image_parts
 from tether.data.rows.formats import FORMATS, KEPT, LABELS, Format, Row
 from tether.data.rows.values import Faults
 from tether.errors import ConfigError, DataError
@@ -40,8 +40,13 @@ def reads(layout: Format, rows: Iterable[Row], kind: Kind) -> bool:
         return False
 
 
-def fitting(row: Row, kind: Kind) -> str | None:
+def fitting(row: Row, kind: Kind, is_sound: Callable[[Row], bool] = lambda read: True) -> str | None:
     """The name of the format that reads a row and leaves least of it unread; None where none does.
+
+    Args:
+        row: as it was given.
+        kind: what it is to be read as.
+        is_sound: whether a row that a format has read can be used; what is wrong in any format is no matter of it.
 
     Example:
         >>> fitting({"instruction": "Add.", "input": "2 + 2", "chosen": "4", "rejected": "5"}, "pair")
@@ -53,6 +58,8 @@ def fitting(row: Row, kind: Kind) -> str | None:
         if not reads(layout, [held], kind):
             continue
         [done] = convert([held], layout, kind, name="rows")
+        if not is_sound(done):
+            continue
         left = sum((name in held and name not in TEXTS) or name.endswith("(of the source)") for name in done)
         if best is None or left < best[0]:
             best = left, layout.name
@@ -88,7 +95,7 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first
             reading = Reading(row)
             # Pairs are read as labelled completions, too, two each.
             paired = as_pair if build is None or (row.get("rejected") is not None and LABELS.isdisjoint(row)) else None
-            done = {"prompt": layout.prompt(reading), **(paired or build)(reading)}  # type: ignore[misc]
+            done = _beside_prompt({"prompt": layout.prompt(reading), **(paired or build)(reading)})  # type: ignore[misc]
         except FieldFault as fault:
             faults.add(first + total, str(fault))
             continue
@@ -97,3 +104,12 @@ def convert(rows: Iterable[Row], layout: Format, kind: Kind, *, name: str, first
     if faults.total:
         raise DataError(faults.message(f"{name} (format {layout.name})", total))
     return with_image_parts(converted)
+
+
+def _beside_prompt(done: dict[str, Any]) -> dict[str, Any]:
+    """A row whose answers hold what they have beyond the prompt, of which formats let them repeat the messages."""
+    prompt = done["prompt"]
+    for name in ("chosen", "rejected", "completion"):
+        if isinstance(prompt, list) and isinstance(done.get(name), list):
+            done[name] = own_part(name, done[name], prompt)
+    return done

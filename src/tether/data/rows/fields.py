@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tether.data.rows.columns import EXTRAS, IMAGE_COLUMNS, TEXTS, VALUES
+from tether.data.rows.shared import told
 from tether.data.rows.values import clean, decoded, described
 from tether.types import Messages
 
 Row = Mapping[str, Any]
-_ROLES = {
+# Names of roles in the data of other tools, and the usual ones.
+OTHER_ROLES = {
     **{name: "user" for name in ("user", "human", "prompter", "question")},
     **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model", "answer")},
     **{name: "tool" for name in ("tool", "observation", "function_response", "tool_response")},
@@ -99,15 +101,53 @@ def conversation(row: Row, name: str, least: int = 1) -> Messages:
 
 
 def answer(row: Row, name: str) -> Messages:
-    """An answer: text, one message, or a list of messages that ends in it."""
+    """An answer: text, one message, or a list of messages that ends in it; see `own_part`."""
     given = row.get(name)
     if isinstance(given, str):
         return [{"role": "assistant", "content": given}]
     if isinstance(given, dict):
         return [_message(given, f"`{name}`")]
     if isinstance(given, list) and given:
-        return conversation(row, name)[-1:]
+        return conversation(row, name)
     raise FieldFault(f"`{name}` is {described(given)}; it must be text, a message, or a list of messages")
+
+
+def own_part(name: str, messages: Messages, prompt: Messages) -> Messages:
+    """What an answer has beyond its prompt, of which it may repeat all messages or the last ones.
+
+    Args:
+        name: its field.
+        messages: as it was given; several where it has steps, such as the calls of tools, or repeats its prompt.
+        prompt: of its row.
+
+    Raises:
+        FieldFault: it begins with messages of another conversation, so that it is no answer to this prompt.
+
+    Example:
+        >>> asked, said = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+        >>> own_part("chosen", [asked, said], [asked])
+        [{'role': 'assistant', 'content': 'So.'}]
+    """
+    if len(messages) == 1:
+        return messages
+    ours, theirs = _compared(messages), _compared(prompt)
+    longest = min(len(messages) - 1, len(prompt))
+    repeated = next((n for n in range(longest, 0, -1) if ours[:n] == theirs[-n:]), 0)
+    if messages[repeated]["role"] != "assistant":
+        raise FieldFault(
+            f"`{name}` begins with {'a message' if repeated else 'messages'} of the {messages[repeated]['role']} that "
+            "the prompt of this row does not end in, so that it answers another conversation; give both answers one "
+            "prompt"
+        )
+    return messages[repeated:]
+
+
+def _compared(messages: Messages) -> list[Any]:
+    """Messages but for the blanks around their texts, which exports cut off in one place and not in the other."""
+    return [
+        (role, content.strip() if isinstance(content, str) else content, calls)
+        for role, content, calls in told(messages)
+    ]
 
 
 def label(row: Row, name: str = "label") -> dict[str, Any]:
@@ -124,11 +164,11 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     role, content = (given.pop(other, given.get(name)) for name, other in (("role", "from"), ("content", "value")))
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, where)}
-    if not isinstance(role, str) or (role not in _ROLES and "from" in item):
-        raise FieldFault(f"{where} has a role that is {described(role)}; known are {', '.join(_ROLES)}")
+    if not isinstance(role, str) or (role not in OTHER_ROLES and "from" in item):
+        raise FieldFault(f"{where} has a role that is {described(role)}; known are {', '.join(OTHER_ROLES)}")
     if not isinstance(content, (str, list)):
         raise FieldFault(f"{where} has content that is {described(content)}; it must be text")
-    return {**given, "role": _ROLES.get(role, role), "content": content}
+    return {**given, "role": OTHER_ROLES.get(role, role), "content": content}
 
 
 def _calls(content: Any, where: str) -> list[dict[str, Any]]:

@@ -211,6 +211,9 @@ def _nectar_prompt(row: Row) -> Messages:
 
 def _nectar_pair(row: Row) -> dict[str, Any]:
     best, second, *_ = _ranked_answers(row)
+    first, other, *_ = sorted(item["rank"] for item in row["answers"])
+    if first == other:
+        raise FieldFault(f"two answers have the best rank, {first}, so that neither is preferred")
     return {"chosen": _said(best), "rejected": _said(second)}
 
 

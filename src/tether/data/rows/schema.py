@@ -36,7 +36,9 @@ from tether.data.rows.values import (
     list_faults,
     number_faults,
     score_faults,
+    spells_messages,
     text_faults,
+    texts_of,
 )
 from tether.errors import ConfigError, DataError
 from tether.types import Kind, Messages, Preference
@@ -150,8 +152,19 @@ def _format_hint(rows: Dataset, number: int, kind: Kind) -> str:
     """The format of another tool that reads a row which cannot be read as it is."""
     columns = [column for column in rows.column_names if column not in IMAGE_COLUMNS]
     row = next(python_rows(rows, columns, number, number + 1), None)
-    found = None if row is None else fitting(row, kind)
+    found = None if row is None else fitting(row, kind, lambda read: _is_sound(read, kind))
     return f" The row can be read as it is with `format: {found}`, which reads all that belongs to it." if found else ""
+
+
+def _is_sound(row: Mapping[str, Any], kind: Kind) -> bool:
+    """Whether a row that a format has read has no fault, and no message of which the text spells out messages."""
+    columns = tuple(column for column in row if column in (*TEXTS, *VALUES, *EXTRAS, "scores"))
+    sample = next((value for value in _samples(row) if isinstance(value, (str, list))), None)
+    schema = Schema(form_of(sample), False, 1, (), (), "pair" if "chosen" in columns else kind, columns)
+    if row_faults({column: row[column] for column in columns}, schema):
+        return False
+    parts = [row[column] for column in columns if column in TEXTS and column != "completions"]
+    return not any(isinstance(text, str) and spells_messages(text) for part in parts for text in texts_of(part))
 
 
 def preferences(

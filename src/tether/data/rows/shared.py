@@ -47,4 +47,6 @@ def told(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _called(message: Mapping[str, Any]) -> list[Any]:
     calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):  # of a row that is not checked yet
+        return [calls]
     return [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]

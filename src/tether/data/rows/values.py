@@ -58,7 +58,7 @@ def text_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
         )
         yield f"`{column}` is {described(value)}; it must be {allowed}"
     elif isinstance(value, str):
-        if _MESSAGES_AS_TEXT.match(value):
+        if spells_messages(value):
             yield f"`{column}` is text that spells out a list of messages; store the list itself, in JSON or Parquet"
     elif not value:
         yield f"`{column}` is an empty list; it must hold at least one message"
@@ -81,7 +81,8 @@ def number_faults(column: str, value: Any) -> Iterator[str]:
     """Faults of a number that belongs to a row; a `label` is a truth value."""
     number = as_number(column, value)
     if number is None or not math.isfinite(number):
-        yield f"`{column}` is {described(value)}; it must be {'true or false' if column == 'label' else 'a number'}"
+        wanted = "true or false" if column == "label" else "a number" if number is None else "a finite number"
+        yield f"`{column}` is {described(value)}; it must be {wanted}"
     elif column == "weight" and number < 0:
         yield f"`weight` is {described(value)}; it must be 0 or more"
 
@@ -168,6 +169,11 @@ def _message_faults(message: Any) -> Iterator[str]:
         yield f"has `content` that is {described(filled['content'])}; it must be text"
 
 
+def spells_messages(value: str) -> bool:
+    """Whether a text spells out a list of messages."""
+    return _MESSAGES_AS_TEXT.match(value) is not None
+
+
 def _are_calls(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(call, dict) for call in value)
 
@@ -185,6 +191,8 @@ def described(value: Any) -> str:
             return f"text ({value[:40]!r}{'…' if len(value) > 40 else ''})"
         case list():
             return "a list of messages" if value and isinstance(value[0], dict) else "a list"
+        case bytes():
+            return "bytes"
         case dict():
             return f"an object with the keys {', '.join(map(str, value))}"
     return f"a {type(value).__name__}"
@@ -201,7 +209,17 @@ def clean(message: Any) -> dict[str, Any]:
     calls = decoded(kept.pop("tool_calls"))
     if not calls:
         return kept
+    if _are_calls(calls):
+        calls = [_nested(call) for call in calls]
     return {**({} if "content" in kept else {"content": ""}), **kept, "tool_calls": calls}
+
+
+def _nested(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call as templates read it; many files have its name and arguments without the object around them."""
+    if "function" in call or not {"name", "arguments"} <= call.keys():
+        return call
+    own = {key: item for key, item in call.items() if key in ("name", "arguments")}
+    return {"type": "function", **{key: item for key, item in call.items() if key not in own}, "function": own}
 
 
 def joined_parts(content: list[Any]) -> Any:

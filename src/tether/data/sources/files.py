@@ -38,6 +38,20 @@ _LINE = 2**28
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which would silently keep the last of two values of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"`{twice}` is given twice in one object; keep one of the two")
+    return found
+
+
+# Made once: `json.loads` with a hook makes one for each line, which takes as long as the line does.
+_parse = json.JSONDecoder(object_pairs_hook=_once).decode
+
+
 def expand(source: str, name: str, split: str = "train") -> list[Path]:
     """The files that a path, glob or folder stands for, sorted.
 
@@ -131,11 +145,11 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _parse(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{name}: line {number} of `{path}` is not JSON ({error}). Each line must hold one object such as "
-                    '{"prompt": "…", "chosen": "…", "rejected": "…"}; correct or remove the line.'
+                    f"{name}: line {number} of `{path}` cannot be read as JSON ({error}). Each line must hold "
+                    'one object such as {"prompt": "…", "chosen": "…", "rejected": "…"}; correct or remove the line.'
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(
@@ -170,13 +184,15 @@ def _read_json(path: Path, name: str) -> Part:
     with _opened(path) as file:
         text = "".join(_decoded(file, path, name))
     if not text.lstrip().startswith("["):
-        whole = _one_object(text)
+        whole = _one_object(text, path, name)
         # JSON lines under the wrong ending are common
         return _read_jsonl(path, name) if whole is None else _rows_in(whole, path, name)
     try:
-        rows = json.loads(text)
+        rows = _parse(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: `{path}` is not JSON ({error}); it must hold a list of objects.") from error
+        raise DataError(
+            f"{name}: `{path}` cannot be read as JSON ({error}); it must hold a list of objects."
+        ) from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(
@@ -185,11 +201,13 @@ def _read_json(path: Path, name: str) -> Part:
     return rows
 
 
-def _one_object(text: str) -> dict[str, Any] | None:
+def _one_object(text: str, path: Path, name: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = _parse(text)
+    except (json.JSONDecodeError, RecursionError):
         return None
+    except ValueError as error:
+        raise DataError(f"{name}: `{path}` cannot be read as JSON ({error}).") from error
     return found if isinstance(found, dict) else None
 
 

@@ -96,6 +96,7 @@ def render(
             for p, cs, r in plain
         ]
     write = Writer(tokenizer, template, name)
+    write.refuse_other_roles(records)
     closings = Closings(write)
     prompts = write([(r, cast(Messages, r.prompt), opening(r)) for r in records])
     whole = [(r, conversation(r, k), "") for r in records for k in range(len(r.completions))]

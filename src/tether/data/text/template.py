@@ -12,6 +12,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tether.data.rows.fields import OTHER_ROLES
 from tether.errors import DataError
 from tether.types import Messages, Preference
 
@@ -23,6 +24,8 @@ PROBE_CALL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "probe", "arguments": {"probing": "it"}},
 }
+# Roles that every template is meant for, though one that writes each as it is names none.
+_ROLES = frozenset({"system", "user", "assistant", "tool", "developer"})
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -107,6 +110,25 @@ class Writer:
                 texts[place] = text
         return texts
 
+    def refuse_other_roles(self, records: Sequence[Preference]) -> None:
+        """Refuse messages whose role is a usual one under another name, which the template would write as it is: a
+        model has never seen it, and where the answer begins cannot be told.
+
+        Raises:
+            DataError: the template does not name that role.
+        """
+        named = self.template + self.with_tools
+        for record in records:
+            for messages in (record.prompt, *record.completions):
+                for role in {message["role"] for message in cast(Messages, messages)} - _ROLES:
+                    usual = OTHER_ROLES.get(role.strip().lower())
+                    if usual is not None and not re.search(rf"""(['"]){re.escape(role)}\1""", named):
+                        raise DataError(
+                            f"{self.name}: row {record.source_row + 1}: a message has the role `{role}`, which the "
+                            "chat template does not name and would write as it is. Rename it: "
+                            f"`roles: {{{role}: {usual}}}` beside the `path` of the rows."
+                        )
+
     def attempt(self, record: Preference, messages: Messages, opened: str = "") -> str | None:
         """The text of one conversation; None where the template refuses it."""
         try:
@@ -146,8 +168,8 @@ class Writer:
                     roles = ", ".join(message["role"] for message in messages)
                     raise DataError(
                         f"{self.name}: row {record.source_row + 1}: the chat template refuses the conversation "
-                        f"({error}); its roles are {roles}. Change the roles to what the template allows, or set "
-                        "another template."
+                        f"({error}); its roles are {roles}. Give the messages as the template wants them, or "
+                        "set another template."
                     ) from error
             raise DataError(f"{self.name}: the chat template failed on a batch of rows: {failure}") from failure
 

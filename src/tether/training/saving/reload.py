@@ -79,6 +79,7 @@ class ReloadProof:
         device = next(policy.parameters()).device
         if may_move(again):
             again.to(device)
+        _in_types_of(policy, again)
         rows = self._rows.to(device)
         difference = largest_difference(_values(self._scorer, again, rows), _values(self._scorer, policy, rows))
         words = (
@@ -145,6 +146,15 @@ def _no_room(policy: nn.Module) -> str:
     if need * _ROOM > room:
         return f"it needs {need * _ROOM / 2**30:.1f} GiB, and {max(room, 0) / 2**30:.1f} GiB are free"
     return ""
+
+
+def _in_types_of(policy: nn.Module, again: nn.Module) -> None:
+    """Compute with the tensors that were loaded in the types of those in memory: PEFT loads an adapter in float32,
+    whatever it was trained in. Nothing that was lost in saving comes back by it."""
+    types = {name: parameter.dtype for name, parameter in unwrap(policy).named_parameters()}
+    for name, parameter in unwrap(again).named_parameters():
+        if types.get(name, parameter.dtype) != parameter.dtype:
+            parameter.data = parameter.data.to(types[name])
 
 
 def _values(scorer: Callable[..., Any], model: nn.Module, rows: ScoringBatch) -> Tensor:

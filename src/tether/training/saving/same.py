@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,24 @@ def require_same_run(folder: Path, identity: dict[str, Any]) -> None:
 def _said(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     if name == "rows":
         return "other training rows"
+    if name == "adapters":
+        return "; ".join(_adapters_said(before.get(name) or {}, now.get(name) or {}))
     return f"{name} {json.dumps(now.get(name))} in place of {json.dumps(before.get(name))}"
+
+
+def _adapters_said(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs of the adapters alone: a configuration has dozens of settings."""
+    if before.keys() != now.keys():
+        names = [", ".join(map(repr, one)) or "none" for one in (now, before)]
+        yield f"adapters {names[0]} in place of {names[1]}"
+    for adapter in before.keys() & now.keys():
+        was, own = before[adapter], now[adapter]
+        for name in sorted(was.keys() | own.keys()):
+            if was.get(name) != own.get(name):
+                yield (
+                    f"{name} {json.dumps(own.get(name))} of the adapter {adapter!r} in place of "
+                    f"{json.dumps(was.get(name))}"
+                )
 
 
 def _adapters(policy: nn.Module) -> dict[str, Any] | None:

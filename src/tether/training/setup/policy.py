@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from tether.compat.accelerate import SIZES
 from tether.data import text_tokenizer
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
@@ -40,7 +41,7 @@ from tether.training.step import batch_of
 logger = logging.getLogger("tether")
 _IN_MEMORY = "object in memory"
 # Where launchers say how many processes they started.
-_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_PROCESSES = (*SIZES, "SLURM_STEP_NUM_TASKS")
 _NOTHING_TRAINS = (
     "The policy's weights are quantised and there is no adapter, so nothing could train. Add one (`peft_config`, in a "
     "run file `lora:` or `peft:`), or leave the quantisation out."

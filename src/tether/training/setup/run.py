@@ -21,7 +21,7 @@ from tether.compute.precision import choose_precision
 from tether.compute.threads import choose_threads
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
-from tether.models.adapters import in_one_way
+from tether.models.adapters import in_one_way, refuse_nameless_layers
 from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
@@ -210,6 +210,7 @@ def _policy(
     """
     model = given.model
     policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else in_one_way(model)
+    refuse_nameless_layers(policy)
     settings = OwnSettings(policy)
     embed_tokens(policy, new_tokens)
     plain = args.reference == "base" and not adapter_configs(policy)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from tether.errors import ConfigError
 
@@ -145,24 +145,19 @@ _OF_CONFIGURATION = (
 _PASSED_ON = ("optimizer_cls_and_kwargs",)
 
 
-def refuse_overrides(trainer: type, base: type) -> None:
-    """Refuse a subclass with a method that its author expects to be called and that never is.
-
-    Args:
-        trainer: the class of a trainer.
-        base: Tether's own; classes of this package are not looked at.
+def refuse_overrides(trainer: object) -> None:
+    """Refuse a method that its author expects to be called and that never is: of a subclass, or put on a trainer or a
+    class of this package from outside.
 
     Raises:
         ConfigError: with the method and the way to do it here.
     """
-    package = __name__.partition(".")[0]
-    for kind in trainer.__mro__:
-        if kind is base:
+    for owner in (trainer, *type(trainer).__mro__):
+        if owner is Trainer:
             return
-        if kind.__module__.partition(".")[0] == package:
-            continue
-        for name in vars(kind):
-            if name in NEVER_CALLED:
+        for name, value in vars(owner).items():
+            if name in NEVER_CALLED and value is not None:
+                kind = owner if isinstance(owner, type) else type(owner)
                 raise ConfigError(
                     f"{kind.__name__}.{name} would never be called, since Tether has no such step. "
                     f"{NEVER_CALLED[name]}."
@@ -226,5 +221,5 @@ def refuse_callback(callback: TrainerCallback | type[TrainerCallback]) -> None:
 
 
 def overrides(trainer: object, method: Callable[..., Any]) -> bool:
-    """Whether a trainer's class has its own version of a method of Tether's."""
-    return getattr(type(trainer), method.__name__, None) is not method
+    """Whether a trainer has its own version of a method of Tether's: of its class, or put on it alone."""
+    return getattr(getattr(trainer, method.__name__), "__func__", None) is not method
