@@ -647,5 +647,5 @@ def test_the_attention_backend_is_an_option_and_is_reported(tmp_path, caplog):
     assert "scoring: tree layout, sdpa attention, at most" in caplog.text
     with pytest.raises(ConfigError, match="no backward on a CPU"):
         trainer(tmp_path, attention_backend="flex")
-    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, flash"):
+    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, varlen, flash"):
         config(tmp_path, attention_backend="eager")

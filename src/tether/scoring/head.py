@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
@@ -25,6 +26,7 @@ from tether.compat.deepspeed import gathers_itself
 from tether.compat.torch import class_under_fsdp, has_forward_hooks
 from tether.compute.cpu_matmul import product
 from tether.errors import ConfigError
+from tether.types import PerToken
 
 CHUNK = 256
 OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
@@ -62,7 +64,7 @@ class Head:
         """Whether DeepSpeed's stage 3 keeps it in shards, so that every process must take part in each call."""
         return gathers_itself(self.module)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Float[Tensor, "M hidden_size"]) -> Float[Tensor, "M vocabulary"]:
         """Logits `[M, vocabulary]` in float32 of hidden states `[M, hidden_size]`."""
         self.require_plain_where_wide()
         raw = self._wide_product(hidden) if self.wide else self.module(hidden)
@@ -106,17 +108,17 @@ class Head:
 class TokenScores(NamedTuple):
     """Float32 `[N]` each (top1: bool); what was not asked for is None."""
 
-    token_logps: Tensor
-    entropy: Tensor | None = None
-    top1: Tensor | None = None
-    mean_logits: Tensor | None = None
-    log_collision: Tensor | None = None
+    token_logps: PerToken
+    entropy: PerToken | None = None
+    top1: Bool[Tensor, " N"] | None = None
+    mean_logits: PerToken | None = None
+    log_collision: PerToken | None = None
 
 
 def token_scores(
     head: Head,
-    hidden: Tensor,
-    targets: Tensor,
+    hidden: Float[Tensor, "N hidden_size"],
+    targets: Int[Tensor, " N"],
     *,
     outputs: tuple[str, ...] = (),
     chunk: int = CHUNK,
@@ -148,7 +150,12 @@ def token_scores(
 
 
 def _token_scores(
-    head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], chunk: int, through: frozenset[str]
+    head: Head,
+    hidden: Float[Tensor, "N hidden_size"],
+    targets: Int[Tensor, " N"],
+    outputs: tuple[str, ...],
+    chunk: int,
+    through: frozenset[str],
 ) -> tuple[Tensor, ...]:
     """The log-probabilities and what was asked for beside them, in the order of `outputs`; those in `through` have a
     gradient."""
@@ -192,7 +199,11 @@ def _number_of_chunks(head: Head, tokens: int, chunk: int) -> int:
 
 
 def _module_scores(
-    head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], through: frozenset[str]
+    head: Head,
+    hidden: Float[Tensor, "N hidden_size"],
+    targets: Int[Tensor, " N"],
+    outputs: tuple[str, ...],
+    through: frozenset[str],
 ) -> tuple[Tensor, ...]:
     """The plain form for one chunk: call the head, then an ordinary log-softmax."""
     logits = head.logits(hidden)
@@ -204,7 +215,9 @@ def _module_scores(
     return logps.gather(-1, targets[:, None])[:, 0], *extra
 
 
-def _extra(name: str, logits: Tensor, probs: Tensor, targets: Tensor) -> Tensor:
+def _extra(
+    name: str, logits: Float[Tensor, "N vocabulary"], probs: Float[Tensor, "N vocabulary"], targets: Int[Tensor, " N"]
+) -> Shaped[Tensor, " N"]:
     if name == "top1":
         return logits.argmax(-1) == targets
     if name == "mean_logits":
