@@ -47,8 +47,8 @@ demo: $(DEMO_STAMP)
 	@$(OFFLINE) $(BIN)/tether demo $(ARGS)
 
 demo-grpo: $(DEMO_STAMP)
-	@$(OFFLINE) $(BIN)/python examples/grpo_sums/make_model.py
-	@$(OFFLINE) $(BIN)/tether train examples/grpo_sums/run.yaml $(ARGS)
+	@$(OFFLINE) $(BIN)/python examples/grpo_arithmetic/make_model.py
+	@$(OFFLINE) $(BIN)/tether train examples/grpo_arithmetic/run.yaml $(ARGS)
 
 test: $(DEV_STAMP)
 	@$(PYTEST) -n 2 $(ARGS)

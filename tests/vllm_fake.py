@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from completions_server import running
 
@@ -127,7 +127,8 @@ class FakeVLLM(ThreadingHTTPServer):
         finish, most = "length", body["max_tokens"] - int(self.faults.short)
         for _ in range(most):
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-            values = (logits / body["temperature"]).log_softmax(-1)
+            processor = RepetitionPenaltyLogitsProcessor(float(body["repetition_penalty"]))
+            values = (processor(torch.tensor([ids]), logits[None])[0] / body["temperature"]).log_softmax(-1)
             token = int(torch.multinomial(values.exp(), 1, generator=generator))
             ids.append(token)
             logps.append(((logits.log_softmax(-1) if self.faults.raw else values)[token] + self.faults.noise).item())

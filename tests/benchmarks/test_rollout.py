@@ -62,7 +62,7 @@ def test_three_samplers_give_what_is_asked_for(ends, tmp_path):
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     spec = {**SPEC, "ends": ends, "folder": str(tmp_path), "completion": 40 if ends else 5}
     calls = rollout.our_calls(tiny_model(**sizes), spec)
-    calls["trl"] = rollout.trl_call(tiny_model(**sizes), spec, tokenizer)
+    calls["trl"] = rollout.trl_call(tiny_model(**sizes), tokenizer, spec)
     found = rollout.in_turns(calls, repeats=1)
     assert rollout.check(spec, found) == []
     assert found["different"] == 0.0

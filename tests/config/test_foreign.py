@@ -311,6 +311,28 @@ def test_a_file_of_grpo_has_its_rollouts_and_rewards() -> None:
     assert (rloo.run.objective.loss, rloo.run.objective.further["beta"]) == ("rloo", 0.04)
 
 
+def test_vllm_of_a_file_of_trl_is_a_server_here() -> None:
+    text = GRPO + "use_vllm: true\nvllm_server_port: 8123\nvllm_gpu_memory_utilization: 0.5\n"
+    with pytest.raises(ConfigError, match=r"line 12: `use_vllm`: vLLM needs other .* tether\.rollout\.vllm_python="):
+        converted(text, command="grpo")
+    own = converted(text, "tether.rollout.vllm_python=/v/python", command="grpo")
+    sampled = {"group": 4, "max_tokens": 64, "max_prompt": 128}
+    assert own.values["rollout"] == {**sampled, "engine": "vllm", "vllm_memory": 0.5, "vllm_python": "/v/python"}
+    assert fate(own, "vllm_server_port").mark == "note"
+    served = converted(text, "vllm_mode=server", command="grpo")
+    assert served.values["rollout"] == {**sampled, "engine": "vllm", "vllm_port": 8123, "vllm_mode": "server"}
+    without = converted(text, "use_vllm=false", command="grpo")
+    assert without.values["rollout"] == sampled
+    assert fate(without, "vllm_server_port").there == "has no effect: use_vllm is not set"
+
+
+def test_generation_kwargs_of_a_file_of_trl_are_keys_of_rollout() -> None:
+    found = converted(GRPO + "generation_kwargs: {top_p: 0.9, repetition_penalty: 1.2}\n", command="grpo")
+    assert (found.values["rollout"]["top_p"], found.values["rollout"]["repetition_penalty"]) == (0.9, 1.2)
+    with pytest.raises(ConfigError, match="`num_beams` would change what is sampled unseen"):
+        converted(GRPO + "generation_kwargs: {num_beams: 4}\n", command="grpo")
+
+
 @pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL, GRPO], ids=["axolotl", "llamafactory", "trl", "grpo"])
 def test_the_run_file_that_is_written_is_the_run_that_is_trained(text: str) -> None:
     found = converted(text, command="grpo" if text is GRPO else None)
@@ -510,6 +532,7 @@ GAPS = [
     ("special_tokens: {eos_token: <e>, pad_token: <p>}", {"model.special_tokens": {"eos_token": "<e>"}}),
     ("special_tokens: {additional_special_tokens: [<a>]}", {"model.add_tokens": ["<a>"]}),
     ("default_system_message: Be brief.", {"data.system": "Be brief."}),
+    ("chat_template_kwargs: {enable_thinking: false}", {"data.chat_template_kwargs": {"enable_thinking": False}}),
     ("dataset_exact_deduplication: true", {"data.deduplicate": True}),
     ("excess_length_strategy: raise", {"train.truncation_mode": "error"}),
     (

@@ -178,6 +178,7 @@ def test_a_run_looks_at_its_rows_in_one_process(rank: int, monkeypatch: pytest.M
         dataset_num_proc=None,
         deduplicate=False,
         default_system=None,
+        chat_template_kwargs=None,
         process_index=rank,
         output_dir="unused",
     )

@@ -262,6 +262,13 @@ def test_arguments_of_the_template_are_per_row() -> None:
     quiet, loud = run(rows, tokenizer, "prompt_only").dataset
     assert said(tokenizer, quiet)[0].endswith("assistant\nquiet")
     assert said(tokenizer, loud)[0].endswith("assistant\n")
+    rows = [chat(), chat() | {"chat_template_kwargs": {"quiet": False}}]
+    whole, own = run(rows, tokenizer, "prompt_only", template_arguments={"quiet": True}).dataset
+    assert [whole["prompt_ids"], own["prompt_ids"]] == [quiet["prompt_ids"], loud["prompt_ids"]]
+    with pytest.raises(ConfigError, match="sets `tokenize`, which Tether sets itself"):
+        run(rows, tokenizer, "prompt_only", template_arguments={"tokenize": True})
+    with pytest.raises(ConfigError, match="the row is text, which no chat template writes"):
+        run([{"prompt": "x"}], tokenizer, "prompt_only", template_arguments={"quiet": True})
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

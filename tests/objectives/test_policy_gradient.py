@@ -21,7 +21,7 @@ from tether.objectives.online.advantages import (
 )
 from tether.objectives.online.correction import MODES, Correction
 from tether.objectives.online.kl import KL
-from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
+from tether.objectives.online.policy_gradient import HighEntropy, PolicyGradient, Sampled, policy_gradient_loss
 from tether.training.step import reduce_loss
 from tether.types import Scores
 
@@ -250,6 +250,31 @@ def test_high_entropy_tokens_alone_have_a_policy_gradient():
     output = policy_gradient_loss(scored(policy, entropy), sampled, objective("reinforce", top_entropy=0.25))
     output.terms[0].values.sum().backward()
     assert policy.grad.nonzero().flatten().tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_bonus_is_the_mean_entropy_of_the_tokens_with_a_gradient(name, share):
+    """Whatever the loss divides by, and however the step is split; at 0 it adds nothing."""
+    policy, sampled = drawn()
+    sampled = replace(sampled, weights=torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64))
+    entropy = torch.linspace(0.1, 2.0, 10, dtype=torch.float64).flip(0)
+    trained = entropy[sampled.weights[INDEX] > 0]
+    high = HighEntropy.among(trained, share)
+    chosen = trained[trained >= trained.quantile(1 - share)]
+
+    def total(bonus):
+        spec = objective(name, top_entropy=share)
+        output = policy_gradient_loss(scored(policy, entropy), sampled, spec, high=high, bonus=bonus)
+        return reduce_loss(output, torch.tensor([4.0, 4.0, len(trained)]), 1).item(), output.metrics
+
+    plain, metrics = total(None)
+    assert "policy_loss" not in metrics
+    assert total(0.0)[0] == pytest.approx(plain)
+    found, metrics = total(0.7)
+    assert found == pytest.approx(plain - 0.7 * chosen.mean().item())
+    said, count = metrics["policy_loss"]
+    assert (said / count).item() == pytest.approx(plain)
 
 
 def test_far_completions_with_a_negative_advantage_are_left_out():

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from policies import lora
 from tether.errors import RolloutError, ScoringError
 from tether.rollout import ReplayEngine, RolloutRequest, Sampling, TransformersEngine, TreeEngine
 from tether.rollout.decode import Decoding
 from tether.rollout.files import rollout_file, write_rollout
-from tether.rollout.proof import as_example, choose_engine, compare
+from tether.rollout.proof import as_example, choose_engine, compare, with_penalty
 from tether.rollout.records import as_ids
 from tether.rollout.sample import draw, uniform
 from tether.scoring import pack, score, score_alone
@@ -165,6 +166,44 @@ def test_a_cut_is_reported_apart_from_the_log_probs(cut):
         assert mass == pytest.approx(wanted.item(), abs=1e-5)
         assert row[target] >= (order[4] if "top_k" in cut else 0.0) - 1e-6
     assert ids_of(TransformersEngine().generate(policy, requests(), sampling)) == ids_of(groups)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_repetition_penalty_is_that_of_transformers(temperature):
+    """Tokens of prompt and completion, not those of padding; reported is what was drawn from, here by its processor."""
+    policy = tiny_model().eval()
+    sampling = replace(SAMPLING, repetition_penalty=1.8, temperature=temperature)
+    groups = TreeEngine().generate(policy, requests(), sampling)
+    assert ids_of(groups) == ids_of(TransformersEngine().generate(policy, requests(), sampling))
+    assert ids_of(groups) != ids_of(TreeEngine().generate(policy, requests(), replace(sampling, repetition_penalty=1)))
+    processor = RepetitionPenaltyLogitsProcessor(1.8)
+    for group in groups:
+        for one in group.completions:
+            ids = torch.cat([group.prompt, one.ids])[None]
+            with torch.no_grad():
+                logits = policy(input_ids=ids).logits[0].float()
+            for place in range(len(one.ids)):
+                end = len(group.prompt) + place
+                logps = (processor(ids[:, :end], logits[None, end - 1]) / temperature).log_softmax(-1)[0]
+                assert one.logps[place].item() == pytest.approx(logps[one.ids[place]].item(), abs=2e-5)
+    batch = pack([as_example(group) for group in groups])
+    with torch.no_grad():
+        scores = score(policy, batch, outputs=("hidden",), temperature=temperature)
+    known = with_penalty(scores, batch, 1.8)
+    assert (known - torch.cat([one.logps for group in groups for one in group.completions])).abs().max() < 2e-5
+
+
+def test_an_encoder_decoder_repeats_what_its_decoder_is_given():
+    policy = tiny_seq2seq("bart").eval()
+    sampling = replace(SAMPLING, repetition_penalty=1.8)
+    processor, prompt = RepetitionPenaltyLogitsProcessor(1.8), torch.tensor([PROMPTS[0]])
+    for one in TransformersEngine().generate(policy, requests(prompts=PROMPTS[:1]), sampling)[0].completions:
+        given = torch.cat([torch.tensor([policy.config.decoder_start_token_id]), one.ids])[None]
+        with torch.no_grad():
+            logits = policy(input_ids=prompt, decoder_input_ids=given).logits[0].float()
+        for place in range(len(one.ids)):
+            logps = processor(given[:, : place + 1], logits[None, place]).log_softmax(-1)[0]
+            assert one.logps[place].item() == pytest.approx(logps[one.ids[place]].item(), abs=2e-5)
 
 
 def score_probs(policy, batch):

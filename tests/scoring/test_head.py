@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from tether.errors import ConfigError
 from tether.models.structure import transformers_model
 from tether.scoring import pack, score, score_alone
 from tether.scoring.head import Head, token_scores
@@ -52,6 +53,59 @@ HEADS = {
     "tempered": Head(make(True), scale=3.0, softcap=1.5, temperature=0.7),
     "wrapped, tempered": Head(make(True, wrap=True), temperature=1.3),
 }
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_a_wide_head_computes_in_float32(trainable):
+    """Of weights and states in bfloat16, also under autocast; a head that is called as it is cannot."""
+    linear = make(True, torch.bfloat16).requires_grad_(trainable)
+    narrow = torch.randn(N, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    targets = torch.arange(N) % VOCABULARY
+    plainly = torch.nn.functional.linear(narrow.float(), linear.weight.float(), linear.bias.float())
+    expected = plainly.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    head = Head(linear, wide=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            leaf = narrow.clone().requires_grad_()
+            found = token_scores(head, leaf, targets, chunk=4)
+            torch.testing.assert_close(found.token_logps, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(head.logits(narrow), plainly, atol=1e-5, rtol=1e-5)
+            found.token_logps.sum().backward()
+            assert leaf.grad.isfinite().all()
+    assert (token_scores(Head(linear), narrow, targets).token_logps - expected).abs().max() > 1e-4
+    with pytest.raises(ConfigError, match="no plain linear layer"):
+        token_scores(Head(Doubled(linear), wide=True), narrow, targets)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("name", HEADS)
+def test_an_entropy_with_its_gradient_equals_the_plain_form(name, trainable):
+    """Beside that of log-probabilities, each with weights of its own; the other outputs have none."""
+    head = HEADS[name]
+    head.module.requires_grad_(trainable)
+    hidden = torch.randn(N, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    targets, weights = torch.arange(N) % VOCABULARY, torch.linspace(-1, 2, N, dtype=torch.float64)
+
+    def fused(leaf):
+        found = token_scores(head, leaf, targets, outputs=("top1", "mean_logits"), chunk=4, entropy_gradient=True)
+        assert not found.mean_logits.requires_grad
+        return found.token_logps, found.entropy
+
+    def expected(leaf):
+        logits, logps = plain(head, leaf, targets)
+        return logps, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+    results = []
+    for function in (fused, expected):
+        leaf = hidden.clone().requires_grad_()
+        head.module.zero_grad()
+        logps, entropy = function(leaf)
+        ((logps - 3 * entropy) * weights).sum().backward()
+        grads = [p.grad.clone() for p in head.module.parameters()] if trainable else []
+        results.append([entropy.detach(), leaf.grad, *grads])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-8)
+    assert not token_scores(head, leaf, targets, outputs=("entropy",)).entropy.requires_grad
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

@@ -8,19 +8,25 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as parquet
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 import tether.training
+import tether.training.online.algorithm
+import tether.training.setup.run
 from tether import GRPOConfig, OnlineDPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
+from tether.models.structure import transformers_model, unwrap
 from tether.objectives import OBJECTIVES
 from tether.scoring import pack
 from tether.training.config import PreferenceConfig
 from tether.training.online.config import REFUSED
+from tether.training.online.entropy import EntropyBonus
 from tether.training.setup.run import build_step
 from tether.training.source.rollouts import Shape
 from training.online import CLASSES, PROMPTS, SETTINGS, even, policy, steps, trainer, weights
@@ -78,6 +84,60 @@ def test_a_continued_adapter_is_its_own_start(tmp_path):
     assert [log["kl"] == 0.0 for log in steps(made)] == [True, False]
 
 
+@pytest.mark.parametrize("kind", ["adapter", "full", "another model"])
+def test_a_reference_is_one_assignment_and_one_scoring_path(kind, tmp_path, monkeypatch):
+    """Named in TRL's pull request 5877: whatever the reference, it is resolved once, and each forward of a run, the
+    policy's and the reference's, is made by one function; an adapter is switched on the module that trains."""
+    assigned, resolve = [], tether.training.setup.run.resolve
+    monkeypatch.setattr(tether.training.setup.run, "resolve", lambda *given: assigned.append(1) or resolve(*given))
+    calls, score = [], tether.training.online.algorithm.score
+
+    def watched(model, batch, **options):
+        layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
+        calls.append((unwrap(model), {one.disable_adapters for one in layers}, model.training))
+        return score(model, batch, **options)
+
+    monkeypatch.setattr(tether.training.online.algorithm, "score", watched)
+    other = {"ref_model": policy(seed=1)} if kind == "another model" else {}
+    own = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
+    made = trainer(tmp_path, beta=0.1, rollout_func=ragged, max_steps=2, reference_check_steps=0, **other, **own)
+    forwards = []
+    for model in (made.policy, *other.values()):
+        transformers_model(model).register_forward_pre_hook(lambda *_: forwards.append(1))
+    calls.clear()
+    made.train()
+    assert assigned == [1]
+    assert len(forwards) == len(calls) > 4
+    reference, trained = ([one for one in calls if one[2] is training] for training in (False, True))
+    assert {id(model) for model, *_ in trained} == {id(made.policy)}
+    if kind == "another model":
+        assert {id(model) for model, *_ in reference} == {id(made.policy), id(other["ref_model"])}
+        assert not any(one.requires_grad for one in other["ref_model"].parameters())
+    else:
+        assert {id(model) for model, *_ in reference} == {id(made.policy)}
+        assert made.run.reference.live.model is None, "no weights of its own beside the policy"
+    if kind == "adapter":
+        assert {True} in [off for _, off, _ in reference], "the reference's passes, and no other, without the adapter"
+        assert all(off == {False} for _, off, _ in trained)
+
+
+@pytest.mark.parametrize("case", ["dropout", "bfloat16", "in training mode"])
+def test_a_policy_and_its_reference_are_prepared_alike(case, tmp_path):
+    """Named in TRL's pull request 5877: dropout, the head's dtype and preparation are dealt with before a score."""
+    changes, own = {}, {}
+    if case == "dropout":
+        changes, own = {"attention_dropout": 0.5}, {"peft_config": LoraConfig(**LORA, lora_dropout=0.5)}
+    model = policy(**changes)
+    if case == "bfloat16":
+        model = model.to(torch.bfloat16)
+    if case == "in training mode":
+        own = {"ref_model": policy().train()}
+    made = trained(tmp_path, model=model, beta=0.1, max_steps=1, **own)
+    assert steps(made)[0]["kl"] == 0.0
+    assert made.run.reference.score(made.run.probe).token_logps.dtype == torch.float32
+    assert all(one.p == 0 for one in made.policy.modules() if isinstance(one, torch.nn.Dropout))
+
+
 def test_at_learning_rate_zero_nothing_ever_moves(tmp_path):
     """R5: KL 0.0 and ratios 1.0 for ever, with several updates of each rollout, accumulation and a small budget."""
     made = trained(
@@ -103,6 +163,17 @@ def test_mixed_precision_agrees_within_what_it_rounds(tmp_path, caplog):
     assert "rollouts: tree engine, at most" in caplog.text
     assert "(allowed 3e-01)" in caplog.text
     assert steps(made)[0]["kl"] == 0.0
+
+
+def test_a_head_in_float32_is_one_of_engine_and_trainer(tmp_path):
+    """`cast_lm_head_to_fp32`: under bfloat16 other numbers than without, and the same in sampling and scoring."""
+    found = []
+    for wide in (False, True):
+        made = trained(tmp_path / str(wide), beta=0.1, bf16=True, max_steps=2, cast_lm_head_to_fp32=wide)
+        assert steps(made)[0]["kl"] == 0.0
+        found.append(made.run.reference.score(made.run.probe).token_logps)
+        assert made.run.algorithm.made.engine._wide_head == wide
+    assert 1e-4 < (found[0] - found[1]).abs().max() < 0.3
 
 
 class Counted:
@@ -192,11 +263,13 @@ def ragged(prompts, trainer):
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("loss", [*OBJECTIVES["grpo"], "rloo"])
+@pytest.mark.parametrize("loss", [*OBJECTIVES["grpo"], "rloo", "entropy"])
 def test_one_gradient_for_every_split(loss, tmp_path):
-    """R9, R13: one batch of 8, two of 4, eight of 1, any token budget; ragged, with a truncated completion left out."""
+    """R9, R13: one batch of 8, two of 4, eight of 1, any token budget; ragged, with a truncated completion left out;
+    with a bonus for the entropy of the tokens with the highest."""
     algorithm = "rloo" if loss == "rloo" else "grpo"
     own = {} if loss == "rloo" else {"loss_type": loss, **({"epsilon_high": 5.0} if loss == "cispo" else {})}
+    own = {"entropy_coef": 0.5, "top_entropy_quantile": 0.4} if loss == "entropy" else own
     off = {} if loss == "reinforce" else {"num_iterations": 2}
     made = trainer(
         tmp_path,
@@ -496,6 +569,52 @@ def test_what_cannot_be_is_refused_before_weights_load(tmp_path):
         trainer(tmp_path / "run", model=str(tmp_path / "model"), rewards=wants_gold)
 
 
+def test_a_coefficient_of_the_entropy_changes_by_its_rule(tmp_path):
+    """Up where the entropy is at or below its target, else down, within bounds; applied after such a step alone."""
+    passes = SimpleNamespace(total=lambda tensor: tensor, model=lambda: torch.nn.Linear(1, 1))
+    bonus, found = EntropyBonus(0.2, target=1.0, delta=0.15, low=0.1, high=0.4), []
+    for entropy in (0.9, 1.0, 0.5, 1.1, 1.2, 2.0, 0.3):
+        found.append(bonus.now)
+        bonus.saw(torch.tensor(entropy * 3), torch.tensor(3.0))
+        bonus.saw(torch.tensor(entropy), torch.tensor(1.0))
+        bonus.step(passes)
+    assert found == pytest.approx([0.0, 0.35, 0.4, 0.4, 0.0, 0.0, 0.0])
+    assert bonus.now == pytest.approx(0.25)
+    settings = {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 9.0, "entropy_coef_delta": 0.3}
+    made = trained(tmp_path / "run", save_strategy="steps", save_steps=1, **settings)
+    assert [log["entropy_coef"] for log in steps(made)] == pytest.approx([0.4, 0.7, 1.0])
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again = trainer(tmp_path / "again", save_strategy="steps", save_steps=1, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert_same(weights(made), weights(again))
+
+
+def test_a_repetition_penalty_is_corrected_for(tmp_path):
+    """Ratios of the policy over what was drawn from, as a run on kept rollouts has them."""
+    made = trained(tmp_path / "run", repetition_penalty=1.3, vllm_importance_sampling_mode="token_truncate")
+    assert all(log["sampling/sampling_logp_difference/mean"] > 1e-3 for log in steps(made))
+    assert all(log["sampling/importance_sampling_ratio/max"] <= 3.0 for log in steps(made))
+    settings = {"vllm_importance_sampling_mode": "token_truncate", "replay_rollouts": str(tmp_path / "run")}
+    replayed = trained(tmp_path / "replayed", repetition_penalty=1.3, **settings)
+    assert_same(weights(made), weights(replayed))
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"])
+def test_settings_of_sampling_may_have_other_libraries_names(field):
+    """`generation_kwargs`: what a field says, said twice alike or once; what is unknown or contradicts is refused."""
+    value = {"top_k": 5, "max_new_tokens": 7}.get(field, 0.5)
+    for given in ({field: value}, json.dumps({field: value})):
+        made = GRPOConfig(output_dir="unused", **{**SETTINGS, "max_completion_length": 512, "generation_kwargs": given})
+        assert getattr(made, {"max_new_tokens": "max_completion_length"}.get(field, field)) == value
+        assert replace(made).generation_kwargs == {field: value}
+    own = {"max_new_tokens": "max_completion_length"}.get(field, field)
+    other = {own: 9 if isinstance(value, int) else 0.25}
+    with pytest.raises(ConfigError, match=rf"generation_kwargs has {field} {value}, and {own} is"):
+        GRPOConfig(output_dir="unused", **{**SETTINGS, **other, "generation_kwargs": {field: value}})
+    with pytest.raises(ConfigError, match="has 'num_beams', which would change what is sampled unseen"):
+        GRPOConfig(output_dir="unused", **{**SETTINGS, "generation_kwargs": {field: value, "num_beams": 4}})
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_fields_say_why(name):
     """R23: TRL's fields that do nothing here are errors, named, with the reason."""
@@ -541,6 +660,9 @@ def test_every_field_is_read_or_refused(config):
         ({"temperature": 0.0}, "temperature is 0"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
+        ({"repetition_penalty": 1.2, "vllm_importance_sampling_correction": False}, "as if the policy itself had"),
+        ({"entropy_target": 0.4}, "use_adaptive_entropy is False, so that the coefficient stays"),
+        ({"use_adaptive_entropy": True, "entropy_coef": 2.0}, "begins between entropy_coef_min"),
         ({"resample_rounds": 2}, "zero_variance is 'keep', so that nothing is sampled again"),
     ],
 )

@@ -117,6 +117,17 @@ def test_log_probs_before_the_temperature_are_refused(server, tmp_path):
     made = served(tmp_path / "raw", server, temperature=0.6)
     with pytest.raises(RolloutError, match="--logprobs-mode processed_logprobs"):
         made.train()
+    made = served(tmp_path / "penalised", server, repetition_penalty=1.5)
+    with pytest.raises(RolloutError, match="--logprobs-mode processed_logprobs"):
+        made.train()
+    server.faults.raw = False
+    made = served(tmp_path / "processed", server, repetition_penalty=1.5, temperature=0.6, max_steps=1)
+    made.train()
+    (log,) = steps(made)
+    assert log["sampling/sampling_logp_difference/mean"] > 0.01, "the correction is for the penalty"
+    made = served(tmp_path / "cut", server, repetition_penalty=1.5, top_k=5)
+    with pytest.raises(RolloutError, match=r"repetition_penalty is 1\.5 and tokens are cut"):
+        made.train()
 
 
 def test_an_adapter_that_is_refused_says_how_to_start_the_server(server, tmp_path):

@@ -21,10 +21,17 @@ NAMES = (
     "frac_reward_zero_std",
     "completions/mean_length",
     "entropy",
+    "entropy/high",
+    "entropy_coef",
+    "policy_loss",
     "num_tokens",
 )
 CASES = {
     "grpo": ("grpo", {"beta": 0.1, "num_iterations": 2, "scale_rewards": "batch"}),
+    "entropy": (
+        "grpo",
+        {"entropy_coef": 0.2, "use_adaptive_entropy": True, "entropy_target": 9.0, "top_entropy_quantile": 0.5},
+    ),
     "rloo": ("rloo", {"beta": 0.1, "normalize_advantages": True}),
 }
 

@@ -108,6 +108,9 @@ def _results(trainer: TetherTrainer) -> dict[str, Any]:
         mean, deviation = (_last_of(trainer, name, f"rewards/margins{part}") for part in ("", "_std"))
         if mean is not None and deviation is not None and pairs > 1:
             results[f"reward_margin{ending}"] = _result(mean, mean_interval(mean, deviation, pairs), pairs)
+        reward, error = (_last_of(trainer, name, metric) for metric in ("reward", "reward_error"))
+        if reward is not None and error is not None:
+            results[f"reward{ending}"] = _result(reward, (reward - 1.96 * error, reward + 1.96 * error), pairs)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,6 +145,7 @@ def _summary(trainer: TetherTrainer, output: Path) -> list[str]:
     lines = [SEPARATOR.join([f"trained {steps} step{'s' * (steps != 1)}", *figures(last)])]
     final = {prefix: entry for entry in logs for prefix in evaluations(entry)}
     lines += [SEPARATOR.join([prefix.removesuffix("_"), *figures(entry, prefix)]) for prefix, entry in final.items()]
+    lines += [line for prefix in final if (line := _gain(logs, prefix))]
     kind = "adapter" if (output / "adapter_config.json").is_file() else "model"
     return [
         *lines,
@@ -152,6 +153,23 @@ def _summary(trainer: TetherTrainer, output: Path) -> list[str]:
         f"report: {output / 'report.html'}",
         *_next(trainer, kind, output),
     ]
+
+
+def _gain(logs: Sequence[Mapping[str, Any]], prefix: str) -> str:
+    """How far the reward of an evaluation set has come from its first evaluation to its last; empty with one alone."""
+    known = [entry for entry in logs if f"{prefix}reward_error" in entry]
+    if len(known) < 2:
+        return ""
+    (first, one), (last, two) = (
+        (log[f"{prefix}reward"], log[f"{prefix}reward_error"]) for log in (known[0], known[-1])
+    )
+    change, error = last - first, 1.96 * (one**2 + two**2) ** 0.5
+    seconds = next((f" in {log['train_runtime']:.0f} s" for log in reversed(logs) if "train_runtime" in log), "")
+    return (
+        f"reward of {prefix.removesuffix('_')}: {first:.3f} at step {known[0]['step']}, {last:.3f} at step "
+        f"{known[-1]['step']}{seconds}; change {change:+.3f} (95 % interval {change - error:+.3f} to "
+        f"{change + error:+.3f}, prompts as what is independent)"
+    )
 
 
 def _next(trainer: TetherTrainer, kind: str, output: Path) -> list[str]:

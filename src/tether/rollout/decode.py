@@ -47,6 +47,9 @@ class Decoding:
         self._gone: list[Tensor] = []
         self._place = -1
         self._widest = max(trunks)
+        # Of the present rows and place, the same for all layers.
+        self._spots: tuple[Tensor, int] | None = None
+        self._seen: dict[int | None, Tensor] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -56,6 +59,7 @@ class Decoding:
     def begin(self) -> None:
         """A token of each row is computed next."""
         self._place += 1
+        self._seen.clear()
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on.
@@ -65,6 +69,8 @@ class Decoding:
         """
         self._trees = self._trees[rows]
         self._gone.append(rows)
+        self._spots = None
+        self._seen.clear()
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, forest: Forest | None, **options: Any
@@ -101,13 +107,11 @@ class Decoding:
         rows, groups = query.shape[2], query.shape[1] // key.shape[1]
         asked = query[0].transpose(0, 1).unflatten(1, (-1, groups))  # [rows, kv heads, groups, head_dim]
         asked = asked * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        places, width = self._by_tree(asked.device)
-        together = asked.new_zeros(len(self._lengths), width, *asked.shape[1:])
-        together[self._trees, places] = asked
+        width = self._by_tree(asked.device)[1]
         # One product for all branches of a trunk: [trees, kv heads, branches * groups, trunk].
-        flat = together.transpose(1, 2).flatten(2, 3)
+        flat = self._together(asked).transpose(1, 2).flatten(2, 3)
         trunk = (flat @ layer.trunks[0].transpose(2, 3)).unflatten(2, (width, groups)).transpose(1, 2)
-        scores = torch.cat([trunk[self._trees, places], asked @ keys.transpose(2, 3)], -1).float()
+        scores = torch.cat([self._apart(trunk), asked @ keys.transpose(2, 3)], -1).float()
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~self._visible(keys.shape[2], sliding_window)[:, None, None], -torch.inf)
@@ -117,11 +121,25 @@ class Decoding:
         else:
             weights = scores.softmax(-1)
         weights = weights.to(value.dtype)
-        spread = weights.new_zeros(len(self._lengths), width, *asked.shape[1:3], self._widest)
-        spread[self._trees, places] = weights[..., : self._widest]
-        mixed = (spread.transpose(1, 2).flatten(2, 3) @ layer.trunks[1]).unflatten(2, (width, groups)).transpose(1, 2)
-        found = mixed[self._trees, places] + weights[..., self._widest :] @ values
+        spread = self._together(weights[..., : self._widest]).transpose(1, 2).flatten(2, 3)
+        mixed = (spread @ layer.trunks[1]).unflatten(2, (width, groups)).transpose(1, 2)
+        found = self._apart(mixed) + weights[..., self._widest :] @ values
         return found.flatten(1, 2)[None]
+
+    def _together(self, rows: Tensor) -> Tensor:
+        """`[trees, width, …]` of `[rows, …]`, zeros where a tree has fewer rows than another."""
+        places, width = self._by_tree(rows.device)
+        if len(rows) == len(self._lengths) * width:
+            return rows.unflatten(0, (len(self._lengths), width))
+        found = rows.new_zeros(len(self._lengths), width, *rows.shape[1:])
+        found[self._trees, places] = rows
+        return found
+
+    def _apart(self, found: Tensor) -> Tensor:
+        """The reverse of `_together`."""
+        places, width = self._by_tree(found.device)
+        even = len(self._trees) == len(self._lengths) * width
+        return found.flatten(0, 1) if even else found[self._trees, places]
 
     def _own(self, layer: _Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the rows' own tokens, `[rows, heads, places, head_dim]`, the newest included."""
@@ -140,16 +158,21 @@ class Decoding:
 
     def _by_tree(self, device: torch.device) -> tuple[Tensor, int]:
         """The place of each row among those of its tree, and the most that a tree has."""
-        counts = torch.bincount(self._trees, minlength=len(self._lengths))
-        places = torch.arange(len(self._trees), device=device) - (counts.cumsum(0) - counts)[self._trees]
-        return places, int(counts.max())
+        if self._spots is None:
+            counts = torch.bincount(self._trees, minlength=len(self._lengths))
+            places = torch.arange(len(self._trees), device=device) - (counts.cumsum(0) - counts)[self._trees]
+            self._spots = places, int(counts.max())
+        return self._spots
 
     def _visible(self, own: int, window: int | None) -> Tensor:
         """Bool `[rows, trunk + own]`: what the newest token of each row sees."""
+        if window in self._seen:
+            return self._seen[window]
         device, lengths = self._trees.device, self._lengths[self._trees][:, None]
         trunk, mine = torch.arange(self._widest, device=device), torch.arange(own, device=device)
         seen = torch.cat([trunk < lengths, torch.ones(len(lengths), own, dtype=torch.bool, device=device)], 1)
         if window:
             place = torch.cat([trunk.expand(len(lengths), -1), lengths + mine], 1)
             seen &= lengths + own - 1 - place < window
+        self._seen[window] = seen
         return seen

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from tether.errors import RolloutError, ScoringError
 from tether.rollout.records import Group, RolloutEngine, RolloutRequest, Sampling
+from tether.rollout.sample import penalised, seen_tokens
 from tether.rollout.transformers_engine import TransformersEngine
 from tether.rollout.tree_engine import TreeEngine
 from tether.scoring import pack
 from tether.scoring.layout.proof import tolerance
-from tether.types import Example, ScoringBatch
+from tether.types import Example, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROMPTS, _BRANCHES, _TOKENS = 2, 2, 16
@@ -61,6 +62,8 @@ def compare(
     requests: Sequence[RolloutRequest],
     sampling: Sampling,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    *,
+    penalty: bool = False,
 ) -> Agreement:
     """Sample a few short completions, and score them as the trainer does.
 
@@ -71,9 +74,11 @@ def compare(
         requests: prompts of the run, at least one.
         sampling: of the run.
         precision: a context of the run's precision, which says what rounding explains.
+        penalty: sample with the repetition penalty, which `score` then knows; else without.
     """
     asked = [replace(one, branches=range(_BRANCHES), number="proof") for one in requests[:_PROMPTS]]
-    groups = engine.generate(policy, asked, replace(sampling, max_tokens=min(_TOKENS, sampling.max_tokens)))
+    sampling = replace(sampling, max_tokens=min(_TOKENS, sampling.max_tokens))
+    groups = engine.generate(policy, asked, sampling if penalty else replace(sampling, repetition_penalty=1.0))
     theirs = [one.logps for group in groups for one in group.completions]
     device = next(policy.parameters()).device
     ours = score(pack([as_example(group) for group in groups]).to(device)).cpu()
@@ -86,6 +91,26 @@ def compare(
         return Agreement(difference, len(ours), tolerance(policy))
 
 
+def with_penalty(scores: Scores, batch: ScoringBatch, penalty: float) -> Tensor:
+    """Log-probs `[N]` of what is drawn from with a repetition penalty.
+
+    Args:
+        scores: of the batch, with `hidden` and `head`.
+        batch: prompts with completions.
+        penalty: see `Sampling`.
+    """
+    assert scores.hidden is not None
+    assert scores.head is not None
+    logits = scores.head(scores.hidden)
+    rows = []
+    for example in batch.examples:
+        for ids in example.completion_ids:
+            sequence = torch.cat([example.prompt_ids, ids])
+            rows += [sequence[: len(example.prompt_ids) + place] for place in range(len(ids))]
+    known = penalised(logits, seen_tokens(rows, logits.shape[1], logits.device), penalty)
+    return known.log_softmax(-1).gather(-1, batch.targets[:, None].to(logits.device))[:, 0]
+
+
 def choose_engine(
     requested: str,
     policy: nn.Module,
@@ -93,6 +118,8 @@ def choose_engine(
     requests: Sequence[RolloutRequest],
     sampling: Sampling,
     precision: Callable[[], AbstractContextManager[object]],
+    *,
+    wide_head: bool = False,
 ) -> RolloutEngine:
     """The embedded engine of a run, proved, with a line that says which and why.
 
@@ -103,11 +130,13 @@ def choose_engine(
         requests: prompts of the run.
         sampling: of the run.
         precision: a context of the run's precision.
+        wide_head: see `tether.scoring.score`; `generate` has the model's own.
 
     Raises:
         RolloutError: no engine samples from what the trainer scores.
     """
-    engines: dict[str, RolloutEngine] = {"tree": TreeEngine(precision), "transformers": TransformersEngine(precision)}
+    tree = TreeEngine(precision, wide_head=wide_head)
+    engines: dict[str, RolloutEngine] = {"tree": tree, "transformers": TransformersEngine(precision)}
     reason = ""
     for name, engine in engines.items():
         if requested not in ("auto", name):
@@ -124,6 +153,11 @@ def choose_engine(
                 logger.info(
                     "rollouts: tokens are drawn from a part of the policy's distribution (top_k, top_p or min_p); "
                     "gradients and ratios are those of the whole one"
+                )
+            if sampling.penalises:
+                logger.info(
+                    f"rollouts: tokens are drawn with a repetition penalty of {sampling.repetition_penalty:g}; "
+                    "ratios correct for it"
                 )
             return engine
         reason += f"; {name} refused: {figure}, allowed are {found.allowed:.0e}"

@@ -26,6 +26,8 @@ class Sampling:
         top_p: draw among the fewest most likely tokens that hold this share of the probability.
         min_p: draw among tokens of at least this share of the most likely one's probability; 0: all.
         seed: of every draw.
+        repetition_penalty: what logits of tokens that prompt or completion have already are divided by, or multiplied
+            where they are negative; 1: nothing.
 
     Example:
         >>> Sampling(1.0, 8, (2,)).cuts, Sampling(1.0, 8, (2,), top_p=0.9).cuts
@@ -39,6 +41,12 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens are drawn from another distribution than the policy's, with the cuts left aside."""
+        return self.repetition_penalty != 1
 
     @property
     def cuts(self) -> bool:
@@ -81,7 +89,8 @@ class Completion:
 
     Args:
         ids: int64 `[C]`, at least one.
-        logps: float32 `[C]` nats of what it was drawn from, at the temperature and before any cut; None: not reported.
+        logps: float32 `[C]` nats of what it was drawn from, at the temperature, with the penalty and before any cut;
+            None: not reported.
         finish: `stop`: by one of the stop tokens; `length`: cut off.
         written: bool `[C]`, False for tokens that the policy did not write, such as a tool's; None: all.
         kept: float32 `[C]`, the probability that a cut left to draw from; None where nothing was cut.

@@ -17,7 +17,7 @@ class Drawn(NamedTuple):
 
     Args:
         ids: int64 `[A]`.
-        logps: float32 `[A]` nats, before any cut.
+        logps: float32 `[A]` nats, with the penalty and before any cut.
         kept: float32 `[A]`, the probability that the cut left; None where nothing was cut.
     """
 
@@ -36,7 +36,32 @@ def uniform(key: bytes, place: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def draw(logits: Tensor, keys: Sequence[bytes], place: int, sampling: Sampling) -> Drawn:
+def seen_tokens(prompts: Sequence[Tensor], vocabulary: int, device: torch.device) -> Tensor:
+    """Bool `[A, vocabulary]`: the tokens of each prompt `[P]`.
+
+    >>> seen_tokens([torch.tensor([1, 1]), torch.tensor([0])], 3, torch.device("cpu")).tolist()
+    [[False, True, False], [True, False, False]]
+    """
+    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt.to(device)] = True
+    return seen
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of which those of seen tokens are divided by the penalty, or multiplied where they are negative.
+
+    Reference:
+        Keskar et al., CTRL, section 4.1, arXiv:1909.05858; the same number with logits divided by a temperature.
+
+    Example:
+        >>> penalised(torch.tensor([[2.0, -2.0, 2.0]]), torch.tensor([[True, True, False]]), 2.0)
+        tensor([[ 1., -4.,  2.]])
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def draw(logits: Tensor, keys: Sequence[bytes], place: int, sampling: Sampling, seen: Tensor | None = None) -> Drawn:
     """The next token of each completion: the first whose cumulative probability exceeds its uniform number.
 
     Args:
@@ -44,7 +69,10 @@ def draw(logits: Tensor, keys: Sequence[bytes], place: int, sampling: Sampling) 
         keys: A keys, see `RolloutRequest.key`.
         place: of the token in its completion.
         sampling: what is cut.
+        seen: bool `[A, vocabulary]`, tokens that the penalty is of; what is drawn is added. None: there is no penalty.
     """
+    if seen is not None:
+        logits = penalised(logits, seen, sampling.repetition_penalty)
     logps = logits.log_softmax(-1)
     probs = logps.double().exp()
     kept = None
@@ -57,6 +85,8 @@ def draw(logits: Tensor, keys: Sequence[bytes], place: int, sampling: Sampling) 
     numbers = torch.tensor([uniform(key, place) for key in keys], dtype=torch.float64, device=logits.device)
     wanted = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]
+    if seen is not None:
+        seen.scatter_(1, ids[:, None], True)
     return Drawn(ids, logps.gather(-1, ids[:, None])[:, 0], kept)
 
 

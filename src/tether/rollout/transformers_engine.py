@@ -17,7 +17,7 @@ from tether.models.structure import (
     unwrap,
 )
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling
-from tether.rollout.sample import draw
+from tether.rollout.sample import draw, seen_tokens
 from tether.scoring.layout.encoder_decoder import is_encoder_decoder
 
 # Sequences that are sampled at once.
@@ -52,14 +52,18 @@ class TransformersEngine:
 class _Draws(LogitsProcessor):
     """Leaves one token to take: the one that is drawn."""
 
-    def __init__(self, keys: list[bytes], start: int, sampling: Sampling) -> None:
-        self._keys, self._start, self._sampling = keys, start, sampling
+    def __init__(self, keys: list[bytes], start: int, sampling: Sampling, prompts: list[Tensor] | None) -> None:
+        self._keys, self._start, self._sampling, self._prompts = keys, start, sampling, prompts
+        self._seen: Tensor | None = None
         self.logps: list[Tensor] = []
         self.kept: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         place = input_ids.shape[1] - self._start
-        drawn = draw(scores.float() / self._sampling.temperature, self._keys, place, self._sampling)
+        if self._sampling.penalises and self._seen is None:
+            prompts = list(input_ids) if self._prompts is None else self._prompts
+            self._seen = seen_tokens(prompts, scores.shape[1], scores.device)
+        drawn = draw(scores.float() / self._sampling.temperature, self._keys, place, self._sampling, self._seen)
         self.logps.append(drawn.logps.cpu())
         if drawn.kept is not None:
             self.kept.append(drawn.kept.cpu())
@@ -78,7 +82,9 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
     for row, prompt in enumerate(prompts):
         place = slice(0, len(prompt)) if encodes else slice(width - len(prompt), width)
         ids[row, place], mask[row, place] = prompt, 1
-    draws = _Draws([request.key(branch, sampling.seed) for request, branch in wanted], start, sampling)
+    # As transformers has it, the penalty of a decoder of its own is of what the decoder is given.
+    keys = [request.key(branch, sampling.seed) for request, branch in wanted]
+    draws = _Draws(keys, start, sampling, None if encodes else prompts)
     # All settings that change what is sampled, so that none comes from the checkpoint's own generation settings.
     starts = {name: getattr(inner.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")}
     config = GenerationConfig(

@@ -14,7 +14,7 @@ from tether.models.adapters import virtual_tokens
 from tether.models.structure import evaluation_mode, transformers_model
 from tether.rollout.decode import Decoding
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling
-from tether.rollout.sample import Drawn, draw
+from tether.rollout.sample import Drawn, draw, seen_tokens
 from tether.scoring.attention.interface import (
     backends_for,
     forest_forward,
@@ -44,15 +44,19 @@ class TreeEngine:
     Args:
         precision: a context of the run's precision.
         tokens: of prompts and completions in memory at once.
+        wide_head: see `tether.scoring.score`.
     """
 
     name = "tree"
     embedded = True
 
     def __init__(
-        self, precision: Callable[[], AbstractContextManager[object]] = nullcontext, tokens: int = _TOKENS
+        self,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+        tokens: int = _TOKENS,
+        wide_head: bool = False,
     ) -> None:
-        self._precision, self._tokens = precision, tokens
+        self._precision, self._tokens, self._wide_head = precision, tokens, wide_head
 
     def generate(self, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Group]:
         """Sample a group for each request.
@@ -85,18 +89,23 @@ class TreeEngine:
         keys = [request.key(branch, sampling.seed) for request in requests for branch in request.branches]
         counts = [len(request.branches) for request in requests]
         decoding = Decoding([len(request.prompt_ids) for request in requests], counts, device)
-        model = _Model(policy, decoding, sampling.temperature)
+        model = _Model(policy, decoding, sampling.temperature, self._wide_head)
         logits = model.prompts(requests).repeat_interleave(torch.tensor(counts, device=device), 0)
+        seen = None
+        if sampling.penalises:
+            prompts = [request.prompt_ids for request in requests for _ in request.branches]
+            seen = seen_tokens(prompts, logits.shape[1], device)
         stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
         written, live = [_Written() for _ in keys], list(range(len(keys)))
         for place in range(sampling.max_tokens):
-            drawn = draw(logits, [keys[number] for number in live], place, sampling)
+            drawn = draw(logits, [keys[number] for number in live], place, sampling, seen)
             _write(written, live, drawn)
             going = (~torch.isin(drawn.ids, stops)).nonzero()[:, 0]
             if place + 1 == sampling.max_tokens or not len(going):
                 break
             if len(going) < len(live):
                 live = [live[row] for row in going.tolist()]
+                seen = None if seen is None else seen[going]
                 decoding.keep(going)
             logits = model.next(drawn.ids[going])
         completions = iter(_finished(one, sampling) for one in written)
@@ -106,9 +115,9 @@ class TreeEngine:
 class _Model:
     """The policy, called for prompts and then for a token of each branch."""
 
-    def __init__(self, policy: nn.Module, decoding: Decoding, temperature: float) -> None:
+    def __init__(self, policy: nn.Module, decoding: Decoding, temperature: float, wide_head: bool) -> None:
         self._policy, self._inner = policy, transformers_model(policy)
-        self._decoding, self._head = decoding, head_of(self._inner, temperature)
+        self._decoding, self._head = decoding, head_of(self._inner, temperature, wide_head)
         install_tree_attention(self._inner)
 
     def prompts(self, requests: list[RolloutRequest]) -> Tensor:

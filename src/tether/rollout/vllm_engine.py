@@ -77,11 +77,12 @@ class VLLMEngine:
         Raises:
             RolloutError: the server fails for good, or answers with other tokens than it can have sampled.
         """
-        if sampling.cuts and sampling.temperature != 1:
+        if sampling.cuts and (sampling.temperature != 1 or sampling.penalises):
+            given = "temperature" if sampling.temperature != 1 else "repetition_penalty"
             raise RolloutError(
-                f"temperature is {sampling.temperature:g} and tokens are cut (top_k, top_p or min_p): a server reports "
-                "log-probs either before the temperature or after the cut, and the trainer needs those between. Set "
-                "temperature to 1, or leave the cut out."
+                f"{given} is {getattr(sampling, given):g} and tokens are cut (top_k, top_p or min_p): a server reports "
+                f"log-probs either before the {given} or after the cut, and the trainer needs those between. Set "
+                f"{given} to 1, or leave the cut out."
             )
         wanted = [(request, branch) for request in requests for branch in request.branches]
         found = iter(self._transport.many(lambda one: self._completion(one[0], one[1], sampling), wanted))
@@ -181,7 +182,7 @@ class VLLMEngine:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             # No end but the run's own: the server's tokenizer may know others, or fewer.

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tether.compat.deepspeed import gathers_itself
 from tether.compat.torch import class_under_fsdp, has_forward_hooks
 from tether.compute.cpu_matmul import product
+from tether.errors import ConfigError
 from tether.types import PerToken
 
 CHUNK = 256
@@ -36,7 +37,8 @@ class Head:
     """A language-model head: `logits = softcap * tanh(scale * (linear(hidden) + shift) / softcap)`, all in float32.
 
     `shift [vocabulary]` is a constant that the architecture adds to the logits outside the module. What is returned is
-    divided by `temperature`: that of the distribution that is asked for, 1 for the model's own.
+    divided by `temperature`: that of the distribution that is asked for, 1 for the model's own. `wide`: the product is
+    in float32 too, whatever the precision of the run and of the weights.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class Head:
     softcap: float | None = None
     shift: Tensor | None = None
     temperature: float = 1.0
+    wide: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -63,8 +66,28 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "M hidden_size"]) -> Float[Tensor, "M vocabulary"]:
         """Logits `[M, vocabulary]` in float32 of hidden states `[M, hidden_size]`."""
-        raw = self.module(hidden)
+        self.require_plain_where_wide()
+        raw = self._wide_product(hidden) if self.wide else self.module(hidden)
         return self.finish(raw if self.shift is None else raw + self.shift.flatten())
+
+    def require_plain_where_wide(self) -> None:
+        """A module that is called as it is computes in its own precision.
+
+        Raises:
+            ConfigError: it is to be computed in float32, and is no plain linear layer.
+        """
+        if self.wide and not self.is_plain:
+            raise ConfigError(
+                f"cast_lm_head_to_fp32 is True, and the head is a {type(self.module).__name__}, no plain linear layer: "
+                "with an adapter on it, or quantised, it computes in its own precision. Leave it out."
+            )
+
+    def _wide_product(self, hidden: Tensor) -> Tensor:
+        bias = self.module.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(
+                hidden.float(), self.module.weight.float(), None if bias is None else bias.float()
+            )
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale, softcap and temperature of the raw product, in float32."""
@@ -99,6 +122,7 @@ def token_scores(
     *,
     outputs: tuple[str, ...] = (),
     chunk: int = CHUNK,
+    entropy_gradient: bool = False,
 ) -> TokenScores:
     """Log-probability of each target under its hidden state.
 
@@ -108,38 +132,47 @@ def token_scores(
         targets: int64 `[N]`, on any device.
         outputs: any of `OUTPUTS`; computed without gradient from the same logits.
         chunk: tokens whose logits exist at once; memory is a few times `chunk * vocabulary * 4` bytes.
+        entropy_gradient: the entropy is among the outputs, and it is differentiable as `token_logps` is.
 
     Returns:
         One value per token, on the device of the targets; `token_logps` is differentiable in `hidden` and in the head's
         trainable tensors.
     """
-    outputs = tuple(dict.fromkeys(outputs))
+    head.require_plain_where_wide()
+    outputs = tuple(dict.fromkeys((*outputs, "entropy") if entropy_gradient else outputs))
+    through = frozenset({"entropy"} if entropy_gradient else ())
     weight = next(head.module.parameters(), hidden)
     # A shard may be kept elsewhere than it is computed with.
     place = hidden.device if isinstance(weight, DTensor) else weight.device
-    found = _token_scores(head, hidden.to(place), targets.to(place), outputs, chunk)
+    found = _token_scores(head, hidden.to(place), targets.to(place), outputs, chunk, through)
     logps, *extra = (values.to(targets.device) for values in found)
     return TokenScores(logps, **dict(zip(outputs, extra, strict=True)))
 
 
 def _token_scores(
-    head: Head, hidden: Float[Tensor, "N hidden_size"], targets: Int[Tensor, " N"], outputs: tuple[str, ...], chunk: int
+    head: Head,
+    hidden: Float[Tensor, "N hidden_size"],
+    targets: Int[Tensor, " N"],
+    outputs: tuple[str, ...],
+    chunk: int,
+    through: frozenset[str],
 ) -> tuple[Tensor, ...]:
-    """The log-probabilities and what was asked for beside them, in the order of `outputs`."""
+    """The log-probabilities and what was asked for beside them, in the order of `outputs`; those in `through` have a
+    gradient."""
     if head.is_plain:
 
         def fused(hidden: Tensor) -> Any:
             module: Any = head.module
             bias = module.bias if head.shift is None else _sum(module.bias, head.shift.flatten())
-            return _LinearLogProbs.apply(hidden, module.weight, bias, targets, head, outputs, chunk)
+            return _LinearLogProbs.apply(hidden, module.weight, bias, targets, head, outputs, chunk, through)
 
         return _called_as(head.module, fused, hidden) if head.is_partitioned else fused(hidden)
     parts, count = [], _number_of_chunks(head, len(targets), chunk)
     for h, t in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_module_scores, head, h, t, outputs, use_reentrant=False))
+            parts.append(checkpoint(_module_scores, head, h, t, outputs, through, use_reentrant=False))
         else:
-            parts.append(_module_scores(head, h, t, outputs))
+            parts.append(_module_scores(head, h, t, outputs, through))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -166,13 +199,19 @@ def _number_of_chunks(head: Head, tokens: int, chunk: int) -> int:
 
 
 def _module_scores(
-    head: Head, hidden: Float[Tensor, "N hidden_size"], targets: Int[Tensor, " N"], outputs: tuple[str, ...]
+    head: Head,
+    hidden: Float[Tensor, "N hidden_size"],
+    targets: Int[Tensor, " N"],
+    outputs: tuple[str, ...],
+    through: frozenset[str],
 ) -> tuple[Tensor, ...]:
     """The plain form for one chunk: call the head, then an ordinary log-softmax."""
     logits = head.logits(hidden)
     logps = logits.log_softmax(-1)
-    with torch.no_grad():
-        extra = [_extra(name, logits.detach(), logps.detach().exp(), targets) for name in outputs]
+    extra = []
+    for name in outputs:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name in through):
+            extra.append(_extra(name, logits, logps.exp(), targets))
     return logps.gather(-1, targets[:, None])[:, 0], *extra
 
 
@@ -193,10 +232,14 @@ class _LinearLogProbs(torch.autograd.Function):
     """Chunked `log_softmax(finish(hidden @ weight.T + bias))[target]` with its own backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, head: Head, outputs: tuple[str, ...], chunk: int):  # type: ignore
+    def forward(ctx: Any, hidden, weight, bias, targets, head: Head, outputs: tuple[str, ...], chunk: int, through):  # type: ignore
         trainable = any(ctx.needs_input_grad[1:3])
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not trainable else None
+        steepness = torch.empty_like(hidden) if slope is not None and through else None
         ctx.head, ctx.chunk, ctx.trainable, ctx.dtype = head, chunk, trainable, _product_dtype(hidden)
+        ctx.dtype = _sum_dtype(ctx.dtype) if head.wide else ctx.dtype
+        # Place of the entropy's gradient among those of the outputs.
+        ctx.entropy = 1 + outputs.index("entropy") if through else None
         logps = torch.empty(len(targets), dtype=_sum_dtype(hidden.dtype), device=hidden.device)
         extra = {name: torch.empty_like(logps, dtype=torch.bool if name == "top1" else None) for name in outputs}
         with torch.autocast(hidden.device.type, enabled=False):
@@ -213,23 +256,29 @@ class _LinearLogProbs(torch.autograd.Function):
                 total = exps.sum(-1, keepdim=True)
                 logps[rows] = (picked - top - total.log())[:, 0]
                 if "entropy" in extra:
-                    mean = torch.linalg.vecdot(exps, shifted) / total[:, 0]
-                    extra["entropy"][rows] = total.log()[:, 0] - mean
+                    mean = torch.linalg.vecdot(exps, shifted)[:, None] / total
+                    extra["entropy"][rows] = (total.log() - mean)[:, 0]
+                    if steepness is not None:
+                        grad = head.unfinish(_of_entropy(exps, total, shifted, mean), logits)
+                        steepness[rows] = product(grad.to(ctx.dtype), matrix.T).to(steepness.dtype)
                 if "log_collision" in extra:
                     extra["log_collision"][rows] = (exps.square().sum(-1, keepdim=True) / total.square()).log()[:, 0]
                 if slope is not None:
                     grad = head.unfinish(_one_hot_minus(exps, total, target), logits)
                     slope[rows] = product(grad.to(ctx.dtype), matrix.T).to(slope.dtype)
-        ctx.save_for_backward(*([hidden, weight, bias, targets] if trainable else [slope]))
-        ctx.mark_non_differentiable(*extra.values())
+        ctx.save_for_backward(*([hidden, weight, bias, targets] if trainable else [slope, steepness]))
+        ctx.mark_non_differentiable(*(value for name, value in extra.items() if name not in through))
         return logps, *extra.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps, *_):  # type: ignore
+    def backward(ctx: Any, grad_logps, *others):  # type: ignore
+        grad_entropy = None if ctx.entropy is None else others[ctx.entropy - 1]
         if not ctx.trainable:
-            (slope,) = ctx.saved_tensors
-            return (grad_logps[:, None] * slope).to(slope.dtype), None, None, None, None, None, None
+            slope, steepness = ctx.saved_tensors
+            grad = grad_logps[:, None] * slope
+            grad = grad if grad_entropy is None else grad + grad_entropy[:, None] * steepness
+            return grad.to(slope.dtype), *[None] * 7
         hidden, weight, bias, targets = ctx.saved_tensors
         matrix, wide = weight.to(ctx.dtype), _sum_dtype(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -237,9 +286,15 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         for rows in _rows(len(targets), ctx.chunk):
             logits = _logits(ctx, hidden[rows], matrix, bias)
-            exps = (logits - logits.amax(-1, keepdim=True)).exp()
-            grad = _one_hot_minus(exps, exps.sum(-1, keepdim=True), targets[rows, None])
-            grad = ctx.head.unfinish(grad.mul_(grad_logps[rows, None]), logits)
+            shifted = logits - logits.amax(-1, keepdim=True)
+            exps = shifted.exp()
+            total = exps.sum(-1, keepdim=True)
+            further = 0.0
+            if grad_entropy is not None:
+                mean = torch.linalg.vecdot(exps, shifted)[:, None] / total
+                further = _of_entropy(exps, total, shifted, mean).mul_(grad_entropy[rows, None])
+            grad = _one_hot_minus(exps, total, targets[rows, None]).mul_(grad_logps[rows, None]).add_(further)
+            grad = ctx.head.unfinish(grad, logits)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(ctx.dtype)
@@ -248,7 +303,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += product(grad.T, hidden[rows].to(ctx.dtype).T)
         narrow = [g if g is None else g.to(t.dtype) for g, t in ((grad_weight, weight), (grad_bias, bias))]
-        return grad_hidden, *narrow, None, None, None, None
+        return grad_hidden, *narrow, *[None] * 5
 
 
 def _logits(ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -271,6 +326,11 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _rows(length: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _of_entropy(exps: Tensor, total: Tensor, shifted: Tensor, mean: Tensor) -> Tensor:
+    """Derivative of the entropy by the logits, `-p (log p + H)`, with `log p + H = shifted - mean`."""
+    return (mean - shifted).mul_(exps).div_(total)
 
 
 def _one_hot_minus(exps: Tensor, total: Tensor, target: Tensor) -> Tensor:

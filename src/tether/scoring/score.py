@@ -33,7 +33,7 @@ from tether.types import Scores, ScoringBatch
 # How long each row of a padded forward is without its padding, for hooks on the model; None outside of one.
 row_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("row_lengths", default=None)
 Layout = Literal["tree", "padded", "encoder_decoder"]
-Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden"]
+Output = Literal["entropy", "top1", "mean_logits", "log_collision", "aux_loss", "hidden", "entropy_gradient"]
 
 
 def score(
@@ -45,6 +45,7 @@ def score(
     backend: Backend | Literal["auto"] = "auto",
     chunk: int = CHUNK,
     temperature: float = 1.0,
+    wide_head: bool = False,
 ) -> Scores:
     """Log-probability of every completion token of a batch under a language model.
 
@@ -55,12 +56,14 @@ def score(
         model: a transformers or PEFT model, wrapped or not, that begins on the batch's device.
         batch: B packed prompts with K completions and N completion tokens, see `pack`.
         outputs: further values from the same pass: of each token's distribution `entropy`, `top1`, `mean_logits`,
-            `log_collision`; its `hidden` state before the head; `aux_loss` (`load_balancing_loss`) of the batch.
+            `log_collision`; its `hidden` state before the head; `aux_loss` (`load_balancing_loss`) of the batch;
+            `entropy_gradient` gives `entropy` with its gradient, at the cost of one more product with the head.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own; `encoder_decoder` encodes each prompt once, for models with an encoder.
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `varlen`, `flash`; `auto`
             takes the device's first choice.
         chunk: tokens whose logits exist at once; `temperature`: what these logits are divided by.
+        wide_head: the head's product is in float32, whatever the precision.
 
     Returns:
         `Scores` with `token_logps [N]` in float32 nats.
@@ -71,7 +74,7 @@ def score(
     """
     inner = transformers_model(model)
     _check_request(inner, outputs, layout, virtual_tokens(model))
-    head, routed, kept = head_of(inner, temperature), "aux_loss" in outputs, "hidden" in outputs
+    head, routed, kept = head_of(inner, temperature, wide_head), "aux_loss" in outputs, "hidden" in outputs
     _refuse_length_dependence(inner, batch)
     inputs, sources, context = _LAYOUTS[layout](inner, batch)
     if "forest" in inputs:
@@ -87,7 +90,8 @@ def score(
     hidden = _of_real_tokens(captured[0], inputs, layout).flatten(0, 1)
     hidden = hidden.index_select(0, sources.to(hidden.device))  # a model spread over devices ends on another one
     per_token = tuple(name for name in OUTPUTS if name in outputs)
-    found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk)
+    through = "entropy_gradient" in outputs
+    found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk, entropy_gradient=through)
     weights = inputs.get("attention_mask", sequence_counts(batch)[None]) if routed else None
     return Scores(
         completion_index=batch.completion_index,
@@ -99,7 +103,7 @@ def score(
 
 
 def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str, virtual: int) -> None:
-    allowed = (*OUTPUTS, "aux_loss", "hidden")
+    allowed = (*OUTPUTS, "aux_loss", "hidden", "entropy_gradient")
     if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
         raise ConfigError(
             f"score(): layout {layout!r}, outputs {outputs!r}; layouts are {', '.join(_LAYOUTS)}, outputs {allowed}."
@@ -123,7 +127,7 @@ def _refuse_length_dependence(model: PreTrainedModel, batch: ScoringBatch) -> No
         )
 
 
-def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
+def head_of(model: PreTrainedModel, temperature: float = 1.0, wide: bool = False) -> Head:
     """The language-model head, with the scale and softcap that the architecture applies to its logits."""
     module = model.get_output_embeddings()
     if module is None:
@@ -136,7 +140,7 @@ def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
     divisor = getattr(config, "logits_scaling", None) or 1.0
     # BART adds a bias of its own to the logits; its head is a linear layer without one.
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module, scale / divisor, softcap, logits_bias(model), temperature)
+    return Head(module, scale / divisor, softcap, logits_bias(model), temperature, wide)
 
 
 def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tensor:

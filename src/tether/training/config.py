@@ -320,6 +320,11 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     default_system: str | None = option(
         None, "System message of conversations that begin with none.", key="data.system"
     )
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Arguments of the chat template, such as `{enable_thinking: false}`; those of a row count before these.",
+        key="data.chat_template_kwargs",
+    )
     deduplicate: bool = option(
         False, "Leave out training rows that are exactly those of an earlier row.", key="data.deduplicate"
     )
@@ -385,6 +390,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         if self.deduplicate and self.stream_dataset:
             raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
+        self.chat_template_kwargs = keywords("chat_template_kwargs", self.chat_template_kwargs)
         self.check_reference()
         if self.include_num_input_tokens_seen is False:  # what a command line says of the default
             self.include_num_input_tokens_seen = "no"

@@ -262,10 +262,10 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             state=lambda: self.state,
         )
 
-    def _frozen_scores(self, batch: ScoringBatch) -> Scores:
+    def _frozen_scores(self, batch: ScoringBatch, outputs: tuple[str, ...] = ()) -> Scores:
         model = cast(nn.Module, self.model_wrapped)
         with frozen_pass(model):
-            return self.run.scorer(model, batch)
+            return self.run.scorer(model, batch, outputs=outputs)
 
     def _take_part(self, model: nn.Module) -> None:
         """Make the forwards of a micro-batch whose outcome nobody reads, for the others' sake."""

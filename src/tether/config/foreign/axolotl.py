@@ -70,7 +70,7 @@ def _objective(draft: Draft, source: Source) -> None:
         source.refuse(
             "rl",
             f"`rl` is {kind!r}; {_NOT_HERE[kind]} of Axolotl's is not converted: its rows and rewards are functions. "
-            f"Allowed are {', '.join(_PREFERENCE)}.",
+            f"Allowed are {', '.join(_PREFERENCE)}; docs/grpo.md shows a run file of GRPO.",
         )
     source.one_of("rl", _PREFERENCE)
     reward = source.flag("reward_model")

@@ -12,10 +12,12 @@ _TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi_3":
 
 
 def text(draft: Draft, source: Source) -> None:
-    """`special_tokens`, `default_system_message`, `chat_template` and `chat_template_jinja`."""
+    """`special_tokens`, `default_system_message`, `chat_template`, its keywords and `chat_template_jinja`."""
     _tokens(draft, source)
     if source.has("default_system_message"):
         draft.set("data.system", source.text("default_system_message"), "default_system_message")
+    if source.has("chat_template_kwargs"):
+        draft.set("data.chat_template_kwargs", source.mapping("chat_template_kwargs"), "chat_template_kwargs")
     _template(draft, source, "chat_template", source.text("chat_template"))
 
 

@@ -12,7 +12,7 @@ from tether.config.document import KeyPath
 from tether.config.fields import keys_of
 from tether.config.foreign import axolotl, llamafactory, trl
 from tether.config.foreign.document import Document, parse_foreign, read_foreign
-from tether.config.foreign.draft import Draft, Fate, Source, as_number
+from tether.config.foreign.draft import OWN, Draft, Fate, Source, as_number
 from tether.config.foreign.table import Row, load_table
 from tether.config.problems import show
 from tether.config.read import check_run
@@ -23,8 +23,6 @@ from tether.training import PreferenceConfig
 from tether.training.surface.retired import RETIRED
 
 Rule = Callable[[Draft, Source], None]
-# In a foreign file, keys of the run file that the tool has no word for.
-OWN = "tether"
 _SHOWN = 6
 
 

@@ -12,6 +12,8 @@ from tether.config.foreign.table import Mark
 from tether.config.problems import dotted, wrong_value
 from tether.errors import ConfigError
 
+# In a foreign file, keys of the run file that the tool has no word for.
+OWN = "tether"
 _NUMBER_WORDS = "a number"
 
 

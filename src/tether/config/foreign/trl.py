@@ -11,11 +11,12 @@ from transformers import TrainingArguments
 
 from tether.config.fields import config_class, fields_under, keys_of, row_of
 from tether.config.foreign import shared
-from tether.config.foreign.draft import Draft, Source
+from tether.config.foreign.draft import OWN, Draft, Source
 from tether.config.foreign.table import load_table
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
 from tether.training import PreferenceConfig
+from tether.training.online.config import GENERATION
 
 # TRL's commands, and a loss of a run file whose configuration has their options.
 COMMANDS: dict[str, Any] = {
@@ -35,6 +36,8 @@ _READY_MADE: dict[str, dict[str, Any]] = {
     "think_format_reward": {"name": "think_format"},
     "get_soft_overlong_punishment": {"name": "soft_overlong", "max_length": 1280, "margin": 256},
 }
+# What describes a server that is started.
+_OF_OWN_SERVER = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size")
 _SFT = {"nll": "sft", "chunked_nll": "sft", "dft": "dft"}
 _CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo"}
 _SOURCE = ("path", "name", "data_dir", "data_files", "split", "columns")
@@ -296,6 +299,41 @@ def _reward(source: Source, name: str) -> dict[str, Any]:
     return {"python": f"{file}:{function}"}
 
 
+def _rollouts(draft: Draft, source: Source) -> None:
+    """`use_vllm` and what is of it, and `generation_kwargs`; other settings of rollouts are fields by their names."""
+    known = keys_of(config_class(COMMANDS[source.command]))
+    mode = source.one_of("vllm_mode", ("colocate", "server"), "colocate")
+    if source.flag("use_vllm"):
+        draft.set("rollout.engine", "vllm", "use_vllm")
+        if mode == "colocate" and not source.has("vllm_server_base_url"):
+            own = source.mapping(OWN).get("rollout")
+            if not (isinstance(own, dict) and own.get("vllm_python")):
+                source.refuse(
+                    "use_vllm",
+                    "vLLM needs other versions of packages, so that its server runs in an environment of its own. Name "
+                    "that one's Python: `tether: {rollout: {vllm_python: …}}`, or `tether.rollout.vllm_python=…`.",
+                )
+            idle, why = ("vllm_server_host", "vllm_server_port"), "the run starts a server of its own"
+        else:
+            idle, why = _OF_OWN_SERVER, "of a server that is started, and one runs already"
+    else:
+        idle = [key for key in source.values if key in known and known[key].startswith("rollout.vllm_")]
+        why = "use_vllm is not set"
+    for key in idle:
+        if key in draft.fates:
+            draft.values.get("rollout", {}).pop(known[key].removeprefix("rollout."), None)
+            draft.note(key, why, f"has no effect: {why}")
+    if "rollout" in draft.values and not draft.values["rollout"]:
+        del draft.values["rollout"]
+    for name, value in source.mapping("generation_kwargs").items():
+        if name not in GENERATION:
+            source.refuse(
+                ("generation_kwargs", name),
+                f"`{name}` would change what is sampled unseen. There are {', '.join(GENERATION)}.",
+            )
+        draft.set(known[GENERATION[name]], value, "generation_kwargs")
+
+
 def _reference(draft: Draft, source: Source) -> None:
     if source.flag("reference_free"):
         draft.set("reference.meaning", "none", "reference_free")
@@ -318,6 +356,7 @@ RULES: dict[str, Callable[[Draft, Source], None]] = {
     "adapter": _adapter,
     "data": _data,
     "rewards": _rewards,
+    "rollouts": _rollouts,
     "steps": _steps,
     "reference": _reference,
     "environment": _environment,

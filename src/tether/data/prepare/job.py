@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 from datasets import Dataset
@@ -22,7 +23,7 @@ from tether.data.rows.schema import (
     read_preferences,
     unpaired,
 )
-from tether.data.rows.values import is_blank, texts_of
+from tether.data.rows.values import extra_faults, is_blank, texts_of
 from tether.data.text.render import Rendered, render
 from tether.data.text.seq2seq import tokenize_seq2seq
 from tether.data.text.template import chat_template, text_tokenizer
@@ -51,6 +52,7 @@ class Options:
     num_proc: int | None = None
     encoder_decoder: bool = False
     system: str | None = None
+    template_arguments: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.boundary not in BOUNDARIES:
@@ -116,6 +118,8 @@ class Job:
                 f"{name}: the rows are one text each (`{column}`), and the model reads a prompt in its encoder and "
                 "writes a completion in its decoder. Give `prompt` and `completion`."
             )
+        for fault in extra_faults("chat_template_kwargs", options.template_arguments, schema.form):
+            raise ConfigError(f"{name}: {fault}, or leave the run's chat_template_kwargs out.")
         template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
         template = parts_template(template) if template is not None and reads_images(tokenizer) else template
         encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)
@@ -143,6 +147,8 @@ class Job:
         records = preferences(self.rows, self.schema, start, stop, turns=turns, first=self.first)
         if self.options.system is not None:
             records = [_with_system(record, self.options.system) for record in records]
+        if self.options.template_arguments:
+            records = [_with_arguments(record, self.options.template_arguments) for record in records]
         tally = Tally(other_prompts=self._other_prompts(records, start, stop))
         for record in records:
             self._look(record, tally)
@@ -303,6 +309,11 @@ def _with_system(record: Preference, text: str) -> Preference:
     if isinstance(prompt, str) or (prompt and prompt[0].get("role") == "system"):
         return record
     return replace(record, prompt=[{"role": "system", "content": text}, *prompt])
+
+
+def _with_arguments(record: Preference, given: Mapping[str, Any]) -> Preference:
+    """With further arguments of the chat template, of which those of the row count before others."""
+    return replace(record, chat_template_kwargs={**given, **record.chat_template_kwargs})
 
 
 def _raw_fault(record: Preference) -> str | None:

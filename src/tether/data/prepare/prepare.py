@@ -7,11 +7,11 @@ whether old results are reused. The result's fingerprint is a hash of its conten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 from datasets import Dataset
@@ -81,6 +81,7 @@ def prepare(
     num_proc: int | None = None,
     encoder_decoder: bool = False,
     system: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
     name: str = "train",
 ) -> Prepared:
     """Check, render, tokenise and truncate preference rows.
@@ -99,6 +100,7 @@ def prepare(
             `error`, see `tether.data.text.tokenize`.
         num_proc: processes to share the work among; None or 1 for this one. Of use for slow tokenizers and templates.
         system: a system message of conversations that begin with none.
+        template_arguments: arguments of the chat template; those of a row count before these.
         encoder_decoder: the model reads the prompt in an encoder, see `tether.data.text.seq2seq`.
         name: what to call the rows in messages and in the report.
 
@@ -119,6 +121,7 @@ def prepare(
         num_proc,
         encoder_decoder,
         system,
+        template_arguments,
     )
     job = Job.of(load_rows(rows, kind=kind, name=name), tokenizer, options, name)
     return _finished(job, list(_run(job, num_proc or 1)))

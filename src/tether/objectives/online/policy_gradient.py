@@ -30,7 +30,7 @@ class PolicyGradient:
         kl_ratio: whether the estimate is multiplied by the ratio, so that its gradient is right off policy.
         correction: of the difference between engine and trainer; None: none.
         off_policy_threshold: see `kept_on_policy`; None: none is left out.
-        top_entropy: share of a micro-batch's tokens, those of the highest entropy, that have a policy gradient.
+        top_entropy: share of a step's tokens, those of the highest entropy, that have a policy gradient.
         longest: the most tokens that a completion may have.
     """
 
@@ -70,7 +70,44 @@ class Sampled:
     reference: PerToken | None = None
 
 
-def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGradient) -> LossOutput:
+@dataclass(frozen=True)
+class HighEntropy:
+    """Which tokens have the highest entropy, of all that are trained on together.
+
+    Args:
+        floor: scalar, nats; tokens of less have no policy gradient.
+        share: scalar, of the tokens those that have one.
+
+    Example:
+        >>> HighEntropy.among(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), 0.4)
+        HighEntropy(floor=tensor(0.3400), share=tensor(0.4000))
+    """
+
+    floor: Tensor
+    share: Tensor
+
+    @classmethod
+    def among(cls, entropies: Tensor, share: float) -> HighEntropy:
+        """The highest `share` of `entropies [M]` nats, as `torch.quantile` has it; of none, none.
+
+        Reference:
+            Wang et al., Beyond the 80/20 Rule, arXiv:2506.01939.
+        """
+        if not len(entropies):
+            return cls(entropies.new_tensor(torch.inf), entropies.new_tensor(1.0))
+        # The token at the floor itself must not be lost to the rounding of another pass.
+        floor = torch.quantile(entropies, 1 - share) - 1e-6
+        return cls(floor, (entropies >= floor).to(entropies.dtype).mean())
+
+
+def policy_gradient_loss(
+    policy: Scores,
+    sampled: Sampled,
+    objective: PolicyGradient,
+    *,
+    high: HighEntropy | None = None,
+    bonus: float | None = None,
+) -> LossOutput:
     """Loss of the sampled completions of a batch, with TRL's metrics.
 
     Args:
@@ -78,9 +115,12 @@ def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGrad
             is there.
         sampled: what is constant.
         objective: what is done to it.
+        high: the tokens of the step that have a policy gradient; None: they are chosen among those of this batch.
+        bonus: what the mean entropy of the tokens that have a policy gradient is multiplied by and subtracted; None:
+            the entropy is no part of the loss.
 
     Returns:
-        One term, over tokens or completions, and the metrics.
+        A term over tokens or completions, with a bonus one more over tokens, and the metrics.
     """
     index, mask = policy.completion_index, sampled.weights[policy.completion_index]
     advantages = sampled.advantages[index]
@@ -101,8 +141,12 @@ def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGrad
         threshold = objective.off_policy_threshold
         kept = kept_on_policy(sampled.advantages, policy.token_logps, origin, mask, policy, threshold)
         losses = losses * kept[index]
+    chosen = mask
     if objective.top_entropy < 1:
-        losses = losses * _of_high_entropy(policy, mask, objective.top_entropy)
+        high = high or HighEntropy.among(_entropy(policy).detach()[mask > 0], objective.top_entropy)
+        chosen = mask * (_entropy(policy) >= high.floor).to(mask.dtype)
+        losses = losses * chosen
+        metrics["entropy/high"] = _mean(_entropy(policy).detach(), chosen)
     if found is not None and not objective.row.takes("log_weights"):
         losses = losses * (found.factors[index] if len(found.factors) == policy.num_completions else found.factors)
     if sampled.reference is not None:
@@ -113,7 +157,14 @@ def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGrad
         metrics["kl/k1"] = _mean((policy.token_logps - sampled.reference).detach(), mask)
     if found is not None:
         metrics |= _correction_metrics(found, mask, sampled.weights)
-    return LossOutput((_term(losses * mask, mask, policy, objective),), metrics)
+    term = _term(losses * mask, mask, policy, objective)
+    if bonus is None:
+        return LossOutput((term,), metrics)
+    count = mask.sum() if term.over == "tokens" else mask.new_tensor(float(len(term.values)))
+    metrics["policy_loss"] = term.values.detach().sum(), count
+    # A mean over the chosen tokens of a step, where terms are divided by all of its trained tokens.
+    gain = _entropy(policy) * chosen / (1.0 if high is None else high.share)
+    return LossOutput((term, LossTerm(-bonus * gain, "tokens")), metrics)
 
 
 def _at_level(differences: PerToken, mask: PerToken, scores: Scores, level: Level) -> PerToken:
@@ -142,14 +193,10 @@ def _mean_phi(log_weights: PerToken, sampled: Sampled, objective: PolicyGradient
     return _mean(vespo_phi(log_weights[places], sampled.advantages, **by_name), sampled.weights)
 
 
-def _of_high_entropy(policy: Scores, mask: PerToken, share: float) -> PerToken:
-    """Float `[N]`: 1 for tokens whose entropy is among the highest `share` of those that are trained on."""
+def _entropy(policy: Scores) -> PerToken:
     if policy.entropy is None:
-        raise ValueError('Tokens are chosen by entropy; score with outputs=("entropy",).')
-    trained = policy.entropy[mask > 0]
-    if not len(trained):
-        return mask
-    return (policy.entropy >= torch.quantile(trained, 1 - share)).to(mask.dtype)
+        raise ValueError('The entropy is asked for; score with outputs=("entropy",) or ("entropy_gradient",).')
+    return policy.entropy
 
 
 def _term(losses: PerToken, mask: PerToken, scores: Scores, objective: PolicyGradient) -> LossTerm:
@@ -169,7 +216,7 @@ def _metrics(
 ) -> Metrics:
     metrics: Metrics = {}
     if policy.entropy is not None:
-        metrics["entropy"] = _mean(policy.entropy, mask)
+        metrics["entropy"] = _mean(policy.entropy.detach(), mask)
     options, advantages = {**objective.row.defaults, **objective.options}, sampled.advantages[policy.completion_index]
     r = ratio(log_ratios)
     if "epsilon" in options:

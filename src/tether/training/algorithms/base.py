@@ -54,7 +54,7 @@ class Passes:
     """What an algorithm may ask of a run before the micro-batches of a step are computed.
 
     Args:
-        policy: scores of a batch by the policy as it is, without gradient.
+        policy: scores of a batch by the policy as it is, without gradient; with further `outputs` as `score` has them.
         reference: the same by the reference; None where there is none.
         accelerator: of the run's processes.
         model: the policy, outside wrappers of data parallelism.
@@ -62,7 +62,7 @@ class Passes:
         state: of transformers' trainer.
     """
 
-    policy: Callable[[ScoringBatch], Scores]
+    policy: Callable[..., Scores]
     reference: Callable[[ScoringBatch], Scores | None]
     accelerator: Accelerator
     model: Callable[[], nn.Module]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,15 @@ from tether.objectives import OBJECTIVES, Range
 from tether.objectives.online.advantages import group_advantages, normalize_then_sum, weighted_sum
 from tether.objectives.online.policy_gradient import PolicyGradient
 from tether.rollout import RolloutEngine
-from tether.training.declared import REGISTERED, Whole, option, refused
+from tether.training.declared import REGISTERED, Whole, option
 from tether.training.online.algorithm import Online
-from tether.training.online.config import REFUSED, OnlineConfig
+from tether.training.online.config import OnlineConfig
+from tether.training.online.entropy import EntropyBonus
 from tether.training.setup.data import Rows
 from tether.training.trainer import TetherTrainer
 
+# What is of a coefficient that changes.
+_ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
 _SCALES: tuple[Any, ...] = ("group", "batch", "none", True, False)
 
 
@@ -90,15 +94,27 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
     )
     top_entropy_quantile: float = option(
         1.0,
-        "Share of a micro-batch's tokens, those of the highest entropy, that have a policy gradient.",
+        "Share of a step's tokens, those of the highest entropy, that have a policy gradient; one more pass finds "
+        "them.",
         allowed=(Range(0, 1, low_included=False, high_included=True),),
     )
-    entropy_coef: float = refused(*REFUSED["entropy_coef"])
-    use_adaptive_entropy: bool = refused(*REFUSED["use_adaptive_entropy"])
-    entropy_coef_min: float = refused(*REFUSED["entropy_coef_min"])
-    entropy_coef_max: float = refused(*REFUSED["entropy_coef_max"])
-    entropy_coef_delta: float = refused(*REFUSED["entropy_coef_delta"])
-    entropy_target: float = refused(*REFUSED["entropy_target"])
+    entropy_coef: float = option(
+        0.0,
+        "What the mean entropy of a token is multiplied by and subtracted from the loss; with `use_adaptive_entropy` "
+        "at the start.",
+        allowed=(Range(-inf),),
+    )
+    use_adaptive_entropy: bool = option(
+        False,
+        "Change `entropy_coef` after each step: up by `entropy_coef_delta` where the entropy is at or below "
+        "`entropy_target`, else down; it counts only after a step at or below the target.",
+    )
+    entropy_coef_min: float = option(0.0, "The least that it becomes.", allowed=(Range(-inf),))
+    entropy_coef_max: float = option(1.0, "The most that it becomes.", allowed=(Range(-inf),))
+    entropy_coef_delta: float = option(0.005, "How much it changes in a step.", allowed=(Range(0, low_included=False),))
+    entropy_target: float = option(
+        0.2, "Mean entropy of a token that is wanted, in nats.", allowed=(Range(0, low_included=False),)
+    )
 
     def __post_init__(self) -> None:
         if self.scale_rewards not in _SCALES:
@@ -134,6 +150,22 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
             raise ConfigError(
                 f"is {self.scale_rewards!r}, and normalize_then_sum scales by itself. Leave it out.", "scale_rewards"
             )
+        self._check_entropy()
+
+    def _check_entropy(self) -> None:
+        moved = [name for name in _ADAPTIVE if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if moved and not self.use_adaptive_entropy:
+            raise ConfigError(
+                f"is {getattr(self, moved[0])}, and use_adaptive_entropy is False, so that the coefficient stays. Set "
+                "it, or leave this out.",
+                moved[0],
+            )
+        if self.use_adaptive_entropy and not self.entropy_coef_min <= self.entropy_coef <= self.entropy_coef_max:
+            raise ConfigError(
+                f"is {self.entropy_coef}; it begins between entropy_coef_min ({self.entropy_coef_min}) and "
+                f"entropy_coef_max ({self.entropy_coef_max}).",
+                "entropy_coef",
+            )
 
 
 class GRPO(Online):
@@ -158,6 +190,20 @@ class GRPO(Online):
             top_entropy=args.top_entropy_quantile,
             longest=args.max_completion_length,
         )
+
+    @property
+    def top_entropy(self) -> float:
+        """As `top_entropy_quantile` says."""
+        return self.args.top_entropy_quantile
+
+    @cached_property
+    def bonus(self) -> EntropyBonus | None:
+        """As `entropy_coef` and what belongs to it say."""
+        args = self.args
+        if not args.use_adaptive_entropy:
+            return EntropyBonus(args.entropy_coef) if args.entropy_coef else None
+        bounds = args.entropy_coef_delta, args.entropy_coef_min, args.entropy_coef_max
+        return EntropyBonus(args.entropy_coef, args.entropy_target, *bounds)
 
     @property
     def kl_in_reward(self) -> bool:

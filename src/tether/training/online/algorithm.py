@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
@@ -29,8 +30,10 @@ from tether.rollout import ReplayEngine, RolloutEngine, Sampling
 from tether.scoring import score
 from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.online.config import OnlineConfig
+from tether.training.online.entropy import EntropyBonus, OnlineContext, highest_of
 from tether.training.online.experience import GIVEN, Experience, Plan, means_of
 from tether.training.online.function import FunctionEngine
+from tether.training.online.gain import standard_error
 from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
@@ -124,14 +127,24 @@ class Online(Algorithm[Scores]):
             self._engine = FunctionEngine(rollout_func, trainer, self._stops)
         self._experience: Experience | None = None
         self._evaluating = False  # `complete` comes next, for an evaluation
-        self.scoring = partial(score, temperature=args.temperature)
+        self.scoring = partial(score, temperature=args.temperature, wide_head=args.cast_lm_head_to_fp32)
 
     # -- before a run ------------------------------------------------------------------------------------------------
 
     @property
     def needs(self) -> Needs:
-        """The entropy is reported; and tokens may be chosen by it, among those of a micro-batch."""
-        return Needs(policy=("entropy",), whole_batch=self.objective.top_entropy < 1)
+        """The entropy is reported, and may be a part of the loss."""
+        return Needs(policy=("entropy" if self.bonus is None else "entropy_gradient",))
+
+    @cached_property
+    def bonus(self) -> EntropyBonus | None:
+        """The entropy in the loss; None: it is none of it."""
+        return None
+
+    @property
+    def top_entropy(self) -> float:
+        """Share of a step's tokens, those of the highest entropy, that have a policy gradient."""
+        return 1.0
 
     @cached_property
     def objective(self) -> PolicyGradient:
@@ -217,6 +230,7 @@ class Online(Algorithm[Scores]):
             "top_p",
             "top_k",
             "min_p",
+            "repetition_penalty",
             "max_completion_length",
             "num_generations",
             "num_iterations",
@@ -249,6 +263,7 @@ class Online(Algorithm[Scores]):
             args.top_p,
             args.min_p or 0.0,
             args.seed if args.rollout_seed is None else args.rollout_seed,
+            args.repetition_penalty,
         )
         return Plan(
             sampling,
@@ -266,6 +281,7 @@ class Online(Algorithm[Scores]):
             table=args.log_completions,
             pairs=self.pairs,
             resample_rounds=self.resample_rounds,
+            wide_head=args.cast_lm_head_to_fp32,
             serving=self._serving() if args.rollout_engine == "vllm" else None,
         )
 
@@ -313,7 +329,14 @@ class Online(Algorithm[Scores]):
         references = {part: _reference(part.batch) for part in step.parts} if self.args.needs_reference else {}
         assert self._experience is not None
         found, self._experience.pending = self._experience.pending, []
-        return Context(references, means_of(found, self.args.device))
+        share = self.top_entropy
+        high = highest_of(step, passes, share) if share < 1 else None
+        return OnlineContext(references, means_of(found, self.args.device), high)
+
+    def end_step(self, context: Context, passes: Passes) -> None:
+        """The coefficient of the entropy may change."""
+        if self.bonus is not None:
+            self.bonus.step(passes)
 
     def reference(self, part: MicroBatch, context: Context, score: Callable[[], Scores | None]) -> Scores | None:
         """What it said when the completions were made, in evaluation too."""
@@ -325,20 +348,23 @@ class Online(Algorithm[Scores]):
         if "reward" not in means or self._evaluating:
             self._evaluating = False
             return means
-        return {**means, **self.made.progress.since()}
+        coefficient = {} if self.bonus is None else {"entropy_coef": self.bonus.coefficient}
+        return {**means, **coefficient, **self.made.progress.since()}
 
     def state(self) -> dict[str, float]:
-        """The first reward."""
-        return self.made.progress.state()
+        """The first reward, and the coefficient of the entropy where it changes."""
+        return {**self.made.progress.state(), **({} if self.bonus is None else self.bonus.state())}
 
     def load_state(self, state: dict[str, float]) -> None:
         """See `state`."""
         self.made.progress.load(state)
+        if self.bonus is not None:
+            self.bonus.load(state)
 
     def begin_evaluation(self, passes: Passes) -> Context:
         """Figures of an evaluation are its own."""
         assert self._experience is not None
-        self._experience.evaluated = []
+        self._experience.evaluated, self._experience.evaluated_groups = [], []
         return Context()
 
     def end_evaluation(self, context: Context, means: dict[str, float]) -> dict[str, float]:
@@ -348,7 +374,9 @@ class Online(Algorithm[Scores]):
         found = means_of(self._experience.evaluated, "cpu")
         if not found:  # a look at what an evaluation gives, before there is one
             return {**means, **dict.fromkeys(self._experience.figures, 0.0)}
-        return {**means, **{name: (total / count).item() for name, (total, count) in found.items()}}
+        error = standard_error(torch.cat(self._experience.evaluated_groups))
+        means = {**means, **{name: (total / count).item() for name, (total, count) in found.items()}}
+        return means if error is None else {**means, "reward_error": error}
 
     def loss(self, policy: Scores, reference: Scores | None, part: MicroBatch, context: Context) -> LossOutput:
         """The surrogate of the completions of a micro-batch."""
@@ -360,7 +388,13 @@ class Online(Algorithm[Scores]):
             batch.token_values.get("rollout"),
             batch.token_values.get("reference"),
         )
-        return policy_gradient_loss(policy, sampled, self.objective)
+        trains, bonus = isinstance(context, OnlineContext), self.bonus
+        high = context.high if isinstance(context, OnlineContext) else None
+        coefficient = None if bonus is None else bonus.now
+        output = policy_gradient_loss(policy, sampled, self.objective, high=high, bonus=coefficient)
+        if bonus is not None and trains and part.counts:
+            bonus.saw(*output.metrics.get("entropy/high", output.metrics["entropy"]))
+        return output
 
     def describe(self) -> str:
         """What the objective's options mean."""

@@ -10,7 +10,7 @@ from tether.errors import ConfigError
 from tether.objectives import Range
 from tether.objectives.online.correction import MODES, Correction, Mode
 from tether.training.config import PreferenceConfig
-from tether.training.declared import Whole, option, refused
+from tether.training.declared import Whole, keywords, option, refused
 
 _BY_FILES = "weights reach the server by files on this machine, or as an adapter"
 # TRL's fields that are refused when they are set: what they must stay, and why.
@@ -30,27 +30,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cache_implementation": (None, "the tree engine has no cache object"),
     "pad_to_multiple_of": ("auto", "nothing is padded"),
     "ds3_gather_for_generation": (True, "rollouts of a policy in shards are not built yet"),
-    "cast_lm_head_to_fp32": (False, "log-probs are computed in float32 from the logits on in any case"),
-    "generation_kwargs": (
-        None,
-        "an unknown one would change the distribution unseen; temperature, top_p, top_k and "
-        "min_p are fields of their own",
-    ),
-    "repetition_penalty": (1.0, "tokens would be drawn from another distribution than the one that is trained"),
-    "chat_template_kwargs": (None, "give the rows a column chat_template_kwargs"),
     "log_multimodal": (True, "rollouts of images are not built yet"),
     "log_unique_prompts": (False, "it is of tables that are sent to a tracker; those of log_completions are files"),
     "log_completions_hub_repo": (None, "rollouts are kept in the run folder; push that"),
-    "entropy_coef": (0.0, "the entropy is reported, and has no gradient yet"),
-    "use_adaptive_entropy": (False, "the entropy is reported, and has no gradient yet"),
-    "entropy_coef_min": (0.0, "the entropy is reported, and has no gradient yet"),
-    "entropy_coef_max": (1.0, "the entropy is reported, and has no gradient yet"),
-    "entropy_coef_delta": (0.005, "the entropy is reported, and has no gradient yet"),
-    "entropy_target": (0.2, "the entropy is reported, and has no gradient yet"),
     "auto_find_batch_size": (False, "a rollout holds whole groups; lower per_device_train_batch_size"),
 }
 
 
+# Settings of sampling by the names that transformers or vLLM have for them, and the fields that they are.
+GENERATION = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **{"max_new_tokens": "max_completion_length", "max_tokens": "max_completion_length", "seed": "rollout_seed"},
+}
 # What describes a server that the run starts.
 _OF_OWN_SERVER = {
     *("vllm_python", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"),
@@ -113,6 +104,18 @@ class OnlineConfig(PreferenceConfig):
         "Draw among tokens of at least this share of the most likely one's probability.",
         allowed=(None, Range(0, 1, high_included=True)),
         key="rollout.min_p",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "What logits of tokens that prompt or completion have already are divided by, or multiplied where they are "
+        "negative; ratios correct for it (`vllm_importance_sampling_correction`).",
+        allowed=(Range(0, low_included=False),),
+        key="rollout.repetition_penalty",
+    )
+    generation_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "These settings under the names of transformers or vLLM; any other would change what is sampled unseen.",
+        key="the keys of `rollout`, by their names",
     )
     rollout_seed: int | None = option(
         None, "Of all draws; unset: `seed`.", allowed=(None, Whole(0)), key="rollout.seed"
@@ -231,10 +234,9 @@ class OnlineConfig(PreferenceConfig):
     cache_implementation: str | None = refused(*REFUSED["cache_implementation"])
     pad_to_multiple_of: int | str | None = refused(*REFUSED["pad_to_multiple_of"])
     ds3_gather_for_generation: bool = refused(*REFUSED["ds3_gather_for_generation"])
-    cast_lm_head_to_fp32: bool = refused(*REFUSED["cast_lm_head_to_fp32"])
-    generation_kwargs: dict[str, Any] | str | None = refused(*REFUSED["generation_kwargs"])
-    repetition_penalty: float = refused(*REFUSED["repetition_penalty"])
-    chat_template_kwargs: dict[str, Any] | str | None = refused(*REFUSED["chat_template_kwargs"])
+    cast_lm_head_to_fp32: bool = option(
+        False, "Compute the product with the language-model head in float32, whatever the precision."
+    )
     log_completions: bool = option(
         False,
         "With each training log, print the last rollout's completions and write them to `completions/` in the run "
@@ -255,6 +257,7 @@ class OnlineConfig(PreferenceConfig):
         for name, (kept, reason) in REFUSED.items():
             if getattr(self, name, kept) != kept:
                 raise ConfigError(f"is {getattr(self, name)!r}; it must stay {kept!r}: {reason}.", name)
+        self._take_generation_kwargs()
         self.check_objective()
         self._check_server()
         self._check_rows()
@@ -270,6 +273,23 @@ class OnlineConfig(PreferenceConfig):
         self.max_length = self.max_prompt_length
         super().__post_init__()
         self._count_batches()
+
+    def _take_generation_kwargs(self) -> None:
+        """Settings of sampling under other names, as the fields that they are."""
+        self.generation_kwargs = keywords("generation_kwargs", self.generation_kwargs)
+        for name, value in (self.generation_kwargs or {}).items():
+            field = GENERATION.get(name)
+            if field is None:
+                raise ConfigError(
+                    f"has {name!r}, which would change what is sampled unseen. It may have {', '.join(GENERATION)}.",
+                    "generation_kwargs",
+                )
+            if getattr(self, field) not in (value, self.__dataclass_fields__[field].default):
+                raise ConfigError(
+                    f"has {name} {value!r}, and {field} is {getattr(self, field)!r}. Leave one out.",
+                    "generation_kwargs",
+                )
+            setattr(self, field, value)
 
     def _check_rows(self) -> None:
         if self.max_length not in (None, self.max_prompt_length):
@@ -343,6 +363,12 @@ class OnlineConfig(PreferenceConfig):
         return self.vllm_server_base_url or f"http://{host}:{self.vllm_server_port}"
 
     def _check_correction(self) -> None:
+        if self.repetition_penalty != 1 and not self.vllm_importance_sampling_correction:
+            raise ConfigError(
+                f"is {self.repetition_penalty:g}, and vllm_importance_sampling_correction is False, so that tokens "
+                "would be trained on as if the policy itself had drawn them. Set one of the two back.",
+                "repetition_penalty",
+            )
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ConfigError(

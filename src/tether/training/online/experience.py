@@ -23,7 +23,7 @@ from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
 from tether.training.algorithms.base import Passes
-from tether.training.online.gain import Progress
+from tether.training.online.gain import Progress, group_means
 from tether.training.online.serving import Served, Serving
 from tether.training.online.table import Completions
 from tether.types import Example, ScoringBatch
@@ -46,7 +46,8 @@ class Plan:
         advantages: makes them of rewards.
         proximal: the policy is scored when a rollout begins, as it moves before the rollout is used up, or because the
             engine's log-probs are corrected for.
-        correct: the engine's log-probs are kept where it does not compute with the policy's weights.
+        correct: the engine's log-probs are kept where it does not compute with the policy's weights, or draws with a
+            penalty.
         reference: the reference is scored.
         kl_in_reward: the KL of each completion is a part of its reward.
         leave_truncated: completions that were cut off are left out.
@@ -55,6 +56,7 @@ class Plan:
         table: completions of the last rollout are held for the table.
         serving: the server, where the engine is one.
         resample_rounds: how often groups whose rewards are all equal are replaced by other prompts.
+        wide_head: see `tether.scoring.score`.
         pairs: of each group the best and the worst completion are trained on, as a pair.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     folder: Path | None = None
     table: bool = False
     pairs: bool = False
+    wide_head: bool = False
     serving: Serving | None = None
     resample_rounds: int = 0
 
@@ -224,6 +227,7 @@ class Experience:
     passes: Passes | None = None
     pending: list[Metrics] = field(default_factory=list)
     evaluated: list[Metrics] = field(default_factory=list)
+    evaluated_groups: list[Tensor] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     last: Completions | None = None
     served: Served | None = None
@@ -232,7 +236,8 @@ class Experience:
     def figures(self) -> list[str]:
         """Names of what is said of an evaluation's rollouts."""
         each = [f"rewards/{one.name}/mean" for one in self.plan.rewards]
-        return [*each, "reward", "reward_std", "frac_reward_zero_std", *_lengths(torch.ones(1), torch.zeros(1) > 0)]
+        whole = ("reward", "reward_error", "reward_std", "frac_reward_zero_std")
+        return [*each, *whole, *_lengths(torch.ones(1), torch.zeros(1) > 0)]
 
     def sample(self, wanted: Wanted) -> Sample:
         """Completions, kept on disk before rewards run, and their rewards.
@@ -322,6 +327,7 @@ class Experience:
         metrics |= {"rollout/tokens_per_second": tokens / max(sample.seconds, 1e-9)}
         if wanted.number == "eval":
             self.evaluated.append(metrics)
+            self.evaluated_groups.append(group_means(total, wanted.group))
         else:
             self.pending.append(metrics)
             self.progress.add(total, wanted.group)
@@ -370,6 +376,7 @@ class Experience:
                 requests,
                 self.plan.sampling,
                 lambda: passes.accelerator.autocast(),
+                wide_head=self.plan.wide_head,
             )
         return self.engine
 
@@ -419,7 +426,8 @@ class Experience:
                 group = next(rest)
                 example = _example(group, [next(keep) for _ in group.completions])
                 reported = [one.logps for one in group.completions]
-                if self.plan.correct and not engine.embedded and all(logps is not None for logps in reported):
+                apart = not engine.embedded or self.plan.sampling.penalises
+                if self.plan.correct and apart and all(logps is not None for logps in reported):
                     pairs = zip(example.completion_ids, reported, strict=True)
                     logps = tuple(logps[: len(ids)] for ids, logps in pairs if logps is not None)
                     example = replace(example, token_values={"rollout": logps})

@@ -1,9 +1,24 @@
-"""How far the mean reward of sampled completions has come since the first log."""
+"""How far the mean reward of sampled completions has come since the first log, and how sure a mean is."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def group_means(rewards: Tensor, group: int) -> Tensor:
+    """The mean reward of each group that has one, of `[K]` with NaN where none applied."""
+    means = rewards.view(-1, group).nanmean(1)
+    return means[~means.isnan()]
+
+
+def standard_error(groups: Tensor) -> float | None:
+    """Of the mean of group means, which are independent; None of fewer than two.
+
+    >>> round(standard_error(torch.tensor([0.0, 1.0, 0.0, 1.0])), 4)
+    0.2887
+    """
+    return (groups.double().var() / len(groups)).sqrt().item() if len(groups) > 1 else None
 
 
 class Progress:
@@ -18,8 +33,7 @@ class Progress:
 
     def add(self, rewards: Tensor, group: int) -> None:
         """Take the rewards `[K]` of a rollout, NaN where none applied."""
-        means = rewards.view(-1, group).nanmean(1)
-        self._groups.append(means[~means.isnan()])
+        self._groups.append(group_means(rewards, group))
 
     def since(self) -> dict[str, float]:
         """What to log of the rollouts since the last call; nothing where there was none."""

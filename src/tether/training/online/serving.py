@@ -16,13 +16,13 @@ from tether.errors import RolloutError
 from tether.models.structure import dtype_of, transformers_model
 from tether.reference import RemoteOptions
 from tether.rollout import RolloutRequest, Sampling
-from tether.rollout.proof import compare
+from tether.rollout.proof import compare, with_penalty
 from tether.rollout.vllm_engine import Follows, VLLMEngine, proof_rows, told
 from tether.rollout.vllm_server import ServerOptions, VLLMServer
 from tether.rollout.weights import exchange_folder, lora_alone, write_merged
 from tether.scoring import pack, score_alone, tolerance
 from tether.training.algorithms.base import Passes
-from tether.types import Example
+from tether.types import Example, ScoringBatch
 
 logger = logging.getLogger("tether")
 
@@ -93,19 +93,18 @@ class Served:
 
         self._follows = Follows(self.engine, scored, rows, allowed)
         self._begun = self.bring()  # the first rollout's log has it
-        found = compare(
-            self.engine,
-            policy,
-            lambda batch: passes.policy(batch).token_logps,
-            requests,
-            sampling,
-            lambda: accelerator.autocast(),
-        )
+
+        def at_once(batch: ScoringBatch) -> torch.Tensor:
+            if not sampling.penalises:
+                return passes.policy(batch).token_logps
+            return with_penalty(passes.policy(batch, outputs=("hidden",)), batch, sampling.repetition_penalty)
+
+        found = compare(self.engine, policy, at_once, requests, sampling, lambda: accelerator.autocast(), penalty=True)
         if not found.difference <= allowed:
             raise RolloutError(
                 f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
                 f"trainer's (allowed {allowed:.0e}), and those of prompts do not. Start it with --logprobs-mode "
-                "processed_logprobs, so that they are of the distribution at the temperature."
+                "processed_logprobs, so that they are of the distribution that tokens are drawn from."
             )
         sent = self.engine.sent[-1].kind if self.engine.sent else "weights"
         logger.info(

@@ -110,7 +110,7 @@ class RunData:
             boundary=self.args.prompt_boundary,
             num_proc=self.args.dataset_num_proc,
             encoder_decoder=self.encoder_decoder,
-            **({} if self.args.default_system is None else {"system": self.args.default_system}),
+            **{name: value for name, value in self._of_conversations().items() if value is not None},
             name=name,
         )
         self.check(name, arrow_table(prepared.dataset))
@@ -126,6 +126,10 @@ class RunData:
             logger.warning(remark)
         return prepared
 
+    def _of_conversations(self) -> dict[str, Any]:
+        """Options that are a part of an entry of the cache only where they are given."""
+        return {"system": self.args.default_system, "template_arguments": self.args.chat_template_kwargs or None}
+
     def prepare_stream(self, name: str, rows: Rows) -> PreparedStream:
         """Begin a set that is prepared while it is trained on, and say what was done to its first rows."""
         args = self.args
@@ -137,7 +141,7 @@ class RunData:
             cast(Any, args.prompt_boundary),
             args.dataset_num_proc,
             self.encoder_decoder,
-            args.default_system,
+            **self._of_conversations(),
         )
         source = RowStream(cast(Any, rows), args.kind, name)
 

@@ -1,6 +1,6 @@
 """A model to begin with, made here in seconds: it has seen sums of two digits of which half were wrong.
 
-`python examples/grpo_sums/make_model.py` writes the folder `model` (character tokenizer, two layers, 0.1 million
+`python examples/grpo_arithmetic/make_model.py` writes the folder `model` (character tokenizer, two layers, 0.1 million
 weights) and the rows `sums.jsonl` beside this file. Nothing is downloaded.
 """
 
