@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trl import DPOConfig, DPOTrainer
 
-from parity import test_grpo, test_objectives, test_trl
+from parity import test_objectives, test_trl
 from support.trl_dpo import digest, run
 
 
@@ -29,9 +29,6 @@ def main() -> None:
     objectives = {name: test_objectives.case(name) for name in test_objectives.CASES}
     for path, cases in ((test_trl.GOLDEN, test_trl.CASES), (test_objectives.GOLDEN, objectives)):
         path.write_text(json.dumps(golden(cases), indent=1) + "\n")
-    with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(test_grpo.golden_numbers(Path(folder)), indent=1)
-        test_grpo.GOLDEN.write_text(text + "\n")
 
 
 if __name__ == "__main__":

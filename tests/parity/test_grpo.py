@@ -1,29 +1,20 @@
 """Number by number with TRL 1.16.0's GRPOTrainer and RLOOTrainer, for fixed completions and rewards (R8).
 
-The ordinary suite compares with golden numbers of TRL, `make parity` runs TRL itself. TRL is given the completions by
-its `rollout_func`, or, for RLOO, in place of its generation. Deviations are those of `docs/conventions.md`: our
-epsilon_high of `cispo` is set, sequence levels are said to TRL, `bnpo` is one micro-batch.
+TRL is given the completions by its `rollout_func`, or, for RLOO, in place of its generation. Deviations are those of
+`docs/conventions.md`: our epsilon_high of `cispo` is set, sequence levels are said to TRL, `bnpo` is one micro-batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainingArguments
 
-from support.trl_dpo import digest, needs_trl
-from tether import GRPOConfig, GRPOTrainer
-from tether.training.online.config import REFUSED
+from tether import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from tiny import tiny_tokenizer
 from trl_runs import run
 
-GOLDEN = Path(__file__).parent / "golden_online.json"
+trl = pytest.importorskip("trl")
 TOKENIZER = tiny_tokenizer()
 ROWS = [{"prompt": "the film" + " was" * (1 + i % 3) + " good" * (i // 3), "bonus": i / 4} for i in range(6)]
 SETTINGS = {
@@ -81,41 +72,23 @@ def flat(completion_ids, **_):
     return [float(len(ids) > 4) if k // 4 % 2 else 1.0 for k, ids in enumerate(completion_ids)]
 
 
-def steps_of(tool, folder, name):
-    """A run of ours or of TRL's, with settings that differ in name alone."""
-    if name in RLOO_CASES:
-        return rloo_steps_of(tool, folder, RLOO_CASES[name])
-    case = dict(CASES[name])
-    own = {one: case.pop(one, {}) for one in ("ours", "theirs")}[tool]
-    rewards, masks = case.pop("rewards", parity), case.pop("masks", False)
-    torch.manual_seed(0)
-    settings = {**SETTINGS, "num_iterations": 2, **case, **own}
-    return run(*classes(tool, "GRPO"), folder, ROWS, reward_funcs=rewards, rollout_func=Sampler(masks), **settings)
-
-
-def classes(tool, name):
-    """Trainer and configuration of ours or of TRL's."""
-    place = importlib.import_module("tether" if tool == "ours" else "trl")
-    return getattr(place, f"{name}Trainer"), getattr(place, f"{name}Config")
-
-
-def rloo_steps_of(tool, folder, case):
-    """The same; TRL's trainer has no `rollout_func`."""
-    sampler = Sampler()
-    trainer, config = classes(tool, "RLOO")
-    arguments = {**SETTINGS, **case, "reward_funcs": parity}
-    if tool == "ours":
-        arguments["rollout_func"] = sampler
-    else:
-
-        class Replaying(trainer):
-            def _generate_single_turn(self, prompt_ids, *given):
-                sampler.calls += 1
-                return sampled(sampler.calls - 1, len(prompt_ids))
-
-        trainer = Replaying
-    torch.manual_seed(0)
-    return run(trainer, config, folder, ROWS, **arguments)
+def both(tmp_path, *, ours=None, theirs=None, rewards=parity, masks=False, **arguments):
+    """A run of each, with settings that differ in name alone."""
+    found = []
+    for classes, own in (((GRPOTrainer, GRPOConfig), ours), ((trl.GRPOTrainer, trl.GRPOConfig), theirs)):
+        torch.manual_seed(0)
+        settings = {**SETTINGS, **arguments, **(own or {})}
+        found.append(
+            run(
+                *classes,
+                tmp_path / classes[0].__module__,
+                ROWS,
+                reward_funcs=rewards,
+                rollout_func=Sampler(masks),
+                **settings,
+            )
+        )
+    return found
 
 
 CASES = {
@@ -151,25 +124,8 @@ CASES = {
     "no variance": {"loss_type": "grpo", "rewards": flat},
     "masks": {"loss_type": "dapo", "masks": True},
 }
-RLOO_CASES = {
-    "rloo": {"beta": 0.0},
-    "rloo, kl in reward": {**LORA},
-    "rloo, normalised and clipped": {**LORA, "normalize_advantages": True, "reward_clip_range": [0.3, 1.2]},
-    "rloo, two updates": {"beta": 0.0, "num_iterations": 2},
-}
-SLICES = {
-    "slices of a rollout": {
-        "loss_type": "grpo",
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_iterations": 1,
-    }
-}
-CASES |= SLICES
 # TRL measures these otherwise, as docs/conventions.md says: zero variance there is that of the deviation in use.
 UNLIKE = {"normalised apart": {"frac_reward_zero_std"}, "batch": {"frac_reward_zero_std"}}
-# TRL's figures of clips are means of means.
-UNLIKE |= {"slices of a rollout": {"entropy", *CLIPS}}
 # What only TRL logs, or counts otherwise when a rollout is used twice.
 _NOT_COMPARED = {"step", "epoch", "learning_rate", "step_time", "num_tokens"}
 
@@ -185,64 +141,60 @@ def assert_alike(ours, theirs, unlike=frozenset(), tolerance=3e-4):
         torch.testing.assert_close(change, theirs.changes[name], atol=tolerance, rtol=tolerance)
 
 
-@needs_trl
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*CASES, *RLOO_CASES])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=() if one in ("dapo", "kl") else pytest.mark.slow) for one in CASES]
+)
 def test_three_steps_equal_trl(name, tmp_path):
     """R8: on policy, then the second update of a rollout, then another one: off policy the ratios count."""
-    runs = [steps_of(tool, tmp_path / tool, name) for tool in ("ours", "theirs")]
-    assert_alike(*runs, UNLIKE.get(name, ()))
+    ours, theirs = both(tmp_path, num_iterations=2, **CASES[name])
+    assert_alike(ours, theirs, UNLIKE.get(name, ()))
 
 
-@pytest.mark.sweep(7)
-@pytest.mark.parametrize("name", [*CASES, *RLOO_CASES])
-def test_three_steps_equal_the_golden_numbers_of_trl(name, tmp_path):
-    """R8: logged numbers of each step, and sum and norm of each tensor's change."""
-    golden, ours = json.loads(GOLDEN.read_text())[name], steps_of("ours", tmp_path, name)
-    assert len(ours.steps) == len(golden["steps"]) == 3
-    for mine, their in zip(ours.steps, golden["steps"], strict=True):
-        for metric in their.keys() - UNLIKE.get(name, set()):
-            assert mine[metric] == pytest.approx(their[metric], abs=3e-4, rel=3e-4), metric
-    found = digest(ours.changes)
-    assert found.keys() == golden["weights"].keys()
-    for tensor, numbers in golden["weights"].items():
-        assert found[tensor] == pytest.approx(numbers, abs=3e-4, rel=3e-4), tensor
+@pytest.mark.slow
+def test_accumulation_and_slices_of_a_rollout_equal_trl(tmp_path):
+    """`grpo` over two micro-batches, whose means TRL averages too; weights after three steps."""
+    settings = {"loss_type": "grpo", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    ours, theirs = both(tmp_path, **settings)
+    # TRL's figures of clips are means of means.
+    assert_alike(ours, theirs, {"entropy", *CLIPS})
 
 
-def golden_numbers(folder):
-    """What TRL gives for each case; see make_golden.py."""
-    found = {}
-    for number, name in enumerate([*CASES, *RLOO_CASES]):
-        theirs = steps_of("theirs", folder / str(number), name)
-        steps = [{k: v for k, v in log.items() if k not in _NOT_COMPARED} for log in theirs.steps]
-        found[name] = {"steps": steps, "weights": digest(theirs.changes)}
-    return found
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.0},
+        {**LORA},
+        {**LORA, "normalize_advantages": True, "reward_clip_range": [0.3, 1.2]},
+        {"beta": 0.0, "num_iterations": 2},
+    ],
+    ids=["plain", "kl in reward", "normalised, clipped", "two updates"],
+)
+def test_rloo_equals_trl(settings, tmp_path):
+    found = []
+    for classes, ours in (((RLOOTrainer, RLOOConfig), True), ((trl.RLOOTrainer, trl.RLOOConfig), False)):
+        torch.manual_seed(0)
+        arguments = {**SETTINGS, **settings, "reward_funcs": parity}
+        if ours:
+            arguments["rollout_func"] = Sampler()
+            trainer = classes[0]
+        else:
+            trainer = _replaying(Sampler())
+
+        found.append(run(trainer, classes[1], tmp_path / str(ours), ROWS, **arguments))
+    assert_alike(*found)
 
 
-def test_the_golden_numbers_tell_the_cases_apart():
-    """Negative control: no two cases gave the same weights, apart from those that are one thing at one micro-batch."""
-    golden = json.loads(GOLDEN.read_text())
-    assert golden.keys() == {*CASES, *RLOO_CASES}
-    weights = [tuple(map(tuple, one["weights"].values())) for one in golden.values()]
-    assert len(set(weights)) >= len(weights) - 2
+def _replaying(sampler):
+    """TRL's trainer, which has no `rollout_func`, with fixed completions."""
 
+    class Replaying(trl.RLOOTrainer):
+        def _generate_single_turn(self, prompt_ids, *given):
+            sampler.calls += 1
+            return sampled(sampler.calls - 1, len(prompt_ids))
 
-# Fields whose default is another one here: dropout and the levels of ratios as docs/grpo.md says, the others as every
-# configuration here has them (docs/conventions.md).
-OTHER_DEFAULTS = {"disable_dropout", "importance_sampling_level"}
-
-
-@needs_trl
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_every_field_of_trl_is_there_with_its_default_or_refused(name):
-    """R23: each is a field here; what changes nothing here must stay at TRL's own default."""
-    mine, own = ({one.name: one for one in dataclasses.fields(classes(tool, name)[1])} for tool in ("ours", "theirs"))
-    assert own.keys() <= mine.keys()
-    for one in own.keys() & REFUSED.keys():
-        assert mine[one].default == REFUSED[one][0] == own[one].default, one
-    of_all = {one.name for one in dataclasses.fields(TrainingArguments)}
-    other = {one for one in own if one not in of_all and mine[one].default != own[one].default}
-    assert other <= OTHER_DEFAULTS
+    return Replaying
 
 
 def test_the_comparison_can_fail(tmp_path):

@@ -14,14 +14,10 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 import tether.training
-import tether.training.online.algorithm
-import tether.training.setup.run
 from tether import GRPOConfig, OnlineDPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
-from tether.models.structure import transformers_model, unwrap
 from tether.objectives import OBJECTIVES
 from tether.scoring import pack
 from tether.training.config import PreferenceConfig
@@ -82,43 +78,6 @@ def test_a_continued_adapter_is_its_own_start(tmp_path):
                 parameter.normal_(std=0.1)
     made = trained(tmp_path, model=model, beta=0.1, max_steps=2)
     assert [log["kl"] == 0.0 for log in steps(made)] == [True, False]
-
-
-@pytest.mark.parametrize("kind", ["adapter", "full", "another model"])
-def test_a_reference_is_one_assignment_and_one_scoring_path(kind, tmp_path, monkeypatch):
-    """Named in TRL's pull request 5877: whatever the reference, it is resolved once, and each forward of a run, the
-    policy's and the reference's, is made by one function; an adapter is switched on the module that trains."""
-    assigned, resolve = [], tether.training.setup.run.resolve
-    monkeypatch.setattr(tether.training.setup.run, "resolve", lambda *given: assigned.append(1) or resolve(*given))
-    calls, score = [], tether.training.online.algorithm.score
-
-    def watched(model, batch, **options):
-        layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
-        calls.append((unwrap(model), {one.disable_adapters for one in layers}, model.training))
-        return score(model, batch, **options)
-
-    monkeypatch.setattr(tether.training.online.algorithm, "score", watched)
-    other = {"ref_model": policy(seed=1)} if kind == "another model" else {}
-    own = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
-    made = trainer(tmp_path, beta=0.1, rollout_func=ragged, max_steps=2, reference_check_steps=0, **other, **own)
-    forwards = []
-    for model in (made.policy, *other.values()):
-        transformers_model(model).register_forward_pre_hook(lambda *_: forwards.append(1))
-    calls.clear()
-    made.train()
-    assert assigned == [1]
-    assert len(forwards) == len(calls) > 4
-    reference, trained = ([one for one in calls if one[2] is training] for training in (False, True))
-    assert {id(model) for model, *_ in trained} == {id(made.policy)}
-    if kind == "another model":
-        assert {id(model) for model, *_ in reference} == {id(made.policy), id(other["ref_model"])}
-        assert not any(one.requires_grad for one in other["ref_model"].parameters())
-    else:
-        assert {id(model) for model, *_ in reference} == {id(made.policy)}
-        assert made.run.reference.live.model is None, "no weights of its own beside the policy"
-    if kind == "adapter":
-        assert {True} in [off for _, off, _ in reference], "the reference's passes, and no other, without the adapter"
-        assert all(off == {False} for _, off, _ in trained)
 
 
 @pytest.mark.parametrize("case", ["dropout", "bfloat16", "in training mode"])
@@ -603,8 +562,9 @@ def test_a_repetition_penalty_is_corrected_for(tmp_path):
 def test_settings_of_sampling_may_have_other_libraries_names(field):
     """`generation_kwargs`: what a field says, said twice alike or once; what is unknown or contradicts is refused."""
     value = {"top_k": 5, "max_new_tokens": 7}.get(field, 0.5)
+    whole = {**SETTINGS, "max_completion_length": 512}
     for given in ({field: value}, json.dumps({field: value})):
-        made = GRPOConfig(output_dir="unused", **{**SETTINGS, "max_completion_length": 512, "generation_kwargs": given})
+        made = GRPOConfig(output_dir="unused", **{**whole, "generation_kwargs": given})
         assert getattr(made, {"max_new_tokens": "max_completion_length"}.get(field, field)) == value
         assert replace(made).generation_kwargs == {field: value}
     own = {"max_new_tokens": "max_completion_length"}.get(field, field)
@@ -612,7 +572,7 @@ def test_settings_of_sampling_may_have_other_libraries_names(field):
     with pytest.raises(ConfigError, match=rf"generation_kwargs has {field} {value}, and {own} is"):
         GRPOConfig(output_dir="unused", **{**SETTINGS, **other, "generation_kwargs": {field: value}})
     with pytest.raises(ConfigError, match="has 'num_beams', which would change what is sampled unseen"):
-        GRPOConfig(output_dir="unused", **{**SETTINGS, "generation_kwargs": {field: value, "num_beams": 4}})
+        GRPOConfig(output_dir="unused", **{**whole, "generation_kwargs": {field: value, "num_beams": 4}})
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
