@@ -116,6 +116,11 @@ class Job:
                 f"{name}: the rows are one text each (`{column}`), and the model reads a prompt in its encoder and "
                 "writes a completion in its decoder. Give `prompt` and `completion`."
             )
+        if options.system is not None and schema.form == "standard":
+            raise ConfigError(
+                f"{name}: a system message is given (`data.system`), and the rows are text, which has no messages. "
+                "Leave it out, or give the rows as messages."
+            )
         template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
         template = parts_template(template) if template is not None and reads_images(tokenizer) else template
         encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)
