@@ -199,8 +199,8 @@ def test_an_inconsistent_row_is_caught() -> None:
 
 def test_all_keys_of_axolotl_have_a_mark() -> None:
     top = [key for key in load_table("axolotl") if "[" not in key and "." not in key]
-    # 390 of the schema of Axolotl 0.19, two that people write and it drops, four aliases, eight of plugins.
-    assert len(top) == 404
+    # 390 of the schema of Axolotl 0.19, two that people write and it drops, five older names, ten of plugins.
+    assert len(top) == 407
     marks = {mark: sum(load_table("axolotl")[key].mark == mark for key in top) for mark in MARKS}
     assert min(marks.values()) > 0
 
@@ -513,7 +513,7 @@ def test_rows_are_found_where_the_tool_finds_them() -> None:
         {"path": "some/rows", "name": "en", "revision": "v1", "split": "test", "format": "chatml.icr"},
     ]
     part = converted(base + "datasets: [{path: a.jsonl, type: chatml.intel, split: 'train[:100]'}]")
-    assert part.values["data"]["train"] == {"path": "a.jsonl", "first": 100, "format": "chatml.intel"}
+    assert part.values["data"]["train"] == {"path": "a.jsonl", "split": "train[:100]", "format": "chatml.intel"}
     fewer = converted(LLAMAFACTORY, "max_samples=50")
     assert fewer.values["data"]["train"]["first"] == 50
     chats = converted(LLAMAFACTORY, "dataset=mine,chats", "val_size=0.1")
@@ -526,6 +526,118 @@ def test_rows_are_found_where_the_tool_finds_them() -> None:
     assert chats.values["data"]["eval"] == {"split": 0.1, "by": "row"}
 
 
+BASE = "base_model: m\nlearning_rate: 1e-5\n"
+SUPERVISED = [
+    ("type: alpaca", {"format": "alpaca_text"}, "all"),
+    ("type: chat_template", "rows", "assistant"),
+    ("type: chat_template, field_messages: talk", {"fields": {"messages": "talk"}}, "assistant"),
+    (
+        "type: chat_template, field_messages: talk, message_property_mappings: {role: from, content: value}",
+        {"format": "sharegpt", "fields": {"conversations": "talk"}},
+        "assistant",
+    ),
+    (
+        "type: {field_instruction: q, field_output: a, format: 'Q: {instruction}', system_prompt: 'Be {brief}. '}",
+        {
+            "format": "user_defined",
+            "fields": {"instruction": "q", "completion": "a"},
+            "prompt_format": "Be {{brief}}. Q: {instruction}",
+        },
+        "all",
+    ),
+    (
+        "type: {field_input: more, field_system: sys, format: '{instruction} {input}'}",
+        {
+            "format": "user_defined",
+            "fields": {"input": "more", "system": "sys", "completion": "output"},
+            "prompt_format": "{system}{instruction} {input}",
+        },
+        "all",
+    ),
+]
+
+
+@pytest.mark.parametrize(("entry", "expected", "turns"), SUPERVISED)
+def test_axolotls_supervised_rows(entry: str, expected: Any, turns: str) -> None:
+    found = converted(f"{BASE}datasets: [{{path: rows, {entry}}}]")
+    rows = {"path": "rows", **expected} if isinstance(expected, dict) else expected
+    assert found.values["data"]["train"] == rows
+    assert found.values["train"].get("turns", "all") == turns
+    if turns == "all":
+        assert "a list" not in problem(f"{BASE}datasets: [{{path: r, {entry}}}, {{path: s, type: chat_template}}]")
+        told = converted(f"{BASE}datasets: [{{path: rows, {entry}}}]", "default_system_message=Hi")
+        assert ("system" in told.values["data"], fate(told, "default_system_message").mark) == (False, "note")
+
+
+def test_axolotls_online_training_has_its_rollouts_rewards_and_transform() -> None:
+    text = (
+        f"{BASE}rl: gdpo\nsequence_len: 512\n"
+        "trl: {reward_funcs: [judges.brevity, accuracy_reward], scale_rewards: true, "
+        "reward_weights: [2, 1], num_generations: 4, max_completion_length: 64, beta: 0.1, use_vllm: false}\n"
+        "datasets: [{path: rows, name: main, split: 'train[:10]', type: judges.brevity}]\n"
+    )
+    found = converted(text)
+    assert found.values["rewards"] == [
+        {"python": "judges.py:brevity", "weight": 2},
+        {"python": "tether.trl.rewards:accuracy_reward"},
+    ]
+    assert found.values["rollout"] == {"group": 4, "max_tokens": 64}
+    objective = found.values["objective"]
+    assert objective == {"loss": "dapo", "multi_objective_aggregation": "normalize_then_sum", "beta": 0.1}
+    rows = {"path": "rows", "name": "main", "split": "train[:10]", "transform": "judges.py:brevity"}
+    assert found.values["data"]["train"] == rows
+    assert "max_length" not in found.values["train"]
+    assert fate(found, "sequence_len").mark == "note"
+    grpo = converted(text.replace("gdpo", "grpo"), "max_prompt_len=128")
+    assert (grpo.values["objective"]["scale_rewards"], grpo.values["rollout"]["max_prompt"]) == ("group", 128)
+
+
+def test_recipes_of_the_alignment_handbook_are_read() -> None:
+    text = TRL.replace("dataset_name: some/pairs\ndataset_test_split: held_out\n", "")
+    mixed = "dataset_mixer: {a/b: 1.0, c/d: 0.25}\ndataset_splits: [train_prefs, test_prefs]\n"
+    mixed += "preprocessing_num_workers: 2\n"
+    found = converted(text + mixed + "use_flash_attention_2: true\nchat_template: '{{ messages }}'\n")
+    assert found.values["data"] == {
+        "train": [{"path": "a/b", "split": "train_prefs"}, {"path": "c/d", "split": "train_prefs[:25%]"}],
+        "eval": [{"path": "a/b", "split": "test_prefs"}, {"path": "c/d", "split": "test_prefs"}],
+    }
+    assert (found.run.train.further["dataset_num_proc"], found.run.model.chat_template) == (2, "{{ messages }}")
+    newer = (
+        "dataset_mixture: {datasets: [{id: a/b, config: x, split: train_prefs, columns: [chosen], weight: 0.5}], "
+        "test_split_size: 20, seed: 0}\n"
+    )
+    assert converted(text + newer).values["data"] == {
+        "train": {"path": "a/b", "name": "x", "split": "train_prefs[:50%]", "columns": ["chosen"]},
+        "eval": {"split": 20, "by": "row"},
+    }
+
+
+def test_what_the_examples_of_the_tools_say_by_the_way() -> None:
+    """Each was found by a file of a tool's own examples that did not train."""
+    idle = converted(TRL.replace("eval_strategy: steps\n", ""))
+    assert ("eval_steps" in idle.values["train"], fate(idle, "eval_steps").mark) == (False, "note")
+    assert fate(idle, "eval_steps").became == []
+    assert converted(TRL, "env={TOKENIZERS_PARALLELISM: 'false'}").values["env"] == {"TOKENIZERS_PARALLELISM": "false"}
+    assert fate(converted(GRPO, "use_vllm=false", command="grpo"), "use_vllm").mark == "note"
+    unscaled = converted(GRPO, "scale_rewards=false", command="grpo")
+    assert unscaled.values["objective"]["scale_rewards"] == "none"
+    assert converted(GRPO, "use_vllm=true", command="grpo").values["rollout"]["engine"] == "vllm"
+    assert fate(converted(AXOLOTL, "eval_table_max_new_tokens=128"), "eval_table_max_new_tokens").mark == "note"
+    beside = converted(AXOLOTL, "datasets.0.data_files=[pairs.jsonl]")
+    assert beside.values["data"]["train"] == {"path": "pairs.jsonl", "format": "chatml.intel"}
+    assert converted(AXOLOTL, "gradient_checkpointing=offload").values["train"]["gradient_checkpointing"] is True
+    assert fate(converted(AXOLOTL, "eot_tokens=[<e>]"), "eot_tokens").mark == "note"
+    exact = converted(LLAMAFACTORY, "pissa_init=true")
+    assert exact.values["lora"]["init"] == "pissa"
+
+
+def test_a_file_says_how_many_processes_there_are() -> None:
+    assert converted(TRL).processes == 1
+    found = converted(TRL, "num_processes=4")
+    assert (found.processes, fate(found, "num_processes").became) == (4, ["--launch 4"])
+    assert converted(AXOLOTL).processes == 1
+
+
 GAPS = [
     ("chat_template: chatml", {"model.chat_template": "chatml"}),
     ("chat_template: tokenizer_default_fallback_llama3", {"model.chat_template": "fallback:llama3"}),
@@ -533,6 +645,11 @@ GAPS = [
     ("special_tokens: {additional_special_tokens: [<a>]}", {"model.add_tokens": ["<a>"]}),
     ("default_system_message: Be brief.", {"data.system": "Be brief."}),
     ("chat_template_kwargs: {enable_thinking: false}", {"data.chat_template_kwargs": {"enable_thinking": False}}),
+    ("loraplus_lr_ratio: 16\nloraplus_lr_embedding: 1e-5", {"train.loraplus_lr_ratio": 16}),
+    (
+        "load_in_4bit: true\nbnb_config_kwargs: {bnb_4bit_quant_type: fp4, bnb_4bit_use_double_quant: false}",
+        {"model.quantization": {"type": "fp4", "double": False}},
+    ),
     ("dataset_exact_deduplication: true", {"data.deduplicate": True}),
     ("excess_length_strategy: raise", {"train.truncation_mode": "error"}),
     (
@@ -569,6 +686,9 @@ def test_weights_of_four_bits_are_those_of_the_tool() -> None:
     told = converted(TRL, "load_in_4bit=true", "use_bnb_nested_quant=true", "bnb_4bit_quant_type=fp4")
     assert told.values["model"]["quantization"] == {"type": "fp4"}
     assert converted(LLAMAFACTORY, "quantization_bit=4").values["model"]["quantization"] == "4bit"
+    assert converted(LLAMAFACTORY, "loraplus_lr_ratio=8").run.train.further["loraplus_lr_ratio"] == 8
+    of_set = converted(AXOLOTL, "datasets.0.chat_template=llama3")
+    assert of_set.values["model"]["chat_template"] == "llama3"
 
 
 # Reading
@@ -648,14 +768,18 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["learning_rate=null"], "`learning_rate` is missing"),
         (AXOLOTL, ["lora_rr=8"], "Axolotl has no key `lora_rr` and ignores it. Did you mean `lora_r`?"),
         (AXOLOTL, ["ref_model=other"], "Axolotl has no such key and compares with the model as it starts"),
-        (AXOLOTL, ["rl=grpo"], "GRPO of Axolotl's is not converted"),
-        (AXOLOTL, ["rl=dop"], "`rl` is 'dop' (text); allowed is dpo, ipo, kto, orpo, simpo"),
+        (AXOLOTL, ["rl=grpo"], "`trl.reward_funcs` is empty (null); allowed is a list of functions"),
+        (AXOLOTL, ["rl=grpo", "trl={reward_funcs: [judges.brevity], lora: 1}"], "`trl.lora` has no counterpart here"),
+        (AXOLOTL, ["rl=dop"], "`rl` is 'dop' (text); allowed is dpo, ipo, kto, orpo, simpo, grpo, gdpo"),
         (AXOLOTL, ["optimizer=muon"], "`optimizer` is 'muon' (text); allowed is adamw_torch"),
         (AXOLOTL, ["lr_scheduler=rex"], "`lr_scheduler` is 'rex'"),
         (AXOLOTL, ["relora=true"], "no restarts of an adapter (ReLoRA) here"),
         (AXOLOTL, ["chat_template=exaone"], "say chat_template=jinja chat_template_jinja=FILE"),
         (AXOLOTL, ["special_tokens={end_token: '</s>'}"], "text, under one of bos_token"),
-        (AXOLOTL, ["datasets.0.type=mine.transform"], "A function of your own is not run"),
+        (AXOLOTL, ["datasets.0.type=mine.transform"], "module.function of a Python file that lies beside this one"),
+        (AXOLOTL, ["datasets.0.chat_template=llama3", "chat_template=chatml"], "one template writes all"),
+        (AXOLOTL, ["rl=null", "datasets.0.type=sharegpt"], "known are chat_template, alpaca and completion"),
+        (AXOLOTL, ["load_in_4bit=true", "bnb_config_kwargs={x: 1}"], "`x` is not read; known are bnb_4bit_quant_type"),
         (AXOLOTL, ["datasets.0.shards=4"], "a run file has no such key of a data set"),
         (AXOLOTL, ["comet_api_key=x"], "it is a secret, and files are copied"),
         (AXOLOTL, ["plugins=[my.Plugin]"], "`plugins` has 'my.Plugin', which is code that is not run here"),
@@ -676,13 +800,16 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (TRL, ["use_pefft=true"], "`use_pefft` is not a key of TRL. Did you mean `use_peft`?"),
         (TRL, ["loss_type=[kto_pair]"], "`loss_type` is 'kto_pair' (text); allowed is sigmoid, sigmoid_norm, hinge"),
         (TRL, ["max_prompt_length=512"], "max_length is of prompt and completion together"),
-        (TRL, ["num_processes=2"], "start several processes with `torchrun"),
+        (TRL, ["num_processes=0"], "`num_processes` is 0 (a whole number); allowed is a whole number from 1"),
+        (TRL, ["num_machines=2"], "start them with `torchrun --nnodes N"),
+        (TRL, ["dataset_mixer={a/b: 0.333}"], "a share in whole per cent"),
+        (TRL, ["dataset_mixture={datasets: []}"], "a list of mappings, each with an `id`"),
         (TRL, ["bnb_4bit_quant_type=fp8"], "allowed is nf4, fp4"),
         (TRL, ["env={HF_TOKEN: x}"], "set HF_TOKEN in the environment"),
         (TRL, ["dataset_name=null"], "`dataset_name` is missing"),
         (TRL, ["datasets=[{path: a, fraction: 0.5}]"], "`fraction` of a data set has no key in a run file"),
         (TRL, ["reward_funcs=[a]"], "`reward_funcs` is of grpo and rloo"),
-        (GRPO, ["reward_funcs=[accuracy_reward]"], "known are think_format_reward, get_soft_overlong_punishment, and"),
+        (GRPO, ["reward_funcs=[no_such_reward]"], "known are think_format_reward, get_soft_overlong_punishment, acc"),
         (GRPO, ["reward_funcs=[none.such]"], "module.function of a Python file that lies beside this one"),
         (GRPO, ["reward_weights=[1.0]"], "`reward_weights` is [1.0] (a list); allowed is a list of 2 numbers"),
         (GRPO, ["reward_funcs=null", "reward_weights=null"], "something must judge the completions"),

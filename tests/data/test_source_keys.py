@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from data.samples import CHATML, chat, chat_tokenizer
 from tether.data import load_rows
 from tether.data.prepare.prepare import prepare
+from tether.data.sources.stream import RowStream
 from tether.errors import ConfigError, DataError
 from tether.training.setup.data import distinct_rows
 from tiny import tiny_tokenizer
@@ -88,3 +91,63 @@ def test_a_default_system_message_stands_before_conversations_without_one(tmp_pa
     plain = prepare(rows, tokenizer, max_length=None).dataset["prompt_ids"]
     assert tokenizer.decode(plain[1]) == said[1]
     assert len(found.dataset["prompt_ids"][0]) > len(plain[0])
+    with pytest.raises(ConfigError, match="the rows are text, which has no messages"):
+        prepare(load_rows([{"prompt": "x", "chosen": "a", "rejected": "b"}]), tokenizer, max_length=None, system="Hi")
+
+
+NUMBERED = [{"text": str(n)} for n in range(7)]
+
+
+@pytest.mark.parametrize(
+    "split", ["train[:3]", "train[2:5]", "train[-2:]", "train[:-3]", "train[10%:50%]", "train[:7%]+test"]
+)
+def test_parts_and_bounds_are_those_of_datasets(split: str, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for part in ("train", "test"):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NUMBERED))
+    theirs = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path / "cache"))
+    mine = load_rows({"path": str(folder), "split": split}, kind="completion")
+    assert mine["text"] == theirs["text"]
+    streamed = RowStream({"path": str(folder), "split": split}, kind="completion")
+    if "%" in split or "-" in split:
+        with pytest.raises(ConfigError, match="needs the number of rows, which a stream does not know"):
+            list(streamed.chunks())
+    else:
+        assert [text for chunk in streamed.chunks() for text in chunk["text"]] == theirs["text"]
+
+
+def test_a_split_that_cannot_be_read_is_an_error() -> None:
+    for split in ("train[a:]", "train[:5", "train]", ""):
+        with pytest.raises(ConfigError, match="expected a part, such as train, with or without bounds"):
+            load_rows({"path": NUMBERED, "split": split}, kind="completion")
+    with pytest.raises(DataError, match="and no row lies within its bounds"):
+        load_rows({"path": NUMBERED, "split": "train[:5%]"}, kind="completion")
+    assert load_rows({"path": NUMBERED, "split": "train[:50%]"}, kind="completion")["text"] == ["0", "1", "2", "3"]
+
+
+def test_a_function_of_ones_own_makes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.py").write_text(
+        "def doubled(row):\n    return {'text': row['text'] * 2}\n\n"
+        "def makes(cfg, *args):\n"
+        "    assert cfg.rl is None\n"
+        "    return (lambda row, tokenizer=None: {'text': 'n' + row['number']}), {'remove_columns': ['number']}\n\n"
+        "def wrong(row):\n    return 1\n"
+    )
+    rows = load_rows({"path": NUMBERED, "transform": "rows.py:doubled", "split": "train[:2]"}, kind="completion")
+    assert rows["text"] == ["00", "11"]
+    numbers = [{"number": row["text"], "kept": 1} for row in NUMBERED]
+    rows = load_rows({"path": numbers, "transform": "rows.py:makes", "first": 1}, kind="completion")
+    assert rows.to_list() == [{"kept": 1, "text": "n0"}]
+    streamed = RowStream({"path": numbers, "transform": "rows.py:makes"}, kind="completion")
+    assert next(streamed.chunks())["text"] == [f"n{n}" for n in range(7)]
+    for place, said in (
+        ("rows.py:none", "has no function 'none'; it has doubled, makes, wrong"),
+        ("other.py:x", "A transform of rows is 'other.py:x'; expected a Python file"),
+        ("no_such_module:x", "or an installed module"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_rows({"path": NUMBERED, "transform": place}, kind="completion")
+    with pytest.raises(DataError, match="made a int of a row"):
+        load_rows({"path": NUMBERED, "transform": "rows.py:wrong"}, kind="completion")

@@ -146,7 +146,7 @@ def test_missing_and_damaged_weights_are_refused(folder: Path):
 
 def test_options_that_cannot_be_honoured_are_refused(folder: Path):
     assert "dtype is 'float23'. Allowed: auto, float32, bfloat16, float16" in refused(folder, dtype="float23")
-    assert "revision is 'main', but the model" in refused(folder, revision="main")
+    assert "revision is 'v1', but the model" in refused(folder, revision="v1")
     assert "cannot be loaded" in refused(folder, attn_implementation="no_such_attention")
 
 

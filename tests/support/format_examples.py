@@ -136,7 +136,18 @@ EXAMPLES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         "alpaca",
         "completion",
         {"instruction": "Why?", "output": "So.", "history": [["Hi", "Hello"]]},
-        {"prompt": TALK, "completion": GOOD},
+        {"prompt": TALK[:1], "completion": [*TALK[1:], *GOOD]},
+    ),
+    (
+        "alpaca_text",
+        "completion",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {
+            "prompt": "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+            "### Input:\n1 2\n\n### Response:\n",
+            "completion": "3",
+        },
     ),
     (
         "sharegpt",
@@ -154,7 +165,7 @@ EXAMPLES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         "sharegpt",
         "completion",
         {"conversations": [*SHARED, said("gpt", "So.")], "system": "Be kind."},
-        {"prompt": [SYSTEM, *TALK], "completion": GOOD},
+        {"prompt": [SYSTEM, *TALK[:1]], "completion": [*TALK[1:], *GOOD]},
     ),
     (
         "openrlhf",

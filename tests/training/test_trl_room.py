@@ -44,6 +44,12 @@ def test_flags_stand_over_the_file(tmp_path, monkeypatch):
     file.write_text("betta: 0.3\n")
     with pytest.raises(ConfigError, match="options that nothing takes: --betta"):
         ours.TrlParser((DPOConfig,)).parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path)])
+    given = ["--config", str(file), "--output_dir", str(tmp_path)]
+    [found] = ours.TrlParser((DPOConfig,)).parse_args_and_config(given, fail_with_unknown_args=False)
+    assert found.beta == DPOConfig.beta
+    options = {"return_remaining_strings": True, "separate_remaining_strings": True}
+    _, of_file, of_flags = ours.TrlParser((DPOConfig,)).parse_args_and_config([*given, "--x", "1"], **options)
+    assert (of_file, of_flags) == (["--betta", "0.3"], ["--x", "1"])
 
 
 def test_a_mixture_is_trls(tmp_path):

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
 from tether.cli.foreign.convert import AUTO, As, say_fates
+from tether.cli.launch import launch, launched
 from tether.cli.run import Debug
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from tether.training import TetherTrainer
 
 _LAST = "last"
+Launch = Annotated[
+    int | None,
+    typer.Option(
+        "--launch", min=1, help="Train in that many processes of this machine, one a device.", show_default=False
+    ),
+]
 
 
 class TrainCommand(TyperCommand):
@@ -53,6 +60,7 @@ def train(
         ),
     ] = None,
     command: As = None,
+    processes: Launch = None,
     debug: Debug = False,
 ) -> None:
     """Train, evaluate and write the run folder.
@@ -62,6 +70,7 @@ def train(
         overrides: `key=value`, applied in order.
         resume: a checkpoint's folder, or `last`.
         command: TRL's, of a file of TRL.
+        processes: how many are started; None: this one trains.
         debug: let the libraries speak.
 
     Raises:
@@ -75,10 +84,16 @@ def train(
     from tether.config.foreign import convert_file, is_foreign
 
     again = ["tether", "train", str(run_file), *(overrides or ()), *(["--as", command] if command else [])]
+    if processes is not None:
+        raise typer.Exit(launch(processes, [*again[1:], *_options(resume, debug)]))
     if command or is_foreign(run_file):
         train_conversion(convert_file(run_file, overrides or (), command), resume, debug, again)
     else:
         _train(load_run_file(run_file, overrides or ()), resume, debug, again)
+
+
+def _options(resume: str | None, debug: bool) -> list[str]:
+    return [*([f"--resume={resume}"] if resume else []), *(["--debug"] if debug else [])]
 
 
 def train_conversion(
@@ -95,6 +110,8 @@ def train_conversion(
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    if conversion.processes > 1 and not launched():
+        raise typer.Exit(launch(conversion.processes, [*again[1:], *_options(resume, debug)]))
     say_fates(conversion)
     run, wanted = conversion.run, resume or conversion.resume
     if wanted == AUTO:

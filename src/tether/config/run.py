@@ -29,7 +29,16 @@ _DEFAULTS = {name: field.default for name, field in PreferenceConfig.__dataclass
 
 
 # Words in the name of a variable that holds a secret.
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable of the environment holds a secret, by its name.
+
+    >>> is_secret("HF_TOKEN"), is_secret("WANDB_APIKEY"), is_secret("TOKENIZERS_PARALLELISM")
+    (True, True, False)
+    """
+    return any(part.endswith(_SECRET) for part in name.upper().split("_"))
 
 
 def _plain_text(value: object) -> str:
@@ -139,7 +148,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _no_secret(self) -> RunConfig:
         for name in self.env or ():
-            if any(word in name.upper() for word in SECRET):
+            if is_secret(name):
                 raise ValueError(
                     f"`env.{name}` is a secret, and run files are copied and shown. Take it out, and set {name} in the "
                     "environment"

@@ -127,7 +127,9 @@ class Rows(Section):
         default_factory=dict, description="What messages call role and content, as in {role: speaker, content: text}."
     )
     columns: Names | None = key(None, "Only these columns are read; null: all.", "a list of columns, or null")
-    split: Text = key("train", "Part of a hub data set, or of a folder with train and test files.")
+    split: Text = key(
+        "train", "Part of the data, also with bounds: train[:1000], train[10%:20%], train+test.", "a part, as in train"
+    )
     name: Text | None = key(None, "Configuration of a hub data set; null: its only one.")
     revision: Text | None = key(
         None, "Branch, tag or commit of a hub data set.", "text (in quotes if it looks like a number), or null"
@@ -135,6 +137,11 @@ class Rows(Section):
     data_dir: Text | None = key(None, "Folder inside a hub data set; null: all of it.")
     data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = key(
         None, "Files of a hub data set; null: those of the split.", "a path or pattern, or a list of them"
+    )
+    transform: Text | None = key(
+        None,
+        "A function in a local file that makes of each row one with TRL's columns; the file is run.",
+        "a file and a function in it, as in rows.py:as_pair, or null",
     )
     prompt_format: Text | None = key(
         None,

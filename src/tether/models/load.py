@@ -283,7 +283,7 @@ def _local(source: str | Path, revision: str | None) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         return str(source)
-    if revision is not None:
+    if revision not in (None, "main"):  # which every script of TRL passes
         raise ConfigError(
             f"revision is '{revision}', but the model '{source}' is on disk, where there is only one. A revision "
             "goes with a hub name: leave it out, or name the model on the hub."

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from tether.data.sources.functions import local_function
 from tether.errors import ConfigError
 from tether.rewards.protocol import RewardFunction
 
@@ -170,21 +168,7 @@ def python_function(place: str) -> RewardFunction:
     Raises:
         ConfigError: no such file or function.
     """
-    name, _, function = place.rpartition(":")
-    path = Path(name).expanduser()
-    if not function or not path.is_file():
-        raise ConfigError(f"A reward function is {place!r}; expected a Python file and a function in it, file.py:name.")
-    spec = importlib.util.spec_from_file_location(f"tether_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look their module up
-    spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value) and value.__module__ == spec.name]
-        raise ConfigError(f"{path} has no function {function!r}; it has {', '.join(known) or 'none'}.")
-    return found
+    return local_function(place, "a reward function")
 
 
 def _named(reward: Any, name: str, *columns: str) -> RewardFunction:

@@ -83,11 +83,10 @@ class Head:
             )
 
     def _wide_product(self, hidden: Tensor) -> Tensor:
-        bias = self.module.bias
+        module: Any = self.module
+        bias = None if module.bias is None else module.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(
-                hidden.float(), self.module.weight.float(), None if bias is None else bias.float()
-            )
+            return nn.functional.linear(hidden.float(), module.weight.float(), bias)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale, softcap and temperature of the raw product, in float32."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from tether.compat.accelerate import begin_group_on_cpu, require_launcher
 from tether.compute.cpu_matmul import LIBRARIES
@@ -23,6 +25,7 @@ from tether.training.declared import Declared, Whole, keywords, option
 from tether.training.surface.accepted import AcceptedArguments
 from tether.types import Kind, Meaning, Method
 
+logger = logging.getLogger("tether")
 # Fields of TrainingArguments that would do nothing here, or harm: an option that cannot take effect is an error.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
@@ -334,6 +337,17 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         key="model.train",
     )
     freeze_parameters: list[str] | None = option(None, "The same for what does not train.", key="model.freeze")
+    loraplus_lr_ratio: float | None = option(
+        None,
+        "LoRA+: learning rate of the second matrix of an adapter (B), as a multiple of the first one's; unset: the "
+        "same.",
+        allowed=(None, Range(0, low_included=False)),
+    )
+    loraplus_lr_embedding: float = option(
+        1e-6,
+        "With `loraplus_lr_ratio`: learning rate of adapters on embeddings.",
+        allowed=(Range(0, low_included=False),),
+    )
     router_aux_loss_coef: float | None = option(
         None,
         "Weight of the load-balancing loss of a mixture of experts; unset: what the model's configuration says; 0: "
@@ -413,6 +427,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             raise ConfigError(f"is {self.debug!r}: {_DEBUG}.", "debug")
         if self.fp16 and self.use_cpu:
             raise ConfigError("is True, and the run computes on a CPU, which has no float16. Set bf16=True.", "fp16")
+        if self.tf32 and not is_torch_tf32_available():
+            logger.info("tf32: no device here computes in TF32; products stay as they are")
+            self.tf32 = None
         settings = self.accelerator_config
         if isinstance(settings, dict) and settings.get("dispatch_batches"):
             raise ConfigError(

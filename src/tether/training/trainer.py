@@ -73,6 +73,7 @@ from tether.training.saving.whole import save_whole
 from tether.training.saving.window import read_window, write_window
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
+from tether.training.setup.lora_plus import check_lora_plus, part_rates
 from tether.training.setup.reference import check_start, shard_reference
 from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
@@ -116,6 +117,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
 
         def start(args: Any, policy: nn.Module, train: Any, evaluation: Any, tokenizer: Any) -> Accelerator:
             check_optimizer(args, optimizers[0])
+            check_lora_plus(args, policy, own)
             # A nested function has no first argument that a bare `super()` could take for the trainer.
             super(TetherTrainer, self).__init__(
                 model=policy,
@@ -392,6 +394,14 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
 
     def _prove_layout(self, updates: int) -> None:
         self.run.prove_again(self.policy, updates)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `optim` names, with the learning rates of LoRA+ where they are asked for."""
+        first = self.optimizer is None
+        made = super().create_optimizer(model)
+        if first and self.args.loraplus_lr_ratio is not None:
+            part_rates(made, model or self.policy, self.args)
+        return made
 
     def get_train_dataloader(self) -> DataLoader:
         """The source's own, where it has one; see `tether.training.source`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_ONLINE = "Of trainers that sample completions there are GRPOTrainer and RLOOTrainer"
+_ONLINE = "Of trainers that sample completions there are GRPOTrainer, RLOOTrainer and OnlineDPOTrainer"
 _PAIRS = "DPOTrainer has its losses of pairs (loss_type), KTOTrainer those of labels"
 _PACKED = "Rows are packed without padding by the trainer. Pass them as they are"
 # Name to the sentence that says what to do.

@@ -14,6 +14,8 @@ from transformers import HfArgumentParser
 
 from tether.errors import ConfigError
 
+logger = logging.getLogger("tether")
+
 
 def init_zero_verbose() -> None:
     """Show errors alone of what is logged from now on."""
@@ -24,13 +26,19 @@ class TrlParser(HfArgumentParser):
     """Parses flags into dataclasses; what a file of `--config` says stands where no flag does."""
 
     def parse_args_and_config(
-        self, args: Iterable[str] | None = None, return_remaining_strings: bool = False
+        self,
+        args: Iterable[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
     ) -> tuple[Any, ...]:
         """Parse, and put what the file has under `env` into the environment.
 
         Args:
             args: the flags; None: those of the process.
             return_remaining_strings: give back, last, what no dataclass has; otherwise that is an error.
+            fail_with_unknown_args: False: what a file has and no dataclass is said, and left out.
+            separate_remaining_strings: give back what the file and what the flags have beyond that as two lists.
 
         Raises:
             ConfigError: the file is no mapping, or names what no dataclass has.
@@ -50,9 +58,16 @@ class TrlParser(HfArgumentParser):
             needed = [name for name in sorted(known & values.keys()) if self._is_required(name, given)]
             given += [text for name in needed for text in (f"--{name}", str(values[name]))]
         if remaining and not return_remaining_strings:
-            raise ConfigError(f"The file of --config has options that nothing takes: {' '.join(remaining[::2])}.")
+            said = f"The file of --config has options that nothing takes: {' '.join(remaining[::2])}."
+            if fail_with_unknown_args:
+                raise ConfigError(said)
+            logger.warning(said)
         found = self.parse_args_into_dataclasses(given, return_remaining_strings=return_remaining_strings)
-        return (*found[:-1], [*remaining, *found[-1]]) if return_remaining_strings else found
+        if not return_remaining_strings:
+            return found
+        if separate_remaining_strings:
+            return (*found[:-1], remaining, found[-1])
+        return (*found[:-1], [*remaining, *found[-1]])
 
     def _is_required(self, name: str, given: list[str]) -> bool:
         kinds: Any = self.dataclass_types

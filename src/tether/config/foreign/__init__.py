@@ -9,6 +9,6 @@ from tether.config.foreign.convert import (
     from_flags,
     is_foreign,
 )
-from tether.config.foreign.trl import COMMANDS
+from tether.config.foreign.rules.trl import COMMANDS
 
 __all__ = ["COMMANDS", "TOOLS", "Conversion", "convert_document", "convert_file", "detect", "from_flags", "is_foreign"]

@@ -10,9 +10,9 @@ from typing import Any
 
 from tether.config.document import KeyPath
 from tether.config.fields import keys_of
-from tether.config.foreign import axolotl, llamafactory, trl
 from tether.config.foreign.document import Document, parse_foreign, read_foreign
 from tether.config.foreign.draft import OWN, Draft, Fate, Source, as_number
+from tether.config.foreign.rules import axolotl, llamafactory, trl
 from tether.config.foreign.table import Row, load_table
 from tether.config.problems import show
 from tether.config.read import check_run
@@ -77,6 +77,7 @@ class Conversion:
         comments: by dotted key of the run file.
         defaults: what the tool sets where the file says nothing, by dotted key, with why.
         resume: a checkpoint that the file names.
+        processes: how many the file asks for.
     """
 
     tool: Tool
@@ -87,6 +88,7 @@ class Conversion:
     comments: dict[str, str]
     defaults: dict[str, str]
     resume: str | None
+    processes: int = 1
 
 
 def detect(values: Mapping[str, Any]) -> str | None:
@@ -190,7 +192,7 @@ def convert_document(
     fates = list(draft.fates.values())
     unsaid = {".".join(map(str, path)): key for path, key in draft.origins.items() if not key}
     defaults = {target: draft.comments.get(target, "") for target in unsaid}
-    return Conversion(tool, source.path, values, run, fates, draft.comments, defaults, draft.resume)
+    return Conversion(tool, source.path, values, run, fates, draft.comments, defaults, draft.resume, draft.processes)
 
 
 def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[PreferenceConfig] | None) -> None:

@@ -138,6 +138,7 @@ class Draft:
         self.comments: dict[str, str] = {}
         self.origins: dict[KeyPath, str] = {}
         self.resume: str | None = None
+        self.processes = 1
 
     def set(self, target: str, value: Any, key: str = "", comment: str = "") -> None:
         """Say a key of the run file.

@@ -120,6 +120,11 @@ class Job:
             )
         for fault in extra_faults("chat_template_kwargs", options.template_arguments, schema.form):
             raise ConfigError(f"{name}: {fault}, or leave the run's chat_template_kwargs out.")
+        if options.system is not None and schema.form == "standard":
+            raise ConfigError(
+                f"{name}: a system message is given (`data.system`), and the rows are text, which has no messages. "
+                "Leave it out, or give the rows as messages."
+            )
         template = chat_template(tokenizer, name=name) if schema.form == "conversational" else None
         template = parts_template(template) if template is not None and reads_images(tokenizer) else template
         encoder = Encoder(text_tokenizer(tokenizer), template=template, name=name)

@@ -138,6 +138,16 @@ def _alpaca_prompt(row: Row) -> Messages:
     return _with_system(row, [*messages, {"role": "user", "content": "\n".join(asked)}])
 
 
+def _alpaca_text(row: Row) -> str:
+    """Stanford Alpaca's wording."""
+    asked, more = text(row, "instruction"), optional(row, "input")
+    task = "Below is an instruction that describes a task"
+    task += ", paired with an input that provides further context. " if more else ". "
+    task += "Write a response that appropriately completes the request.\n\n"
+    given = f"### Input:\n{more}\n\n" if more else ""
+    return f"{task}### Instruction:\n{asked}\n\n{given}### Response:\n"
+
+
 def _sharegpt(row: Row) -> Messages:
     return _with_system(row, conversation(row, first_of(row, ("conversations", "messages"))))
 
@@ -151,6 +161,20 @@ def _last(messages: Messages) -> Messages:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise FieldFault(f"the last of the {len(messages)} messages is from the {messages[-1]['role']}; it must answer")
     return messages[-1:]
+
+
+def _from_first_answer(row: Row, whole: Messages) -> dict[str, Any]:
+    """Supervised rows: a completion begins with the first answer; `turns` says which of its turns are scored.
+
+    Images stand in prompts alone, so that with them the completion is the last answer.
+    """
+    _last(whole)
+    first = len(whole) - 1
+    if not any(row.get(column) for column in IMAGE_COLUMNS):
+        asked = [place for place, message in enumerate(whole) if message["role"] == "user"]
+        answers = (place for place in range(asked[0] if asked else first, first) if whole[place]["role"] == "assistant")
+        first = next(answers, first)
+    return {"prompt": whole[:first], "completion": whole[first:]}
 
 
 def _openrlhf_prompt(row: Row) -> Messages | str:
@@ -274,8 +298,15 @@ _OTHERS = (
         {
             **_ANSWERS,
             "unpaired": lambda row: {"completion": answer(row, "output"), **label(row, "kto_tag")},
-            "completion": lambda row: {"completion": answer(row, "output")},
+            "completion": lambda row: _from_first_answer(row, [*_alpaca_prompt(row), *answer(row, "output")]),
         },
+    ),
+    Format(
+        "alpaca_text",
+        "instruction, input and output in Stanford Alpaca's wording, as Axolotl's type alpaca",
+        ("instruction",),
+        _alpaca_text,
+        {"completion": lambda row: {"completion": text(row, "output")}, "prompt_only": lambda row: {}},
     ),
     Format(
         "sharegpt",
@@ -285,7 +316,7 @@ _OTHERS = (
         {
             **_ANSWERS,
             "unpaired": lambda row: {"completion": _last(_sharegpt(row)), **label(row, "kto_tag")},
-            "completion": lambda row: {"completion": _last(_sharegpt(row))},
+            "completion": lambda row: _from_first_answer(row, _sharegpt(row)),
         },
     ),
     Format(

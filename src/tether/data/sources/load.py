@@ -26,7 +26,9 @@ from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
 from tether.data.rows.values import joined_parts
 from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file, stream_file
+from tether.data.sources.functions import transform_of
 from tether.data.sources.origin import Origin, Source, is_origin, names_of, origins_of
+from tether.data.sources.slices import slices_of
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
@@ -81,7 +83,7 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
     """
     origin = origins_of(source, "train", name)[0]
     layout = origin.layout(name)
-    rows = as_said(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin, name)
+    rows = as_said(_sliced(origin, name), origin, name)
     columns = (
         rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     )
@@ -99,14 +101,35 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
 
 def _load(origin: Origin, kind: Kind, name: str) -> Dataset:
     layout = origin.layout(name)
-    rows = as_said(_first(_read(origin.path, origin.split, name, origin.hub), origin.first), origin, name)
-    return _with_layout(rows, origin, layout, kind, name)
+    return _with_layout(as_said(_sliced(origin, name), origin, name), origin, layout, kind, name)
 
 
-def _first(rows: Dataset | list[dict[str, Any]], count: int | None) -> Dataset | list[dict[str, Any]]:
-    if count is None:
+def _sliced(origin: Origin, name: str) -> Dataset | list[dict[str, Any]]:
+    """The rows of the parts that a source names, within their bounds, and of these the first ones where it says so."""
+    found: list[Dataset | list[dict[str, Any]]] = []
+    for piece in slices_of(origin.split, name):
+        rows = _read(origin.path, piece.part, name, origin.hub)
+        found.append(rows if piece.whole else _chosen(rows, piece.places(len(rows))))
+    if "[" in origin.split and not any(map(len, found)):
+        raise DataError(f"{name}: split is `{origin.split}`, and no row lies within its bounds. Widen them.")
+    if len(found) == 1:
+        rows = found[0]
+    else:
+        parts = [part if isinstance(part, Dataset) else Dataset(table_of(part, name)) for part in found]
+        rows = _joined(parts, [f"{origin.path}"] * len(parts), name)
+    rows = rows if origin.first is None else _chosen(rows, range(min(origin.first, len(rows))))
+    return transformed(rows, origin, name)
+
+
+def transformed(rows: Dataset | list[dict[str, Any]], origin: Origin, name: str) -> Dataset | list[dict[str, Any]]:
+    """Rows as the function that a source names makes them."""
+    if origin.transform is None:
         return rows
-    return rows[:count] if isinstance(rows, list) else rows.select(range(min(count, len(rows))))
+    return list(map(transform_of(origin.transform, name), plain_rows(rows)))
+
+
+def _chosen(rows: Dataset | list[dict[str, Any]], places: range) -> Dataset | list[dict[str, Any]]:
+    return rows[places.start : places.stop] if isinstance(rows, list) else rows.select(places)
 
 
 def _with_layout(

@@ -37,6 +37,7 @@ class Origin:
         revision: branch, tag or commit of a hub data set.
         data_dir: folder inside a hub data set.
         data_files: files of a hub data set, or patterns of them.
+        transform: a function in a local file that makes of a row one with TRL's columns; see `transform_of`.
         prompt_format: pattern of the prompt, for the format `user_defined`; so for the other parts of a row.
         chosen_format: see `prompt_format`.
         rejected_format: see `prompt_format`.
@@ -56,6 +57,7 @@ class Origin:
     revision: str | None = None
     data_dir: str | None = None
     data_files: Any = None
+    transform: str | None = None
     prompt_format: str | None = None
     chosen_format: str | None = None
     rejected_format: str | None = None

@@ -32,9 +32,11 @@ from tether.data.sources.load import (
     refuse_hub_keys,
     streamed_rows,
     table_of,
+    transformed,
 )
 from tether.data.sources.origin import Origin, Source, names_of, origins_of
-from tether.errors import DataError
+from tether.data.sources.slices import Slice, slices_of
+from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
 Part = Any  # a dictionary, for one row, or a `pa.Table`
@@ -86,13 +88,15 @@ class RowStream:
     def _tables(self, origin: Origin, name: str, epoch: int) -> Iterator[pa.Table]:
         """The rows of one source with their format's columns, as often as its weight says."""
         layout, first = origin.layout(name), 0
-        for part in _batches(_parts(origin, name, epoch)):
+        pieces = slices_of(origin.split, name)
+        parts = chain.from_iterable(_within(_parts(origin, one.part, name, epoch), one, name) for one in pieces)
+        for part in _batches(parts):
             if origin.first is not None:
                 if first >= origin.first:
                     return
                 part = part[: origin.first - first]
             count = len(part)
-            rows = as_said(part if isinstance(part, list) else Dataset(part), origin, name)
+            rows = as_said(transformed(part if isinstance(part, list) else Dataset(part), origin, name), origin, name)
             if first == 0 and layout is None and origin.format is None:
                 columns = rows.column_names if isinstance(rows, Dataset) else {key for row in rows for key in row}
                 layout = detected(columns, self.kind)
@@ -123,10 +127,30 @@ def _batches(parts: Iterator[Part]) -> Iterator[list[dict[str, Any]] | pa.Table]
             yield from _batches(iter([table]))
 
 
-def _parts(origin: Origin, name: str, epoch: int) -> Iterator[Part]:
-    """What a source gives, one after another."""
+def _within(parts: Iterator[Part], piece: Slice, name: str) -> Iterator[Part]:
+    """What lies within the bounds of a slice."""
+    if piece.whole:
+        yield from parts
+        return
+    if piece.fixed is None:
+        raise ConfigError(
+            f"{name}: [{piece.first}:{piece.last}] needs the number of rows, which a stream does not know. Give "
+            "numbers from the first row on, as in train[:1000], or turn data.streaming off."
+        )
+    (start, stop), place = piece.fixed, 0
+    for part in parts:
+        count = len(part) if isinstance(part, pa.Table) else 1
+        first, last = max(start - place, 0), count if stop is None else min(stop - place, count)
+        if first < last:
+            yield part.slice(first, last - first) if isinstance(part, pa.Table) else part
+        place += count
+        if stop is not None and place >= stop:
+            return
+
+
+def _parts(origin: Origin, split: str, name: str, epoch: int) -> Iterator[Part]:
+    """What a part of a source gives, one after another."""
     source: Any = origin.path
-    split = origin.split
     if not isinstance(source, (str, Path)):
         refuse_hub_keys(origin.hub, name)
     if isinstance(source, (DatasetDict, IterableDatasetDict)):

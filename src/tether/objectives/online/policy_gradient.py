@@ -137,10 +137,7 @@ def policy_gradient_loss(
         metrics["vespo/phi_seq_mean"] = _mean_phi(numbers["log_weights"], sampled, objective, policy)
     losses = objective.row(*(numbers[one.quantity] for one in objective.row.inputs), **objective.options)
     if objective.off_policy_threshold is not None:
-        origin = proximal if sampled.rollout is None else sampled.rollout
-        threshold = objective.off_policy_threshold
-        kept = kept_on_policy(sampled.advantages, policy.token_logps, origin, mask, policy, threshold)
-        losses = losses * kept[index]
+        losses = losses * _kept(policy, sampled, proximal, mask, objective.off_policy_threshold)[index]
     chosen = mask
     if objective.top_entropy < 1:
         high = high or HighEntropy.among(_entropy(policy).detach()[mask > 0], objective.top_entropy)
@@ -153,8 +150,8 @@ def policy_gradient_loss(
         estimate = KL[objective.kl](policy.token_logps, sampled.reference)
         estimate = estimate * ratio(log_ratios) if objective.kl_ratio and objective.beta else estimate
         losses = losses + objective.beta * estimate if objective.beta else losses
-        metrics["kl"] = _mean(estimate.detach(), mask)
-        metrics["kl/k1"] = _mean((policy.token_logps - sampled.reference).detach(), mask)
+        of_both = (estimate, policy.token_logps - sampled.reference)
+        metrics |= {name: _mean(one.detach(), mask) for name, one in zip(("kl", "kl/k1"), of_both, strict=True)}
     if found is not None:
         metrics |= _correction_metrics(found, mask, sampled.weights)
     term = _term(losses * mask, mask, policy, objective)
@@ -165,6 +162,11 @@ def policy_gradient_loss(
     # A mean over the chosen tokens of a step, where terms are divided by all of its trained tokens.
     gain = _entropy(policy) * chosen / (1.0 if high is None else high.share)
     return LossOutput((term, LossTerm(-bonus * gain, "tokens")), metrics)
+
+
+def _kept(policy: Scores, sampled: Sampled, proximal: PerToken, mask: PerToken, threshold: float) -> PerCompletion:
+    origin = proximal if sampled.rollout is None else sampled.rollout
+    return kept_on_policy(sampled.advantages, policy.token_logps, origin, mask, policy, threshold)
 
 
 def _at_level(differences: PerToken, mask: PerToken, scores: Scores, level: Level) -> PerToken:

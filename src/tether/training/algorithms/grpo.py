@@ -59,10 +59,11 @@ class GRPOConfig(OnlineConfig, algorithm="grpo"):
         "Ratios of each `token`, or one of each completion (`sequence`); unset: as the loss has it.",
         allowed=(None, "token", "sequence"),
     )
-    scale_rewards: str | bool = option(
+    # Not `str | bool`, though True and False stand for `group` and `none`: HfArgumentParser would take no text.
+    scale_rewards: str = option(
         "group",
         "What centred rewards are divided by: the deviation of their `group`, of the whole `batch`, or nothing "
-        "(`none`); True and False stand for `group` and `none`.",
+        "(`none`).",
     )
     multi_objective_aggregation: str = option(
         "sum_then_normalize",

@@ -8,12 +8,13 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from tether.config.foreign import axolotl_data, axolotl_text, shared
 from tether.config.foreign.draft import Draft, Source, as_number
+from tether.config.foreign.rules import axolotl_data, axolotl_model, axolotl_online, shared
+from tether.config.foreign.rules.axolotl_online import KINDS
 from tether.objectives import OBJECTIVES
 
 _PREFERENCE = ("dpo", "ipo", "kto", "orpo", "simpo")
-_NOT_HERE = {"grpo": "GRPO", "gdpo": "GDPO", "ebft": "energy-based fine-tuning"}
+_NOT_HERE = {"ebft": "energy-based fine-tuning"}
 # Plugins that change what is computed in no way that matters here.
 _HARMLESS_PLUGINS = ("liger", "cut_cross_entropy", "kernels", "lm_eval")
 _OPTIONS = {
@@ -69,10 +70,12 @@ def _objective(draft: Draft, source: Source) -> None:
     if kind in _NOT_HERE:
         source.refuse(
             "rl",
-            f"`rl` is {kind!r}; {_NOT_HERE[kind]} of Axolotl's is not converted: its rows and rewards are functions. "
-            f"Allowed are {', '.join(_PREFERENCE)}; docs/grpo.md shows a run file of GRPO.",
+            f"`rl` is {kind!r}; {_NOT_HERE[kind]} is not here. Allowed are {', '.join((*_PREFERENCE, *KINDS))}.",
         )
-    source.one_of("rl", _PREFERENCE)
+    source.one_of("rl", (*_PREFERENCE, *KINDS))
+    if kind in KINDS:
+        axolotl_online.online(draft, source)
+        return
     reward = source.flag("reward_model")
     if reward and kind:
         source.refuse("reward_model", f"`reward_model` and `rl: {kind}` are two trainings. Leave one of them out.")
@@ -146,65 +149,8 @@ def _reference(draft: Draft, source: Source) -> None:
         for key, value in moving.items()
         if value is not None and key not in ("beta", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
     ]
-    if left:
+    if left and source.get("rl") not in KINDS:
         draft.explain("trl", f"{', '.join(map(str, left))}: of GRPO, not read here", "are read under rl: grpo alone")
-
-
-def _model(draft: Draft, source: Source) -> None:
-    base = source.text("base_model")
-    if source.get("base_model_config") not in (None, base):
-        source.refuse("base_model_config", "`base_model_config` names another repository; a model has its own here.")
-    if source.get("tokenizer_config") not in (None, base):
-        draft.set("model.tokenizer", source.text("tokenizer_config"), "tokenizer_config")
-    for key in ("revision_of_model", "model_revision"):
-        shared.revision(draft, source, key, "base_model")
-    for key, name in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
-        if source.flag(key):
-            draft.set("model.quantization", name, key)
-    if source.get("adapter") == "qlora" and not draft.get("model.quantization"):
-        draft.set("model.quantization", "4bit", "adapter")
-    for key, name in (("eager_attention", "eager"), ("sdp_attention", "sdpa")):
-        if source.flag(key):
-            draft.set("model.attention", name, key)
-    if source.has("attn_implementation"):
-        shared.load_plainly(draft, "attn_implementation", source.text("attn_implementation"))
-    if source.has("device_map"):
-        if not isinstance(source.get("device_map"), str):
-            source.wrong("device_map", source.get("device_map"), "a device, or auto")
-        draft.set("model.device", source.get("device_map"), "device_map")
-    if names := source.names("unfrozen_parameters"):
-        if ranged := [name for name in names if name.endswith("]") and "[" in name and ":" in name]:
-            source.refuse("unfrozen_parameters", f"{ranged[0]!r} is a part of a weight; whole weights train here.")
-        draft.set("model.train", names, "unfrozen_parameters")
-    axolotl_text.text(draft, source)
-
-
-def _precision(draft: Draft, source: Source) -> None:
-    bf16 = source.get("bf16", "auto")
-    if bf16 == "full":
-        draft.set("model.dtype", "bfloat16", "bf16")
-        draft.set("train.bf16", False, "bf16")
-    elif isinstance(bf16, bool):
-        draft.set("train.bf16", bf16, "bf16")
-        if bf16:
-            lost = "" if source.has("adapter") else "; small updates of them are lost, which float32 would keep"
-            draft.set("model.dtype", "bfloat16", "bf16", f"Axolotl's weights are bfloat16 then{lost}")
-        elif not any(source.flag(key) for key in ("fp16", "load_in_8bit", "float16", "bfloat16")):
-            draft.set("model.dtype", "float32", "bf16")
-    elif bf16 == "auto":
-        draft.note("bf16", "on where the device has it; on a CPU where it is measured to be faster")
-    else:
-        source.wrong("bf16", bf16, "auto, true, false or full")
-    for key, name in (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")):
-        if source.flag(key):
-            draft.set("model.dtype", name, key)
-    tf32 = source.get("tf32", "auto")
-    if isinstance(tf32, bool):
-        draft.set("train.tf32", tf32, "tf32")
-    elif tf32 == "auto":
-        draft.note("tf32", "left to torch")
-    else:
-        source.wrong("tf32", tf32, "auto, true or false")
 
 
 def _adapter(draft: Draft, source: Source) -> None:
@@ -258,8 +204,11 @@ def _steps(draft: Draft, source: Source) -> None:
     said = "micro_batch_size" if source.has("micro_batch_size") else ""
     draft.set("train.per_device_train_batch_size", micro, said, "" if said else "Axolotl's default")
     checkpointing = source.get("gradient_checkpointing", False)
+    if checkpointing in ("offload", "offload_disk", "offload_legacy"):
+        checkpointing = True
+        draft.explain("gradient_checkpointing", "activations are computed anew, and those that are kept stay in place")
     if not isinstance(checkpointing, bool):
-        source.wrong("gradient_checkpointing", checkpointing, "true or false; activations are not moved to the host")
+        source.wrong("gradient_checkpointing", checkpointing, "true, false or offload")
     said = "gradient_checkpointing" if source.has("gradient_checkpointing") else ""
     draft.set("train.gradient_checkpointing", checkpointing, said, "" if said else "Axolotl's default")
     strategy = source.one_of("excess_length_strategy", ("drop", "truncate", "raise"), "drop")
@@ -427,8 +376,8 @@ def _plugins(draft: Draft, source: Source) -> None:
 
 RULES: dict[str, Callable[[Draft, Source], None]] = {
     "objective": _objective,
-    "model": _model,
-    "precision": _precision,
+    "model": axolotl_model.model,
+    "precision": axolotl_model.precision,
     "adapter": _adapter,
     "reference": _reference,
     "data": axolotl_data.data,

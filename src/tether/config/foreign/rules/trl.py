@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from tether.config.fields import config_class, fields_under, keys_of, row_of
-from tether.config.foreign import shared
 from tether.config.foreign.draft import OWN, Draft, Source
+from tether.config.foreign.rules import shared, trl_data
 from tether.config.foreign.table import load_table
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
@@ -31,16 +30,10 @@ COMMANDS: dict[str, Any] = {
 }
 ONLINE = ("grpo", "rloo")
 _REWARDS = ("reward_funcs", "reward_model_name_or_path")
-# Names that TRL's script has for reward functions, and those of a run file that compute the same.
-_READY_MADE: dict[str, dict[str, Any]] = {
-    "think_format_reward": {"name": "think_format"},
-    "get_soft_overlong_punishment": {"name": "soft_overlong", "max_length": 1280, "margin": 256},
-}
 # What describes a server that is started.
 _OF_OWN_SERVER = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size")
 _SFT = {"nll": "sft", "chunked_nll": "sft", "dft": "dft"}
 _CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo"}
-_SOURCE = ("path", "name", "data_dir", "data_files", "split", "columns")
 
 
 def configuration(source: Source) -> type[PreferenceConfig]:
@@ -151,6 +144,8 @@ def _model(draft: Draft, source: Source) -> None:
     quant_type = source.one_of("bnb_4bit_quant_type", ("nf4", "fp4"), "nf4")
     shared.four_bits(draft, source, quant_type, "bnb_4bit_quant_type")
     shared.four_bits(draft, source, source.text("bnb_4bit_quant_storage", "uint8"), "bnb_4bit_quant_storage")
+    if source.has("chat_template"):
+        draft.set("model.chat_template", source.text("chat_template"), "chat_template")
     if source.has("eos_token"):
         draft.set("model.special_tokens", {"eos_token": source.text("eos_token")}, "eos_token")
     for name, value in source.mapping("model_init_kwargs").items():
@@ -187,67 +182,6 @@ def _adapter(draft: Draft, source: Source) -> None:
     shared.adapter(draft, options)
 
 
-def _data(draft: Draft, source: Source) -> None:
-    split = source.text("dataset_train_split", "train")
-    field = {"text": source.get("dataset_text_field")} if source.has("dataset_text_field") else {}
-    if field.get("text") == "text":
-        draft.note("dataset_text_field", "the column has the name that is read")
-        field = {}
-    streaming = source.flag("dataset_streaming") or source.flag("streaming")
-    if streaming:
-        draft.set("data.streaming", True, "dataset_streaming" if source.has("dataset_streaming") else "streaming")
-    if source.has("datasets"):
-        _mixture(draft, source, field)
-        return
-    if not source.has("dataset_name"):
-        source.refuse("dataset_name", "`dataset_name` is missing. Name the rows.")
-    common = {"path": source.text("dataset_name"), "name": source.text("dataset_config")}
-    evaluated = draft.get("train.eval_strategy", "no") != "no"
-    test = source.text("dataset_test_split", "test")
-    for part, name in (("train", split), ("eval", test)):
-        if part == "train" or evaluated:
-            rows = {**common, "split": name if name != "train" else None, "fields": field or None}
-            draft.set(f"data.{part}", _short(rows), "dataset_name")
-    for key in ("dataset_train_split", "dataset_config", "dataset_text_field"):
-        if key in draft.fates and draft.fates[key].mark != "note":
-            draft.fates[key].became.append("data.train")
-    if evaluated and "dataset_test_split" in draft.fates:
-        draft.fates["dataset_test_split"].became.append("data.eval")
-    if not evaluated:
-        draft.note("dataset_test_split", "nothing is evaluated: eval_strategy is no")
-
-
-def _mixture(draft: Draft, source: Source, field: dict[str, Any]) -> None:
-    entries = source.get("datasets")
-    if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
-        source.wrong("datasets", entries, "a list of mappings, each with a `path`")
-    made = []
-    for index, entry in enumerate(entries):
-        given = {name: value for name, value in entry.items() if value is not None}
-        for name in given.keys() - set(_SOURCE):
-            why = (
-                "rows are drawn by `weight`, which is no share of a mixture" if name == "fraction" else "it is not read"
-            )
-            source.refuse(("datasets", index, name), f"`{name}` of a data set has no key in a run file: {why}.")
-        if "path" not in given:
-            source.refuse(("datasets", index), "`path` of a data set is missing.")
-        if given["path"] in ("json", "csv", "parquet", "arrow") and "data_files" in given:
-            given["path"] = given.pop("data_files")
-        given = {name: value for name, value in given.items() if (name, value) != ("split", "train")}
-        made.append(_short({**given, "fields": field or None}))
-    draft.set("data.train", made if len(made) > 1 else made[0], "datasets")
-    share = source.number("test_split_size")
-    if share:
-        draft.set("data.eval", {"split": share, "by": "row"}, "test_split_size")
-        draft.explain("test_split_size", "rows are set aside by a hash, so that they are not the ones that TRL draws")
-
-
-def _short(rows: dict[str, Any]) -> Any:
-    """A source of rows; a path alone is text."""
-    kept = {name: value for name, value in rows.items() if value is not None}
-    return kept["path"] if kept.keys() == {"path"} else kept
-
-
 def _steps(draft: Draft, source: Source) -> None:
     shared.warmup(draft, source)
     for target, default in (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)):
@@ -269,34 +203,15 @@ def _rewards(draft: Draft, source: Source) -> None:
         return
     if not source.has("disable_dropout"):
         draft.set("train.disable_dropout", False, comment="TRL's default")
+    shared.scale_of_rewards(draft)
     model = source.text("reward_model_name_or_path")
     found = [{"model": model}] if model else []
-    found += [_reward(source, name) for name in source.names("reward_funcs") or ()]
-    weights = source.get("reward_weights", [1.0] * len(found))
-    if not isinstance(weights, list) or len(weights) != len(found):
-        source.wrong("reward_weights", weights, f"a list of {len(found)} numbers, one for each reward")
+    found += [shared.reward_function(source, ("reward_funcs",), name) for name in source.names("reward_funcs") or ()]
     if not found:
         source.refuse(
             "reward_funcs", "`reward_funcs` is missing: something must judge the completions. Name functions."
         )
-    made = [reward | ({"weight": weight} if weight != 1 else {}) for reward, weight in zip(found, weights, strict=True)]
-    draft.set("rewards", made, given[0])
-
-
-def _reward(source: Source, name: str) -> dict[str, Any]:
-    """A reward by the name that TRL's script has for it, or a function in a file beside this one."""
-    if name in _READY_MADE:
-        return _READY_MADE[name]
-    module, _, function = name.rpartition(".")
-    beside = [folder / (module.replace(".", "/") + ".py") for folder in (source.path.parent, Path())]
-    file = next((path for path in beside if module and path.is_file()), None)
-    if file is None:
-        source.refuse(
-            "reward_funcs",
-            f"`reward_funcs` has {name!r}; known are {', '.join(_READY_MADE)}, and module.function of a Python file "
-            "that lies beside this one. A run file has more of its own (`tether: {rewards: …}`).",
-        )
-    return {"python": f"{file}:{function}"}
+    draft.set("rewards", shared.weighted(source, found, source.get("reward_weights"), ("reward_weights",)), given[0])
 
 
 def _rollouts(draft: Draft, source: Source) -> None:
@@ -346,6 +261,12 @@ def _reference(draft: Draft, source: Source) -> None:
 
 
 def _environment(draft: Draft, source: Source) -> None:
+    count = source.number("num_processes", 1)
+    if not isinstance(count, int) or count < 1:
+        source.wrong("num_processes", count, "a whole number from 1")
+    draft.processes = count
+    if "num_processes" in draft.fates and draft.fates["num_processes"].mark != "note":
+        draft.fates["num_processes"].became.append(f"--launch {count}")
     for name, value in source.mapping("env").items():
         shared.environment(draft, str(name), value, "env")
 
@@ -354,7 +275,7 @@ RULES: dict[str, Callable[[Draft, Source], None]] = {
     "loss": _loss,
     "model": _model,
     "adapter": _adapter,
-    "data": _data,
+    "data": trl_data.data,
     "rewards": _rewards,
     "rollouts": _rollouts,
     "steps": _steps,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+from tether.config.document import KeyPath
 from tether.config.fields import config_class, fields_under, row_of
-from tether.config.foreign.draft import Draft, Source
-from tether.config.run import SECRET
+from tether.config.foreign.draft import Draft, Source, as_number
+from tether.config.run import is_secret
 
 # PEFT's names of what `lora:` has a key for.
 _LORA = {
@@ -29,6 +31,13 @@ _FOUR_BITS: dict[str, tuple[str, Any]] = {
     "double_quantization": ("double", True),
     "use_bnb_nested_quant": ("double", True),
     "bnb_4bit_quant_storage": ("storage", "uint8"),
+}
+# Names that TRL's script has for reward functions, and what computes the same here.
+_READY_MADE: dict[str, dict[str, Any]] = {
+    "think_format_reward": {"name": "think_format"},
+    "get_soft_overlong_punishment": {"name": "soft_overlong", "max_length": 1280, "margin": 256},
+    "accuracy_reward": {"python": "tether.trl.rewards:accuracy_reward"},
+    "reasoning_accuracy_reward": {"python": "tether.trl.rewards:reasoning_accuracy_reward"},
 }
 # Attention of transformers that a model can be loaded with; kernels are chosen by Tether itself.
 PLAIN_ATTENTION = ("eager", "sdpa")
@@ -145,12 +154,30 @@ def warmup(draft: Draft, source: Source) -> bool:
 
 def environment(draft: Draft, name: str, value: Any, key: str) -> None:
     """A variable that the run gets, as the tool would set it; never written down where it is a secret."""
-    if any(word in name.upper() for word in SECRET):
+    if is_secret(name):
         draft.source.refuse(
             key,
             f"`{key}` is a secret, and files are copied and shown. Take it out, and set {name} in the environment.",
         )
     draft.set(f"env.{name}", value, key)
+
+
+def nothing_to_evaluate(draft: Draft, why: str) -> None:
+    """Take out what says when rows are evaluated, where there are none; the tools leave it without effect."""
+    for name in ("eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end"):
+        if draft.get(f"train.{name}") not in (None, False, "no"):
+            del draft.values["train"][name]
+            key = draft.origins.pop(("train", name))
+            draft.note(key, why)
+            if key in draft.fates:
+                draft.fates[key].became.clear()
+
+
+def scale_of_rewards(draft: Draft) -> None:
+    """`scale_rewards: true` in words."""
+    value = draft.get("objective.scale_rewards")
+    if isinstance(value, bool):
+        draft.values["objective"]["scale_rewards"] = "group" if value else "none"
 
 
 def trackers(draft: Draft, wanted: list[tuple[str, str]], name: tuple[str, str] | None) -> None:
@@ -176,8 +203,48 @@ def sharded(draft: Draft, source: Source, config: dict[str, Any], keys: list[str
         return
     if processes() == 1:
         for key in given:
-            draft.note(key, "one process holds the whole model; started by torchrun with several, it is sharded")
+            draft.note(key, "one process holds the whole model; with several (--launch N) it is sharded")
         return
     draft.set("train.fsdp", True, given[0])
     if config:
         draft.set("train.fsdp_config", config, next((key for key in given if "config" in key), given[0]))
+
+
+def beside(source: Source, name: str) -> str | None:
+    """A function `module.function` of a Python file beside the file or in the current folder, or of an installed
+    module, as a run file names it; None where there is none."""
+    module, _, function = name.rpartition(".")
+    if not module:
+        return None
+    for folder in (source.path.parent, Path()):
+        if (file := folder / (module.replace(".", "/") + ".py")).is_file():
+            return f"{file}:{function}"
+    try:
+        return f"{module}:{function}" if importlib.util.find_spec(module) else None
+    except ModuleNotFoundError:
+        return None
+
+
+def reward_function(source: Source, place: KeyPath, name: str) -> dict[str, Any]:
+    """A reward by the name that TRL's script has for it, or a function of the user's own."""
+    if name in _READY_MADE:
+        return _READY_MADE[name]
+    if (found := beside(source, name)) is None:
+        source.refuse(
+            place,
+            f"`{place[-1]}` has {name!r}; known are {', '.join(_READY_MADE)}, and module.function of a Python file "
+            "that lies beside this one, or of an installed module. A run file has more of its own (`tether: {rewards: "
+            "…}`).",
+        )
+    return {"python": found}
+
+
+def weighted(source: Source, rewards: list[dict[str, Any]], weights: Any, place: KeyPath) -> list[dict[str, Any]]:
+    """Rewards with their weights, where these are given."""
+    weights = [1.0] * len(rewards) if weights is None else weights
+    if not isinstance(weights, list) or len(weights) != len(rewards) or any(as_number(one) is None for one in weights):
+        source.wrong(place, weights, f"a list of {len(rewards)} numbers, one for each reward")
+    return [
+        reward | ({"weight": as_number(weight)} if as_number(weight) != 1 else {})
+        for reward, weight in zip(rewards, weights, strict=True)
+    ]

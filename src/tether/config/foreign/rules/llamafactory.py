@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tether.config.fields import config_class
-from tether.config.foreign import shared
 from tether.config.foreign.draft import Draft, Source
+from tether.config.foreign.rules import shared
 from tether.training import PreferenceConfig
 
 _STAGES: dict[str, Any] = {"dpo": ["sigmoid"], "kto": "kto", "rm": "reward", "sft": "sft"}
@@ -198,8 +198,11 @@ def _adapter(draft: Draft, source: Source) -> None:
         "target_modules": (_all_linear(source.names("lora_target")), "lora_target"),
     }
     if source.flag("pissa_init"):
-        steps = source.number("pissa_iter", 16)
-        lora["init_lora_weights"] = ("pissa" if steps == -1 else f"pissa_niter_{steps}", "pissa_init")
+        lora["init_lora_weights"] = ("pissa", "pissa_init")
+        if source.number("pissa_iter", 16) != -1:
+            draft.note(
+                "pissa_iter", "the exact decomposition is taken: the fast one draws, and could not be loaded again"
+            )
     said = {name: (value, key if source.has(key) else "") for name, (value, key) in lora.items()}
     if kind == "oft":
         _oft(draft, source)
@@ -241,10 +244,7 @@ def _data(draft: Draft, source: Source) -> None:
     elif source.number("val_size"):
         draft.set("data.eval", {"split": source.number("val_size"), "by": "row"}, "val_size")
     else:
-        for key in ("eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end"):
-            if draft.get(f"train.{key}") is not None:
-                del draft.values["train"][key]
-                draft.note(key, "there is nothing to evaluate: neither eval_dataset nor val_size is given")
+        shared.nothing_to_evaluate(draft, "there is nothing to evaluate: neither eval_dataset nor val_size is given")
     if source.flag("streaming"):
         size = source.number("buffer_size", 16384)
         draft.set("data.buffer_size", size, "buffer_size" if source.has("buffer_size") else "")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from tether.config.foreign.draft import Draft, Fate, Source
+from tether.config.foreign.rules import shared
+from tether.config.foreign.rules.axolotl_online import KINDS
 from tether.config.foreign.table import load_table
 from tether.data.rows.formats import FORMAT_NAMES
+from tether.data.sources.files import READERS, kind_of_file
 
-# A part of a data set, and how many of its rows from the first on: `train[:1000]`.
-_SLICE = re.compile(r"(.+?)(?:\[:(\d+)\])?")
 # Names of readers that Axolotl takes for `path`, with the files in `data_files`.
 _READERS = ("json", "jsonl", "csv", "parquet", "arrow")
 # What `message_property_mappings` and `roles` may say without renaming anything.
@@ -30,6 +30,14 @@ _OWN_FIELDS = {
     "field_completion": "completion",
     "field_label": "label",
 }
+# Of supervised rows.
+_INSTRUCTED = {
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "completion",
+    "field_system": "system",
+}
+_ALPACA = ("alpaca", "alpaca.load")
 _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
 _DROPPED_UNDER_RL = ("message_property_mappings", "roles", "chat_template", "name", "ds_type", "trust_remote_code")
 
@@ -39,6 +47,7 @@ def data(draft: Draft, source: Source) -> None:
     if not source.has("datasets"):
         source.refuse("datasets", "`datasets` is missing. Name the rows.")
     draft.set("data.train", _sources(draft, source, "datasets"), "datasets")
+    _turns(draft, source)
     share = source.number("val_set_size")
     if source.has("test_datasets"):
         draft.set("data.eval", _sources(draft, source, "test_datasets"), "test_datasets")
@@ -51,6 +60,21 @@ def data(draft: Draft, source: Source) -> None:
         draft.set("data.cache", source.text("dataset_prepared_path"), "dataset_prepared_path")
     if not source.flag("shuffle_merged_datasets", True):
         draft.set("train.train_sampling_strategy", "sequential", "shuffle_merged_datasets")
+
+
+def _turns(draft: Draft, source: Source) -> None:
+    """Which turns are trained on, and what a conversation begins with; text has neither."""
+    texts = {_is_text(entry) for entry in source.get("datasets")}
+    if texts == {True} and draft.get("data.system") is not None:
+        del draft.values["data"]["system"]
+        del draft.origins["data", "system"]
+        draft.note("default_system_message", "the rows are text, which has no messages", "does not read it for them")
+    if draft.get("train.turns") is None or texts == {False}:
+        return
+    if len(texts) > 1:
+        source.refuse("datasets", "`datasets` has conversations beside text. Train on one of them at a time.")
+    del draft.values["train"]["turns"]
+    del draft.origins["train", "turns"]
 
 
 def _sources(draft: Draft, source: Source, key: str) -> Any:
@@ -85,10 +109,7 @@ def _entry(draft: Draft, source: Source, place: tuple[str, int], entry: dict[str
     _check_messages(draft, source, place, given)
     found: dict[str, Any] = _place_of_rows(given)
     found |= {name: given[name] for name in ("name", "revision") if name in given}
-    split, count = _SLICE.fullmatch(str(given.get("split", "train"))).groups()  # type: ignore[union-attr]
-    found |= {
-        name: value for name, value in (("split", split), ("first", int(count or 0))) if value not in ("train", 0)
-    }
+    found |= {"split": str(given["split"])} if given.get("split", "train") != "train" else {}
     found |= _labels(given)
     found |= _layout(draft, source, place, given)
     return found["path"] if found.keys() == {"path"} else found
@@ -100,6 +121,8 @@ def _place_of_rows(given: dict[str, Any]) -> dict[str, Any]:
         return {"path": path}
     if path in _READERS:
         return {"path": files}
+    if kind_of_file(Path(str(path))) in READERS:  # a file, beside which Axolotl does not read the others
+        return {"path": path}
     folder = Path(str(path)).expanduser()
     if not folder.is_dir():
         return {"path": path, "data_files": files}
@@ -121,11 +144,12 @@ def _check_messages(draft: Draft, source: Source, place: tuple[str, int], given:
                 f"messages have {name!r} under {column!r}; role and content alone may have other names.",
             )
     template = given.get("chat_template")
-    if template is not None and not str(template).startswith("tokenizer_default"):
+    common = {source.get("chat_template")} | {one.get("chat_template") for one in source.get("datasets", ())}
+    if template is not None and not str(template).startswith("tokenizer_default") and common - {template, None}:
         source.refuse(
             (*place, "chat_template"),
-            f"`chat_template` of a data set is {template!r}; conversations are written by the model's own template. "
-            "Set it to tokenizer_default.",
+            f"`chat_template` of a data set is {template!r}, and not that of all: one template writes all. "
+            "Give all sets the same.",
         )
     if "chat_template_jinja" in given:
         source.refuse((*place, "chat_template_jinja"), "a run file sets no chat template. Save it with the tokenizer.")
@@ -154,7 +178,7 @@ def _layout(draft: Draft, source: Source, place: tuple[str, int], given: dict[st
     kind, loss = given.get("type"), draft.get("objective.loss")
     names = {name: given[f"field_{name}"] for name in ("messages", "chosen", "rejected") if f"field_{name}" in given}
     if isinstance(kind, dict):
-        return _patterns(source, place, kind)
+        return _instructed(source, place, kind) if loss == "sft" else _patterns(source, place, kind)
     if loss == "sft":
         return _supervised(source, place, given, names)
     fields = {"fields": {name: column for name, column in names.items() if column != name}} if names else {}
@@ -163,13 +187,16 @@ def _layout(draft: Draft, source: Source, place: tuple[str, int], given: dict[st
         return fields
     if not isinstance(kind, str):
         source.wrong((*place, "type"), kind, "the name of a type, or a mapping")
+    known = kind in FORMAT_NAMES or f"{kind}.default" in FORMAT_NAMES
+    if (source.get("rl") in KINDS or not known) and (function := shared.beside(source, kind)) is not None:
+        return {"transform": function, **fields}
     found = "chatml.icr" if kind.startswith("bradley_terry") else kind
     found = found if found in FORMAT_NAMES else f"{found}.default"
     if found not in FORMAT_NAMES:
         source.refuse(
             (*place, "type"),
-            f"`type` is {kind!r}; known are {', '.join(FORMAT_NAMES)}. A function of your own is not run: write what "
-            "it makes to a file, and name that.",
+            f"`type` is {kind!r}; known are {', '.join(FORMAT_NAMES)}, and module.function of a Python file that "
+            "lies beside this one.",
         )
     if found.startswith(("chatml", "llama3", "mistral")):
         shown = f"{place[0]}[{place[1]}].type"
@@ -192,17 +219,47 @@ def _supervised(source: Source, place: tuple[str, int], given: dict[str, Any], n
     if kind == "completion":
         column = given.get("field", "text")
         return {"fields": {"text": column}} if column != "text" else {}
+    if kind in _ALPACA:
+        return {"format": "alpaca_text"}
     if kind not in ("chat_template", None):
         source.refuse(
             (*place, "type"),
-            f"`type` is {kind!r}, which writes a prompt of Axolotl's own around a row; known are chat_template and "
-            "completion. Write the rows as messages.",
+            f"`type` is {kind!r}, which writes a prompt of Axolotl's own around a row; known are chat_template, alpaca "
+            "and completion, and a mapping with `format`. Write the rows as messages.",
         )
     column = names.get("messages", "messages")
-    if column == "conversations":
-        source.refuse(
-            (*place, "field_messages"),
-            "`conversations` with `from` and `value` are read for their last turn alone by this loss; Axolotl trains "
-            "on all turns of the assistant. Write the rows as `messages` with `role` and `content`.",
-        )
+    mappings = given.get("message_property_mappings") or {}
+    older = "from" in (given.get("message_field_role"), mappings.get("role")) or column == "conversations"
+    if older:
+        return {"format": "sharegpt", **({"fields": {"conversations": column}} if column != "conversations" else {})}
     return {"fields": {"messages": column}} if column != "messages" else {}
+
+
+def _is_text(entry: dict[str, Any]) -> bool:
+    """Whether a set of supervised rows is text around which no turns are written."""
+    kind = entry.get("type")
+    return isinstance(kind, dict) or kind == "completion" or kind in _ALPACA
+
+
+def _instructed(source: Source, place: tuple[str, int], kind: dict[str, Any]) -> dict[str, Any]:
+    """Rows of an instruction and an output, with a pattern around them."""
+    given = {name: value for name, value in kind.items() if value not in (None, "")}
+    for name in given.keys() - _INSTRUCTED.keys() - {"format", "no_input_format", "system_prompt", "system_format"}:
+        known = ", ".join((*_INSTRUCTED, "format", "no_input_format", "system_prompt", "system_format"))
+        source.refuse((*place, "type", name), f"`type.{name}` of a data set is not read; known are {known}.")
+    pattern, bare = given.get("format", "{instruction} {input} "), given.get("no_input_format")
+    if "field_input" not in given:
+        pattern = bare or pattern
+    elif bare is not None and bare != pattern:
+        source.refuse(
+            (*place, "type", "no_input_format"),
+            "`type.no_input_format` of a data set is of rows without an input, and a run file has one pattern for all. "
+            "Take it out, or write the rows as messages.",
+        )
+    system = given.get("system_format", "{system}")
+    if "field_system" not in given:
+        said = str(given.get("system_prompt", "")).replace("{", "{{").replace("}", "}}")
+        system = system.replace("{system}", said) if said else ""
+    fields = {ours: given[theirs] for theirs, ours in _INSTRUCTED.items() if given.get(theirs, ours) != ours}
+    fields |= {} if "completion" in fields else {"completion": "output"}
+    return {"format": "user_defined", "fields": fields, "prompt_format": system + pattern}

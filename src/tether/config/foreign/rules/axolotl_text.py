@@ -18,7 +18,14 @@ def text(draft: Draft, source: Source) -> None:
         draft.set("data.system", source.text("default_system_message"), "default_system_message")
     if source.has("chat_template_kwargs"):
         draft.set("data.chat_template_kwargs", source.mapping("chat_template_kwargs"), "chat_template_kwargs")
-    _template(draft, source, "chat_template", source.text("chat_template"))
+    _template(draft, source, "chat_template", source.text("chat_template") or _of_sets(source))
+
+
+def _of_sets(source: Source) -> str | None:
+    """The template that all data sets name, where the file names none for them together."""
+    entries = source.get("datasets")
+    names = [one.get("chat_template") for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+    return names[0] if names and isinstance(names[0], str) and names.count(names[0]) == len(names) else None
 
 
 def _tokens(draft: Draft, source: Source) -> None:
