@@ -64,8 +64,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return worker, 1
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error), 2 if error.errno == errno.ENOENT else 1
-    if isinstance(error, ImportError) or "to be installed" in str(error) or "is not installed" in str(error):
-        package = getattr(error, "name", None)
+    package = getattr(error, "name", None) if isinstance(error, ImportError) else None
+    missing = isinstance(error, ImportError) and (package or "").partition(".")[0] != "tether"
+    if missing or "to be installed" in str(error) or "is not installed" in str(error):
         name = f" (package {package})" if package else ""
         return (
             f"Something that was asked for is not installed{name}: {_first_line(error)} Install it, or change the "

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -85,12 +86,8 @@ def score(
         answer = model(**inputs, use_cache=False)
     if attended is not None:
         require_all_attended(inner, attended)
-    if len(captured) != 1:
-        raise ScoringError(f"The head of {type(inner).__name__} was called {len(captured)} times, not once.")
-    hidden = _of_real_tokens(captured[0], inputs, layout).flatten(0, 1)
-    hidden = hidden.index_select(0, sources.to(hidden.device))  # a model spread over devices ends on another one
-    per_token = tuple(name for name in OUTPUTS if name in outputs)
-    through = "entropy_gradient" in outputs
+    hidden = _predicting_states(captured, inner, inputs, layout).index_select(0, sources.to(captured[0].device))
+    per_token, through = tuple(name for name in OUTPUTS if name in outputs), "entropy_gradient" in outputs
     found = token_scores(head, hidden, batch.targets, outputs=per_token, chunk=chunk, entropy_gradient=through)
     weights = inputs.get("attention_mask", sequence_counts(batch)[None]) if routed else None
     return Scores(
@@ -100,6 +97,15 @@ def score(
         aux_loss=None if weights is None else load_balancing_loss(inner, answer.router_logits, weights),
         **found._asdict(),
     )
+
+
+def _predicting_states(
+    captured: list[Tensor], model: PreTrainedModel, inputs: dict[str, Any], layout: str
+) -> Float[Tensor, "places hidden_size"]:
+    """What the head was given, on the device where a model that is spread over several ends."""
+    if len(captured) != 1:
+        raise ScoringError(f"The head of {type(model).__name__} was called {len(captured)} times, not once.")
+    return _of_real_tokens(captured[0], inputs, layout).flatten(0, 1)
 
 
 def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str, virtual: int) -> None:

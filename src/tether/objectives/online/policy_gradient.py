@@ -159,9 +159,12 @@ def policy_gradient_loss(
         return LossOutput((term,), metrics)
     count = mask.sum() if term.over == "tokens" else mask.new_tensor(float(len(term.values)))
     metrics["policy_loss"] = term.values.detach().sum(), count
-    # A mean over the chosen tokens of a step, where terms are divided by all of its trained tokens.
-    gain = _entropy(policy) * chosen / (1.0 if high is None else high.share)
-    return LossOutput((term, LossTerm(-bonus * gain, "tokens")), metrics)
+    return LossOutput((term, _bonus(policy, chosen, bonus, high)), metrics)
+
+
+def _bonus(policy: Scores, chosen: PerToken, bonus: float, high: HighEntropy | None) -> LossTerm:
+    """A mean over the chosen tokens of a step, where terms are divided by all of its trained tokens."""
+    return LossTerm(-bonus * _entropy(policy) * chosen / (1.0 if high is None else high.share), "tokens")
 
 
 def _kept(policy: Scores, sampled: Sampled, proximal: PerToken, mask: PerToken, threshold: float) -> PerCompletion:
