@@ -8,6 +8,7 @@ import typer
 
 from tether.cli.before.environment import Finding
 from tether.cli.run import Debug
+from tether.data.text.bounded import ending_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -236,8 +237,9 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     if not tokenizer.chat_template:
         return [Finding("note", "no chat template: rows must be text, not conversations")]
     try:
-        prompt = tokenizer.apply_chat_template(_CHAT[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(_CHAT, tokenize=False)
+        with ending_template():
+            prompt = tokenizer.apply_chat_template(_CHAT[:1], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(_CHAT, tokenize=False)
     except Exception as error:  # a template is a program written by others
         return [Finding("problem", f"the chat template refuses a plain conversation ({error})")]
     if not str(whole).startswith(str(prompt)):
