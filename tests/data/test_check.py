@@ -209,7 +209,7 @@ def test_without_its_library_languages_are_left_out_and_that_is_said(monkeypatch
     rows = load_rows([pair(SAID["english"], SAID["dutch"], " no")])
     assert check(rows).findings["other_language"].rows == (1,)
     monkeypatch.setattr(languages, "detector", lambda: None)
-    monkeypatch.setattr("tether.data.audit.audit.detector", lambda: None)
+    monkeypatch.setattr("tether.data.audit.look.detector", lambda: None)
     monkeypatch.setattr("tether.data.audit.limits.detector", lambda: None)
     monkeypatch.setattr("tether.cli.data.tables.detector", lambda: None)
     without = check(rows)
@@ -291,10 +291,10 @@ def test_a_check_in_pieces_on_disk_finds_what_one_in_memory_finds(tmp_path, monk
     holding = {name: one.rows for name, one in whole.findings.items() if one.count}
     assert holding["duplicates"] == (41,)
     assert holding["contradictions"] == (42,)
-    assert holding["near_duplicates"] == (42, 44)
+    assert holding["near_duplicates"] == (42, 43, 44)
     assert holding["in_evaluation"] == (2,)
     assert holding["prompts_in_evaluation"] == (2, 5)
-    assert holding["near_evaluation"] == (3,)
+    assert holding["near_evaluation"] == (3, 5)
     assert list(tmp_path.iterdir()) == []
 
 
