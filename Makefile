@@ -6,6 +6,7 @@
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
 #   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
 #   make faults     kills, damaged files, full disks, lost processes (an hour; FAULTS_EVERY=1 for every place)
+#   make test-gpu   what differs on a GPU, then the benchmark of one (WHEELS=folder: from wheels that were brought along)
 #   make test-deepspeed  ZeRO stages 2 and 3 in two processes   make test-object-store  stores on an S3 server
 #   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
 #   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
@@ -14,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-grpo test test-slow faults test-quantized test-object-store test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -31,7 +32,9 @@ INPUTS := pyproject.toml requirements.lock
 export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-INSTALL := -m pip install -qq --no-compile -c requirements.lock
+# WHEELS: a folder with all wheels, for a machine without a package index (`pip download -d FOLDER -r requirements.lock`).
+WHEELS ?=
+INSTALL := -m pip install -qq --no-compile $(if $(WHEELS),--no-index --find-links $(WHEELS)) -c requirements.lock
 PIP := $(BIN)/python $(INSTALL)
 
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -56,11 +59,16 @@ faults: $(DEV_STAMP)
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed" $(ARGS)
 
+# In one process: a GPU is one. A wheel of liger-kernel among those that are brought along is compared with, too.
+test-gpu: $(DEV_STAMP)
+	@$(PYTEST) -m gpu -n 0 tests $(ARGS)
+	@mkdir -p build && $(OFFLINE) $(BIN)/python benchmarks/gpu.py --out build/gpu.json
+
 # In a folder of their own: transformers imports torchao wherever it finds it, with warnings.
 QUANTIZED := .venv/quantization
 OBJECT_STORE := .venv/object_store
 test-quantized: $(DEV_STAMP) $(QUANTIZED)/.installed
-	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py tests/cli/test_quantized_runs.py $(ARGS)
+	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py tests/cli/test_quantized_runs.py tests/compat/test_bitsandbytes.py $(ARGS)
 
 # In a folder of their own: botocore wants an older python-dateutil than the other packages.
 test-object-store: $(DEV_STAMP) $(OBJECT_STORE)/.installed
@@ -80,7 +88,7 @@ DEEPSPEED := .venv/deepspeed
 test-deepspeed: $(DEV_STAMP) $(DEEPSPEED)/.installed
 	@PYTHONPATH=$(DEEPSPEED)$${PYTHONPATH:+:$$PYTHONPATH} PATH=$(CURDIR)/$(DEEPSPEED)/bin:$$PATH \
 		TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/extensions \
-		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/reference/test_store_processes.py $(ARGS)
+		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/reference/test_store_processes.py tests/compat/test_deepspeed.py $(ARGS)
 
 $(DEEPSPEED)/.installed: requirements.lock
 	@command -v g++ >/dev/null || { echo "DeepSpeed compiles an operation with g++, which is missing. Install it."; exit 2; }

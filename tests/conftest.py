@@ -6,8 +6,16 @@ import peft  # noqa: F401  (imported so that it is frozen below, as are the othe
 import pytest
 import torch
 import transformers
+from jaxtyping import install_import_hook
 
-from tether.compute import cpu_matmul as products
+import support.shapes  # noqa: F401  (the hook below looks it up)
+
+# Types and shapes of arguments, results and fields are checked at each call of what makes batches, scores and losses.
+# Not of what torch's compiler traces (attention), nor of what tells users that an argument is wrong (`score`).
+SHAPED = [f"tether.scoring.{name}" for name in ("batch", "divergence", "head", "reward", "router")]
+install_import_hook(["tether.types", "tether.objectives", *SHAPED], "support.shapes.checked")
+
+from tether.compute import cpu_matmul as products  # noqa: E402
 
 # Tiny tensors gain nothing from threads and lose much to switching between them on a shared machine.
 torch.set_num_threads(1)

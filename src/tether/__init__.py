@@ -67,16 +67,16 @@ def _wait_briefly(environment: MutableMapping[str, str], modules: Container[str]
     """Have torch's threads sleep soon when they wait; says whether the environment decides how they wait.
 
     GNU's OpenMP, which they are on Linux, spins for 300,000 rounds at the end of each parallel region before a thread
-    sleeps, and for 1,000 where it knows that threads outnumber cores (libgomp's `env.c`, GCC 13). It knows of its own
-    threads only: where other processes compute too, a thread that spins takes the core from the one that it waits for,
-    and a region of a millisecond takes whole turns of the scheduler (docs/performance.md). The environment is read when
-    torch is loaded.
+    sleeps (libgomp's `env.c`, GCC 13). Where other processes compute too, a thread that spins takes the core from the
+    one that it waits for, and a region of a millisecond takes whole turns of the scheduler. A tenth of it costs nothing
+    on a quiet machine; a three-hundredth cost a step a third of its speed there (docs/performance.md). The environment
+    is read when torch is loaded.
     """
     if any(name in environment for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
         return True
     if "torch" in modules:
         return False
-    environment["GOMP_SPINCOUNT"] = "1000"
+    environment["GOMP_SPINCOUNT"] = "30000"
     return True
 
 

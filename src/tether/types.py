@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Messages = list[dict[str, Any]]
@@ -23,6 +24,12 @@ Kind = Literal["pair", "ranked", "unpaired", "completion", "prompt_only"]
 Meaning = Literal["start", "base", "model", "adapter", "none"]
 Over = Literal["examples", "completions", "tokens", "constant"]
 Method = Literal["adapter_off", "adapter_on", "snapshot", "model", "remote", "store", "none"]
+# One number for each of B examples, K completions, N scored tokens. The tests check shapes wherever such a name stands.
+PerExample: TypeAlias = Float[Tensor, " B"]
+PerCompletion: TypeAlias = Float[Tensor, " K"]
+PerToken: TypeAlias = Float[Tensor, " N"]
+Sum: TypeAlias = tuple[Tensor, Tensor]  # of what a metric is the mean of, and their count
+Metrics: TypeAlias = dict[str, Sum]
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class ImageInputs:
     """
 
     tensors: Mapping[str, Tensor]
-    token_types: Tensor
+    token_types: Int[Tensor, " P"]
     type_names: tuple[str, ...] = ()
 
     @property
@@ -116,14 +123,14 @@ class Example:
         True
     """
 
-    prompt_ids: Tensor
-    completion_ids: tuple[Tensor, ...]
+    prompt_ids: Int[Tensor, " P"]
+    completion_ids: tuple[Int[Tensor, " _"], ...]
     source_row: int = -1
     values: Mapping[str, float] = field(default_factory=dict)
-    scored: tuple[Tensor, ...] | None = None
+    scored: tuple[Bool[Tensor, " _"], ...] | None = None
     images: ImageInputs | None = None
-    completion_values: Mapping[str, Tensor] = field(default_factory=dict)
-    token_values: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    completion_values: Mapping[str, PerCompletion] = field(default_factory=dict)
+    token_values: Mapping[str, tuple[Float[Tensor, " _"], ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -248,18 +255,18 @@ class ScoringBatch:
         ((0, 0), (0, 1))
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
+    input_ids: Int[Tensor, "1 T"]
+    position_ids: Int[Tensor, "1 T"]
     forest: Forest
-    sources: Tensor
-    targets: Tensor
-    completion_index: Tensor
+    sources: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    completion_index: Int[Tensor, " N"]
     keys: tuple[bytes, ...]
     branches: tuple[tuple[int, int], ...]
     examples: tuple[Example, ...]
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-    completion_values: Mapping[str, Tensor] = field(default_factory=dict)
-    token_values: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, PerExample] = field(default_factory=dict)
+    completion_values: Mapping[str, PerCompletion] = field(default_factory=dict)
+    token_values: Mapping[str, PerToken] = field(default_factory=dict)
     images: tuple[ImageInputs | None, ...] = ()
 
     @property
@@ -318,34 +325,34 @@ class Scores:
         ([-3.0, -4.0], [-1.5, -4.0], [2, 1])
     """
 
-    token_logps: Tensor
-    completion_index: Tensor
+    token_logps: PerToken
+    completion_index: Int[Tensor, " N"]
     num_completions: int
-    entropy: Tensor | None = None
-    top1: Tensor | None = None
-    mean_logits: Tensor | None = None
-    log_collision: Tensor | None = None
-    hidden: Tensor | None = None
+    entropy: PerToken | None = None
+    top1: Bool[Tensor, " N"] | None = None
+    mean_logits: PerToken | None = None
+    log_collision: PerToken | None = None
+    hidden: Float[Tensor, "N hidden_size"] | None = None
     head: Callable[[Tensor], Tensor] | None = None
-    aux_loss: Tensor | None = None
+    aux_loss: Float[Tensor, ""] | None = None
 
-    def sum_by_completion(self, values: Tensor) -> Tensor:
+    def sum_by_completion(self, values: PerToken) -> PerCompletion:
         """Sum `values [N]` over the tokens of each completion: `[K]`, in float32 or better."""
         values = values if values.dtype == torch.float64 else values.float()
         return values.new_zeros(self.num_completions).index_add(0, self.completion_index, values)
 
     @property
-    def logps(self) -> Tensor:
+    def logps(self) -> PerCompletion:
         """Log-probability of each completion, `[K]`."""
         return self.sum_by_completion(self.token_logps)
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> Int[Tensor, " K"]:
         """Tokens of each completion, int64 `[K]`."""
         return torch.bincount(self.completion_index, minlength=self.num_completions)
 
     @property
-    def mean_logps(self) -> Tensor:
+    def mean_logps(self) -> PerCompletion:
         """Mean log-probability per token of each completion, `[K]`."""
         return self.logps / self.lengths.clamp(min=1)
 
@@ -364,7 +371,7 @@ class LossTerm:
         'examples'
     """
 
-    values: Tensor
+    values: Float[Tensor, " V"]
     over: Over = "examples"
 
 
@@ -386,10 +393,10 @@ class LossOutput:
     """
 
     terms: tuple[LossTerm, ...]
-    metrics: dict[str, tuple[Tensor, Tensor]]
-    predictions: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Metrics
+    predictions: Mapping[str, PerExample] = field(default_factory=dict)
 
-    def values(self, over: Over = "examples") -> Tensor | None:
+    def values(self, over: Over = "examples") -> Float[Tensor, " V"] | None:
         """The term that is averaged over something; None when there is none."""
         return next((term.values for term in self.terms if term.over == over), None)
 

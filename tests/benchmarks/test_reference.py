@@ -82,6 +82,7 @@ def test_means_are_chosen_and_a_choice_of_none_is_refused(capsys):
     assert "none of those for full: snapshot, model, store-warm" in capsys.readouterr().err
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("checkpointing", "library"), [("on", "default"), ("off", "onednn")])
 def test_what_a_run_is_told(checkpointing, library, tmp_path, monkeypatch):
     """The command line's options reach the trainer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,44 @@ def test_show_prints_tokens_and_the_boundary(workplace: Workplace, capsys: pytes
     assert "film<unk>2:▌" in out  # the tokenizer of the test has no space
     assert "<unk>good<unk>2</s>" in out
     assert "completion 1: 8 tokens, 8 scored" in out
+
+
+def test_options_of_check_and_show(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them changes what is found or shown."""
+    monkeypatch.chdir(workplace.path)
+    Path("both").mkdir()
+    workplace.write_rows(workplace.pairs(5), "both/train.jsonl")
+    workplace.write_rows(workplace.pairs(3), "both/test.jsonl")
+    tokenizer = ("--tokenizer", "model")
+
+    def checked(*arguments: str) -> list[dict[str, Any]]:
+        assert main(["data", "check", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["sets"]
+
+    def shown(*arguments: str) -> str:
+        assert main(["data", "show", *arguments, *tokenizer]) == 0
+        return capsys.readouterr().out
+
+    assert [checked("both", "--split", name)[0]["rows"] for name in ("train", "test")] == [5, 3]
+    train, held_out = checked("pairs.jsonl", "--eval", "held_out.jsonl")
+    assert (train["rows"], held_out["rows"]) == (24, 8)
+    assert train["findings"]["in_evaluation"]["count"] == 8
+    assert checked("pairs.jsonl", "--sample", "6")[0]["rows"] == 6
+    assert checked("pairs.jsonl", *tokenizer, "--max-length", "9")[0]["findings"]["truncated"]["count"] == 24
+    whole, other = shown("pairs.jsonl", "--row", "2"), shown("both", "--split", "test", "--row", "2")
+    assert whole == other
+    assert "2:" in shown("both", "--split", "test", "--row", "3")
+    cut = shown("pairs.jsonl", "--max-length", "10")
+    assert cut != shown("pairs.jsonl")
+    assert shown("pairs.jsonl", "--max-length", "10", "--truncation", "keep_end") != cut
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    workplace.write_rows([{"messages": turns}], "talk.jsonl")
+    template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}</s>{% endfor %}"
+    workplace.write_tokenizer(eos_token="</s>", pad_token="<pad>", chat_template=template)
+    every, last = (shown("talk.jsonl", "--turns", which) for which in ("all", "last"))
+    assert every != last
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,7 +16,8 @@ from tiny_seq2seq import tiny_seq2seq, tiny_seq2seq_tokenizer
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tiny_model(vocab_size=320).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     return tmp_path
@@ -112,6 +116,34 @@ def test_a_missing_template_is_a_note(folder, capsys):
     tiny_tokenizer(chat=False).save_pretrained(folder)
     assert main(["doctor", "model", str(folder)]) == 0
     assert "note: no chat template" in capsys.readouterr().out
+
+
+def test_code_of_a_repository_runs_only_where_it_is_asked_for(folder, capsys):
+    (folder / "own.py").write_text(
+        "from pathlib import Path\nPath('ran').touch()\nfrom transformers import LlamaConfig\n\n\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    )
+    assert main(["doctor", "model", str(folder)]) == 2
+    assert not Path("ran").exists()
+    assert main(["doctor", "model", str(folder), "--trust-remote-code"]) == 2  # no class of a model has such a one
+    assert Path("ran").exists()
+    assert main(["doctor", "model", str(folder), "--revision", "main"]) == 2
+    assert "A revision goes with a hub name" in capsys.readouterr().err
+
+
+def test_what_was_found_as_json(folder, capsys):
+    assert main(["doctor", "model", str(folder), "--lora", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "adapter 'default': LORA, r 2, trains" in found["described"]
+    assert {one["level"] for one in found["findings"]} == {"ok", "note"}
+    assert main(["doctor", "--json"]) == 0
+    assert any(one["text"].startswith("CPU: ") for one in json.loads(capsys.readouterr().out)["findings"])
+    assert main(["doctor", "--json", "model", str(folder)]) == 2
+    assert "tether doctor model NAME --json" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_ends_with_2(capsys):

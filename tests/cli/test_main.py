@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import torch
 import typer
 
 from tether.cli.errors import explain
+from tether.cli.main import app, main
+from tether.cli.words import commands_of, in_words
 from tether.errors import ConfigError, DataError, ReferencePolicyError, TetherError
 
 Tether = Callable[..., tuple[int, str, str]]
@@ -28,6 +32,45 @@ def test_help_lists_the_commands(tether: Tether, arguments: list[str]) -> None:
 
 def test_version(tether: Tether) -> None:
     assert tether("--version") == (0, f"tether {version('tether')}\n", "")
+
+
+def every_command() -> list[tuple[str, Any]]:
+    """Every command as it is called."""
+    return list(commands_of(in_words(typer.main.get_command(app))))
+
+
+def test_help_says_no_types_and_its_examples_can_be_typed(tether: Tether) -> None:
+    for name, command in every_command():
+        code, out, _ = tether(*name.split(), "--help")
+        assert code == 0
+        assert not re.findall(r"<[a-z\[\] |]+>", out), name
+        if hasattr(command, "commands") and name != "doctor":
+            continue
+        assert "Example: tether " in out, name
+        words = shlex.split(command.epilog.removeprefix("Example: ").partition(", or")[0])
+        assert words[: 1 + len(name.split())] == ["tether", *name.split()]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, name
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("st", ["store"]),
+        ("plan --gp", ["--gpu", "--gpus"]),
+        ("sample run.yaml --as p", ["pairs"]),
+        ("data sh", ["show"]),
+    ],
+)
+def test_a_shell_completes(
+    typed: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_TETHER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"tether {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().out.split() == offered
 
 
 def test_help_of_the_module_waits_for_no_library() -> None:

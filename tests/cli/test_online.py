@@ -51,7 +51,7 @@ def test_a_run_file_samples_and_trains(sums: Any, tether: Tether) -> None:
     assert len(steps) == 3
     assert steps[0]["kl"] == 0.0
     assert {"reward", "rewards/numeric_answer/mean", "rewards/short/mean"} <= steps[0].keys()
-    assert "eval_reward" in logs[-1]
+    assert [log["step"] for log in logs if "eval_reward" in log] == [3]
     kept = parquet.read_table(run / "rollouts" / "000002-0.parquet").to_pylist()
     assert len(kept) == 8
     assert json.loads(kept[0]["rewards"]).keys() == {"numeric_answer", "short"}

@@ -49,6 +49,7 @@ def test_tokens_of_an_epoch_are_those_of_the_rows(here, capsys):
     assert found["tokens_unshared"] == 2 * prompts + answers
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("changes", "method", "why"),
     [
@@ -62,6 +63,14 @@ def test_the_reference_and_why(here, capsys, changes, method, why):
     found = planned(capsys, "run.yaml", *changes)["reference"]
     assert found["method"] == method
     assert why in found["why"]
+
+
+def test_a_probe_measures_a_step_and_leaves_nothing(here, capsys):
+    assert planned(capsys, "run.yaml")["seconds_per_step"] is None
+    assert planned(capsys, "run.yaml", "--probe")["seconds_per_step"] > 0
+    assert not (here.path / "out").exists()
+    assert main(["plan", "run.yaml", "--probe", "--gpu", "8GiB"]) == 2
+    assert "--probe measures this machine" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_set(here, capsys):

@@ -1,8 +1,10 @@
-"""The progress display, live and as plain lines."""
+"""The progress display, live, in a notebook and as plain lines."""
 
 from __future__ import annotations
 
 import io
+import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+from tether import progress as waiting
 from tether.training import progress
 from tether.training.progress import ProgressDisplay, install_progress
 
@@ -89,6 +92,57 @@ def test_only_the_first_process_shows_anything(monkeypatch: pytest.MonkeyPatch) 
     target = Console(file=io.StringIO(), force_terminal=True)
     run_steps(ProgressDisplay(target=target), Clock(monkeypatch), steps=1, process_zero=False)
     assert target.file.getvalue() == ""  # type: ignore
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What would be shown after seconds is shown at once."""
+    for name in ("_PATIENCE", "_PLAIN_SECONDS", "_FLICKER", "_NOTEBOOK_SECONDS"):
+        monkeypatch.setattr(waiting, name, 0.0)
+    caplog.set_level(logging.INFO, "tether")
+    return caplog
+
+
+def test_waiting_in_a_log_is_plain_lines(impatient: pytest.LogCaptureFixture) -> None:
+    with waiting.counted("preparing train", 3) as advance:
+        time.sleep(0.05)
+        for _ in range(3):
+            advance(1)
+        with waiting.working("beside it"):  # one thing at a time
+            time.sleep(0.05)
+    assert impatient.messages == ["preparing train …", *(f"preparing train: {n} of 3 rows" for n in (1, 2, 3))]
+    impatient.clear()
+    assert list(waiting.each([5, 6], "scoring")) == [5, 6]
+    assert impatient.messages[-1] == "scoring: 2 of 2 batches"
+
+
+def test_what_is_done_at_once_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tether")
+    with waiting.working("a moment"):
+        pass
+    assert caplog.messages == []
+
+
+def test_waiting_on_a_terminal_is_gone_afterwards(
+    impatient: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(waiting, "console", lambda: target)
+    with waiting.counted("preparing train", 3) as advance:
+        time.sleep(0.05)
+        advance(2)
+    text = target.file.getvalue()  # type: ignore
+    assert "preparing train" in text
+    assert "2/3" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    assert impatient.messages == []
+
+
+def test_other_processes_wait_silently(impatient: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with waiting.working("anything"):
+        time.sleep(0.05)
+    assert impatient.messages == []
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,21 +13,29 @@ import pytest
 
 from tether.config import load_run_file
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = "data: {train: pairs.jsonl, eval: held_out.jsonl}\noutput: run\n"
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """The fenced blocks of a language, with the model that a workplace has in place of the hub's."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     return [block.replace(HUB, "model") for block in found]
 
 
-def commands() -> list[list[str]]:
+def commands(page: str = README) -> list[list[str]]:
     """Every line that a reader types after `$ tether`."""
-    lines = [line[9:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ tether ")]
-    return [shlex.split(line, comments=True) for line in lines]
+    typed = [line for block in blocks("console", page) for line in block.splitlines()]
+    return [shlex.split(line[9:], comments=True) for line in typed if line.startswith("$ tether ")]
+
+
+def promised_files() -> list[str]:
+    """What the README's table says that a run folder holds."""
+    table = README[README.index("## The run folder") :]
+    return re.findall(r"^\| `([a-z_.]+)` \|", table, flags=re.MULTILINE)
 
 
 def test_the_run_file_and_every_command_work(workplace: Any, tether: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,9 +48,28 @@ def test_the_run_file_and_every_command_work(workplace: Any, tether: Any, monkey
         code, _, said = tether(*command)
         assert code == 0, said
     assert (workplace.path / "runs" / "second" / "report.html").is_file()
-    table = README[README.index("## The run folder") :]
-    for name in re.findall(r"^\| `([a-z_.]+)` \|", table, flags=re.MULTILINE):
+    for name in promised_files():
         assert (workplace.path / "runs" / "first" / name).is_file(), name
+
+
+def test_the_ten_minute_start_works(workplace: Any, tether: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("film 3:\n"))
+    (workplace.path / "run.yaml").unlink()
+    (workplace.path / "examples" / "imdb").mkdir(parents=True)
+    workplace.write_rows(workplace.pairs(), "examples/imdb/pairs.jsonl")
+    workplace.write_rows(
+        [{**row, "prompt": "a " + row["prompt"]} for row in workplace.pairs(8)], "examples/imdb/heldout.jsonl"
+    )
+    typed = commands(START)
+    for command in typed:
+        code, _, said = tether(*command)
+        assert code == 0, said
+    assert [command[0] for command in typed] == [
+        *("doctor", "data", "data", "init", "plan", "train", "report", "eval", "compare", "chat", "export", "merge")
+    ]
+    assert (workplace.path / "side_by_side.html").is_file()
+    for block in blocks("python", START):
+        exec(block, {})
 
 
 @pytest.mark.parametrize("place", range(len(blocks("yaml"))))
@@ -53,7 +81,7 @@ def test_every_run_file_is_read(place: int, workplace: Any) -> None:
     assert load_run_file(workplace.path / "run.yaml", []).output
 
 
-def test_the_python_runs(workplace: Any) -> None:
+def test_the_python_runs_and_leaves_what_the_table_promises(workplace: Any, tether: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     space: dict[str, Any] = {
@@ -65,3 +93,15 @@ def test_the_python_runs(workplace: Any) -> None:
     for block in blocks("python"):
         exec(block.replace("per_device_train_batch_size=4", "max_steps=1, use_cpu=True, report_to='none'"), space)
     assert space["trainer"].state.global_step == 1
+    folder = workplace.path / "runs" / "first"
+    for name in (*promised_files(), "adapter_model.safetensors"):
+        assert (folder / name).is_file(), name
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "LoRA, r 16" in page
+    assert "sigmoid, β 0.1" in page
+    logged = space["trainer"].evaluate(str(workplace.path / "held_out.jsonl"))
+    code, answer, said = tether("eval", "runs/first", "--data", "held_out.jsonl", "--json")
+    assert code == 0, said
+    found = json.loads(answer)
+    # Rewards need beta, which only the configuration that the run left can say.
+    assert found["overall"]["margin"][0] == pytest.approx(logged["eval_rewards/margins"], abs=1e-5)

@@ -99,6 +99,13 @@ def test_online_dpo_runs_and_its_rollouts_are_shown_and_scored(prompts: Any, tet
     assert code == 0
     assert "rollout 0 of 2: 2 prompts, 8 completions, mean reward" in out
     assert out.index("the film") < out.index("short ")
+    assert out.count("\nrow ") == 2
+    code, out, _ = tether("rollouts", "show", "out", "--step", "0", "--prompts", "1", "--whole")
+    assert (code, out.count("\nrow ")) == (0, 1)
+    code, out, _ = tether("rollouts", "show", "out", "--prompts", "1", "--json")
+    found = json.loads(out)
+    assert (code, found["rollout"], found["of"]) == (0, 1, 2)
+    assert [set(one["rewards"]) for one in found["groups"][0]] == [{"short", "wanted"}] * 4
     again = ["--reward", "{python: 'mine.py:short', weight: 3}", "--reward", "{name: length, target: 4}"]
     code, out, err = tether("rollouts", "score", "out", *again, "--to", "scored.jsonl")
     assert code == 0, err

@@ -53,6 +53,7 @@ def test_a_damaged_store_fails_verification(tether, workplace):
     assert "Traceback" not in err
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -98,6 +98,7 @@ def test_rows_that_came_later_are_counted_as_not_stored(tether, filled):
     assert (code, "train: 24 of 30 sampled rows are stored" in out) == (0, True)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [

@@ -73,6 +73,7 @@ WRONG: list[tuple[str, Change, list[str]]] = [
 ]
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(("break_it", "expected"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_wrong_input_is_one_paragraph(workplace: Any, tether: Tether, break_it: Change, expected: list[str]) -> None:

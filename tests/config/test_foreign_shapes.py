@@ -296,6 +296,7 @@ BASES = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", TOOLS)
 def test_no_key_of_any_mark_is_dropped_silently(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every key with values of every shape: it sets something, is a note with its reason, or stops by its name."""

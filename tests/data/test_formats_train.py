@@ -93,6 +93,7 @@ def unlike(own_form: str) -> list[tuple[Any, Any]]:
     return said if own_form == "standard" else [([user(p)], [assistant(c)]) for p, c in said]
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize(
     ("name", "kind", "row"), ALL, ids=[f"{name}-{kind}-{n}" for n, (name, kind, _) in enumerate(ALL)]
 )

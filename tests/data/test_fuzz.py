@@ -87,6 +87,7 @@ def broken(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_in_every_format_end_in_records_or_in_a_message_with_row_and_field() -> None:
     generator = random.Random(7)
     layouts = [*CANONICAL, *EXAMPLES]
@@ -142,6 +143,7 @@ def test_the_audit_of_broken_rows_says_row_and_field() -> None:
     assert broken_rows > 100
 
 
+@pytest.mark.slow
 def test_broken_rows_with_images_end_in_ids_or_in_a_message_with_the_row(tmp_path: Any, monkeypatch: Any) -> None:
     from tiny_vision import picture, tiny_processor
 
@@ -201,6 +203,7 @@ RUNS: list[dict[str, Any]] = [
 RUN_JUNK: list[Any] = [None, "", "x", 0, -1, 1.5, True, [], {}, [None], {"x": 1}, [[1]], {"path": 3}, "1e-3", math.inf]
 
 
+@pytest.mark.slow
 def test_five_hundred_broken_run_files_name_the_key(tmp_path: Any) -> None:
     generator = random.Random(11)
     path = tmp_path / "run.yaml"

@@ -149,6 +149,7 @@ def test_there_are_templates_of_many_families() -> None:
     assert len(NAMES) >= 20
 
 
+@pytest.mark.sweep(12)
 def test_a_completion_is_the_answer_and_one_end(tokenizer: PreTrainedTokenizerFast) -> None:
     [(prompt, both)] = texts([pair([user("UONE asks")], [assistant("AONE says")], [assistant("ATWO says")])], tokenizer)
     for said, completion in zip(("AONE says", "ATWO says"), both, strict=True):
@@ -168,6 +169,7 @@ def family(name: str) -> tuple[str, str, str | None]:
     return FAMILIES[max((one for one in FAMILIES if name.startswith(one)), key=len)]
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_training")])
 def test_answers_end_as_the_family_ends_them(name: str, plain: PreTrainedTokenizerFast) -> None:
     inside, last, called = family(name)
@@ -186,6 +188,7 @@ def test_answers_end_as_the_family_ends_them(name: str, plain: PreTrainedTokeniz
         assert said[1][1][0].endswith(called)
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("turns", ["assistant", "last"])
 def test_only_what_the_assistant_says_is_scored(tokenizer: PreTrainedTokenizerFast, turns: str) -> None:
     runs = scored([{"messages": TALK}], tokenizer, turns)
@@ -213,6 +216,7 @@ def test_measured_masks_cover_what_the_marked_variant_marks(name: str, plain: Pr
     assert measured == marked
 
 
+@pytest.mark.sweep(12)
 def test_a_tool_call_is_written_once_and_ends_once_or_the_row_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [
         pair([user("Weather?")], [call(arguments)], [assistant("It says no")], tools=TOOLS)
@@ -244,6 +248,7 @@ def test_a_tool_call_is_written_once_and_ends_once_or_the_row_is_dropped(tokeniz
         assert "</s>" not in behind
 
 
+@pytest.mark.sweep(12)
 def test_what_is_not_written_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [pair([user("Weather?")], [assistant("A says")], [assistant("B says")], tools=TOOLS)]
     report = prepare(rows, tokenizer, max_length=None).report

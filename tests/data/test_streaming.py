@@ -137,6 +137,7 @@ def test_data_sets_of_the_library_are_read_in_parts(tmp_path: Path, monkeypatch:
     assert asked == [("owner/pairs", "train", {"streaming": True})]
 
 
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize(("name", "kind", "row"), [(n, k, r) for n, k, r, _ in EXAMPLES], ids=str)
 def test_rows_of_other_tools_are_converted_one_by_one(name: str, kind: str, row: dict[str, Any]) -> None:
     source = {"path": [row] * 25, "format": name}
@@ -185,6 +186,7 @@ def spoiled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rows[:3], unusable, *rows[4:10], *[unusable] * 10, *rows[20:], rows[4], rows[25]]
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("processes", [None, 2])
 @pytest.mark.parametrize("name", SETS)
 def test_what_is_prepared_in_chunks_is_what_is_prepared_at_once(name: str, processes: int | None) -> None:
@@ -220,6 +222,7 @@ def test_the_first_rows_may_all_be_unusable() -> None:
         PreparedStream(RowStream(bad), TOKENIZER, Options(64))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -275,6 +278,7 @@ def test_tools_that_come_late_are_read_and_other_late_columns_are_listed() -> No
     assert len(ids[30]["prompt_ids"]) > len(prepare(TALKS, tokenizer, max_length=512).dataset[30]["prompt_ids"])
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("processes", [None, 2])
 def test_never_more_than_a_few_chunks_are_ahead_of_what_is_used(processes: int | None) -> None:
     """What is held does not grow with the stream, which has no end here."""

@@ -41,6 +41,7 @@ def test_numbers_are_what_they_were(name, tmp_path):
     assert_unchanged(name, run(ONE_PROCESS[name], tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_numbers_of_two_processes_are_what_they_were(tmp_path):
     first, second = in_two_processes(tmp_path)
@@ -49,6 +50,7 @@ def test_numbers_of_two_processes_are_what_they_were(tmp_path):
         assert found["weights"] == second[name]["weights"], f"{name}: the processes hold other weights"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("changes", [{"beta": 0.1001}, {"seed": 4}, {"learning_rate": 0.1001}])
 def test_another_setting_is_noticed(changes, tmp_path):
     """Negative control: a change of a thousandth in an option, or another order of the rows."""

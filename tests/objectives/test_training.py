@@ -113,6 +113,7 @@ def close(found, expected):
     return torch.allclose(found, expected, atol=1e-5 * expected[1:].norm().item() + 1e-7, rtol=1e-4)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_one_gradient_for_every_layout_means_and_split(name, trainers):
     combination = COMBINATIONS[name]
@@ -185,6 +186,7 @@ def test_ranked_lists_train(tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", ["sft", "simpo", "cpo", "orpo", "odds_ratio"])
 def test_no_reference_is_run_where_none_is_needed(name, tmp_path):
     """INV-9, by counting: one forward in a step of one micro-batch; the proofs around the steps are not of a step."""

@@ -36,6 +36,7 @@ def both(tmp_path, **arguments):
     return found
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "name",
     [

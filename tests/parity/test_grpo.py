@@ -138,6 +138,7 @@ def assert_alike(ours, theirs, unlike=frozenset(), tolerance=3e-4):
         torch.testing.assert_close(change, theirs.changes[name], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=() if one in ("dapo", "kl") else pytest.mark.slow) for one in CASES]
 )

@@ -43,6 +43,7 @@ def both(tmp_path, **arguments):
     return found
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "settings",
     [{}, pytest.param({"beta": 0.5, "desirable_weight": 0.7, "undesirable_weight": 1.4}, marks=pytest.mark.slow)],

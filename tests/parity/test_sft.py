@@ -55,6 +55,7 @@ CASES = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "name",
     [

@@ -45,6 +45,7 @@ def test_three_steps_equal_trl(name, tmp_path):
         torch.testing.assert_close(value, their_weights[parameter], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", CASES)
 def test_three_steps_equal_the_golden_numbers(name, tmp_path):
     """The same against numbers that TRL 1.16.0 gave (`python tests/parity/make_golden.py`)."""

@@ -23,8 +23,8 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
 SHORT, LONG = 60, 400
 
 
-def write_case(folder: Path, name: str) -> Path:
-    """Model, tokenizer, rows and run file of a case; the run file."""
+def write_case(folder: Path, name: str, *, weights: bool = True) -> Path:
+    """Model, tokenizer, rows and run file of a case; the run file. A plan reads no weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,7 +44,7 @@ def write_case(folder: Path, name: str) -> Path:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (LlamaForCausalLM(config) if weights else config).save_pretrained(folder / "model")
     character_tokenizer(eos_token="</s>", pad_token="<pad>").save_pretrained(folder / "model")
     length = LONG if "long" in name else SHORT
     rows = [

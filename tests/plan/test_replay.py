@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tether.models.before.blueprint import blueprint
@@ -24,12 +25,14 @@ def _held(length: int, repeats: int = 1, *, checkpointing: bool = False):
     return replay(model, _batch(length), lambda m, b: score(m, b, backend="blocked").token_logps, repeats), model
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_what_trains():
     held, model = _held(16, repeats=2)
     assert held.gradients == sum(4 * p.numel() for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_activations_grow_with_tokens_and_shrink_by_checkpointing():
     short, long = _held(16)[0].activations, _held(64)[0].activations
     assert 2 < long / short < 6

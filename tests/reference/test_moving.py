@@ -33,6 +33,7 @@ def moving(policy, model, alpha=0.6, steps=1):
     return resolved(policy, meaning="model", model=model, source="other", sync=Sync(steps, alpha))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 @pytest.mark.parametrize(
     ("build", "changes"),
@@ -78,6 +79,7 @@ def test_a_second_model_moves_as_in_trl():
 MERGEABLE = [name for name in CASES if name != "continued adapter on the embedding"]
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_the_plain_weights_compute_what_the_policy_computes(name):
     """The oracle of the merged weights, over every kind of adapter: a plain model that holds them."""

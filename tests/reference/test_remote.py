@@ -36,6 +36,7 @@ def served(server, policy, meaning="model", **changes):
     return resolved(policy, meaning=meaning, method="remote", remote=remote(server, **changes))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
 def test_a_served_model_gives_what_it_gives_here(server, ending, concurrency):
@@ -75,6 +76,7 @@ def test_another_model_than_the_start_is_refused(server):
         served(server, tiny_model(seed=1), "base")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("faults", "words"),
     [

@@ -35,6 +35,7 @@ def alive(storages) -> int:
     return sum(storage() is not None for storage in storages)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_memory_is_given_back_and_the_values_return_bit_for_bit(dtype, tmp_path):
     """INV-2: counted by storages; three times round, with updates of the policy between."""
@@ -137,6 +138,7 @@ def test_tensors_of_every_shape_and_type_come_back(tmp_path):
         assert torch.equal(value, tensors[name])
 
 
+@pytest.mark.slow
 def test_a_full_store_sends_the_snapshot_away_and_new_rows_bring_it_back(tmp_path):
     """Full fine-tuning: the losses are those of a run without a store, and so is an evaluation on new rows."""
     plain = trainer(tmp_path / "plain")

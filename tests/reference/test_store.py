@@ -208,6 +208,7 @@ def test_parts_that_are_read_use_no_open_files(tmp_path):
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_no_changed_byte_of_a_part_makes_a_wrong_value(tmp_path, dtype):
     """INV-14: every byte in turn, those of pyarrow's own structure too; each value is right or missing."""

@@ -42,6 +42,7 @@ def stored_and_live(run, rows):
 KINDS = {"lora": {"peft_config": lora()}, "full": {}, "pissa": {"peft_config": lora(init_lora_weights="pissa")}}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("kind", "size"), [("lora", 1), ("full", 5), ("pissa", 3)])
 def test_stored_equals_live_for_every_set_and_batch_size(kind, size, tmp_path):
     """INV-12, 15: shuffled reading, an uneven last batch, two evaluation sets, and one that came after training."""
@@ -65,6 +66,7 @@ def test_stored_equals_live_for_every_set_and_batch_size(kind, size, tmp_path):
     assert describe_store(tmp_path / "store").completions == 2 * (14 + 3 + 5 + 4)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_first_epoch_fills_the_store_and_later_ones_run_no_reference(kind, tmp_path):
     """Counted: 4 batches of the first epoch, none of the next, none at all in a second run; the same losses."""
@@ -225,6 +227,7 @@ def test_options_of_the_store_that_do_nothing_are_refused(arguments, message, tm
         DPOConfig(output_dir=str(tmp_path), use_cpu=True, **arguments)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["full", "pissa"])
 def test_a_resumed_run_with_a_store_equals_an_uninterrupted_one(kind, tmp_path):
     """INV-7, with a store that was half full at the checkpoint; also when the resumed run has none of its own yet."""
@@ -261,6 +264,7 @@ def saved_model(folder, seed=5):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_second_model_goes_when_the_store_is_full_and_comes_back_for_new_rows(tmp_path, monkeypatch):
     """The weights are dropped after the first epoch, and again loaded for an evaluation on rows that nobody scored."""
     source = saved_model(tmp_path / "reference")

@@ -352,6 +352,7 @@ def test_each_trouble_is_named_once_at_its_first_step(tmp_path: Path) -> None:
     assert "Normal." not in text
 
 
+@pytest.mark.slow
 def test_a_run_without_end_is_shown_in_two_megabytes(tmp_path: Path) -> None:
     run = full_run()
     long = "<&" * 30_000

@@ -46,6 +46,7 @@ def worst(policy, groups, temperature=1.0):
     return (torch.cat([one.logps for group in groups for one in group.completions]) - alone).abs().max().item()
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("family", [name for name in CONFIGS if name not in FALLBACK])
 def test_what_is_reported_is_what_scoring_alone_gives(family):
     """R1, for every family that is scored as a tree: windows, soft-caps, sinks, experts, absolute positions."""

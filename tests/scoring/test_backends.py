@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -9,12 +10,14 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from tether.errors import ConfigError, ScoringError
 from tether.scoring import choose_layout, pack, score, score_alone
 from tether.scoring.attention import flash as attention_flash
 from tether.scoring.attention import flex as attention_flex
 from tether.scoring.attention import interface as attention
+from tether.scoring.attention import varlen as attention_varlen
 from tether.scoring.attention.interface import backends_for, tree_attention
 from tether.types import Example, Forest, Tree
 from tiny import CONFIGS, FALLBACK, ragged_examples, tiny_model
@@ -76,6 +79,27 @@ def flash_installed(monkeypatch):
     monkeypatch.setattr(attention, "flash_problem", lambda device: "")
 
 
+def torch_varlen_stand_in(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False,
+):  # fmt: skip
+    """What torch documents of `varlen_attn`, of a causal window."""
+    assert window_size[1] == 0
+    assert enable_gqa is (query.shape[1] != key.shape[1])
+    return varlen_stand_in(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, causal=True, window_size=window_size
+    )
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """The kernel's place taken by the stand-in, in float32 and on a CPU."""
+    monkeypatch.setattr(attention_varlen, "_kernel", lambda: torch_varlen_stand_in)
+    monkeypatch.setattr(attention_varlen, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(attention, "varlen_problem", lambda device: "")
+
+
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("heads", [2, 4, 6], ids=lambda heads: f"{heads} query heads over 2")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flex_attention_equals_the_segmented_form(name, heads):
@@ -89,11 +113,15 @@ def test_flex_attention_equals_the_segmented_form(name, heads):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "flash"])
+@pytest.mark.parametrize("backend", ["blocked", "flash", "varlen"])
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "sinks"])
-def test_blocks_and_flash_attention_equal_the_segmented_form(name, backend, flash_installed):
+def test_blocks_and_flash_attention_equal_the_segmented_form(name, backend, flash_installed, varlen_on_cpu):
     """Values, and gradients through the trunk's keys, which stand in several of the kernel's sequences."""
     forest, states = tensors(6)
+    if backend == "varlen" and "softcap" in OPTIONS[name]:
+        with pytest.raises(ScoringError, match="has no softcap"):
+            tree_attention(nn.Identity(), *states, forest, tree_backend=backend, **OPTIONS[name])
+        return
     results = []
     for used in (backend, "sdpa"):
         leaves = [state.clone().requires_grad_() for state in states]
@@ -113,6 +141,7 @@ def test_how_flash_attention_is_told_a_forest():
     assert (told.longest_query, told.longest_key) == (3, 4)
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("family", TREES)
 def test_models_score_alike_with_flex_attention(family):
     model, batch = tiny_model(family).eval().requires_grad_(False), pack(ragged_examples())
@@ -167,6 +196,41 @@ def test_a_wrong_flash_index_is_caught(monkeypatch, flash_installed):
         choose_layout(model, examples, backend="flash")
 
 
+def test_what_is_asked_of_torch_is_what_it_documents():
+    """The call binds to the signature of the function that is there."""
+    seen = {}
+
+    def kernel(*given, **named):
+        seen.update(inspect.signature(varlen_attn).bind(*given, **named).arguments)
+        return given[0]
+
+    forest, states = tensors(6, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_varlen, "_kernel", lambda: kernel)
+        found = tree_attention(nn.Identity(), *states, forest, tree_backend="varlen", sliding_window=4, scaling=0.5)
+    assert found.shape == (1, forest.length, 6, 8)
+    assert (seen["window_size"], seen["scale"], seen["enable_gqa"]) == ((3, 0), 0.5, True)
+    assert seen["cu_seq_k"][-1] == len(seen["key"]) == len(seen["value"])
+
+
+def test_a_model_is_proved_with_it_and_refused_where_it_leaks(varlen_on_cpu, monkeypatch):
+    model, examples = tiny_model(), ragged_examples()
+    assert choose_layout(model, examples, backend="varlen").backend == "varlen"
+    original = attention_varlen.segments
+    monkeypatch.setattr(
+        attention_varlen, "segments", lambda *given: (told := original(*given))._replace(keys=told.keys.roll(1))
+    )
+    with pytest.raises(ScoringError, match="tree layout, varlen attention refused"):
+        choose_layout(model, examples, backend="varlen")
+
+
+def test_rows_are_rounded_to_whole_blocks():
+    assert [attention_flex.rounded(length) for length in (1, 128, 129)] == [128, 128, 256]
+    forest = pack(ragged_examples()).forest
+    whole = attention_flex.rounded(forest.length)
+    assert attention_flex.block_mask(forest, None, torch.device("cpu")).shape[-2:] == (whole, whole)
+
+
 def test_the_devices_first_choice():
     assert backends_for("cpu", gradients=True) == ("blocked",)
     assert backends_for("cuda", gradients=True) == ("flex", "sdpa")
@@ -182,7 +246,7 @@ def test_backends_that_cannot_work_are_refused():
         score(model, pack(examples), backend="flex")
     with pytest.raises(ConfigError, match=r"flash.*runs on CUDA"):
         choose_layout(model, examples, backend="flash")
-    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, flash"):
+    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, varlen, flash"):
         score(model, pack(examples), backend="paged")
     with pytest.raises(ConfigError, match="Leave attention_backend at auto"):
         choose_layout(model, examples, requested="padded", backend="sdpa")
@@ -191,5 +255,11 @@ def test_backends_that_cannot_work_are_refused():
         tree_attention(nn.Identity(), *states, forest, tree_backend="flex", dropout=0.1)
     with pytest.raises(ScoringError, match="no attention sinks"):
         tree_attention(nn.Identity(), *states, forest, tree_backend="flash", s_aux=torch.zeros(2))
-    with pytest.raises(ScoringError, match="computes in float16 and bfloat16"):
-        tree_attention(nn.Identity(), *states, forest, tree_backend="flash")
+    for backend in ("flash", "varlen"):
+        with pytest.raises(ScoringError, match="computes in float16 and bfloat16"):
+            tree_attention(nn.Identity(), *states, forest, tree_backend=backend)
+    for asked, words in (({"dropout": 0.1}, "no dropout"), ({"s_aux": torch.zeros(2)}, "no attention sinks")):
+        with pytest.raises(ScoringError, match=words):
+            tree_attention(nn.Identity(), *states, forest, tree_backend="varlen", **asked)
+    with pytest.raises(ConfigError, match=r"varlen.*runs on CUDA"):
+        choose_layout(model, examples, backend="varlen")

@@ -86,6 +86,7 @@ def test_a_reference_that_runs_no_model_is_refused():
         token_divergence(scores(states(3), Head(linear(0))), replace(scores(states(3), Head(linear(0))), hidden=None))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["lora", "full", "model"])
 def test_the_trainer_takes_the_kl_of_whole_distributions(kind, tmp_path, monkeypatch):
     """Before the first update and after some: the KL that enters the loss is that of the models' own logits.

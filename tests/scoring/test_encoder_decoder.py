@@ -101,6 +101,7 @@ def test_the_label_shift_of_the_model_is_ours():
         torch.testing.assert_close(-found, loss, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", SEQ2SEQ)

@@ -80,6 +80,7 @@ def require_limit_told(name: str, model: torch.nn.Module) -> None:
         assert not said, name
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", SOME)
 def test_a_family_is_scored_as_alone_or_refused_well(name):
     """INV-16: within 1e-5 of a plain forward."""

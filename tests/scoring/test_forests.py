@@ -34,6 +34,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_forests_of_any_shape_score_as_alone(family, shape):

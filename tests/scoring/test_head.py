@@ -172,6 +172,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("library", ["default", "onednn"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("name", MODELS)

@@ -56,6 +56,7 @@ def test_a_long_row_needs_no_quadratic_memory(family, backend):
     assert largest(model, long_batch(), backend) <= LENGTH**2 // 16
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 def test_that_test_can_fail(backend, monkeypatch):
     """Negative control: without blocks, what a branch needs is quadratic, with every backend by segments."""
@@ -67,6 +68,7 @@ def test_that_test_can_fail(backend, monkeypatch):
     assert largest(model, long_batch(), backend) > LENGTH**2 // 16
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("block", [16, 2**20])
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma2", "gpt_oss"])
 def test_blocks_change_nothing(family, block, monkeypatch):

@@ -58,6 +58,7 @@ def scorer(keywords):
     return lambda model, batch: score(model, batch, **keywords).token_logps
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_layout_scores_as_alone(family):
     """INV-16, 18: values to 1e-5 per token; a family that cannot be a tree says so and falls back."""
@@ -78,6 +79,7 @@ def test_every_layout_scores_as_alone(family):
             torch.testing.assert_close(getattr(scores, name), getattr(found[-1], name), atol=1e-5, rtol=0)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_gradients_agree(family):
     """INV-16, 19, 21: gradients to 1e-4 relative, with and without gradient checkpointing."""
@@ -92,6 +94,7 @@ def test_gradients_agree(family):
             assert (found - alone).norm() <= 1e-4 * alone.norm(), (way, checkpointing)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_gradients_agree_by_onednn(family, onednn):
     """INV-21: the layers, attention and head by another library of products, against each sequence alone by torch's."""

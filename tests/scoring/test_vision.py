@@ -65,6 +65,7 @@ def test_the_vision_tower_keeps_its_attention_and_runs_once_per_prompt(family):
     assert seen[0] == sum(len(image.tensors["pixel_values"]) for image in batch.images if image is not None)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", VISION)

@@ -363,6 +363,7 @@ def test_prefix_tuning_with_checkpointing_is_refused_with_the_reason(tmp_path):
         trainer(tmp_path, peft_config=PrefixTuningConfig(num_virtual_tokens=3), gradient_checkpointing=True)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_only_what_is_chosen_trains(adapter, tmp_path):
     """Partial fine-tuning: patterns choose, the reference keeps the start, the artefact loads in transformers."""
@@ -417,6 +418,7 @@ def test_new_tokens_begin_as_the_mean_and_are_trained(tmp_path):
         trainer(tmp_path, tokenizer=tokenizer, add_tokens=["<think>"])
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_new_tokens_are_learnt_beside_an_adapter(tied, tmp_path):
     """Their rows move and no others do; the adapter's folder loads on the base that lacks them (INV-38)."""

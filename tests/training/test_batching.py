@@ -181,6 +181,7 @@ def test_repetitions_add_nothing(tmp_path):
     assert all(torch.equal(value, repeated[name]) for name, value in plain.items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_splits_its_steps_alike(tmp_path):
     """INV-7, exactly."""
 

@@ -51,6 +51,7 @@ def run(folder, model, **changes):
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_of_experts_resumes_where_it_was(name, tmp_path):
     """INV-7: transformers alone warns of missing keys and trains on from the start's weights."""

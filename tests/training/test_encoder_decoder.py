@@ -82,6 +82,7 @@ def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpo
     assert any("decoder.block" in name or "decoder.layers" in name for name in moved)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_changes_nothing(family, tmp_path):
     """INV-21, in whole runs."""
@@ -91,6 +92,7 @@ def test_checkpointing_changes_nothing(family, tmp_path):
     torch.testing.assert_close(losses(runs[0]), losses(runs[1]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_resumed_run_ends_where_the_whole_one_does(family, tmp_path):
     """INV-7, exactly."""

@@ -186,6 +186,7 @@ def no_weights(monkeypatch):
         monkeypatch.setattr(f"tether.{name}", load)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(("kind", "loss"), [("KTO", "kto"), ("SFT", "sft")])
 def test_a_run_file(kind, loss, tmp_path, monkeypatch, capfd):
     """`tether train` and `tether data check` of a folder that holds a T5 model."""

@@ -104,6 +104,7 @@ def test_layouts_train_alike(kind, tmp_path):
     assert_alike(*runs)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", [name for name in EACH if name in ("kto", "bco")])
 def test_means_of_reference_train_alike(kind, tmp_path):
     """The adapter switched off, and the start values swapped in: the same numbers, exactly 0 before an update."""
@@ -121,6 +122,7 @@ def test_means_of_reference_train_alike(kind, tmp_path):
     assert_alike(*runs)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["kto", "bco"])
 def test_a_store_gives_the_same_numbers(kind, tmp_path):
     """INV-12: also of the mismatched completions, which are entries of their own."""
@@ -132,6 +134,7 @@ def test_a_store_gives_the_same_numbers(kind, tmp_path):
     assert_alike(stored, live)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["orpo", "cpo", "sft", "reward"])
 def test_no_reference_is_run_where_none_is_needed(kind, tmp_path, monkeypatch, caplog):
     """INV-9: one scoring a step, and no word of a start equality."""
@@ -254,6 +257,7 @@ def test_pairs_that_are_too_long_for_a_reward_are_dropped_not_cut(tmp_path):
     assert sum(report["dropped"].values()) == len(MARGINS) - report["kept"]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [

@@ -126,6 +126,7 @@ class Counted:
         run.reference.score = reference
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("arguments", "policy_passes", "reference_passes"),
     [({}, 3, 0), ({"beta": 0.1}, 3, 2), ({"num_iterations": 3}, 4, 0), ({"num_iterations": 3, "beta": 0.1}, 4, 1)],
@@ -190,6 +191,7 @@ def ragged(prompts, trainer):
     return {"prompt_ids": [[5, 6, 7 + k // 4] for k in range(len(ids))], "completion_ids": ids, "logprobs": None}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("loss", [*OBJECTIVES["grpo"], "rloo"])
 def test_one_gradient_for_every_split(loss, tmp_path):
     """R9, R13: one batch of 8, two of 4, eight of 1, any token budget; ragged, with a truncated completion left out."""
@@ -262,6 +264,7 @@ def test_skipped_groups_change_nothing(tmp_path):
     assert tokens[1] < tokens[0]
 
 
+@pytest.mark.slow
 def test_groups_without_variance_are_replaced(tmp_path):
     """Dynamic sampling: other prompts take their place, counted and kept; a function of the seed, so that a resumed run
     and a replayed one have the same."""
@@ -410,6 +413,7 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
     assert_same(weights(whole), weights(resumed))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).parent / "worker_online.py"
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_train_and_evaluate_as_one(tmp_path):
     """The same completions, rewards over all of them, one gradient; a group of 4 lies in two processes at size 2."""

@@ -27,6 +27,7 @@ def server():
         yield one
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_a_server_follows_the_policy(kind, server, tmp_path, caplog):
     """R17: each step's weights are there before the next rollout, under a name of their own; log-probs agree."""
@@ -65,6 +66,7 @@ def test_merging_leaves_the_policy_as_it_is(server, tmp_path):
         assert torch.equal(value, dict(made.policy.named_parameters())[name]), name
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_a_server_that_keeps_old_weights_is_stopped(kind, server, tmp_path):
     """R17, verl #7495: the first sync arrives and no later one."""
@@ -88,6 +90,7 @@ def test_a_stale_server_is_seen_through_what_its_dtype_explains(server, tmp_path
     assert fine.state.global_step == 3
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("fault", "value", "said"),
     [

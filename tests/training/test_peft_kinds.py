@@ -114,6 +114,7 @@ def require_refused(base, folder, name):
             trainer(base, folder, name)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's and torch's own, about kinds that are experimental
 @pytest.mark.parametrize(
     "name",

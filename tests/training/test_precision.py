@@ -169,6 +169,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch, caplog):
     assert "cannot be kept" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_measurement_uses_the_layers(monkeypatch):
     """Neither embeddings nor head, which are larger; and a slower product is seen as one."""
     model = tiny_model()
@@ -244,6 +245,7 @@ def test_a_library_that_is_not_known_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path, cpu_matmul="onednn")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 def test_a_run_by_onednn_is_the_run_by_default(adapter, onednn, tmp_path):
     """Losses and weights of steps with gradient checkpointing, every product of them by oneDNN, however small."""

@@ -83,6 +83,7 @@ def sft(tmp_path):
     return tmp_path / "sft", model
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["new adapter", "continued adapter", "full"])
 def test_an_adapter_folder_is_the_reference(kind, sft, tmp_path, caplog):
     """One resident model where the policy has adapters, a second one where it has none; excluded from training."""
@@ -313,6 +314,7 @@ def test_margins_that_stay_zero_stop_the_run():
         guard.on_log(args, state, TrainerControl(), logs={"loss": 0.69, "rewards/margins": 0.0})
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("meaning", ["model", "start"])
 def test_a_run_against_a_served_reference_is_the_run_against_the_model(meaning, tmp_path):
     """The same losses and weights as with the model in memory, to the server's rounding; nothing else is loaded."""

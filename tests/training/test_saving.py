@@ -185,6 +185,7 @@ def test_a_reward_adapter_is_proved_with_its_head(base, tmp_path, caplog):
 # -- tensors shared by hand ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_a_head_that_was_tied_by_hand_is_loaded_as_it_was(adapter, base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -364,6 +365,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(base, tmp_path):
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("save", [True, False], ids=["at a save", "at the end"])
 def test_weights_that_are_not_finite_are_not_saved(save, base, tmp_path):
     """The last update has wrecked them, and no loss follows that would show it."""
@@ -509,6 +511,7 @@ def test_what_a_checkpoint_lacks_does_not_begin_anew_in_silence(base, tmp_path, 
         trainer(tmp_path / "run", base, save_only_model=True, **options).train(resume_from_checkpoint=short)
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_passed_over(base, tmp_path, caplog):
     run = trainer(tmp_path / "run", base, peft_config=lora(), save_strategy="steps", save_steps=1)
     run.train()

@@ -79,6 +79,7 @@ def trainer(folder, model, **options):
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["lora", "full", "moving"])
 def test_a_run(kind, tmp_path):
     """Losses, metrics and weights of a run are those on one device: LoRA, full fine-tuning, a moving reference."""

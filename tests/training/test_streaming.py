@@ -118,6 +118,7 @@ def test_the_classes_of_a_stream_are_counted_in_its_first_chunk(tmp_path, caplog
     assert caplog.text.count("labels: 6 desirable and 4 undesirable rows") == 1
 
 
+@pytest.mark.slow
 def test_a_budget_of_tokens_and_a_data_set_of_the_library_change_nothing(tmp_path):
     """INV-34, with micro-batches; and `epoch` in the logs counts passes."""
     in_memory = trained(trainer_of(tmp_path / "memory", stream=False, max_tokens_per_forward=150))
@@ -146,6 +147,7 @@ def numbers(loader):
     return [[] if isinstance(batch, Filler) else [row["source_row"] for row in batch["rows"]] for batch in loader]
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 4, 11, 30])
@@ -306,6 +308,7 @@ def test_the_store_is_filled_by_the_first_pass_or_ahead(tmp_path):
     assert ahead.run.reference.forwards == forwards
 
 
+@pytest.mark.slow
 def test_reports_grow_with_the_stream(tmp_path, caplog):
     """INV-35: what was dropped, what repeats, and what is in an evaluation set, when a pass ends."""
     caplog.set_level("INFO", "tether")
@@ -351,6 +354,7 @@ def test_a_checkpoint_of_rows_in_memory_is_no_place_in_a_stream(tmp_path):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_stream_that_ends_for_good_is_an_error(tmp_path):
     """A generator that gives its rows once would otherwise end the run early, in silence."""
     left = [2]

@@ -69,6 +69,7 @@ class Tenfold(DPOTrainer):
         return (10 * found[0], found[1]) if return_outputs else 10 * found
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("tokens", [None, 60], ids=["whole", "split"])
 def test_an_own_loss_trains_and_evaluates(tokens, tmp_path):
     run = trainer(tmp_path, Tenfold, held_out=5, max_tokens_per_forward=tokens, per_device_eval_batch_size=3)
@@ -360,6 +361,7 @@ def test_a_run_that_begins_again_is_the_run_that_never_stopped(tmp_path, caplog)
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 def test_a_batch_that_must_stay_whole_gets_smaller(tmp_path):
     kind = type("Coupled", (Full,), {"calls": 0})
     run = trainer(tmp_path, kind, auto_find_batch_size=True, loss_type="aot", max_steps=3)

@@ -90,7 +90,7 @@ def test_threads_that_spin_are_said_where_they_cost(machine, monkeypatch, caplog
         monkeypatch.setattr(tether, "WAITS_BRIEFLY", briefly)
         monkeypatch.setattr(threads, "measured_rates", lambda counts, rates=rates: rates)
         threads.choose_threads("auto", on_cpu=True)
-    assert ["GOMP_SPINCOUNT=1000" in line for line in caplog.messages] == [True, False, False]
+    assert ["GOMP_SPINCOUNT=30000" in line for line in caplog.messages] == [True, False, False]
 
 
 def test_threads_that_wait_sleep_soon_where_tether_comes_first():
@@ -99,7 +99,7 @@ def test_threads_that_wait_sleep_soon_where_tether_comes_first():
     assert not tether._wait_briefly(environment, {"torch"})
     assert environment == {}
     assert tether._wait_briefly(environment, {"numpy"})
-    assert environment == {"GOMP_SPINCOUNT": "1000"}
+    assert environment == {"GOMP_SPINCOUNT": "30000"}
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         assert tether._wait_briefly({name: "active"}, set())
     spoken = {"OMP_WAIT_POLICY": "active"}

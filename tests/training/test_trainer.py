@@ -64,6 +64,7 @@ def step_logs(run, name="loss"):
     return [log[name] for log in run.state.log_history if "loss" in log]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
 def test_step_one_starts_at_ln_2(adapter, tmp_path):
     """INV-1, 6: loss ln 2 and rewards exactly 0 before the first update, also for weights edited in memory."""
@@ -312,6 +313,7 @@ def test_no_reference_runs_no_reference(tmp_path, monkeypatch):
     assert len(calls) == 4 + 3  # two steps with a reference, and the guards before the first
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_layouts_train_alike(layout, tmp_path):
     """INV-19: the same run on every layout."""
@@ -324,6 +326,7 @@ def test_layouts_train_alike(layout, tmp_path):
         torch.testing.assert_close(weights(run)[name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_trains_alike(tmp_path):
     """INV-21: LoRA with checkpointing gives the gradients that LoRA without gives."""
     runs = []
@@ -338,6 +341,7 @@ def test_gradient_checkpointing_trains_alike(tmp_path):
         torch.testing.assert_close(runs[1][name], value, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("name", "value"), [("beta", 0.5), ("label_smoothing", 0.2), ("max_length", 20), ("truncation_mode", "keep_end")]
 )
@@ -357,6 +361,7 @@ def test_training_rows_inside_the_evaluation_set_are_counted(tmp_path, caplog):
     assert "3 of 12 training rows are in this evaluation set" in caplog.text
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("method", ["snapshot", "model"])
 @pytest.mark.parametrize("name", ["start", "another"])
 def test_mixed_precision_is_the_same_for_policy_and_reference(name, method, tmp_path):
@@ -372,6 +377,7 @@ def test_mixed_precision_is_the_same_for_policy_and_reference(name, method, tmp_
     assert before["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=1e-2)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_reference_survives_evaluation_generation_saving_and_loading(tied, tmp_path):
     """INV-2: the same log-probs of a fixed probe, to the bit, with tied and untied embeddings."""
@@ -626,6 +632,7 @@ class LiveTensors(TrainerCallback):
             self.alive.append(sum(one.numel() for one in gc.get_objects() if type(one) is torch.Tensor))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("leak", [False, True], ids=["as it is", "negative control"])
 def test_evaluation_memory_is_constant_in_the_size_of_the_data(leak, tmp_path, monkeypatch):
     """INV-20: ten times the rows, and as few tensors are alive."""
@@ -647,5 +654,5 @@ def test_the_attention_backend_is_an_option_and_is_reported(tmp_path, caplog):
     assert "scoring: tree layout, sdpa attention, at most" in caplog.text
     with pytest.raises(ConfigError, match="no backward on a CPU"):
         trainer(tmp_path, attention_backend="flex")
-    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, flash"):
+    with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, varlen, flash"):
         config(tmp_path, attention_backend="eager")

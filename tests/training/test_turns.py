@@ -88,6 +88,7 @@ def test_dpo_scores_the_turns_that_are_asked_for(turns: str, places: list[int], 
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_trainer_trains_on_the_last_turns_alone(kind: str, tmp_path: Any) -> None:
     run = build(tmp_path, kind, turns="last")

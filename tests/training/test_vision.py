@@ -91,6 +91,7 @@ def test_layouts_train_alike(family, tmp_path):
     torch.testing.assert_close(losses(runs[0]), losses(runs[1]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_is_trained_on_is_the_image(tmp_path):
     """Negative control: other pixels, all else alike, give other losses. A `datasets.Dataset` gives the same."""
     other = [{**row, "images": [picture(99 + i)] * len(row["images"])} for i, row in enumerate(rows())]
@@ -103,6 +104,7 @@ def test_what_is_trained_on_is_the_image(tmp_path):
     assert max(abs(a - b) for a, b in zip(runs["list"], runs["other"], strict=True)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path):
     """INV-7, exactly; images are read again from the rows."""
     whole = trainer(tmp_path / "whole", "qwen2_vl")

@@ -104,6 +104,7 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
     assert losses(elsewhere)[0] != pytest.approx(expected[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_kl_estimate_is_of_the_rows_own_images(tmp_path, monkeypatch):
     """INV-15, 41: a row keeps its images, rows that differ in these alone have prompts of their own, and rows that
     lost them are noticed: the control puts the fault back that was here."""
@@ -173,6 +174,7 @@ def keys_of(run):
         yield from (example_from_row(data[i]).keys for i in range(len(data)))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", ["KTO", "SFT"])
 def test_a_resumed_run_and_what_it_leaves(kind, tmp_path):
     """INV-7, 38."""

@@ -113,6 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_stepped_over_to_the_same_bits(finishe
         run(copied).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("moment", ["write_identity", "finish"])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch, moment):
     """With `save_total_limit=1`, the old one is there until the new one is whole."""
@@ -175,6 +176,7 @@ def test_old_checkpoints_go_by_their_steps(tmp_path, limit, best, left):
     assert found == {f"checkpoint-{step}" for step in left} | {"checkpoint-mine"}
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 1}])
 def test_a_finished_run_makes_no_further_step(tmp_path, length):
     """INV-46."""
@@ -190,6 +192,7 @@ def test_a_finished_run_makes_no_further_step(tmp_path, length):
         assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -244,6 +247,7 @@ class Signals(TrainerCallback):
             os.kill(os.getpid(), self._number)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_its_step(finished, tmp_path, number):
     handler = signal.getsignal(number)

@@ -22,6 +22,7 @@ from tether.cli.rollouts import app as rollouts_app
 from tether.cli.sample import sample
 from tether.cli.store import app as store_app
 from tether.cli.train import TrainCommand, train
+from tether.cli.words import in_words
 
 app = typer.Typer(
     help="Preference training that never lets the reference policy be wrong.",
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         # With standalone_mode off, errors arrive here, and the code of an early exit (--help) is returned.
-        return app(args=arguments, prog_name="tether", standalone_mode=False) or 0
+        return in_words(typer.main.get_command(app))(args=arguments, prog_name="tether", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -11,7 +11,7 @@ from typing import Any
 
 from tether.compat.messages import NO_PINNED_MEMORY, SPECIAL_TOKENS, TOO_LONG
 from tether.masking import masked
-from tether.training.progress import console
+from tether.progress import console
 
 # Messages of libraries that are right in general and mean nothing here, each with its reason.
 _NOISE = (SPECIAL_TOKENS, TOO_LONG, NO_PINNED_MEMORY)
@@ -43,7 +43,8 @@ def terminal_output(debug: bool) -> Iterator[None]:
         debug: let everything through, libraries' information included.
     """
     import datasets
-    from transformers.utils import logging as transformers_logging
+
+    from tether.compat.transformers import without_bars
 
     handler = _Lines(logging.DEBUG if debug else logging.INFO)
     own, theirs = logging.getLogger("tether"), logging.getLogger("transformers")
@@ -55,11 +56,9 @@ def terminal_output(debug: bool) -> Iterator[None]:
     # Launched by torchrun or accelerate, the first process speaks for all.
     if os.environ.get("RANK", "0") != "0":
         own.setLevel(logging.WARNING)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with without_bars(), warnings.catch_warnings():
             if not debug:
                 # Deprecations speak to whoever calls a library; users of a command cannot act on them.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -73,5 +72,3 @@ def terminal_output(debug: bool) -> Iterator[None]:
             logger.setLevel(level)
             logger.propagate, logger.handlers = propagate, handlers
         datasets.enable_progress_bars()
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tether.cli.run import Debug
+from tether.cli.run import AsJson, Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def show(
     step: Annotated[int | None, typer.Option(help="Number of the rollout, from 0; left out: the last.", min=0)] = None,
     prompts: Annotated[int, typer.Option(help="How many prompts, the widest spread of rewards first.", min=1)] = 4,
     whole: Annotated[bool, typer.Option("--whole", help="Do not shorten completions.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Print completions of a rollout with their rewards, the best of each prompt first."""
     from tether.rewards.judge import prompt_text
@@ -38,8 +41,13 @@ def show(
     numbers = kept_rollouts(folder)
     number = numbers[-1] if step is None else step
     groups = read_rollout(folder, number)
+    shown = sorted(groups, key=lambda group: -_spread(group))[:prompts]
+    if as_json:
+        rows = [[asdict(one) for one in group] for group in shown]
+        typer.echo(json.dumps({"rollout": number, "of": len(numbers), "groups": rows}, ensure_ascii=False, default=str))
+        return
     typer.echo(f"rollout {number} of {len(numbers)}: {_figures(groups)}")
-    for group in sorted(groups, key=lambda group: -_spread(group))[:prompts]:
+    for group in shown:
         prompt = prompt_text(group[0].row.get("prompt", ""))
         typer.echo(f"\nrow {group[0].source_row}  {_short(prompt, whole, end=True)}")
         for one in sorted(group, key=lambda one: -(one.total if one.total is not None else float("-inf"))):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from tether.config import RunConfig
     from tether.training import PreferenceConfig, TetherTrainer
 
-CONFIG = "config.yaml"
 EVALUATION = "evaluation.json"
-# The option that every command has.
+# Options that several commands have; the second is of all of them.
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]
 _HEADER = """\
 # The run file as it was read, overrides and defaults of its sections filled in; reading it gives the same run.
@@ -63,19 +63,20 @@ def train_and_evaluate(trainer: TetherTrainer, run: RunConfig, checkpoint: Path 
     """
     from tether.evaluate.pairs import write_pairs
     from tether.report import write_report
-    from tether.report.live import PageWriter
+    from tether.training.callbacks import EvaluateLast
     from tether.training.saving.stop import one_run_at_a_time
 
     folder, main = trainer.run_folder, trainer.is_world_process_zero()
+    trainer.described = _HEADER + run.dump_yaml()
+    if trainer.eval_dataset is not None:
+        trainer.add_callback(EvaluateLast())
     with one_run_at_a_time(folder, main=trainer.args.should_save):
-        if main:
-            write_whole(folder / CONFIG, _HEADER + run.dump_yaml())
-        trainer.add_callback(PageWriter(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # With load_best_model_at_end the model is another one now than at the last evaluation.
         if trainer.eval_dataset is not None and (trainer.args.load_best_model_at_end or not _evaluated_at_end(trainer)):
             trainer.evaluate()
-        trainer.save_model(str(folder))
+        if not trainer.saves_at_end:
+            trainer.save_model(str(folder))
         write_pairs(trainer)
         if main:
             write_evaluation(folder, _results(trainer))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tether.cli.run import Debug
+from tether.cli.run import AsJson, Debug
 from tether.errors import StoreError
 
 if TYPE_CHECKING:
@@ -26,11 +27,15 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 @app.command("info", help="What a store holds: references, completions, tokens, size.")
-def info(path: StorePath, debug: Debug = False) -> None:
+def info(path: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
     """Print what a store holds."""
     from tether.reference.store.tools import describe_store
 
-    _print_report(describe_store(path))
+    report = describe_store(path)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2, default=str))
+    else:
+        _print_report(report)
 
 
 @app.command(
@@ -40,11 +45,11 @@ def verify(
     path: StorePath,
     run_file: Annotated[
         Path | None,
-        typer.Argument(help="Run file whose reference computes sampled rows again.", metavar="[RUN.YAML]"),
+        typer.Argument(help="Run file whose reference computes sampled rows again.", metavar="RUN.YAML"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Keys to set in it, as in data.train=more.jsonl.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Keys to set in it, as in data.train=more.jsonl.", metavar="KEY=VALUE"),
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows of the run's data to compute again.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Which rows are drawn.")] = 0,

@@ -146,13 +146,25 @@ def _summary(trainer: TetherTrainer, output: Path) -> list[str]:
     final = {prefix: entry for entry in logs for prefix in evaluations(entry)}
     lines += [SEPARATOR.join([prefix.removesuffix("_"), *figures(entry, prefix)]) for prefix, entry in final.items()]
     kind = "adapter" if (output / "adapter_config.json").is_file() else "model"
-    return [*lines, f"{kind} and tokenizer: {output}", f"report: {output / 'report.html'}", _next(kind, output)]
+    return [
+        *lines,
+        f"{kind} and tokenizer: {output}",
+        f"report: {output / 'report.html'}",
+        *_next(trainer, kind, output),
+    ]
 
 
-def _next(kind: str, output: Path) -> str:
+def _next(trainer: TetherTrainer, kind: str, output: Path) -> list[str]:
     """What can be done with what was trained."""
+    folder = shlex.quote(str(output))
+    if trainer.args.algorithm == "reward":
+        return [f"next: open the report; judge other rows with `tether eval {folder} --data FILE`"]
     loads = {
         "adapter": f"peft.AutoPeftModelForCausalLM.from_pretrained({str(output)!r})",
         "model": f"transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})",
     }
-    return f"next: open the report; load the {kind} in Python with {loads[kind]}"
+    merge = f", `tether merge {folder} --output FOLDER`" if kind == "adapter" else ""
+    return [
+        f"next: open the report; `tether eval {folder} --data FILE`, `tether chat {folder}`{merge}",
+        f"in Python: {loads[kind]}",
+    ]

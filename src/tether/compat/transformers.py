@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,29 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as integration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
+# peft 0.21 and accelerate 1.15 use names that transformers 5.23 renames, and TRL's configurations have them: whoever
+# trains can change nothing about it.
+warnings.filterwarnings(
+    "ignore", message=".*gradient_checkpointing.* is deprecated and will be removed in v6", category=FutureWarning
+)
 # Entries of a configuration that say where a model came from and how it is run, not what it computes.
 PRIVATE_CONFIG = frozenset(
     {"_attn_implementation", "_attn_implementation_autoset", "_model_name_or_path", "_name_or_path"}
 )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers and the hub show no bars of their own: they write carriage returns also into a log file."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def attention_of(model: PreTrainedModel) -> str | None:

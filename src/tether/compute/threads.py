@@ -142,7 +142,7 @@ def _measured(cores: int) -> tuple[int, str]:
     gain = rates[threads] / rates[against]
     said = f"measured {gain:.1f}x the speed of {against}; set cpu_threads or OMP_NUM_THREADS to choose"
     if threads < cores and not tether.WAITS_BRIEFLY:
-        said += ", or GOMP_SPINCOUNT=1000 so that threads that wait leave their cores to others"
+        said += ", or GOMP_SPINCOUNT=30000 so that threads that wait leave their cores to others"
     return threads, said
 
 

@@ -20,9 +20,9 @@ from tether.models.reward import is_classifier
 from tether.reference.record import RECORD, TENSORS, read_record
 from tether.training.checkpoint import last_checkpoint
 from tether.training.saving.whole import MANIFEST, require_whole
+from tether.training.surface.described import CONFIG, TRAINER, recorded
 
 REFERENCE = ":reference"
-CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 _MARKS = (CONFIG, RECORD, METRICS)
 # Values of `train` that belong to the machine and the schedule and not to the model.
@@ -99,6 +99,9 @@ def _trained(run: Path, weights: Path) -> Trained:
         facts |= {} if record[0].sync is None else _moved(run, place)
     if not (run / CONFIG).is_file():
         return Trained(run, **facts)
+    given = recorded(run / CONFIG)
+    if given is not None:
+        return Trained(run, **_by_python(run / CONFIG, given), **facts)
     config = load_run_file(run / CONFIG)
     return Trained(
         folder=run,
@@ -108,6 +111,30 @@ def _trained(run: Path, weights: Path) -> Trained:
         reference_model=config.reference.model,
         **facts,
     )
+
+
+def _by_python(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run that a script started, from what its trainer wrote down."""
+    import tether.training
+
+    trainer = getattr(tether.training, str(given[TRAINER]), None)
+    if trainer is None:  # a class of the script's own
+        return {"model": given.get("model"), "reference_model": given.get("ref_model")}
+    kind = trainer.algorithm_class.config
+    own = {field.name: field.default for field in dataclasses.fields(kind) if field.name not in _OF_THE_STEPS}
+    kept = {name: value for name, value in given.get("args", {}).items() if name in own and value != own[name]}
+    try:
+        args = kind(output_dir=str(path.parent), use_cpu=True, bf16=False, **kept)
+    except TypeError as error:
+        raise ConfigError(
+            f"{path} holds what {kind.__name__} does not take ({error}). Correct or remove it."
+        ) from error
+    return {
+        "model": given.get("model"),
+        "args": args,
+        "algorithm": trainer.algorithm_class,
+        "reference_model": given.get("ref_model"),
+    }
 
 
 def _moved(run: Path, place: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tether.errors import ConfigError
 from tether.models.load import ensure_pad_token
 from tether.models.structure import evaluation_mode, own_generation_settings_away, transformers_model
+from tether.progress import each
 
 
 def generate(
@@ -60,7 +61,7 @@ def generate(
     modes = evaluation_mode(model), own_generation_settings_away(model, base)
     with torch.random.fork_rng(devices), modes[0], modes[1], torch.inference_mode():
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
+        for start in each(range(0, len(order), batch_size), "sampling"):
             rows = order[start : start + batch_size]
             batch = _left_padded([ids[row] for row in rows], config.pad_token_id)
             # A decoder of its own returns what it wrote, behind its start token; any other repeats the prompt.

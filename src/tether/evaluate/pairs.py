@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tether.data import text_tokenizer
 from tether.data.prepare.table import example_from_row
 from tether.data.show import token_text
+from tether.progress import each
 from tether.reference.base import frozen_pass
 from tether.scoring import pack
 from tether.scoring.layout.proof import LOG_PROBS
@@ -102,7 +103,7 @@ def score_pairs(trainer: TetherTrainer, examples: Sequence[Example]) -> list[Sco
     """
     run, size, found = trainer.run, trainer.args.per_device_eval_batch_size, []
     model = cast(nn.Module, trainer.model_wrapped)
-    for start in range(0, len(examples), size):
+    for start in each(range(0, len(examples), size), "scoring held-out pairs"):
         for part in run.budget.split(pack(examples[start : start + size])):
             batch = part.batch.to(trainer.args.device)
             reference = run.reference.score(batch)

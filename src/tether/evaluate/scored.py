@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from tether.evaluate.named import Loaded, NamedModel
 from tether.models.load import load_config, load_processing
 from tether.objectives.contrast import CONTRASTS, shaped_reward
 from tether.objectives.preference import Numbers
+from tether.progress import each
 from tether.reference import refuse_other_tokenizer
 from tether.scoring import choose_layout, pack, score
 from tether.scoring.divergence import token_divergence, with_frozen_head
@@ -29,13 +30,6 @@ from tether.types import Example, Kind, Scores, ScoringBatch
 MAX_TOKENS = 2048
 BETA = 0.1
 _PROBE_ROWS = 4
-# Shows how far an iteration is: what is iterated, words, and how many there are.
-Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
-
-
-def unwatched(parts: Iterable[Any], words: str, total: int) -> Iterable[Any]:
-    """Nothing is shown."""
-    return parts
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,6 @@ def score_rows(
     reading: Reading,
     *,
     wants_kl: bool = True,
-    watch: Watch = unwatched,
 ) -> ScoredRows:
     """Score every completion of the rows that can be used.
 
@@ -124,7 +117,6 @@ def score_rows(
         reference: what it is compared with.
         reading: how the rows are read.
         wants_kl: compute the KL too, which needs both models' logits.
-        watch: shows how far it is.
 
     Raises:
         DataError: no row is left of them.
@@ -139,7 +131,7 @@ def score_rows(
     found = _Pass(policy, reference, choice.options, _layout(reference, examples).options if reference else {})
     no_kl = found.why_no_kl(examples, wants_kl)
     found = replace(found, kl=not no_kl)
-    values = found.over(examples, reading, watch)
+    values = found.over(examples, reading)
     return ScoredRows(
         rows=rows,
         source_rows=np.array([example.source_row for example in examples]),
@@ -258,14 +250,14 @@ class _Pass:
             return str(error)
         return ""
 
-    def over(self, examples: Sequence[Example], reading: Reading, watch: Watch) -> dict[str, np.ndarray]:
+    def over(self, examples: Sequence[Example], reading: Reading) -> dict[str, np.ndarray]:
         """The values of all completions, in the order of the examples; batches are of like length."""
         args = _args(self.policy)
         parts: dict[str, list[np.ndarray]] = {}
         places: list[int] = []
         starts = np.concatenate([[0], np.cumsum([len(example.completion_ids) for example in examples])])
         batches = list(batched(examples, reading.max_tokens))
-        for rows in watch(batches, "scoring", len(batches)):
+        for rows in each(batches, f"scoring by {self.policy.named.name}"):
             found = self.batch(pack([examples[row] for row in rows]), args, reading.beta)
             for name, value in found.items():
                 parts.setdefault(name, []).append(value)

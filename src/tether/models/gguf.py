@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tether.errors import ConfigError
+from tether.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def convert_gguf(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
         unfinished.mkdir()
-        _write(path, unfinished)
+        with working(f"converting {path.name}"):
+            _write(path, unfinished)
         try:
             unfinished.rename(folder)
         except OSError:

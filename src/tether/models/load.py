@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +29,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from tether.compat.transformers import without_bars
 from tether.errors import ConfigError
 from tether.models.adapters import continue_adapter
 from tether.models.gguf import check_gguf, convert_gguf
+from tether.progress import working
 
 logger = logging.getLogger("tether")
 ALLOWED = (
@@ -113,20 +117,28 @@ def load_policy(
         _check_head(source, config.architectures)
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
-        loaded: Any = _auto_class(config).from_pretrained(
-            folder,
-            dtype=chosen,
-            # Never unpickle: a pickle runs the code it brings.
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-            **model_kwargs,
-        )
+        with loading(source):
+            loaded: Any = _auto_class(config).from_pretrained(
+                folder,
+                dtype=chosen,
+                # Never unpickle: a pickle runs the code it brings.
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **model_kwargs,
+            )
     except _LOADING_ERRORS as error:
         raise _loading_error("model", source, error) from error
     model, report = loaded
     _check_complete(source, report["missing_keys"])
     return model
+
+
+@contextmanager
+def loading(source: str | Path) -> Iterator[None]:
+    """Inside, a model's weights are downloaded where they are not here, and read."""
+    with working(f"loading the weights of {Path(source).name}"), without_bars():
+        yield
 
 
 def load_config(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from tether.errors import ConfigError
-from tether.models.load import _LOADING_ERRORS, _dtype, _loading_error, _local, is_adapter
+from tether.models.load import _LOADING_ERRORS, _dtype, _loading_error, _local, is_adapter, loading
 
 HEAD = "score"
 
@@ -46,16 +46,17 @@ def load_reward_model(
     if attn_implementation is not None:
         model_kwargs["attn_implementation"] = attn_implementation
     try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            dtype=_dtype(dtype),
-            num_labels=1,
-            use_safetensors=True,
-            output_loading_info=True,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            **model_kwargs,
-        )
+        with loading(source):
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=_dtype(dtype),
+                num_labels=1,
+                use_safetensors=True,
+                output_loading_info=True,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                **model_kwargs,
+            )
     except _LOADING_ERRORS as error:
         raise _loading_error("model", str(source), error) from error
     model, report = loaded

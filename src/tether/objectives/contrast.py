@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tether.objectives.losses.reference_free import log_odds
 from tether.objectives.losses.transforms import EXPONENT_LIMIT
 from tether.objectives.metrics import preference_metrics
 from tether.objectives.registry import OBJECTIVES
-from tether.types import LossOutput, LossTerm, Scores
+from tether.types import LossOutput, LossTerm, PerExample, Scores
 
 # The losses of CPO and ORPO by name.
 CONTRASTS = {**OBJECTIVES["cpo"], **OBJECTIVES["orpo"]}
 
 
-def shaped_reward(logps: Tensor, alpha: float) -> Tensor:
+def shaped_reward(logps: Float[Tensor, "*shape"], alpha: float) -> Float[Tensor, "*shape"]:
     """AlphaPO's reward of a log-probability, `(1 - p^-alpha) / alpha`; `log p` at alpha 0.
 
     Args:
@@ -45,7 +46,7 @@ def contrast_loss(
     pairs: int,
     likelihood: float = 1.0,
     alpha: float = 0.0,
-    values: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, PerExample] | None = None,
     **options: float,
 ) -> LossOutput:
     """Losses of a batch of pairs without a reference, with TRL's metrics.

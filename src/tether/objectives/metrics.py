@@ -23,18 +23,23 @@ share of its ordered pairs that the rewards order alike.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tether.objectives.losses.transforms import EXPONENT_LIMIT
-from tether.types import Scores
+from tether.types import Metrics, PerCompletion, PerExample, PerToken, Scores, Sum
 
 # Tokens of the longer completion at which a bucket ends.
 LENGTH_BUCKETS = (64, 256, 1024)
-Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 def preference_metrics(
-    policy: Scores, reference: Scores | None, logps: Tensor, rewards: Tensor, slopes: Tensor | None, sizes: Tensor
+    policy: Scores,
+    reference: Scores | None,
+    logps: PerCompletion,
+    rewards: PerCompletion,
+    slopes: PerCompletion | None,
+    sizes: Int[Tensor, " B"],
 ) -> Metrics:
     """Sums and counts of one micro-batch, by name.
 
@@ -80,18 +85,18 @@ def preference_metrics(
 class _Sides:
     """Which completions are the first of their example; 2 an example in the case of pairs."""
 
-    def __init__(self, starts: Tensor, sizes: Tensor, completions: int) -> None:
+    def __init__(self, starts: Int[Tensor, " B"], sizes: Int[Tensor, " B"], completions: int) -> None:
         self._starts, self._others = starts, (sizes - 1).clamp(min=1)
         self.example = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
         self.is_first = torch.zeros(completions, dtype=torch.bool, device=sizes.device).index_fill(0, starts, True)
 
-    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, values: PerCompletion) -> tuple[PerExample, PerExample]:
         """The first completion's value and the mean of the others': `[B]` each."""
         first = values[self._starts]
         total = values.new_zeros(len(first)).index_add(0, self.example, values.masked_fill(self.is_first, 0.0))
         return first, total / self._others
 
-    def accuracies(self, rewards: Tensor) -> Tensor:
+    def accuracies(self, rewards: PerCompletion) -> PerExample:
         """Share of the ordered pairs of each example that the rewards order alike: `[B]`; a tie is not."""
         place = torch.arange(len(rewards), device=rewards.device)
         ordered = (self.example[:, None] == self.example) & (place[:, None] < place)
@@ -101,7 +106,7 @@ class _Sides:
         return zeros.index_add(0, self.example, right.sum(1).to(zeros.dtype)) / counts.clamp(min=1)
 
 
-def _by_length(name: str, values: Tensor, lengths: Tensor) -> Metrics:
+def _by_length(name: str, values: PerExample, lengths: Int[Tensor, " B"]) -> Metrics:
     metrics, low = {}, 0
     for high in (*LENGTH_BUCKETS, None):
         inside = (lengths > low) if high is None else (lengths > low) & (lengths <= high)
@@ -111,7 +116,7 @@ def _by_length(name: str, values: Tensor, lengths: Tensor) -> Metrics:
     return metrics
 
 
-def _per_token(policy: Scores, of_first: Tensor) -> Metrics:
+def _per_token(policy: Scores, of_first: Bool[Tensor, " N"]) -> Metrics:
     metrics = {}
     if policy.mean_logits is not None:
         metrics["logits/chosen"] = _where(policy.mean_logits, of_first)
@@ -123,7 +128,7 @@ def _per_token(policy: Scores, of_first: Tensor) -> Metrics:
     return metrics
 
 
-def _where(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _where(values: PerToken, mask: Bool[Tensor, " N"]) -> Sum:
     return (values * mask).sum(), mask.sum()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tether.objectives.combination import Combination
 from tether.objectives.losses.transforms import divergence_scores, length_desensitised, likelihood_weights
 from tether.objectives.metrics import preference_metrics
 from tether.objectives.objective import Input, Objective
-from tether.types import LossOutput, LossTerm, Scores
+from tether.types import LossOutput, LossTerm, PerCompletion, PerExample, PerToken, Scores
 
 
 def preference_loss(
@@ -19,9 +20,9 @@ def preference_loss(
     reference: Scores | None,
     *,
     loss: str | Combination,
-    values: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, PerExample] | None = None,
     sizes: Sequence[int] | None = None,
-    divergence: Tensor | None = None,
+    divergence: PerToken | None = None,
     **options: float,
 ) -> LossOutput:
     """Losses of a batch of pairs or ranked lists, with TRL's metrics.
@@ -83,20 +84,20 @@ class Numbers:
         policy: Scores,
         reference: Scores | None,
         combination: Combination,
-        sizes: Tensor,
-        values: Mapping[str, Tensor],
-        divergence: Tensor | None = None,
+        sizes: Int[Tensor, " B"],
+        values: Mapping[str, PerExample],
+        divergence: PerToken | None = None,
     ) -> None:
         self._divergence = divergence
         self._policy, self._combination, self._sizes, self._values = policy, combination, sizes, values
         self.logps = self._summed(policy)
         self._reference_logps = torch.zeros_like(self.logps) if reference is None else self._summed(reference)
 
-    def _summed(self, scores: Scores) -> Tensor:
+    def _summed(self, scores: Scores) -> PerCompletion:
         alpha = self._combination.ld_alpha
         return scores.logps if alpha is None else length_desensitised(scores, self._sizes, alpha)
 
-    def losses(self, row: Objective, options: Mapping[str, float]) -> Tensor:
+    def losses(self, row: Objective, options: Mapping[str, float]) -> Float[Tensor, " V"]:
         """Losses of one row of the table: one per example, or per token where the row says so."""
         if row.kind == "pair":
             return row.function(*(self.of_pairs(one, row) for one in row.inputs), **options)
@@ -110,7 +111,7 @@ class Numbers:
             losses = losses.index_add(0, lists, row.function(*given, **options))
         return losses
 
-    def of_pairs(self, wanted: Input, row: Objective) -> Tensor | None:
+    def of_pairs(self, wanted: Input, row: Objective) -> Float[Tensor, " V"] | None:
         """A number of each pair, `[B]`; None for margins that are not there and need not be."""
         if wanted.quantity == "margins":
             if "margin" not in self._values and not wanted.optional:
@@ -121,12 +122,12 @@ class Numbers:
             return self._policy.token_logps[self._policy.completion_index % 2 == first]
         return self._each(wanted)[first::2]
 
-    def _each(self, wanted: Input) -> Tensor:
+    def _each(self, wanted: Input) -> PerCompletion:
         """A number of each completion, `[K]`."""
         found = self._whole(wanted)
         return found / self._policy.lengths.clamp(min=1) if wanted.per_token else found
 
-    def _whole(self, wanted: Input) -> Tensor:
+    def _whole(self, wanted: Input) -> PerCompletion:
         if wanted.quantity == "logps":
             return self.logps
         if wanted.quantity == "reference_logps":
@@ -139,14 +140,14 @@ class Numbers:
         kind = self._combination.f_divergence_type
         return divergence_scores(self.logps - self._reference_logps, kind, 0.5 if coefficient is None else coefficient)
 
-    def reward_logratios(self) -> Tensor:
+    def reward_logratios(self) -> PerCompletion:
         """What rewards are reported of: log-ratios, per token where the objective's own reward is a mean log-prob."""
         logratios = (self.logps - self._reference_logps).detach()
         row = self._combination.rows[0]
         own = not row.needs_reference and row.per_token
         return logratios / self._policy.lengths.clamp(min=1) if own else logratios
 
-    def scale(self) -> Tensor | None:
+    def scale(self) -> PerExample | None:
         """What the loss of each example is multiplied by, `[B]`: the column `weight` and WPO's weights; None: 1."""
         factors = [self._values["weight"]] if "weight" in self._values else []
         if self._combination.use_weighting:
@@ -155,7 +156,7 @@ class Numbers:
         return torch.stack(factors).prod(0) if factors else None
 
     @property
-    def chosen_tokens_example(self) -> Tensor:
+    def chosen_tokens_example(self) -> Int[Tensor, " M"]:
         """Which pair each token of a chosen completion belongs to: int64 `[M]`."""
         index = self._policy.completion_index
         return index[index % 2 == 0] // 2

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from tether.objectives.losses.reward import bradley_terry
-from tether.types import LossOutput, LossTerm
+from tether.types import LossOutput, LossTerm, PerCompletion, PerExample
 
 
 def reward_loss(
-    rewards: Tensor,
+    rewards: PerCompletion,
     *,
-    margins: Tensor | None = None,
-    weights: Tensor | None = None,
+    margins: PerExample | None = None,
+    weights: PerExample | None = None,
     center_rewards_coefficient: float = 0.0,
 ) -> LossOutput:
     """Loss of each pair of a batch, with TRL's metrics.

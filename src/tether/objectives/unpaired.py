@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tether.objectives.registry import OBJECTIVES
-from tether.types import LossOutput, LossTerm, Scores
+from tether.types import LossOutput, LossTerm, Metrics, PerCompletion, PerExample, Scores, Sum
 
 # Ratio of the two classes' total weight that the KTO paper recommends, eq. 8: from 1 to 4/3 for desirable over
 # undesirable.
@@ -16,12 +17,12 @@ _BALANCE = (1.0, 4 / 3)
 def unpaired_loss(
     policy: Scores,
     reference: Scores | None,
-    desirable: Tensor,
+    desirable: Bool[Tensor, " B"],
     *,
     loss: str,
-    baseline: Tensor | float = 0.0,
+    baseline: Float[Tensor, ""] | float = 0.0,
     branches: int = 1,
-    weights: Tensor | None = None,
+    weights: PerExample | None = None,
     **options: float,
 ) -> LossOutput:
     """Loss of each judged completion of a batch, with TRL's metrics.
@@ -52,15 +53,15 @@ def unpaired_loss(
     return LossOutput((LossTerm(per_example),), metrics)
 
 
-def log_ratios(policy: Scores, reference: Scores | None) -> Tensor:
+def log_ratios(policy: Scores, reference: Scores | None) -> PerCompletion:
     """Log-probability of each completion under the policy minus under the reference, `[K]` nats."""
     return policy.logps if reference is None else policy.logps - reference.logps
 
 
-def _metrics(policy: Scores, rewards: Tensor, desirable: Tensor, branches: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _metrics(policy: Scores, rewards: PerExample, desirable: Bool[Tensor, " B"], branches: int) -> Metrics:
     logps = policy.logps.detach()[::branches]
     judged = policy.completion_index % branches == 0
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: Metrics = {}
     for name, chosen in (("chosen", desirable), ("rejected", ~desirable)):
         found[f"rewards/{name}"] = _masked(rewards, chosen)
         found[f"logps/{name}"] = _masked(logps, chosen)
@@ -71,7 +72,7 @@ def _metrics(policy: Scores, rewards: Tensor, desirable: Tensor, branches: int) 
     return found
 
 
-def _masked(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _masked(values: Float[Tensor, " V"], mask: Bool[Tensor, " V"]) -> Sum:
     return torch.where(mask, values, 0.0).sum(), mask.sum()
 
 

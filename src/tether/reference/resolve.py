@@ -42,7 +42,7 @@ from tether.reference.methods.served import RemoteReference
 from tether.reference.methods.shards import free_memory
 from tether.reference.methods.snapshot import SnapshotReference
 from tether.reference.spec import Keep, ReferenceSpec
-from tether.types import Method, ReferenceIdentity, ScoringBatch
+from tether.types import Meaning, Method, ReferenceIdentity, ScoringBatch
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ def _resolve_model(run: _Run) -> Resolved:
 def _resolve_start(run: _Run) -> Resolved:
     spec, policy = run.spec, run.policy
     off = _without_adapter(run)
-    objection = off.objection
-    if spec.sync is not None and not objection:
-        objection = "only a snapshot can move"
+    objection = off.objection or _moving(spec)
     if spec.method == "adapter_off" and objection:
         raise ReferencePolicyError(
             f"reference: start, by adapter_off, was asked for, but that would not be the start: {objection}. "
@@ -129,12 +127,12 @@ def _resolve_start(run: _Run) -> Resolved:
     trainable = trainable_tensors(policy)
     # What the start computes decides its fingerprint, so that every method of one start has the same.
     identity = _identity(spec, spec.method or "snapshot", policy, without_adapters=off.is_start)
-    if spec.method == "model":
+    method, why = choose(spec, objection)
+    if method == "model":
         twin = copy.deepcopy(unwrap(policy))
         what = f"a frozen copy of all {_count(twin)} parameters, as forced"
         return _equal_to_start(run, ModelReference(twin, run.scorer, identity), what)
-    if spec.method == "snapshot" or objection:
-        why = "as forced" if spec.method else f"because {objection}"
+    if method == "snapshot":
         again = partial(_start_fingerprint, run)
         return _equal_to_start(run, *_snapshot(run, identity, trainable, why, fingerprint=again, sync=spec.sync))
     identity = replace(identity, method="adapter_off")
@@ -159,13 +157,13 @@ def _resolve_base(run: _Run) -> Resolved:
             + (f"{some(outside)} outside the adapter would train." if outside else "the policy has no adapter.")
             + " Leave `reference_method` unset, or set it to snapshot."
         )
-    method: Method = "snapshot" if spec.method == "snapshot" or outside else "adapter_off"
+    # Forced or not, what trains outside an adapter has to be kept.
+    method, why = choose(spec, _would_train(outside, "outside any adapter "))
     identity = _identity(spec, method, policy, without_adapters=True)
     if method == "adapter_off":
         what = f"adapter {active_adapters(policy)} switched off" if adapter_tensors(policy) else "no adapter, no update"
         line = f"reference: base, by adapter_off: {what}{known}"
         return Resolved(AdapterOffReference(policy, run.scorer, identity), line)
-    why = f"because {some(outside)} outside any adapter would train" if outside else "as forced"
     reference, what = _snapshot(
         run,
         identity,
@@ -183,7 +181,7 @@ def _resolve_adapter(run: _Run) -> Resolved:
     if not isinstance(inner, PeftModel) or name not in inner.peft_config:
         known = ", ".join(map(repr, inner.peft_config)) if isinstance(inner, PeftModel) else "none"
         raise ConfigError(f"reference: adapter {name!r} is not loaded on the policy; loaded are {known}.")
-    moving = {**outside_adapters(policy), **trainable_of_adapter(policy, name)}
+    moving = _moving_of_adapter(policy, name)
     if spec.method == "adapter_on" and moving:
         raise ReferencePolicyError(
             f"reference: adapter {name!r}, by adapter_on, was asked for, but {some(moving)} that it computes with "
@@ -195,7 +193,7 @@ def _resolve_adapter(run: _Run) -> Resolved:
             "trains. The factors of two adapters stand for nothing when they are mixed. Train that adapter itself, as "
             "in `model: its folder` with `reference: start`, or turn sync off."
         )
-    method: Method = spec.method or ("snapshot" if moving else "adapter_on")
+    method, why = choose(spec, _would_train(moving))
     again = partial(_adapter_fingerprint, inner, name)
     identity = _identity(spec, method, policy, known=again())
     if method == "model":
@@ -206,7 +204,6 @@ def _resolve_adapter(run: _Run) -> Resolved:
     if method == "adapter_on":
         line = f"reference: adapter {name!r}, by adapter_on: frozen beside adapter {active_adapters(policy)}"
         return Resolved(AdapterOnReference(policy, run.scorer, identity, name), line)
-    why = f"because {some(moving)} would train" if moving else "as forced"
     around = partial(adapter_on, policy, name)
     reference, what = _snapshot(run, identity, moving, why, around=around, fingerprint=again, sync=spec.sync)
     return Resolved(reference, f"reference: adapter {name!r}, by snapshot: {what}")
@@ -276,6 +273,33 @@ def _without_adapter(run: _Run) -> _WithoutAdapter:
     return _WithoutAdapter(True, objection)
 
 
+# How each meaning is computed where nothing speaks against it.
+_CHEAPEST: dict[Meaning, Method] = {
+    "none": "none",
+    "start": "adapter_off",
+    "base": "adapter_off",
+    "adapter": "adapter_on",
+    "model": "model",
+}
+
+
+def choose(spec: ReferenceSpec, objection: str) -> tuple[Method, str]:
+    """The method of a declared reference, and why where it is not the cheapest one.
+
+    Args:
+        spec: the declaration.
+        objection: what speaks against the cheapest method; empty for nothing.
+
+    >>> choose(ReferenceSpec("start"), "the policy has no adapter")
+    ('snapshot', 'because the policy has no adapter')
+    >>> choose(ReferenceSpec("base"), "")
+    ('adapter_off', '')
+    """
+    if spec.method is not None:
+        return spec.method, "as forced"
+    return ("snapshot", f"because {objection}") if objection else (_CHEAPEST[spec.meaning], "")
+
+
 def expected_method(spec: ReferenceSpec, policy: nn.Module, *, at_zero: bool) -> tuple[Method, str]:
     """The method that `resolve` will choose and why, of a policy without weights; the proof is left to `resolve`.
 
@@ -284,25 +308,36 @@ def expected_method(spec: ReferenceSpec, policy: nn.Module, *, at_zero: bool) ->
         policy: with its adapters, on any device.
         at_zero: whether the adapter begins without effect.
     """
-    if spec.meaning == "none":
-        return "none", "no reference is loaded or run"
-    if spec.method is not None:
-        return spec.method, "as forced"
-    if spec.meaning == "model":
-        return "model", "another model, frozen" if spec.sync is None else f"it moves {spec.sync}"
-    if spec.meaning == "adapter":
-        return "adapter_on", "an adapter, frozen beside the one that trains"
-    outside = outside_adapters(policy)
-    if spec.meaning == "base":
-        if outside:
-            return "snapshot", f"because {some(outside)} outside any adapter would train"
-        return "adapter_off", "the adapter switched off" if adapter_configs(policy) else "no adapter, no update"
-    objection = structural_objection(policy) or ("" if at_zero else HOLDS_SOMETHING)
-    if spec.sync is not None and not objection:
-        objection = "only a snapshot can move"
-    if objection:
-        return "snapshot", f"because {objection}"
-    return "adapter_off", f"{len(trainable_tensors(policy))} trainable tensors, all inside the adapter"
+    objections: dict[Meaning, Callable[[], str]] = {
+        "start": lambda: structural_objection(policy) or ("" if at_zero else HOLDS_SOMETHING) or _moving(spec),
+        "base": lambda: _would_train(outside_adapters(policy), "outside any adapter "),
+        "adapter": lambda: _would_train(_moving_of_adapter(policy, spec.adapter or "")),
+    }
+    method, why = choose(spec, objections.get(spec.meaning, str)())
+    words = {
+        "none": "no reference is loaded or run",
+        "adapter_off": f"{len(trainable_tensors(policy))} trainable tensors, all inside the adapter"
+        if spec.meaning == "start"
+        else "the adapter switched off"
+        if adapter_configs(policy)
+        else "no adapter, no update",
+        "adapter_on": "an adapter, frozen beside the one that trains",
+        "model": "another model, frozen" if spec.sync is None else f"it moves {spec.sync}",
+    }
+    return method, why or words[method]
+
+
+def _moving(spec: ReferenceSpec) -> str:
+    return "only a snapshot can move" if spec.sync is not None else ""
+
+
+def _would_train(tensors: dict[str, Tensor], where: str = "") -> str:
+    return f"{some(tensors)} {where}would train" if tensors else ""
+
+
+def _moving_of_adapter(policy: nn.Module, name: str) -> dict[str, Tensor]:
+    """What an adapter that is the reference computes with and the run would train."""
+    return {**outside_adapters(policy), **trainable_of_adapter(policy, name)}
 
 
 def _start_fingerprint(run: _Run) -> str:

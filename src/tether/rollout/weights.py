@@ -10,9 +10,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
 
 from tether.compat.peft import ADDED, layer_under, merged_layer
+from tether.compat.transformers import without_bars
 from tether.errors import RolloutError
 from tether.models.adapting.rewritten import is_rewritten
 from tether.models.structure import adapter_configs, trainable_tensors, transformers_model, unwrap
@@ -78,13 +78,8 @@ def write_merged(policy: nn.Module, folder: Path, *, base: bool = False) -> None
             "The policy's base is quantised, so that no adapter can be merged into it, and its weights cannot be sent "
             "to a server. Sample with the engine auto."
         )
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # once a step
-    try:
+    with without_bars():  # once a step
         inner.save_pretrained(folder, state_dict=merged_state(inner, base=base))
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def merged_state(inner: nn.Module, *, base: bool = False) -> dict[str, Tensor]:

@@ -8,10 +8,11 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tether.errors import ScoringError
-from tether.types import Example, Forest, ImageInputs, ScoringBatch, Tree
+from tether.types import Example, Forest, ImageInputs, PerToken, ScoringBatch, Tree
 
 
 @dataclass
@@ -19,12 +20,12 @@ class _Growing:
     """A tree before it has its place in the row: a prompt with its images, and each distinct completion once."""
 
     number: int
-    prompt: Tensor
+    prompt: Int[Tensor, " P"]
     images: ImageInputs | None = None
     branches: dict[bytes, int] = field(default_factory=dict)
-    completions: list[Tensor] = field(default_factory=list)
+    completions: list[Int[Tensor, " _"]] = field(default_factory=list)
 
-    def branch(self, ids: Tensor) -> int:
+    def branch(self, ids: Int[Tensor, " C"]) -> int:
         """Number of the branch that holds these tokens; a new one if there is none yet."""
         number = self.branches.setdefault(ids.numpy().tobytes(), len(self.completions))
         if number == len(self.completions):
@@ -86,16 +87,16 @@ def pack(examples: Sequence[Example]) -> ScoringBatch:
     )
 
 
-def _positions(tree: Tree) -> Tensor:
+def _positions(tree: Tree) -> Int[Tensor, " T"]:
     return torch.cat([torch.arange(tree.trunk), *(torch.arange(tree.trunk, tree.trunk + n) for n in tree.branches)])
 
 
-def _before(trunk_end: int, start: int, end: int) -> Tensor:
+def _before(trunk_end: int, start: int, end: int) -> Int[Tensor, " C"]:
     """Where the hidden states lie that predict a branch: the trunk's end, then each of its tokens but the last."""
     return torch.cat([torch.tensor([trunk_end - 1]), torch.arange(start, end - 1)])
 
 
-def _scored(example: Example) -> list[Tensor]:
+def _scored(example: Example) -> list[Bool[Tensor, " _"]]:
     lengths = tuple(len(ids) for ids in example.completion_ids)
     if not lengths or min(lengths) == 0:
         raise ScoringError(
@@ -142,7 +143,7 @@ def _by_name(examples: Sequence[Example], level: str, flat: Callable[[Any, list[
     return found
 
 
-def with_token_values(batch: ScoringBatch, values: Mapping[str, Tensor]) -> tuple[Example, ...]:
+def with_token_values(batch: ScoringBatch, values: Mapping[str, PerToken]) -> tuple[Example, ...]:
     """The examples of a batch, with further numbers of their tokens: what `pack` then joins again.
 
     Args:
@@ -205,7 +206,7 @@ def with_prompts(batch: ScoringBatch) -> ScoringBatch:
     )
 
 
-def _prompt_sources(batch: ScoringBatch, number: int) -> Tensor:
+def _prompt_sources(batch: ScoringBatch, number: int) -> Int[Tensor, " M"]:
     """Where the hidden states lie that predict a prompt's text."""
     tree = batch.forest.trees[number]
     sources = torch.arange(tree.start, max(tree.start, tree.start + tree.trunk - 1), device=batch.input_ids.device)
@@ -226,7 +227,7 @@ def trees_of_examples(batch: ScoringBatch) -> list[int]:
     return [batch.branches[first][0] for first in firsts]
 
 
-def sequences(batch: ScoringBatch) -> list[Tensor]:
+def sequences(batch: ScoringBatch) -> list[Int[Tensor, " _"]]:
     """The K full sequences of a batch, prompt and completion joined: int64 `[P + C_k]` each.
 
     Of a batch `with_prompts` the B prompts follow, each alone.
@@ -238,14 +239,14 @@ def sequences(batch: ScoringBatch) -> list[Tensor]:
     return joined + [row[slice(*spans[tree][0])] for tree in alone]
 
 
-def sequence_sources(batch: ScoringBatch) -> list[Tensor]:
+def sequence_sources(batch: ScoringBatch) -> list[Int[Tensor, " _"]]:
     """For each of the K full sequences, where in it the hidden states lie that predict its scored tokens."""
     # A token's position in its sequence is its position in the tree; a first token is predicted from the trunk's end.
     positions = batch.position_ids[0, batch.sources]
     return list(positions.split(torch.bincount(batch.completion_index, minlength=batch.num_completions).tolist()))
 
 
-def sequence_counts(batch: ScoringBatch) -> Tensor:
+def sequence_counts(batch: ScoringBatch) -> Int[Tensor, " T"]:
     """In how many of the K full sequences each token of the row stands: int64 `[T]`."""
     counts = torch.zeros(batch.forest.length, dtype=torch.long)
     spans = [tree.spans() for tree in batch.forest.trees]

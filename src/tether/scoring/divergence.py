@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tether.errors import ScoringError
 from tether.scoring.head import CHUNK, Head
-from tether.types import Scores
+from tether.types import PerToken, Scores
 
 
 def with_frozen_head(scores: Scores) -> Scores:
@@ -50,7 +51,7 @@ def frozen_head(head: Head) -> Head:
     return replace(head, module=copy)
 
 
-def token_divergence(reference: Scores, policy: Scores, *, chunk: int = CHUNK) -> Tensor:
+def token_divergence(reference: Scores, policy: Scores, *, chunk: int = CHUNK) -> PerToken:
     """KL(reference, policy) of the next-token distribution at each scored position.
 
     Costs a projection by each head, and both once more in the backward; memory is a few times
@@ -78,7 +79,9 @@ def token_divergence(reference: Scores, policy: Scores, *, chunk: int = CHUNK) -
     return torch.cat(parts)
 
 
-def _divergence(reference_head: Any, reference: Tensor, policy_head: Any, policy: Tensor) -> Tensor:
+def _divergence(
+    reference_head: Any, reference: Float[Tensor, "M hidden"], policy_head: Any, policy: Float[Tensor, "M hidden_size"]
+) -> Float[Tensor, " M"]:
     with torch.no_grad():
         expected = reference_head(reference).log_softmax(-1)
     found = policy_head(policy).log_softmax(-1)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tether.compat.deepspeed import gathers_itself
 from tether.compat.torch import class_under_fsdp, has_forward_hooks
 from tether.compute.cpu_matmul import product
+from tether.types import PerToken
 
 CHUNK = 256
 OUTPUTS = ("entropy", "top1", "mean_logits", "log_collision")
@@ -59,7 +61,7 @@ class Head:
         """Whether DeepSpeed's stage 3 keeps it in shards, so that every process must take part in each call."""
         return gathers_itself(self.module)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Float[Tensor, "M hidden_size"]) -> Float[Tensor, "M vocabulary"]:
         """Logits `[M, vocabulary]` in float32 of hidden states `[M, hidden_size]`."""
         raw = self.module(hidden)
         return self.finish(raw if self.shift is None else raw + self.shift.flatten())
@@ -83,15 +85,20 @@ class Head:
 class TokenScores(NamedTuple):
     """Float32 `[N]` each (top1: bool); what was not asked for is None."""
 
-    token_logps: Tensor
-    entropy: Tensor | None = None
-    top1: Tensor | None = None
-    mean_logits: Tensor | None = None
-    log_collision: Tensor | None = None
+    token_logps: PerToken
+    entropy: PerToken | None = None
+    top1: Bool[Tensor, " N"] | None = None
+    mean_logits: PerToken | None = None
+    log_collision: PerToken | None = None
 
 
 def token_scores(
-    head: Head, hidden: Tensor, targets: Tensor, *, outputs: tuple[str, ...] = (), chunk: int = CHUNK
+    head: Head,
+    hidden: Float[Tensor, "N hidden_size"],
+    targets: Int[Tensor, " N"],
+    *,
+    outputs: tuple[str, ...] = (),
+    chunk: int = CHUNK,
 ) -> TokenScores:
     """Log-probability of each target under its hidden state.
 
@@ -116,7 +123,7 @@ def token_scores(
 
 
 def _token_scores(
-    head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], chunk: int
+    head: Head, hidden: Float[Tensor, "N hidden_size"], targets: Int[Tensor, " N"], outputs: tuple[str, ...], chunk: int
 ) -> tuple[Tensor, ...]:
     """The log-probabilities and what was asked for beside them, in the order of `outputs`."""
     if head.is_plain:
@@ -158,7 +165,9 @@ def _number_of_chunks(head: Head, tokens: int, chunk: int) -> int:
     return int(most)
 
 
-def _module_scores(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
+def _module_scores(
+    head: Head, hidden: Float[Tensor, "N hidden_size"], targets: Int[Tensor, " N"], outputs: tuple[str, ...]
+) -> tuple[Tensor, ...]:
     """The plain form for one chunk: call the head, then an ordinary log-softmax."""
     logits = head.logits(hidden)
     logps = logits.log_softmax(-1)
@@ -167,7 +176,9 @@ def _module_scores(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[s
     return logps.gather(-1, targets[:, None])[:, 0], *extra
 
 
-def _extra(name: str, logits: Tensor, probs: Tensor, targets: Tensor) -> Tensor:
+def _extra(
+    name: str, logits: Float[Tensor, "N vocabulary"], probs: Float[Tensor, "N vocabulary"], targets: Int[Tensor, " N"]
+) -> Shaped[Tensor, " N"]:
     if name == "top1":
         return logits.argmax(-1) == targets
     if name == "mean_logits":

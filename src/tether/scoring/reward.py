@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from tether.scoring.batch import sequences
 from tether.scoring.layout.proof import Measures
 from tether.scoring.layout.vision import has_images, images_alone
 from tether.scoring.score import _LAYOUTS, Layout, _refuse_length_dependence
-from tether.types import ScoringBatch
+from tether.types import PerCompletion, ScoringBatch
 
 
 def reward(
@@ -25,7 +26,7 @@ def reward(
     *,
     layout: Layout = "tree",
     backend: Backend | Literal["auto"] = "auto",
-) -> Tensor:
+) -> PerCompletion:
     """Reward of every completion of a batch under a sequence classifier with one output, called `score`.
 
     It is read where transformers reads it: at the last token of prompt and completion that is not the padding token.
@@ -50,7 +51,9 @@ def reward(
     _refuse_length_dependence(inner, batch)
     ends = _last_tokens(batch, inner.config.get_text_config().pad_token_id)
     index = torch.arange(batch.num_completions, device=ends.device)
-    inputs, sources, context = _LAYOUTS[layout](inner, replace(batch, sources=ends, completion_index=index))
+    # One place of each completion is read, and no token of it predicted.
+    places = {"sources": ends, "targets": batch.input_ids[0, ends], "completion_index": index, "token_values": {}}
+    inputs, sources, context = _LAYOUTS[layout](inner, replace(batch, **places))
     if "forest" in inputs:
         inputs["tree_backend"] = backends_for(ends.device, gradients=False, requested=backend)[0]
     values: list[Tensor] = []
@@ -65,7 +68,7 @@ def reward(
     return values[0].flatten(0, 1).index_select(0, sources)[:, 0].float()
 
 
-def reward_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
+def reward_alone(model: nn.Module, batch: ScoringBatch) -> PerCompletion:
     """The plainest way: each sequence in a forward of its own, and the model's own output. Float32 `[K]`."""
     rows = sequences(batch)
     beside = images_alone(batch) if has_images(batch) else [{} for _ in rows]
@@ -96,7 +99,7 @@ def require_reward_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
-def _last_tokens(batch: ScoringBatch, padding: int | None) -> Tensor:
+def _last_tokens(batch: ScoringBatch, padding: int | None) -> Int[Tensor, " K"]:
     """Where in the row the last token of each sequence lies that is not `padding`: int64 `[K]`."""
     row = batch.input_ids[0]
     lengths: list[int] = []

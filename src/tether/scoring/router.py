@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float, Num
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +24,9 @@ def lacking_router(model: PreTrainedModel) -> str:
     return ""
 
 
-def load_balancing_loss(model: PreTrainedModel, router_logits: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+def load_balancing_loss(
+    model: PreTrainedModel, router_logits: tuple[Tensor, ...], weights: Num[Tensor, "rows columns"]
+) -> Float[Tensor, ""]:
     """`E * sum_e f_e P_e`, the architecture's own function, over real tokens and all layers.
 
     `f_e` is the share of tokens that are sent to expert e, `P_e` the mean probability that its router gives it. A token

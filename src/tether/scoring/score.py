@@ -58,8 +58,8 @@ def score(
             `log_collision`; its `hidden` state before the head; `aux_loss` (`load_balancing_loss`) of the batch.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own; `encoder_decoder` encodes each prompt once, for models with an encoder.
-        backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `flash`; `auto` takes the
-            device's first choice.
+        backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `varlen`, `flash`; `auto`
+            takes the device's first choice.
         chunk: tokens whose logits exist at once; `temperature`: what these logits are divided by.
 
     Returns:

@@ -117,6 +117,15 @@ class GuardCallback(TrainerCallback):
                 )
 
 
+class EvaluateLast(TrainerCallback):
+    """Has the last step evaluated while the run still goes on: trackers take a later evaluation for another run."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Ask for it at the last step; an evaluation after each epoch comes by itself."""
+        if state.global_step >= state.max_steps and args.eval_strategy != "epoch" and not args.load_best_model_at_end:
+            control.should_evaluate = True
+
+
 class StepLines:
     """A file of JSON objects, one a line, each with the step that it is of.
 

@@ -350,9 +350,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     attention_backend: str = option(
         "auto",
-        "Force what computes a tree's attention: `blocked`, `sdpa`, `flex` or `flash`; `auto`: blocks on a CPU, "
-        "FlexAttention on CUDA where it is proved, SDPA elsewhere.",
-        allowed=("auto", "blocked", "sdpa", "flex", "flash"),
+        "Force what computes a tree's attention: `blocked`, `sdpa`, `flex`, `varlen` or `flash`; `auto`: blocks on a "
+        "CPU, FlexAttention on CUDA where it is proved, SDPA elsewhere.",
+        allowed=("auto", "blocked", "sdpa", "flex", "varlen", "flash"),
     )
 
     def __post_init__(self) -> None:

@@ -1,25 +1,24 @@
 """The live display of a run: steps, loss, margin, accuracy, speed, time left; plain lines where there is no terminal.
 
-`install_progress(trainer)` puts it in the place of transformers' own displays. Everything is written to `console()`,
-standard error, so that what a command answers on standard output stays clean.
+`install_progress(trainer)` puts it in the place of transformers' own displays; see `tether.progress`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 
 from tether.compute.memory import peak_bytes
+from tether.progress import Shown, alone, board_of_cell, console, in_notebook
 
 # What is shown, in this order: the name in a log without its `eval_` prefix, the name on the display, its format.
 _SHOWN = (
@@ -31,13 +30,6 @@ _SHOWN = (
 # With these figures a line of a run of some hundred steps fits a terminal of 80 columns; a bar needs a wider one.
 SEPARATOR = "  "
 _WIDE = 110
-_PLAIN_SECONDS = 10.0
-
-
-@functools.cache
-def console() -> Console:
-    """The one console on standard error; lines printed to it appear above a live display."""
-    return Console(stderr=True, highlight=False)
 
 
 def install_progress(trainer: Trainer) -> ProgressDisplay:
@@ -49,56 +41,29 @@ def install_progress(trainer: Trainer) -> ProgressDisplay:
     Returns:
         The display; close it when training ends with an exception.
     """
-    for display in (ProgressCallback, PrinterCallback, ProgressDisplay):
+    # In a notebook transformers' default is a display of its own.
+    for display in {ProgressCallback, DEFAULT_PROGRESS_CALLBACK, PrinterCallback, ProgressDisplay}:
         trainer.remove_callback(display)
     display = ProgressDisplay(live=False if trainer.args.disable_tqdm else None)
     trainer.add_callback(display)
     return display
 
 
-@contextlib.contextmanager
-def counted(what: str, total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far a loop outside training is: a live line on a terminal, else a line every ten seconds.
-
-    Args:
-        what: is counted.
-        total: how much there is; None where no one knows.
-        shown: whether this process shows anything.
-
-    Yields:
-        A function that takes how much more is done.
-    """
-    done, said = 0, time.monotonic()
-    live = shown and console().is_terminal
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
-    with Progress(*columns, console=console(), transient=True, disable=not live) as progress:
-        task = progress.add_task(what, total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done, said
-            done += count
-            progress.update(task, completed=done)
-            if shown and not live and time.monotonic() - said > _PLAIN_SECONDS:
-                said = time.monotonic()
-                of = "" if total is None else f" of {total}"
-                console().print(f"{what}: {done}{of} rows", markup=False, highlight=False, soft_wrap=True)
-
-        yield advance
-
-
 class ProgressDisplay(TrainerCallback):
-    """One live line on a terminal; without one, one line per log. Only the first process shows anything.
+    """One live line on a terminal, one display in a notebook's cell; without either, one line per log. Only the first
+    process shows anything.
 
     Args:
-        live: force the live line on or off; None: on where standard error is a terminal.
+        live: force the live line on or off; None: on in a notebook, and where standard error is a terminal.
         target: where to write; None: `console()`.
     """
 
     def __init__(self, live: bool | None = None, target: Console | None = None) -> None:
         self._console = target or console()
-        self._live = self._console.is_terminal if live is None else live
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._notebook = target is None and in_notebook()
+        self._live = (self._notebook or self._console.is_terminal) if live is None else live
+        self._shown: Shown | None = None
+        self._held = contextlib.ExitStack()
         self._training = False
         self._evaluated = 0
         self._figures = ""
@@ -162,25 +127,23 @@ class ProgressDisplay(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Take the live line away and leave the last figures as a plain one."""
         self._training = False
-        if self._progress is not None:
+        if self._shown is not None:
             self.close()
             self._print(self._line(state))
 
     def close(self) -> None:
         """Give the terminal back; harmless when nothing is shown."""
         atexit.unregister(self.close)
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._shown is not None:
+            self._shown.close()
+            self._shown = None
+        self._held.close()
 
     def _start(self, state: TrainerState) -> None:
-        if self._progress is not None or not self._live or not state.is_world_process_zero:
+        if self._shown is not None or not self._live or not state.is_world_process_zero:
             return
-        bar = [BarColumn(bar_width=20)] if self._console.width >= _WIDE else []
-        text = TextColumn("{task.description}", markup=False)
-        self._progress = Progress(*bar, text, console=self._console, refresh_per_second=4, transient=True)
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
-        self._progress.start()
+        self._held.enter_context(alone())  # what takes its time within a step is not shown beside this
+        self._shown = board_of_cell() if self._notebook else _LiveLine(self._console, state)
         # A script that dies of an exception must leave the terminal with its cursor.
         atexit.register(self.close)
         self._refresh(state)
@@ -199,11 +162,33 @@ class ProgressDisplay(TrainerCallback):
         )
 
     def _refresh(self, state: TrainerState) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step, description=self._line(state))
+        if self._shown is not None:
+            self._shown.update(self._line(state), state.global_step, state.max_steps)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self._notebook:
+            board_of_cell().keep(line)
+        else:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _LiveLine:
+    """The live line of a run on a terminal; with a bar, where that is wide."""
+
+    def __init__(self, target: Console, state: TrainerState) -> None:
+        bar = [BarColumn(bar_width=20)] if target.width >= _WIDE else []
+        text = TextColumn("{task.description}", markup=False)
+        self._progress = Progress(*bar, text, console=target, refresh_per_second=4, transient=True)
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self._progress.start()
+
+    def update(self, text: str, done: float = 0.0, total: float | None = None) -> None:
+        """Show a text, and the steps that are done."""
+        self._progress.update(self._task, completed=done, description=text)
+
+    def close(self) -> None:
+        """Take it away."""
+        self._progress.stop()
 
 
 class _Clock:

@@ -16,11 +16,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tether.data import example_from_row
 from tether.errors import ConfigError
+from tether.progress import counted
 from tether.reference import Reference, Resolved, StoreCheck, StoredReference, numerics_class
 from tether.reference.methods.shards import is_sharded
 from tether.scoring import pack
 from tether.training.config import PreferenceConfig
-from tether.training.progress import counted
 from tether.training.source import Source
 from tether.training.source.dealing import Order
 from tether.types import Example

@@ -32,12 +32,14 @@ from tether.compat.trainer import (
 from tether.compute.precision import require_same_precision, write_precision
 from tether.data.prepare.report import write_reports
 from tether.errors import DataError, RewardError, RolloutError
+from tether.files import write_whole
 from tether.models.partitioned import on_whole_weights, whole_weights
 from tether.models.structure import transformers_model, unwrap
 from tether.reference import FrozenProbe, GuardResult
 from tether.reference.base import frozen_pass
 from tether.reference.methods.shards import held_by, is_sharded
 from tether.reference.record import restore, write_record, write_tensors
+from tether.report.live import PageWriter
 from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile
@@ -75,6 +77,7 @@ from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
 from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.surface.described import CONFIG, described
 from tether.training.surface.members import Members
 from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -142,6 +145,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         self._identity = identity_of(self.run, self.args, self.policy)
         self._signals = StopOnSignal(self.accelerator)
         self._resumed: Path | None = None
+        # What `config.yaml` in the run folder says; a command puts its run file there.
+        self.described = described(type(self).__name__, given, self.args)
         _follow(self)
 
     @property
@@ -153,6 +158,11 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
     def run_folder(self) -> Path:
         """Where records, metrics and checkpoints go."""
         return Path(cast(str, self.args.output_dir))
+
+    @property
+    def saves_at_end(self) -> bool:
+        """Whether `train` leaves the trained adapter or model in the run folder; not where nothing is to be saved."""
+        return self.args.save_strategy != "no"
 
     def precompute_reference(self) -> Filled:
         """Compute what the store lacks of the training set and every evaluation set, see `tether.training.store`."""
@@ -346,9 +356,13 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
                 self.add_callback(where)
                 if self.args.should_save:
                     clear_rehearsals(self.run_folder)
+                if self.is_world_process_zero():
+                    write_whole(self.run_folder / CONFIG, self.described)
                 result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
-            self._signals.refuse_to_go_on(checkpoint_folder(self))
-            self._saving.begin(self.policy, self.optimizer, "the run ends with nothing saved of its last steps")
+                self._signals.refuse_to_go_on(checkpoint_folder(self))
+                self._saving.begin(self.policy, self.optimizer, "the run ends with nothing saved of its last steps")
+                if self.saves_at_end:
+                    self.save_model()
             return result
         finally:
             self._display.close()
@@ -519,6 +533,7 @@ def _follow(trainer: TetherTrainer) -> None:
     if callable(tagged := getattr(transformers_model(trainer.policy), "add_model_tags", None)):
         tagged(trainer._tag_names)
     trainer.add_callback(MetricsFile(trainer.run_folder))
+    trainer.add_callback(PageWriter(trainer.run_folder))
     trainer.add_callback(Watch(trainer.run_folder, lambda: facts_of(trainer.args, trainer.policy)))
     trainer.add_callback(trainer._signals)
     check = trainer.args.reference_check_steps

@@ -93,6 +93,37 @@ def test_merged_is_what_was_trained(run: Run, call: Any) -> None:
     assert "is there already" in error
 
 
+def test_options_that_narrow_what_is_scored(run: Run, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which part of the rows, how much of each, and how much at once."""
+    parts: list[int] = []
+    monkeypatch.setattr("tether.evaluate.scored.each", lambda batches, words: parts.append(len(batches)) or batches)
+    (run.path / "both").mkdir(exist_ok=True)
+    run.place.write_rows(run.place.pairs(5), "both/train.jsonl")
+    run.place.write_rows(run.place.pairs(3), "both/test.jsonl")
+
+    def evaluated(*options: str) -> dict[str, Any]:
+        return json.loads(call("eval", "out", "--no-kl", "--json", *options)[0])
+
+    whole = evaluated("--data", "held_out.jsonl")
+    little = evaluated("--data", "held_out.jsonl", "--max-tokens", "40")
+    assert little["overall"]["margin"] == pytest.approx(whole["overall"]["margin"], abs=1e-5)
+    assert parts[-1] > parts[-2] == 1
+    cut = evaluated("--data", "held_out.jsonl", "--max-length", "10")
+    assert cut["chosen"][0] != pytest.approx(whole["chosen"][0], abs=1e-4)
+    assert [evaluated("--data", "both", "--split", name)["overall"]["pairs"] for name in ("train", "test")] == [5, 3]
+
+    def scored(*options: str) -> list[dict[str, Any]]:
+        (run.path / "narrow.jsonl").unlink(missing_ok=True)
+        call("score", "--model", "out", "--output", "narrow.jsonl", *options)
+        return [json.loads(line) for line in (run.path / "narrow.jsonl").read_text().splitlines()]
+
+    assert len(scored("both", "--split", "test", "--max-tokens", "40")) == 6
+    assert parts[-1] > 1
+    assert all(row["tokens"] <= 2 for row in scored("held_out.jsonl", "--max-length", "9"))
+    call("merge", "out", "--output", "of_a_part", "--data", "both", "--split", "test")
+    assert "split" in call("merge", "out", "--output", "of_none", "--data", "both", "--split", "none", code=2)[1]
+
+
 def test_merging_into_another_base_is_refused(run: Run, call: Any) -> None:
     file = run.path / "model" / "model.safetensors"
     held = load_file(file)
@@ -127,6 +158,28 @@ def test_greedy_answers_are_those_of_transformers(run: Run, call: Any) -> None:
     model: Any = loaded.model
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
     assert found["rows"][0]["left"] == loaded.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_the_narrowest_nucleus_is_the_most_likely_token(run: Run, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.place.write_rows([{"prompt": f"film {n}:"} for n in range(3)], "asked.jsonl")
+    options = ("--data", "asked.jsonl", "--max-new-tokens", "6", "--json")
+
+    def compared(*more: str) -> Any:
+        return json.loads(call("compare", "out", "model", *options, *more)[0])["rows"]
+
+    greedy = compared("--temperature", "0")
+    assert compared("--temperature", "3", "--top-p", "1e-6") == greedy
+    assert compared("--temperature", "3") != greedy
+    (run.path / "asked").mkdir(exist_ok=True)
+    run.place.write_rows([{"prompt": "film 9:"}], "asked/test.jsonl")
+    run.place.write_rows([{"prompt": "film 8:"}], "asked/train.jsonl")
+    found = call("compare", "out", "model", "--data", "asked", "--split", "test", "--max-new-tokens", "1", "--json")[0]
+    assert [row["prompt"] for row in json.loads(found)["rows"]] == ["film 9:"]
+    said = []
+    for more in (("--temperature", "0"), ("--temperature", "3", "--top-p", "1e-6"), ("--temperature", "3")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("film 1:\n"))
+        said.append(call("chat", "out", "--max-new-tokens", "6", "--json", *more)[0])
+    assert said[0] == said[1] != said[2]
 
 
 def test_chat_answers_lines_of_a_pipe(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ LONGER = "def longer(prompt, first, second):\n    return float(len(first) > len(
 BRIEF = "def brief(completions, **_):\n    return [-len(one) for one in completions]\n"
 
 
+@pytest.mark.slow
 def test_win_rate_by_a_function_and_by_a_reward(run: Run, call: Any) -> None:
     (run.path / "judges.py").write_text(LONGER + BRIEF)
     options = ("--max-new-tokens", "12", "--temperature", "1", "--json", "--no-kl")

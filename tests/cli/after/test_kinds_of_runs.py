@@ -101,6 +101,7 @@ def test_a_run_that_was_stopped_is_its_last_checkpoint(trained: Any) -> None:
     assert "adapter_model.safetensors" in ask("eval", "out/checkpoint-3", "--data", "held_out.jsonl", code=2)
 
 
+@pytest.mark.slow
 def test_a_stack_is_merged_with_all_that_is_active(trained: Any) -> None:
     run, ask = trained()
     run.out.rename(run.path / "first")

@@ -10,10 +10,10 @@ from tether.cli.after import eval as evaluation
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    app.command("eval", help=evaluation.HELP, epilog=evaluation.EXAMPLE)(evaluation.evaluate)
-    app.command("score", help=score.HELP, epilog=score.EXAMPLE)(score.score)
-    app.command("compare", help=compare.HELP, epilog=compare.EXAMPLE)(compare.compare)
-    app.command("chat", help=chat.HELP, epilog=chat.EXAMPLE)(chat.chat)
-    app.command("report", help=report.HELP, epilog=report.EXAMPLE)(report.report)
-    app.command("merge", help=merge.HELP, epilog=merge.EXAMPLE)(merge.merge)
-    app.command("export", help=export.HELP, epilog=export.EXAMPLE)(export.export)
+    app.command("eval", help=evaluation.HELP)(evaluation.evaluate)
+    app.command("score", help=score.HELP)(score.score)
+    app.command("compare", help=compare.HELP)(compare.compare)
+    app.command("chat", help=chat.HELP)(chat.chat)
+    app.command("report", help=report.HELP)(report.report)
+    app.command("merge", help=merge.HELP)(merge.merge)
+    app.command("export", help=export.HELP)(export.export)

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tether.cli.after.compare import MaxNew, Seed, Temperature, TopP
-from tether.cli.after.options import AsJson, Dtype, Model, Reference, load_pair, named_pair
-from tether.cli.run import Debug
+from tether.cli.after.options import Dtype, Model, Reference, load_pair, named_pair
+from tether.cli.run import AsJson, Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
     from tether.evaluate.answers.chat import Conversation
 
 HELP = "Talk to a model and to what it was trained against, together, by the run's own template."
-EXAMPLE = "Example: tether chat runs/demo, or: echo 'My review:' | tether chat runs/demo --max-new-tokens 32"
 _COMMANDS = "/new forgets what was said, /quit ends"
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tether.cli.after.options import AsJson, Dtype, Format, Model, Split, print_json, source_of, watch, write_text
-from tether.cli.run import Debug
+from tether.cli.after.options import Dtype, Format, Model, Split, print_json, source_of, write_text
+from tether.cli.run import AsJson, Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tether.evaluate.named import Loaded
 
 HELP = "Answers of two models to the same prompts, side by side; in the terminal and as a page."
-EXAMPLE = "Example: tether compare runs/demo:reference runs/demo --data prompts.jsonl --first 8 --html compare.html"
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.", min=0.0)]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw among the tokens that hold this share.", max=1.0)]
@@ -65,7 +64,7 @@ def compare(
         rows = None if data is None else prompt_rows(source_of(data, layout, split), first)
         left, right = _load_both(names)
         prompts = rows if rows is not None else _typed(prompt or [], left, right)
-        found = compare_answers(left, right, prompts, generation, watch=watch)
+        found = compare_answers(left, right, prompts, generation)
     if page is not None:
         write_text(page, comparison_page(found))
     if as_json:

@@ -10,7 +10,6 @@ import typer
 from tether.cli.after.compare import MaxNew, Seed, Temperature
 from tether.cli.after.judge import Judged
 from tether.cli.after.options import (
-    AsJson,
     Beta,
     DataFile,
     Dtype,
@@ -25,9 +24,8 @@ from tether.cli.after.options import (
     named_pair,
     print_json,
     source_of,
-    watch,
 )
-from tether.cli.run import Debug
+from tether.cli.run import AsJson, Debug
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from tether.evaluate.scored import Reading
 
 HELP = "Reward accuracy and margins of held-out pairs with intervals, by length and by column; KL; win rate by a judge."
-EXAMPLE = "Example: tether eval runs/demo --data heldout.jsonl --by source"
 
 
 def evaluate(
@@ -143,13 +140,13 @@ class _Asked:
             return pairs, None
         from tether.evaluate.answers.win_rate import compare_models
 
-        return pairs, compare_models(policy, second, prompts, judge, self.generation, watch=watch)
+        return pairs, compare_models(policy, second, prompts, judge, self.generation)
 
     def _pairs(self, rows: Dataset, policy: Loaded, second: Loaded | None, kl: bool) -> Evaluation:
         from tether.evaluate.accuracy import evaluate_pairs
         from tether.evaluate.scored import score_rows
 
-        scored = score_rows(rows, policy, second, self.reading, wants_kl=kl, watch=watch)
+        scored = score_rows(rows, policy, second, self.reading, wants_kl=kl)
         return evaluate_pairs(scored, policy.named.name, second.named.name if second else None, self.by)
 
 

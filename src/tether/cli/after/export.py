@@ -6,11 +6,10 @@ import dataclasses
 
 import typer
 
-from tether.cli.after.options import AsJson, Model, print_json
-from tether.cli.run import Debug
+from tether.cli.after.options import Model, print_json
+from tether.cli.run import AsJson, Debug
 
 HELP = "Say how a saved model goes into PEFT, transformers, vLLM and llama.cpp, or why it has to be merged before."
-EXAMPLE = "Example: tether export runs/demo"
 
 
 def export(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:

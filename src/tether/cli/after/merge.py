@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tether.cli.after.options import AsJson, Format, Model, Split, print_json, source_of
-from tether.cli.run import Debug
+from tether.cli.after.options import Format, Model, Split, print_json, source_of
+from tether.cli.run import AsJson, Debug
 
 if TYPE_CHECKING:
     from tether.evaluate.merge import Merged
 
 HELP = "Write a run's adapters into their base as safetensors; the result is compared with what was trained."
-EXAMPLE = "Example: tether merge runs/demo --output models/demo --data heldout.jsonl"
 
 
 def merge(

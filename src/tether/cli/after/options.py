@@ -1,9 +1,8 @@
-"""What the commands after training have in common: how models and rows are named, and how waiting is shown."""
+"""What the commands after training have in common: how models and rows are named."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +36,6 @@ Beta = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Tokens computed at once.", min=2)]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Limit in tokens; left out: the run's.", min=2)]
 First = Annotated[int | None, typer.Option("--first", help="Only so many rows.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 NONE = "none"
 
 
@@ -66,15 +64,6 @@ def load_pair(policy: NamedModel, reference: NamedModel | None) -> tuple[Loaded,
     """Both of them, in the same weights where the reference is the policy with its adapter off."""
     first = policy.load()
     return first, None if reference is None else reference.load(first)
-
-
-def watch(parts: Iterable[Any], words: str, total: int) -> Iterator[Any]:
-    """Show how far an iteration is, where there is a terminal; standard output stays for the answer."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(parts, words, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_json(value: Any) -> None:

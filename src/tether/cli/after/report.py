@@ -11,12 +11,11 @@ from tether.cli.run import Debug
 from tether.errors import ConfigError
 
 HELP = "Write the page of a run, or one that compares several; with --watch serve it while the run goes on."
-EXAMPLE = "Example: tether report runs/demo --watch"
 _COMPARISON = Path("comparison.html")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that runs wrote.", metavar="RUN…", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Folders that runs wrote.", metavar="RUN", show_default=False)],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -9,7 +9,6 @@ import typer
 
 from tether.cli.after.options import (
     MODEL,
-    AsJson,
     Beta,
     Dtype,
     First,
@@ -22,13 +21,11 @@ from tether.cli.after.options import (
     named_pair,
     print_json,
     source_of,
-    watch,
 )
-from tether.cli.run import Debug
+from tether.cli.run import AsJson, Debug
 from tether.errors import ConfigError
 
 HELP = "Log-probs and implicit rewards of every completion of a file, under any pair of models; JSONL or Parquet."
-EXAMPLE = "Example: tether score pairs.jsonl --model runs/demo --output scores.parquet"
 
 
 def score(
@@ -73,7 +70,7 @@ def score(
         reading = Reading(kind=chosen, max_length=max_length, max_tokens=max_tokens, beta=beta)
         rows = load_for(source, reading)
         policy, other = load_pair(*named)
-        scored = score_rows(rows, policy, other, reading, wants_kl=kl, watch=watch)
+        scored = score_rows(rows, policy, other, reading, wants_kl=kl)
         if kl and scored.kl is None:
             raise ConfigError(f"--kl was given, and there is none: {scored.no_kl}. Leave it out.")
     facts = {"model": model, "reference": other.named.name if other else "", "rewards": scored.rule}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tether.cli.before.environment import Finding
-from tether.cli.run import Debug
-from tether.data.text.bounded import ending_template
+from tether.cli.run import AsJson, Debug
+from tether.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,21 +25,34 @@ _PAIR = ("The film was", " good, as far as I remember it.", " bad.")
 
 
 @app.callback()
-def _doctor(context: typer.Context) -> None:
+def _doctor(context: typer.Context, as_json: AsJson = False) -> None:
     """Without a command: the environment; see `tether.cli.before.environment`."""
     if context.invoked_subcommand is None:
         from tether.cli.before.environment import findings
 
-        found = findings()
-        for finding in found:
-            typer.echo(f"{finding.level}: {finding.text}")
-        if any(finding.level == "problem" for finding in found):
-            raise typer.Exit(1)
+        _end([], findings(), as_json)
+    elif as_json:
+        raise ConfigError("--json stands before the command. Write it behind: tether doctor model NAME --json.")
 
 
-@app.command("model")
+def _end(lines: list[str], found: list[Finding], as_json: bool) -> None:
+    """Say what was found, and end with 1 for a problem."""
+    if as_json:
+        findings = [{"level": finding.level, "text": finding.text} for finding in found]
+        typer.echo(json.dumps({"described": lines, "findings": findings}, indent=2, ensure_ascii=False))
+    else:
+        for line in (*lines, *(f"{finding.level}: {finding.text}" for finding in found)):
+            typer.echo(line)
+    if any(finding.level == "problem" for finding in found):
+        raise typer.Exit(1)
+
+
+@app.command("model", help="Load a model and say what it is, and what training needs of it.")
 def model(
-    name: Annotated[str, typer.Argument(help="Hub name, folder, adapter's folder or .gguf file.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(help="Hub name, folder, adapter's folder or .gguf file.", metavar="MODEL", show_default=False),
+    ],
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")] = None,
     quantization: Annotated[str | None, typer.Option(help="4bit, 8bit or int8.")] = None,
@@ -50,7 +64,10 @@ def model(
             show_default=False,
         ),
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code of the model's repository.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of the model's repository.")
+    ] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Load, describe and check a model.
@@ -63,6 +80,7 @@ def model(
         adapter: folder of an adapter on the model; with `lora`, it is frozen beneath the new one.
         lora: rank of a new adapter; it is really put on, so that what would train is counted.
         trust_remote_code: run code that comes with it.
+        as_json: for a script.
         debug: let the libraries speak.
 
     Raises:
@@ -83,20 +101,13 @@ def model(
         )
         processing: Any = spec.load_processing()
         loaded = _with_adapters(spec, lora)
-    for line in describe(loaded):
-        typer.echo(line)
-    findings = examine(loaded, getattr(processing, "tokenizer", processing))
-    for finding in findings:
-        typer.echo(f"{finding.level}: {finding.text}")
-    if any(finding.level == "problem" for finding in findings):
-        raise typer.Exit(1)
+    _end(describe(loaded), examine(loaded, getattr(processing, "tokenizer", processing)), as_json)
 
 
 def _with_adapters(spec: ModelSpec, lora: int | None) -> Any:
     """The model as a run would train it: its adapter continued, a new one on it, or a new one over a frozen one."""
     from peft import LoraConfig, PeftModel
 
-    from tether.errors import ConfigError
     from tether.models.adapters import new_adapter, stack_adapter
 
     rank = lora if lora is not None else 0 if spec.brings_adapter else _RANK
@@ -236,6 +247,8 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
 def _template(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     if not tokenizer.chat_template:
         return [Finding("note", "no chat template: rows must be text, not conversations")]
+    from tether.data.text.bounded import ending_template
+
     try:
         with ending_template():
             prompt = tokenizer.apply_chat_template(_CHAT[:1], tokenize=False, add_generation_prompt=True)

@@ -131,5 +131,6 @@ train:
   learning_rate: {"1.0e-6" if full else "1.0e-5"}
   batch_size: 16           # rows per step; the program splits it to fit the memory
   max_length: 1024         # tokens of prompt and completion
+  save_total_limit: 2      # checkpoints that are kept
 {device}output: {plain(f"runs/{name}")}
 """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tether.cli.foreign.convert import As
-from tether.cli.run import Debug
+from tether.cli.run import AsJson, Debug
 from tether.errors import ConfigError, TetherError
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Load the model and measure the time of a few steps on this machine.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     command: As = None,
     debug: Debug = False,
 ) -> None:
-    """Say what a run will take. Example: tether plan run.yaml --gpu 24GiB.
+    """Say what a run will take.
 
     Raises:
         TetherError: bad input; nothing was loaded but configuration, tokenizer and rows.

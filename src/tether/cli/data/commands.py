@@ -25,7 +25,7 @@ PASSED = 1
 _RUN_FILES = (".yaml", ".yml")
 Files = Annotated[
     list[str],
-    typer.Argument(help="Files, globs, folders or hub names; or one run file.", metavar="FILE…", show_default=False),
+    typer.Argument(help="Files, globs, folders or hub names; or one run file.", metavar="FILE", show_default=False),
 ]
 TokenizerName = Annotated[
     str | None, typer.Option("--tokenizer", help="Tokenizer, for lengths in tokens: a model's name or folder.")

@@ -22,7 +22,10 @@ As = Annotated[
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="YAML file of TRL, Axolotl or LLaMA-Factory.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="YAML file of TRL, Axolotl or LLaMA-Factory.", metavar="FILE", show_default=False),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Keys to set first, in the file's own words.", metavar="KEY=VALUE"),

@@ -8,6 +8,7 @@ whether old results are reused. The result's fingerprint is a hash of its conten
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from tether.data.spool import spooled
 from tether.data.text.tokenize import Boundary
 from tether.data.text.truncate import TruncationMode
 from tether.errors import DataError
+from tether.progress import counted
 from tether.types import Kind
 
 
@@ -191,11 +193,13 @@ def overlap(train: Prepared, evaluation: Prepared) -> Overlap:
 
 def _run(job: Job, processes: int) -> Iterator[Batch]:
     starts = range(0, len(job.rows), BATCH_ROWS)
-    if min(processes, len(starts)) == 1:
-        yield from map(job.batch, starts)
-        return
-    with workers(job, min(processes, len(starts))) as pool:
-        yield from pool.map(_batch_of_job, starts)
+    alone = min(processes, len(starts)) == 1
+    with nullcontext() if alone else workers(job, min(processes, len(starts))) as pool:
+        batches = map(job.batch, starts) if pool is None else pool.map(_batch_of_job, starts)
+        with counted(f"preparing {job.name}", len(job.rows)) as advance:
+            for start, batch in zip(starts, batches, strict=True):
+                yield batch
+                advance(min(BATCH_ROWS, len(job.rows) - start))
 
 
 def _batch_of_job(start: int) -> Batch:

@@ -9,7 +9,6 @@ from datasets import Dataset
 
 from tether.evaluate.answers.sampled import Generation, answer
 from tether.evaluate.named import Loaded
-from tether.evaluate.scored import Watch, unwatched
 from tether.rewards.judge import prompt_text
 
 # Even a page that failed to escape something could run no script and load nothing.
@@ -44,9 +43,7 @@ class Comparison:
     rows: tuple[Answers, ...]
 
 
-def compare_answers(
-    left: Loaded, right: Loaded, prompts: Dataset, generation: Generation, *, watch: Watch = unwatched
-) -> Comparison:
+def compare_answers(left: Loaded, right: Loaded, prompts: Dataset, generation: Generation) -> Comparison:
     """Have both models answer.
 
     Args:
@@ -54,11 +51,8 @@ def compare_answers(
         right: another one, or the same.
         prompts: see `tether.evaluate.answers.sampled.prompt_rows`.
         generation: how answers are drawn; both get the same draws.
-        watch: shows how far it is.
     """
-    texts = [
-        answer(one, prompts, generation, watch=watch, words=f"sampling from {one.named.name}") for one in (left, right)
-    ]
+    texts = [answer(one, prompts, generation) for one in (left, right)]
     rows = zip(prompts["prompt"], *texts, strict=True)
     return Comparison(
         left.named.name,

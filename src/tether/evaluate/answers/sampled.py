@@ -13,8 +13,8 @@ from tether.data import example_from_row, load_rows, preferences, prepare, read_
 from tether.data.sources.load import load_of_kind
 from tether.errors import ConfigError
 from tether.evaluate.named import Loaded
-from tether.evaluate.scored import Watch, unwatched
 from tether.models.structure import transformers_model
+from tether.progress import each
 from tether.rollout import RolloutRequest, Sampling, TransformersEngine
 from tether.types import Kind
 
@@ -108,17 +108,13 @@ def talks(loaded: Loaded) -> bool:
     return bool(loaded.tokenizer.chat_template)
 
 
-def answer(
-    loaded: Loaded, prompts: Dataset, generation: Generation, *, watch: Watch = unwatched, words: str = "sampling"
-) -> list[str]:
+def answer(loaded: Loaded, prompts: Dataset, generation: Generation) -> list[str]:
     """One answer to each prompt, without special tokens.
 
     Args:
         loaded: the model.
         prompts: see `prompt_rows`.
         generation: how answers are drawn.
-        watch: shows how far it is.
-        words: for it.
 
     Raises:
         ConfigError: a reward model, which writes nothing.
@@ -137,7 +133,7 @@ def answer(
     order = sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt_ids))
     chunks = [order[start : start + _ROWS_AT_ONCE] for start in range(0, len(order), _ROWS_AT_ONCE)]
     texts = [""] * len(prompts)
-    for chunk in watch(chunks, words, len(chunks)):
+    for chunk in each(chunks, f"sampling from {loaded.named.name}"):
         with loaded.in_effect():
             groups = TransformersEngine().generate(loaded.model, [requests[place] for place in chunk], sampling)
         for group in groups:

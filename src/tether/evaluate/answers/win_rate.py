@@ -15,7 +15,6 @@ from tether.evaluate.accuracy import plain
 from tether.evaluate.answers.sampled import Generation, answer
 from tether.evaluate.intervals import Interval, bootstrap_mean
 from tether.evaluate.named import Loaded
-from tether.evaluate.scored import Watch, unwatched
 from tether.rewards import FunctionJudge, PairJudge, Verdict
 
 _RESAMPLES = 500
@@ -92,8 +91,6 @@ def compare_models(
     prompts: Dataset,
     judge: PairJudge,
     generation: Generation,
-    *,
-    watch: Watch = unwatched,
 ) -> WinRate:
     """Have two models answer prompts, and a judge compare the answers in both orders.
 
@@ -103,16 +100,12 @@ def compare_models(
         prompts: see `tether.evaluate.answers.sampled.prompt_rows`.
         judge: what compares.
         generation: how answers are drawn.
-        watch: shows how far it is.
 
     Raises:
         ConfigError: no verdict was understood.
         RewardError: the judge failed.
     """
-    texts = [
-        answer(one, prompts, generation, watch=watch, words=f"sampling from {one.named.name}")
-        for one in (first, second)
-    ]
+    texts = [answer(one, prompts, generation) for one in (first, second)]
     asked = list(prompts["prompt"])
     chat = bool(asked) and not isinstance(asked[0], str)
     sides = [[[{"role": "assistant", "content": text}] if chat else text for text in side] for side in texts]

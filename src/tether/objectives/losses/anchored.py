@@ -6,10 +6,11 @@ Shapes and units as in `pairwise`.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+
+from tether.types import PerExample
 
 
-def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+def nca_pair(chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float) -> PerExample:
     """Noise contrastive alignment of a pair: `-log s(c) - log s(-c) / 2 - log s(-r) / 2`, the rewards `c` and `r`.
 
     Args:
@@ -28,7 +29,7 @@ def nca_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+def bco_pair(chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float) -> PerExample:
     """A binary classifier of pairs: `-log s(c) - log s(-r)`, the rewards `c` and `r`, without a shift.
 
     Args:
@@ -46,7 +47,7 @@ def bco_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
 
 
-def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+def sppo_hard(chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float) -> PerExample:
     """Self-play with certain wins: `(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2`.
 
     Args:
@@ -65,7 +66,7 @@ def sppo_hard(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: flo
     return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
 
 
-def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+def apo_zero(chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float) -> PerExample:
     """Chosen up and rejected down, each from the reference: `s(-c) + s(r)`, the rewards `c` and `r`.
 
     Args:
@@ -83,7 +84,7 @@ def apo_zero(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
 
 
-def apo_down(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+def apo_down(chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float) -> PerExample:
     """Both down, the rejected more: `s(c) + s(-(c - r))`, the rewards `c` and `r`.
 
     Args:

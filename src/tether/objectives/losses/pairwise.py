@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tether.objectives.losses.transforms import EXPONENT_LIMIT
+from tether.types import PerExample
 
 
 def sigmoid(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    margins: Tensor | None = None,
+    chosen_logratios: PerExample,
+    rejected_logratios: PerExample,
+    margins: PerExample | None = None,
     *,
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> PerExample:
     """The DPO loss: `-(1 - e) log s(d) - e log s(-d)`, with `d = beta (chosen - rejected) - margin`.
 
     Args:
@@ -48,8 +48,8 @@ def sigmoid(
 
 
 def sigmoid_norm(
-    chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float, label_smoothing: float
-) -> Tensor:
+    chosen_mean_logratios: PerExample, rejected_mean_logratios: PerExample, *, beta: float, label_smoothing: float
+) -> PerExample:
     """DPO with log-ratios averaged over tokens: `-(1 - e) log s(d) - e log s(-d)`, `d = beta (chosen - rejected)`.
 
     Args:
@@ -69,8 +69,8 @@ def sigmoid_norm(
 
 
 def hinge(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor | None = None, *, beta: float
-) -> Tensor:
+    chosen_logratios: PerExample, rejected_logratios: PerExample, margins: PerExample | None = None, *, beta: float
+) -> PerExample:
     """SLiC's hinge on DPO's reward: `max(0, 1 + margin - beta (chosen - rejected))`.
 
     Args:
@@ -90,7 +90,7 @@ def hinge(
     return torch.relu(1 - (logits if margins is None else logits - margins))
 
 
-def ipo(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta: float) -> Tensor:
+def ipo(chosen_mean_logratios: PerExample, rejected_mean_logratios: PerExample, *, beta: float) -> PerExample:
     """A squared distance to a fixed lead: `(chosen - rejected - 1 / (2 beta))^2`.
 
     Log-ratios are averaged over tokens, as the authors confirmed to TRL; the paper's sum grows with length.
@@ -110,7 +110,9 @@ def ipo(chosen_mean_logratios: Tensor, rejected_mean_logratios: Tensor, *, beta:
     return (chosen_mean_logratios - rejected_mean_logratios - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+def exo_pair(
+    chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float, label_smoothing: float
+) -> PerExample:
     """The reverse KL from the policy's preference to a smoothed label: `KL((s(d), s(-d)) || (1 - e, e))`.
 
     Args:
@@ -131,7 +133,9 @@ def exo_pair(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return right + (-logits).sigmoid() * (F.logsigmoid(-logits) - smoothing.log())
 
 
-def robust(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+def robust(
+    chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float, label_smoothing: float
+) -> PerExample:
     """DPO's loss without bias from labels flipped at a known rate: `(-(1 - e) log s(d) + e log s(-d)) / (1 - 2 e)`.
 
     Args:
@@ -151,7 +155,9 @@ def robust(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float,
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def discopop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
+def discopop(
+    chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float, discopop_tau: float
+) -> PerExample:
     """A blend that a search discovered: `(1 - m) (-log s(d)) + m exp(-d)`, with `m = s(d / tau)`.
 
     Args:
@@ -173,7 +179,9 @@ def discopop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: floa
     return -F.logsigmoid(logits) * (-logits / discopop_tau).sigmoid() + exponential
 
 
-def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
+def dpop(
+    chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float, dpop_lambda: float
+) -> PerExample:
     """DPO that does not let the chosen completion become less likely: `-log s(beta (d - lambda max(0, -chosen)))`.
 
     Args:
@@ -193,8 +201,8 @@ def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, d
 
 
 def rpo(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, margins: Tensor, *, beta: float, rpo_eta: float
-) -> Tensor:
+    chosen_logratios: PerExample, rejected_logratios: PerExample, margins: PerExample, *, beta: float, rpo_eta: float
+) -> PerExample:
     """Fits the reward gap that the data gives: `KL(s(eta gap) || s(beta (chosen - rejected)))`.
 
     Args:
@@ -217,13 +225,13 @@ def rpo(
 
 
 def tdpo1(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_reference_kl: Tensor,
-    rejected_reference_kl: Tensor,
+    chosen_logratios: PerExample,
+    rejected_logratios: PerExample,
+    chosen_reference_kl: PerExample,
+    rejected_reference_kl: PerExample,
     *,
     beta: float,
-) -> Tensor:
+) -> PerExample:
     """Token-level DPO: `-log s(beta (chosen - rejected - (KL rejected - KL chosen)))`, KL(reference, policy) of tokens.
 
     Args:
@@ -244,14 +252,14 @@ def tdpo1(
 
 
 def tdpo2(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_reference_kl: Tensor,
-    rejected_reference_kl: Tensor,
+    chosen_logratios: PerExample,
+    rejected_logratios: PerExample,
+    chosen_reference_kl: PerExample,
+    rejected_reference_kl: PerExample,
     *,
     beta: float,
     tdpo_alpha: float,
-) -> Tensor:
+) -> PerExample:
     """Token-level DPO, weighed: `-log s(beta (chosen - rejected - alpha (KL rejected - KL chosen)))`.
 
     KL(reference, policy) of tokens, that of the chosen completion without gradient.
@@ -275,14 +283,14 @@ def tdpo2(
 
 
 def aot(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    chosen_reference_logps: Tensor,
-    rejected_reference_logps: Tensor,
+    chosen_logps: PerExample,
+    rejected_logps: PerExample,
+    chosen_reference_logps: PerExample,
+    rejected_reference_logps: PerExample,
     *,
     beta: float,
     label_smoothing: float,
-) -> Tensor:
+) -> PerExample:
     """The policy's margins against the reference's, each sorted over the micro-batch (paired AOT): `-log s(beta d_i)`.
 
     The i-th value compares the i-th smallest of each, so that one distribution is pushed above the other. What is
@@ -308,8 +316,8 @@ def aot(
 
 
 def aot_unpaired(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float
-) -> Tensor:
+    chosen_logratios: PerExample, rejected_logratios: PerExample, *, beta: float, label_smoothing: float
+) -> PerExample:
     """Chosen log-ratios against rejected ones, each sorted over the micro-batch (unpaired AOT): `-log s(beta d_i)`.
 
     Which chosen belongs to which rejected does not matter. Another micro-batch size is another loss.
@@ -329,5 +337,5 @@ def aot_unpaired(
     return _smoothed(beta * (chosen_logratios.sort().values - rejected_logratios.sort().values), label_smoothing)
 
 
-def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
+def _smoothed(logits: PerExample, label_smoothing: float) -> PerExample:
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)

@@ -6,19 +6,21 @@ A ratio of a whole completion stands at each of its tokens; the gradient is the 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tether.objectives.losses.transforms import EXPONENT_LIMIT
+from tether.types import PerToken
 
 
-def ratio(log_ratios: Tensor) -> Tensor:
+def ratio(log_ratios: PerToken) -> PerToken:
     """`exp`, with exponents clipped at 40, where gradients end."""
     return log_ratios.clamp(max=EXPONENT_LIMIT).exp()
 
 
 def clipped(
-    log_ratios: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None, delta: float | None
-) -> Tensor:
+    log_ratios: PerToken, advantages: PerToken, *, epsilon: float, epsilon_high: float | None, delta: float | None
+) -> PerToken:
     """The clipped surrogate, `-min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)` for ratios r.
 
     Args:
@@ -46,7 +48,7 @@ def clipped(
     return -torch.minimum(free * advantages, bounded * advantages)
 
 
-def cispo(log_ratios: Tensor, advantages: Tensor, token_logps: Tensor, *, epsilon_high: float | None) -> Tensor:
+def cispo(log_ratios: PerToken, advantages: PerToken, token_logps: PerToken, *, epsilon_high: float | None) -> PerToken:
     """A clipped weight of importance without gradient, `-min(r, epsilon_high) A log p` with `r = exp(log_ratio)`.
 
     Args:
@@ -68,7 +70,9 @@ def cispo(log_ratios: Tensor, advantages: Tensor, token_logps: Tensor, *, epsilo
     return -ratio(log_ratios).clamp(max=epsilon_high).detach() * advantages * token_logps
 
 
-def sapo(log_ratios: Tensor, advantages: Tensor, *, sapo_temperature_pos: float, sapo_temperature_neg: float) -> Tensor:
+def sapo(
+    log_ratios: PerToken, advantages: PerToken, *, sapo_temperature_pos: float, sapo_temperature_neg: float
+) -> PerToken:
     """A soft gate in place of the clip, `-A (4 / t) s(t (r - 1))` for ratios r, with the logistic function s.
 
     Args:
@@ -92,15 +96,15 @@ def sapo(log_ratios: Tensor, advantages: Tensor, *, sapo_temperature_pos: float,
 
 
 def vespo(
-    log_weights: Tensor,
-    advantages: Tensor,
-    token_logps: Tensor,
+    log_weights: PerToken,
+    advantages: PerToken,
+    token_logps: PerToken,
     *,
     vespo_k_pos: float,
     vespo_lambda_pos: float,
     vespo_k_neg: float,
     vespo_lambda_neg: float,
-) -> Tensor:
+) -> PerToken:
     """A smooth weight of the whole completion without gradient, `-phi A log p` with `log phi = l + k log w - l w`.
 
     Args:
@@ -134,8 +138,8 @@ def vespo(
 
 
 def vespo_phi(
-    log_weights: Tensor, advantages: Tensor, *, k_pos: float, lambda_pos: float, k_neg: float, lambda_neg: float
-) -> Tensor:
+    log_weights: PerToken, advantages: PerToken, *, k_pos: float, lambda_pos: float, k_neg: float, lambda_neg: float
+) -> PerToken:
     """The weight of `vespo`, without gradient: the shape of its arguments."""
     log_w = log_weights.detach().clamp(LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT)
     positive = advantages >= 0
@@ -144,7 +148,7 @@ def vespo_phi(
     return (scale + k * log_w - scale * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
 
 
-def _by_sign(positive: Tensor, there: float, elsewhere: float, like: Tensor) -> Tensor:
+def _by_sign(positive: Bool[Tensor, " N"], there: float, elsewhere: float, like: PerToken) -> PerToken:
     """One number where something is positive, the other elsewhere."""
     return torch.where(positive, like.new_tensor(there), like.new_tensor(elsewhere))
 
@@ -153,7 +157,7 @@ def _by_sign(positive: Tensor, there: float, elsewhere: float, like: Tensor) -> 
 LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT = -18.420680743952367, 20.0
 
 
-def reinforce(advantages: Tensor, token_logps: Tensor) -> Tensor:
+def reinforce(advantages: PerToken, token_logps: PerToken) -> PerToken:
     """The score function's gradient, `-A log p`, which knows no ratio.
 
     Args:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
+from tether.types import PerExample
 
-def plackett_luce(logratios: Tensor, *, beta: float) -> Tensor:
+
+def plackett_luce(logratios: Float[Tensor, "B K"], *, beta: float) -> PerExample:
     """DPO for a whole ranking: `-sum_k log(exp(r_k) / sum_{j >= k} exp(r_j))`, with the rewards `r = beta logratios`.
 
     Args:

@@ -9,13 +9,16 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
+
+from tether.types import PerExample, PerToken
 
 # The largest log-probability whose odds are computed: odds of 1e7, the last that float32 tells from certainty.
 _CERTAIN = -1e-7
 
 
-def sft(chosen_token_logps: Tensor) -> Tensor:
+def sft(chosen_token_logps: PerToken) -> PerToken:
     """Likelihood of the chosen completions: `-log p` of each of their tokens, averaged over all tokens of a step.
 
     Args:
@@ -33,13 +36,13 @@ def sft(chosen_token_logps: Tensor) -> Tensor:
 
 
 def simpo(
-    chosen_mean_logps: Tensor,
-    rejected_mean_logps: Tensor,
+    chosen_mean_logps: PerExample,
+    rejected_mean_logps: PerExample,
     *,
     beta: float,
     simpo_gamma: float,
     label_smoothing: float,
-) -> Tensor:
+) -> PerExample:
     """Mean log-probs with a target margin: `-(1 - e) log s(d) - e log s(-d)`, `d = beta (chosen - rejected) - gamma`.
 
     Args:
@@ -60,14 +63,14 @@ def simpo(
 
 
 def cpo(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    chosen_mean_logps: Tensor,
+    chosen_logps: PerExample,
+    rejected_logps: PerExample,
+    chosen_mean_logps: PerExample,
     *,
     beta: float,
     label_smoothing: float,
     cpo_alpha: float,
-) -> Tensor:
+) -> PerExample:
     """DPO with a flat reference, and a likelihood: `-(1 - e) log s(d) - e log s(-d) - alpha mean log p(chosen)`.
 
     `d = beta (chosen - rejected)`, log-probs summed over tokens; the likelihood is per token of each completion.
@@ -91,7 +94,7 @@ def cpo(
     return contrast - cpo_alpha * chosen_mean_logps
 
 
-def odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float) -> Tensor:
+def odds_ratio(chosen_mean_logps: PerExample, rejected_mean_logps: PerExample, *, beta: float) -> PerExample:
     """ORPO's preference part alone: `-beta log s(log odds(chosen) - log odds(rejected))`, `odds(p) = p / (1 - p)`.
 
     Args:
@@ -108,7 +111,7 @@ def odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: 
     return -beta * F.logsigmoid(log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps))
 
 
-def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float) -> Tensor:
+def orpo(chosen_mean_logps: PerExample, rejected_mean_logps: PerExample, *, beta: float) -> PerExample:
     """Likelihood and odds ratio: `-mean log p(chosen) - beta log s(log odds(chosen) - log odds(rejected))`.
 
     The likelihood is per token of each completion, then averaged over pairs.
@@ -127,7 +130,7 @@ def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float)
     return odds_ratio(chosen_mean_logps, rejected_mean_logps, beta=beta) - chosen_mean_logps
 
 
-def log1mexp(x: Tensor) -> Tensor:
+def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log(1 - exp(x))` for x below 0, without cancellation at either end.
 
     >>> log1mexp(torch.tensor([-1e-6, -50.0], dtype=torch.float64))
@@ -142,7 +145,7 @@ def log1mexp(x: Tensor) -> Tensor:
     )
 
 
-def log_odds(mean_logps: Tensor) -> Tensor:
+def log_odds(mean_logps: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`log(p / (1 - p))` of mean log-probs, clipped at odds of 1e7."""
     certain = mean_logps.clamp(max=_CERTAIN)
     return certain - log1mexp(certain)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+
+from tether.types import PerExample
 
 
 def bradley_terry(
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    margins: Tensor | None = None,
+    chosen_rewards: PerExample,
+    rejected_rewards: PerExample,
+    margins: PerExample | None = None,
     *,
     center_rewards_coefficient: float | None,
-) -> Tensor:
+) -> PerExample:
     """The Bradley-Terry loss, `-log s(chosen - rejected - margin) + c (chosen + rejected)^2`.
 
     Args:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from tether.types import PerToken
 
 
-def nll(token_logps: Tensor) -> Tensor:
+def nll(token_logps: PerToken) -> PerToken:
     """Negative log-likelihood, `-log p` of each token.
 
     Args:
@@ -26,7 +26,7 @@ def nll(token_logps: Tensor) -> Tensor:
     return -token_logps
 
 
-def dft(token_logps: Tensor) -> Tensor:
+def dft(token_logps: PerToken) -> PerToken:
     """Dynamic fine-tuning, `-p log p` of each token with a constant p: rare tokens no longer dominate the gradient.
 
     Args:

@@ -6,16 +6,19 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tether.types import Scores
+from tether.types import PerCompletion, Scores
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # exp(40) is 2e17: its square, which `ipo` needs, is still a float32.
 EXPONENT_LIMIT = 40.0
 
 
-def divergence_scores(logratios: Tensor, f_divergence_type: str, f_alpha_divergence_coef: float = 0.5) -> Tensor:
+def divergence_scores(
+    logratios: Float[Tensor, "*shape"], f_divergence_type: str, f_alpha_divergence_coef: float = 0.5
+) -> Float[Tensor, "*shape"]:
     """`f'(policy / reference)`, which takes the place of the log-ratio under another divergence than the reverse KL.
 
     | divergence | f' of the ratio u |
@@ -51,7 +54,7 @@ def divergence_scores(logratios: Tensor, f_divergence_type: str, f_alpha_diverge
     return logratios
 
 
-def length_desensitised(scores: Scores, sizes: Tensor, ld_alpha: float) -> Tensor:
+def length_desensitised(scores: Scores, sizes: Int[Tensor, " B"], ld_alpha: float) -> PerCompletion:
     """Log-probability of each completion with what exceeds the shortest of its example weighted by `ld_alpha`: `[K]`.
 
     Args:
@@ -76,7 +79,7 @@ def length_desensitised(scores: Scores, sizes: Tensor, ld_alpha: float) -> Tenso
     return scores.sum_by_completion(weights * scores.token_logps)
 
 
-def likelihood_weights(policy: Scores) -> Tensor:
+def likelihood_weights(policy: Scores) -> PerCompletion:
     """WPO's weight of each completion, `exp(mean_t log p_t - log sum_v p_v^2)`: `[K]`, without gradient.
 
     How likely the policy itself would have written it, against what it would write on average.

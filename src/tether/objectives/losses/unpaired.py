@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from tether.types import PerExample
 
 
 def kto(
-    logratios: Tensor,
-    desirable: Tensor,
-    baseline: Tensor | float,
+    logratios: PerExample,
+    desirable: Bool[Tensor, " B"],
+    baseline: Float[Tensor, ""] | float,
     *,
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
-) -> Tensor:
+) -> PerExample:
     """The KTO loss, `w (1 - s(d))` with `d = beta (logratio - baseline)` for a desirable row, its negative for another.
 
     Args:
@@ -43,13 +46,13 @@ def kto(
 
 
 def apo_zero_unpaired(
-    logratios: Tensor,
-    desirable: Tensor,
+    logratios: PerExample,
+    desirable: Bool[Tensor, " B"],
     *,
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
-) -> Tensor:
+) -> PerExample:
     """APO-zero on single completions, `w (1 - s(d))` with `d = beta logratio`, its negative for an undesirable row.
 
     It raises the likelihood of desirable completions and lowers that of others, whatever the divergence so far.
@@ -72,14 +75,14 @@ def apo_zero_unpaired(
 
 
 def bco(
-    logratios: Tensor,
-    desirable: Tensor,
-    baseline: Tensor | float,
+    logratios: PerExample,
+    desirable: Bool[Tensor, " B"],
+    baseline: Float[Tensor, ""] | float,
     *,
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
-) -> Tensor:
+) -> PerExample:
     """The BCO loss, `-w log s(d)` with `d = beta (logratio - baseline)` for a desirable row, its negative for another.
 
     Args:
@@ -101,9 +104,11 @@ def bco(
     return _weighted(losses, desirable, desirable_weight, undesirable_weight)
 
 
-def _signed(logratios: Tensor, desirable: Tensor, beta: float) -> Tensor:
+def _signed(logratios: PerExample, desirable: Bool[Tensor, " B"], beta: float) -> PerExample:
     return beta * torch.where(desirable.bool(), logratios, -logratios)
 
 
-def _weighted(losses: Tensor, desirable: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
+def _weighted(
+    losses: PerExample, desirable: Bool[Tensor, " B"], desirable_weight: float, undesirable_weight: float
+) -> PerExample:
     return losses * torch.where(desirable.bool(), desirable_weight, undesirable_weight).to(losses)

@@ -7,7 +7,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from tether.types import PerCompletion
 
 Scale = Literal["group", "batch", "none"]
 # What is added to a standard deviation before something is divided by it, as in TRL.
@@ -27,7 +30,7 @@ def spread(values: Tensor, dim: int | None = None) -> Tensor:
     return torch.where(count > 1, (total / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
 
-def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(rewards: Float[Tensor, "K R"], weights: Float[Tensor, " R"]) -> PerCompletion:
     """Rewards of each completion joined: `[K]` of `[K, R]`; NaN where none applies.
 
     Args:
@@ -43,7 +46,7 @@ def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
     return total.masked_fill(rewards.isnan().all(1), torch.nan)
 
 
-def group_advantages(rewards: Tensor, group: int, scale: Scale = "group") -> Tensor:
+def group_advantages(rewards: PerCompletion, group: int, scale: Scale = "group") -> PerCompletion:
     """Reward minus the mean of its group, over a standard deviation.
 
     Args:
@@ -68,7 +71,9 @@ def group_advantages(rewards: Tensor, group: int, scale: Scale = "group") -> Ten
     return centred.flatten().nan_to_num(nan=0.0)
 
 
-def normalize_then_sum(rewards: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def normalize_then_sum(
+    rewards: Float[Tensor, "K R"], weights: Float[Tensor, " R"], group: int
+) -> tuple[PerCompletion, PerCompletion]:
     """Each reward function normalised inside its group, their weighted sum normalised over all completions.
 
     Args:
@@ -89,7 +94,7 @@ def normalize_then_sum(rewards: Tensor, weights: Tensor, group: int) -> tuple[Te
     return ((total - total.nanmean()) / (spread(total) + EPSILON)).nan_to_num(nan=0.0), total
 
 
-def leave_one_out(rewards: Tensor, group: int, *, normalize: bool = False) -> Tensor:
+def leave_one_out(rewards: PerCompletion, group: int, *, normalize: bool = False) -> PerCompletion:
     """Reward minus the mean of the group's others.
 
     Args:
@@ -114,7 +119,7 @@ def leave_one_out(rewards: Tensor, group: int, *, normalize: bool = False) -> Te
     return advantages.nan_to_num(nan=0.0)
 
 
-def without_variance(rewards: Tensor, group: int) -> Tensor:
+def without_variance(rewards: PerCompletion, group: int) -> Bool[Tensor, " K"]:
     """Bool `[K]`: all rewards of the completion's group are the same number, so that none is better than another.
 
     >>> without_variance(torch.tensor([1.0, 1.0, 0.0, 1.0]), 2)

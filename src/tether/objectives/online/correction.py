@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tether.objectives.losses.policy_gradient import ratio
-from tether.types import Scores
+from tether.types import PerCompletion, PerToken, Scores
 
 Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -46,12 +47,14 @@ class Corrected:
         differences: `[N]` nats, proximal minus rollout; NaN where the engine reported none.
     """
 
-    factors: Tensor
-    raw: Tensor
-    differences: Tensor
+    factors: Float[Tensor, " F"]
+    raw: Float[Tensor, " F"]
+    differences: PerToken
 
 
-def corrected(proximal: Tensor, rollout: Tensor, mask: Tensor, scores: Scores, correction: Correction) -> Corrected:
+def corrected(
+    proximal: PerToken, rollout: PerToken, mask: PerToken, scores: Scores, correction: Correction
+) -> Corrected:
     """Weights of importance of the policy at the start of the updates over what the engine sampled from.
 
     Args:
@@ -75,8 +78,8 @@ def corrected(proximal: Tensor, rollout: Tensor, mask: Tensor, scores: Scores, c
 
 
 def kept_on_policy(
-    advantages: Tensor, policy: Tensor, rollout: Tensor, mask: Tensor, scores: Scores, threshold: float
-) -> Tensor:
+    advantages: PerCompletion, policy: PerToken, rollout: PerToken, mask: PerToken, scores: Scores, threshold: float
+) -> PerCompletion:
     """Float `[K]`, 0 for completions that are left out: a negative advantage, and too far from where they were sampled.
 
     Args:

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tether.objectives.losses.policy_gradient import HIGHEST_LOG_WEIGHT, LOWEST_LOG_WEIGHT, ratio, vespo_phi
 from tether.objectives.objective import Level, Objective
 from tether.objectives.online.correction import Corrected, Correction, corrected, kept_on_policy
 from tether.objectives.online.kl import KL
-from tether.types import LossOutput, LossTerm, Scores
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
+from tether.types import LossOutput, LossTerm, Metrics, PerCompletion, PerToken, Scores, Sum
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,11 @@ class Sampled:
         reference: `[N]` nats; None where there is none.
     """
 
-    advantages: Tensor
-    weights: Tensor
-    proximal: Tensor | None = None
-    rollout: Tensor | None = None
-    reference: Tensor | None = None
+    advantages: PerCompletion
+    weights: PerCompletion
+    proximal: PerToken | None = None
+    rollout: PerToken | None = None
+    reference: PerToken | None = None
 
 
 def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGradient) -> LossOutput:
@@ -117,7 +116,7 @@ def policy_gradient_loss(policy: Scores, sampled: Sampled, objective: PolicyGrad
     return LossOutput((_term(losses * mask, mask, policy, objective),), metrics)
 
 
-def _at_level(differences: Tensor, mask: Tensor, scores: Scores, level: Level) -> Tensor:
+def _at_level(differences: PerToken, mask: PerToken, scores: Scores, level: Level) -> PerToken:
     """Log-ratios `[N]`: of each token, or of its completion at each of its tokens."""
     if level == "token":
         return differences
@@ -127,7 +126,7 @@ def _at_level(differences: Tensor, mask: Tensor, scores: Scores, level: Level) -
     return total[scores.completion_index]
 
 
-def _log_weights(differences: Tensor, found: Corrected | None, mask: Tensor, scores: Scores) -> Tensor:
+def _log_weights(differences: PerToken, found: Corrected | None, mask: PerToken, scores: Scores) -> PerToken:
     total = scores.sum_by_completion(differences.detach().clamp(-HIGHEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT) * mask)
     if found is not None:
         logs = found.factors.log().clamp(LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT)
@@ -135,9 +134,7 @@ def _log_weights(differences: Tensor, found: Corrected | None, mask: Tensor, sco
     return total[scores.completion_index]
 
 
-def _mean_phi(
-    log_weights: Tensor, sampled: Sampled, objective: PolicyGradient, scores: Scores
-) -> tuple[Tensor, Tensor]:
+def _mean_phi(log_weights: PerToken, sampled: Sampled, objective: PolicyGradient, scores: Scores) -> Sum:
     """VESPO's weight, a mean over completions."""
     options = {**objective.row.defaults, **objective.options}
     places = (scores.lengths.cumsum(0) - scores.lengths).clamp(max=len(log_weights) - 1)
@@ -145,7 +142,7 @@ def _mean_phi(
     return _mean(vespo_phi(log_weights[places], sampled.advantages, **by_name), sampled.weights)
 
 
-def _of_high_entropy(policy: Scores, mask: Tensor, share: float) -> Tensor:
+def _of_high_entropy(policy: Scores, mask: PerToken, share: float) -> PerToken:
     """Float `[N]`: 1 for tokens whose entropy is among the highest `share` of those that are trained on."""
     if policy.entropy is None:
         raise ValueError('Tokens are chosen by entropy; score with outputs=("entropy",).')
@@ -155,7 +152,7 @@ def _of_high_entropy(policy: Scores, mask: Tensor, share: float) -> Tensor:
     return (policy.entropy >= torch.quantile(trained, 1 - share)).to(mask.dtype)
 
 
-def _term(losses: Tensor, mask: Tensor, scores: Scores, objective: PolicyGradient) -> LossTerm:
+def _term(losses: PerToken, mask: PerToken, scores: Scores, objective: PolicyGradient) -> LossTerm:
     averaged = objective.row.averaged
     if averaged == "tokens":
         return LossTerm(losses, "tokens")
@@ -167,7 +164,9 @@ def _term(losses: Tensor, mask: Tensor, scores: Scores, objective: PolicyGradien
     return LossTerm(total, "completions")
 
 
-def _metrics(policy: Scores, sampled: Sampled, objective: PolicyGradient, log_ratios: Tensor, mask: Tensor) -> Metrics:
+def _metrics(
+    policy: Scores, sampled: Sampled, objective: PolicyGradient, log_ratios: PerToken, mask: PerToken
+) -> Metrics:
     metrics: Metrics = {}
     if policy.entropy is not None:
         metrics["entropy"] = _mean(policy.entropy, mask)
@@ -199,11 +198,11 @@ def _metrics(policy: Scores, sampled: Sampled, objective: PolicyGradient, log_ra
     return metrics
 
 
-def _by_completion(values: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+def _by_completion(values: PerToken, mask: PerToken, scores: Scores) -> PerCompletion:
     return scores.sum_by_completion(values * mask) / scores.sum_by_completion(mask).clamp(min=1)
 
 
-def _correction_metrics(found: Corrected, mask: Tensor, weights: Tensor) -> Metrics:
+def _correction_metrics(found: Corrected, mask: PerToken, weights: PerCompletion) -> Metrics:
     """How far engine and trainer are apart, before and after the bounds."""
     trained = (mask if len(found.raw) == len(mask) else weights) > 0
     known = (mask > 0) & ~found.differences.isnan()
@@ -223,5 +222,5 @@ def _correction_metrics(found: Corrected, mask: Tensor, weights: Tensor) -> Metr
     return metrics
 
 
-def _mean(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _mean(values: Float[Tensor, " V"], mask: Float[Tensor, " V"]) -> Sum:
     return (values * mask).sum(), mask.sum()

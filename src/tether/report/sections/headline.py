@@ -41,6 +41,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     model, objective, lora = (config.get(key) for key in ("model", "objective", "lora"))
     if isinstance(model, dict):
         model = next((model[key] for key in ("name", "path", "source") if model.get(key)), None)
+    if isinstance(args := config.get("args"), dict):  # of a run that a Python script started
+        objective, lora = {"loss": args.get("loss_type"), **args}, config.get("peft_config")
     objective = objective if isinstance(objective, dict) else {}
     loss = objective.get("loss")
     beta = f", β {number(objective['beta'])}" if "beta" in objective else ""

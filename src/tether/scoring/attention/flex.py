@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
@@ -22,6 +23,9 @@ from tether.compat.messages import FLEX_UNCOMPILED
 from tether.errors import ScoringError
 from tether.scoring.attention.sdpa import Options
 from tether.types import Forest
+
+# Tokens of a block of the kernel, and of its mask.
+_BLOCK = 128
 
 
 def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options) -> Tensor:
@@ -35,6 +39,10 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: Fores
     on_cpu = query.device.type == "cpu"
     if on_cpu and any(tensor.requires_grad for tensor in (query, key, value)):
         raise ScoringError("FlexAttention has no backward on a CPU; use sdpa.")
+    length = query.shape[2]
+    # Rows of one length for the kernel: it is compiled for whole blocks, and for lengths that are not whole, again.
+    room = rounded(length) - length
+    query, key, value = (functional.pad(one, (0, 0, 0, room)) for one in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):
         # The kernel shares keys among a power of two of query heads only.
@@ -54,7 +62,12 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: Fores
         # A sink only adds to the softmax's denominator: exp(lse) / (exp(lse) + exp(sink)) of the output remains.
         share = torch.sigmoid(aux.lse - options.sinks.float()[None, :, None])
         found = output * share[..., None].to(output.dtype)
-    return found.transpose(1, 2)
+    return found[:, :, :length].transpose(1, 2)
+
+
+def rounded(length: int) -> int:
+    """The tokens of a row with those that fill its last block."""
+    return -(-length // _BLOCK) * _BLOCK
 
 
 @cache
@@ -88,7 +101,7 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
             seen = (q >= k) & related
             return seen if window is None else seen & (position[q] - position[k] < window)
 
-        length = forest.length
+        length = rounded(forest.length)
         # Compiled, it computes blocks and never holds a T x T mask.
         forest.cache[slot] = create_block_mask(
             sees, None, None, length, length, device=device, _compile=device.type != "cpu"
@@ -97,7 +110,7 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> Bloc
 
 
 def _token_tables(forest: Forest, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 `[T]` each: the segment a token is in, its tree's trunk as a segment, its position in its sequence."""
+    """int64 `[rounded T]` each: a token's segment, its tree's trunk as a segment, its position in its sequence."""
     segments, trunks, positions, lengths = [], [], [], []
     for tree in forest.trees:
         trunk = len(segments)
@@ -106,6 +119,11 @@ def _token_tables(forest: Forest, device: torch.device) -> tuple[Tensor, Tensor,
             trunks.append(trunk)
             lengths.append(end - start)
             positions.append(torch.arange(end - start) + (tree.trunk if number else 0))
+    room = rounded(forest.length) - forest.length  # tokens of no tree, which see each other alone
+    segments.append(len(segments))
+    trunks.append(segments[-1])
+    lengths.append(room)
+    positions.append(torch.arange(room))
     sizes = torch.tensor(lengths)
     tables = (torch.tensor(column).repeat_interleave(sizes) for column in (segments, trunks))
     segment, trunk = (table.to(device) for table in tables)

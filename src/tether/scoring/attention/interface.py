@@ -27,15 +27,19 @@ from tether.errors import ConfigError, ScoringError
 from tether.scoring.attention.flash import flash_attention, flash_problem
 from tether.scoring.attention.flex import flex_tree_attention
 from tether.scoring.attention.sdpa import Options, blocked_segments, segmented_attention
+from tether.scoring.attention.varlen import varlen_problem, varlen_tree_attention
 from tether.types import Forest
 
-Backend = Literal["blocked", "sdpa", "flex", "flash"]
+Backend = Literal["blocked", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = {
     "blocked": blocked_segments,
     "sdpa": segmented_attention,
     "flex": flex_tree_attention,
+    "varlen": varlen_tree_attention,
     "flash": flash_attention,
 }
+# Those that compute in half precision alone, which also their proof then has.
+HALF = ("varlen", "flash")
 
 
 class Decoding(Protocol):
@@ -175,8 +179,8 @@ def backends_for(device: torch.device | str, *, gradients: bool, requested: str 
     problem = ""
     if requested == "flex" and kind == "cpu" and gradients:
         problem = "FlexAttention has no backward on a CPU"
-    elif requested == "flash":
-        problem = flash_problem(kind)
+    elif requested in HALF:
+        problem = flash_problem(kind) if requested == "flash" else varlen_problem(kind)
     if problem:
         raise ConfigError(f"attention_backend is {requested!r}: {problem}. Use auto or sdpa.")
     return (requested,)  # type: ignore[return-value]

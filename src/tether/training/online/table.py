@@ -17,7 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import RewardError
-from tether.training.progress import console
+from tether.progress import console
 
 FOLDER = "completions"
 # Columns of the table itself, which no reward function and no `log_extra` may take.

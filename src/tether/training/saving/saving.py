@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tether.compat.trainer import use_averages
+from tether.progress import working
 from tether.reference.methods.shards import is_sharded
 from tether.training.config import PreferenceConfig
 from tether.training.saving.finite import FiniteGuard
@@ -48,7 +49,9 @@ class Saving:
         """Compare what is loaded from a folder with the policy; `shards`: what was saved is in a form of its own."""
         if self._accelerator.is_main_process:
             reason = "its weights are in shards" if shards or is_sharded(policy) else ""
-            logger.info(f"saved: {folder}: {self._compared(policy, folder, reason)}")
+            with working("comparing what was saved with the model in memory"):
+                found = self._compared(policy, folder, reason)
+            logger.info(f"saved: {folder}: {found}")
 
     def prove_start(self, policy: nn.Module, folder: Path) -> None:
         """The same for a rehearsal, of a policy whose base was rewritten by its adapter."""

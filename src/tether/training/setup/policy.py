@@ -29,6 +29,7 @@ from tether.models.before.limits import Limits
 from tether.models.chat_template import use_chat_template
 from tether.models.spec import ModelSpec, select_trainable, use_tokens
 from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
+from tether.progress import Lines
 from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router, lacking_router
 from tether.training.checkpoint import refuse_silent_reanchoring
@@ -119,7 +120,7 @@ def _with_quantization(args: PreferenceConfig, quantization: Any) -> PreferenceC
 def make_audible(args: PreferenceConfig) -> None:
     """What a run says about its reference and its data must be seen, also in a script that never set up logging."""
     if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(Lines())
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
 

@@ -26,9 +26,11 @@ from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
 from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
+from tether.progress import working
 from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
 from tether.scoring import Layout, choose_layout, pack
+from tether.scoring.attention.interface import HALF
 from tether.scoring.batch import with_prompts
 from tether.scoring.layout.proof import LayoutChoice, prove_again
 from tether.training.algorithms.base import Algorithm
@@ -168,7 +170,8 @@ def build_run(
     if args.disable_dropout:
         prove.determinism(policy, probe)
     spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer), before)
-    resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
+    with working("proving the reference"):
+        resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
     stored, line = with_store(resolved, args, accelerator, policy_now)
     logger.info(line)
     logger.info(algorithm.describe())
@@ -245,7 +248,7 @@ class _Prover:
     def __call__(self, model: nn.Module, whose: str, requested: Layout | None = None) -> tuple[Layout, Scorer]:
         """A model's layout, proved, and the scoring function in it, in the run's precision everywhere."""
         compute_by_products(model)
-        with self._proving():
+        with self._proving(), working(f"proving the {whose}layout"):
             choice = choose_layout(
                 model,
                 self._examples,
@@ -274,8 +277,8 @@ class _Prover:
 
     def _proving(self) -> AbstractContextManager[Any]:
         """The precision of a proof: the weights' own, as rounding under autocast would hide small mistakes."""
-        # FlashAttention knows no float32.
-        return self._accelerator.autocast() if self._args.attention_backend == "flash" else nullcontext()
+        # Some kernels know no float32.
+        return self._accelerator.autocast() if self._args.attention_backend in HALF else nullcontext()
 
     def determinism(self, policy: nn.Module, probe: ScoringBatch) -> None:
         """With dropout disabled, training mode must compute what evaluation mode does.
