@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -73,6 +74,7 @@ class NearDuplicates:
     def __init__(self, expected: int) -> None:
         self._groups = Groups(expected * (HASHES // BAND))
         self._signatures = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
+        weakref.finalize(self, self._signatures.close)
         self._numbers: list[np.ndarray] = []
 
     def add(self, numbers: Sequence[int], texts: Sequence[tuple[str, str]]) -> None:
