@@ -7,7 +7,7 @@
 #   make test-quantized  quantised bases (bitsandbytes, torchao)   make test-vllm  against a real vLLM server
 #   make faults     kills, damaged files, full disks, lost processes (an hour; FAULTS_EVERY=1 for every place)
 #   make test-gpu   what differs on a GPU, then the benchmark of one (WHEELS=folder: from wheels that were brought along)
-#   make test-deepspeed  ZeRO stages 2 and 3 in two processes
+#   make test-deepspeed  ZeRO stages 2 and 3 in two processes   make test-object-store  stores on an S3 server
 #   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
 #   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
@@ -15,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -66,8 +66,17 @@ test-gpu: $(DEV_STAMP)
 
 # In a folder of their own: transformers imports torchao wherever it finds it, with warnings.
 QUANTIZED := .venv/quantization
+OBJECT_STORE := .venv/object_store
 test-quantized: $(DEV_STAMP) $(QUANTIZED)/.installed
 	@PYTHONPATH=$(QUANTIZED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -W ignore tests/reference/test_quantized.py tests/cli/test_quantized_runs.py tests/compat/test_bitsandbytes.py $(ARGS)
+
+# In a folder of their own: botocore wants an older python-dateutil than the other packages.
+test-object-store: $(DEV_STAMP) $(OBJECT_STORE)/.installed
+	@PYTHONPATH=$(OBJECT_STORE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -m "slow or not slow" -k s3 -W ignore tests/reference/test_store.py $(ARGS)
+
+$(OBJECT_STORE)/.installed: tests/reference/object_store.lock
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps --target $(OBJECT_STORE) --upgrade -r $<
+	@touch $@
 
 $(QUANTIZED)/.installed: requirements.lock
 	@$(PIP) --no-deps --target $(QUANTIZED) --upgrade bitsandbytes torchao

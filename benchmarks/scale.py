@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/scale.py [--pairs 1000 10000 100000] [--what read prepare check train] [--out FILE.json]
 
 Each figure is of a process of its own, without the cache of prepared rows. `--pairs 1000000` is an option: its file has
-2 GB. Memory is the most that the process had resident; `over` is that less what it had before it saw a row.
+2 GB. Memory is the most that the process had resident; `own` is the part of it that no file lies behind, which the
+system cannot take back, less what it was before the process saw a row.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from typing import Any
 
 from common import (
     RESULTS,
+    PrivateMemory,
     is_worker,
     markdown,
     new_report,
     peak_memory_mib,
     read_spec,
-    resident_memory_mib,
     run_worker,
     write_report,
     write_result,
 )
 
 WHAT = ("read", "prepare", "check", "train")
-HEADER = ("what", "pairs", "file, MB", "seconds", "µs a pair", "peak, MiB", "over, MiB", "over a file")
+HEADER = ("what", "pairs", "file, MB", "seconds", "µs a pair", "resident, MiB", "own, MiB")
 _WORDS = 4000
 
 
@@ -50,9 +51,8 @@ def main() -> None:
             for what in options.what:
                 found = run_worker(Path(__file__), {"what": what, "file": str(file), "pairs": pairs})
                 report["results"].append({"what": what, "pairs": pairs, "file_mb": size, **found})
-                over = found["peak_mib"] - found["before_mib"]
                 figures = [f"{size:.1f}", f"{found['seconds']:.2f}", f"{found['seconds'] / pairs * 1e6:.0f}"]
-                figures += [f"{found['peak_mib']:.0f}", f"{over:.0f}", f"{over * 1.048576 / size:.1f} ×"]
+                figures += [f"{found['peak_mib']:.0f}", f"{found['own_mib']:.0f}"]
                 rows.append((what, f"{pairs:,}", *figures))
                 print(" ".join(map(str, rows[-1])), flush=True)
             file.unlink()
@@ -107,9 +107,11 @@ def work() -> None:
         "check": lambda: check(load_rows(spec["file"]), tokenizer=tokenizer),
         "train": train,
     }
-    before, start = resident_memory_mib(), time.perf_counter()
-    does[spec["what"]]()
-    write_result({"seconds": time.perf_counter() - start, "before_mib": before, "peak_mib": peak_memory_mib()})
+    start = time.perf_counter()
+    with PrivateMemory() as own:
+        does[spec["what"]]()
+    seconds = time.perf_counter() - start
+    write_result({"seconds": seconds, "own_mib": own.peak_mib - own.before_mib, "peak_mib": peak_memory_mib()})
 
 
 if __name__ == "__main__":

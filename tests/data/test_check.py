@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from data.samples import assistant, chat, pair, user
 from tether.cli.data.tables import notes
 from tether.data import load_rows
+from tether.data.audit import groups
 from tether.data.audit import language as languages
+from tether.data.audit import near_duplicates as near
 from tether.data.audit.audit import FINDINGS, check
 from tether.data.audit.language import is_in_another_language, language, script
 from tether.data.audit.lengths import Limited, measured
@@ -34,8 +37,12 @@ def distinct(n: int, **more: Any) -> dict:
 
 def near_duplicates(texts: list[str]) -> list[int]:
     """Numbers, from 0, of the texts that are almost like an earlier one."""
-    seen = NearDuplicates()
-    return [number for number, text in enumerate(texts) if seen.add(text) is not None]
+    seen = NearDuplicates(len(texts))
+    rows = [(text, "") for text in texts]
+    seen.add(list(range(len(texts))), rows)
+    alike, others = seen.alike(lambda numbers: [rows[number] for number in numbers], len(texts))
+    assert not others.any()
+    return alike.nonzero()[0].tolist()
 
 
 def test_clean_rows_show_nothing_but_lengths() -> None:
@@ -202,7 +209,7 @@ def test_without_its_library_languages_are_left_out_and_that_is_said(monkeypatch
     rows = load_rows([pair(SAID["english"], SAID["dutch"], " no")])
     assert check(rows).findings["other_language"].rows == (1,)
     monkeypatch.setattr(languages, "detector", lambda: None)
-    monkeypatch.setattr("tether.data.audit.audit.detector", lambda: None)
+    monkeypatch.setattr("tether.data.audit.look.detector", lambda: None)
     monkeypatch.setattr("tether.data.audit.limits.detector", lambda: None)
     monkeypatch.setattr("tether.cli.data.tables.detector", lambda: None)
     without = check(rows)
@@ -259,7 +266,36 @@ def test_many_texts_that_are_half_alike_are_compared_with_few() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tether.data.audit.near_duplicates.jaccard", counted)
         assert near_duplicates([*texts, texts[399]]) == [400]
-    assert 0 < len(compared) < 400 * 64
+    assert 0 < len(compared) < 40
+
+
+def test_a_check_in_pieces_on_disk_finds_what_one_in_memory_finds(tmp_path, monkeypatch) -> None:
+    """Every finding that a row shares with others; and nothing is left of the pieces."""
+    words = [" ".join(f"w{(n * k) % 97}" for k in range(1, 60)) for n in range(40)]
+    rows = [pair(f"{text} {n}", f" yes {text}", f" no {n}") for n, text in enumerate(words)]
+    rows += [
+        rows[3],
+        pair(rows[5]["prompt"], rows[5]["rejected"], rows[5]["chosen"]),
+        pair(words[7] + " x", " a", " b"),
+    ]
+    rows += [pair(f"{words[9]} 9 more", f" yes {words[9]}", " no 9"), pair(words[11], None, " broken")]
+    held = [rows[1], pair(f"{words[2]} 2 else", f" yes {words[2]}", " no 2"), pair(rows[4]["prompt"], " p", " q")]
+    whole = check(load_rows(rows), evaluation=[load_rows(held[:1]), load_rows(held[1:])])
+    for name in ("PIECE", "_WAITING", "_SINGLE"):
+        monkeypatch.setattr(groups, name, 7)
+    monkeypatch.setattr(near, "_PAIRS", 3)
+    monkeypatch.setattr(near, "_READ", 2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pieces = check(load_rows(rows), evaluation=[load_rows(held[:1]), load_rows(held[1:])])
+    assert pieces.to_dict() == whole.to_dict()
+    holding = {name: one.rows for name, one in whole.findings.items() if one.count}
+    assert holding["duplicates"] == (41,)
+    assert holding["contradictions"] == (42,)
+    assert holding["near_duplicates"] == (42, 43, 44)
+    assert holding["in_evaluation"] == (2,)
+    assert holding["prompts_in_evaluation"] == (2, 5)
+    assert holding["near_evaluation"] == (3, 5)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["", "one", "two words", "   "])

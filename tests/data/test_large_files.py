@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import tempfile
 
 import pytest
 
+from data.samples import byte_level
+from tether.compat.datasets import arrow_table
+from tether.data import prepare, spool
+from tether.data.prepare.cache import prepare_cached
 from tether.data.sources import files, load
 from tether.data.sources.load import load_rows
 from tether.errors import DataError
@@ -31,6 +36,31 @@ def test_a_large_file_in_pieces_is_the_small_one_read_whole(tmp_path, monkeypatc
     assert read == []
     assert pieces.to_list() == whole.to_list()
     assert pieces.features == whole.features
+
+
+@pytest.mark.parametrize("write", ["jsonl", "parquet", "two files"])
+def test_rows_on_disk_are_read_and_prepared_as_those_in_memory(tmp_path, monkeypatch, write):
+    path = written(tmp_path / "rows.jsonl", ROWS * 30)
+    if write == "parquet":
+        load_rows(path).to_parquet(path := str(tmp_path / "rows.parquet"))
+    source = [path, written(tmp_path / "more.jsonl", ROWS)] if write == "two files" else path
+    whole, done = load_rows(source), prepare(source, byte_level(eos_token="<eos>"), max_length=16)
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(load, "_LARGE", 1)
+    monkeypatch.setattr(load, "_PIECE", 700)
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    rows, again = load_rows(source), prepare(source, byte_level(eos_token="<eos>"), max_length=16)
+    assert arrow_table(rows).column(0).num_chunks > 1
+    assert rows.to_list() == whole.to_list()
+    assert rows.features == whole.features
+    assert (again.report, again.row_digests) == (done.report, done.row_digests)
+    assert again.dataset.to_list() == done.dataset.to_list()
+    assert again.report.duplicates == 29 * 50 + (50 if write == "two files" else 0)
+    assert list(temporary.iterdir()) == []
+    restored = [prepare_cached(source, byte_level(eos_token="<eos>"), folder=tmp_path, max_length=16) for _ in range(2)]
+    assert [one.report for one in restored] == [done.report] * 2
+    assert list(restored[1].prompt_digests) == list(done.prompt_digests)
 
 
 def test_pieces_of_other_types_are_read_whole(tmp_path, monkeypatch):

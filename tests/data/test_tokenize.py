@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +23,7 @@ from data.samples import (
     user,
 )
 from tether.data import Encoder, Tokenized, chat_template, load_rows, preferences, read_preferences, render, tokenize
+from tether.data.text import bounded
 from tether.errors import DataError
 
 
@@ -256,3 +259,30 @@ def test_a_template_that_refuses_a_conversation_names_the_row() -> None:
         DataError, match=r"row 2: the chat template refuses .*no system role.*; its roles are system, user"
     ):
         run(chat_tokenizer(REFUSING), *rows)
+
+
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for m in messages %}{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{% if messages|length > 2 %}" + ENDLESS + "{% endif %}{{ messages }}"])
+def test_a_template_that_does_not_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that ends for the conversations it is first tried with."""
+    monkeypatch.setattr(bounded, "ENDS_WITHIN", 0.3)
+    tokenizer = byte_level(eos_token="<eos>")
+    tokenizer.chat_template = template
+    row = pair([user("Hi"), assistant("Hm"), user("So?")], [assistant("yes")], [assistant("no")])
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"The chat template did not end within 0\.3 s"):
+        run(tokenizer, row, row)
+    assert time.monotonic() - begun < 20
+
+
+def test_what_ends_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "ENDS_WITHIN", 0.2)
+    with bounded.ending_template():
+        pass
+    begun = time.monotonic()
+    while time.monotonic() - begun < 0.4:
+        pass

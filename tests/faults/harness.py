@@ -95,7 +95,8 @@ class Home:
         common = {
             "model": str(nursery.folder / "model"),
             "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
-            "train": TRAIN,
+            # Of sampled completions, the limits of prompts and completions say how long a row is.
+            "train": {key: value for key, value in TRAIN.items() if (key, kind) != ("max_length", "grpo")},
             "output": "out",
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(together(common, KINDS[kind])), encoding="utf-8")

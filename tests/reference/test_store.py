@@ -37,9 +37,27 @@ def value_of(key):
     return -random.random(random.integers(1, 40)).astype(np.float32)
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket of an S3 server of ours; `make test-object-store` installs it apart and runs what needs it."""
+    moto, _, s3fs = (pytest.importorskip(name) for name in ("moto.server", "moto", "s3fs"))
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    reached = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fsspec.config.conf, "s3", reached)
+        s3fs.S3FileSystem().mkdir("tether")
+        yield "s3://tether"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def path(request, tmp_path):
     """A local folder, whose parts are mapped; an object store, of whose parts copies are mapped."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
     return str(tmp_path / "store") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
 
 

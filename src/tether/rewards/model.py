@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from tether.data.text.bounded import ending_template
 from tether.errors import ConfigError
 from tether.models.load import check_source, ensure_pad_token
 from tether.rewards.ready import text_of
@@ -52,4 +53,5 @@ class ModelReward:
     def _joined(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
             return prompt + text_of(completion)
-        return str(self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+        with ending_template():
+            return str(self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from tether.data.text.bounded import ending_template
 from tether.errors import ConfigError
 
 _TALK = ("prompt", "chosen", "rejected", "completion", "messages")
@@ -143,7 +144,8 @@ def apply_chat_template(
 
     def write(messages: Sequence[Any], **how: Any) -> str:
         further = {**(example.get("chat_template_kwargs") or {}), **template_kwargs}
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **further, **how)
+        with ending_template():
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **further, **how)
 
     label = {"label": example["label"]} if "label" in example else {}
     if "messages" in example:

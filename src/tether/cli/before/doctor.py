@@ -247,9 +247,12 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
 def _template(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     if not tokenizer.chat_template:
         return [Finding("note", "no chat template: rows must be text, not conversations")]
+    from tether.data.text.bounded import ending_template
+
     try:
-        prompt = tokenizer.apply_chat_template(_CHAT[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(_CHAT, tokenize=False)
+        with ending_template():
+            prompt = tokenizer.apply_chat_template(_CHAT[:1], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(_CHAT, tokenize=False)
     except Exception as error:  # a template is a program written by others
         return [Finding("problem", f"the chat template refuses a plain conversation ({error})")]
     if not str(whole).startswith(str(prompt)):

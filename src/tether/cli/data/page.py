@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, islice, pairwise, repeat
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from tether.cli.data.tables import notes
 from tether.data.audit.audit import FINDINGS
@@ -14,6 +17,9 @@ from tether.report.render import page
 if TYPE_CHECKING:
     from tether.data.audit.audit import Check
     from tether.data.show import Token
+
+# Lengths that a chart is drawn of.
+_DRAWN = 200_000
 
 
 def check_page(found: Sequence[Check], over: Sequence[str]) -> str:
@@ -50,8 +56,16 @@ def tokens_page(rows: Sequence[list[list[Token]]], number: int) -> str:
     return page("row.html", f"Row {number} · Tether", number=number, parts=parts)
 
 
+def _lengths(part: str, sizes: Counter[int]) -> Markup | None:
+    """How often there are which lengths; of very many rows, of an even part of them."""
+    every = -(-sizes.total() // _DRAWN)
+    title = f"{part}: characters" + (f" (one row in {every:,})" if every > 1 else "")
+    ordered = chain.from_iterable(repeat(size, sizes[size]) for size in sorted(sizes))
+    return histogram(title, [Values("", list(islice(ordered, 0, None, every)))])
+
+
 def _set(found: Check) -> dict[str, Any]:
-    charts = [histogram(f"{part}: characters", [Values("", values)]) for part, values in found.characters.items()]
+    charts = [_lengths(part, sizes) for part, sizes in found.characters.items()]
     if found.lengths is not None:
         totals = [Values("", found.lengths.totals)]
         charts.append(histogram("prompt and longest completion: tokens", totals))

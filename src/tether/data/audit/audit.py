@@ -6,26 +6,21 @@ Called by `tether data check`, and by a run on a sample of its rows. It needs no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit.language import detector, is_in_another_language, is_odd, is_refusal, script
 from tether.data.audit.lengths import Lengths, Limited, Reading, drawing, measured
-from tether.data.audit.near_duplicates import NearDuplicates
-from tether.data.images.inputs import reads_images, require_processor
-from tether.data.images.parts import as_text, has_parts, identity, image_column, missing_file
-from tether.data.prepare.report import MarkerFinder, digest
-from tether.data.rows.schema import Schema, python_rows, record, row_faults, schema_of
-from tether.data.rows.values import is_blank, texts_of
+from tether.data.audit.look import look
+from tether.data.audit.seen import Looked, Seen
+from tether.data.prepare.report import MarkerFinder
+from tether.data.rows.columns import BATCH_ROWS
 from tether.data.text.template import text_tokenizer
 from tether.data.text.truncate import TruncationMode
-from tether.types import Kind, Messages, Preference
+from tether.types import Kind
 
 # What is looked for, in the words in which it is reported; each is a share of the rows.
 FINDINGS = {
@@ -49,7 +44,6 @@ FINDINGS = {
     "truncated": "would be cut",
     "image_cut": "would lose a part of an image, so they are dropped",
 }
-SHOWN_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -79,10 +73,11 @@ class Check:
         findings: name of a finding, see `FINDINGS`, to what was found; those that do not apply are left out.
         faults: what is wrong with the first broken rows, in words.
         length_bias: `longer_wins`, the accuracy of preferring the longer completion, and mean characters of each.
+        unequal_lengths: pairs whose answers have different lengths in characters.
         markers: marker to rows that carry it.
         scripts: script to rows answered in it.
         opening: the most frequent first words of preferred answers.
-        characters: `prompt` and parts to their lengths in characters, for histograms.
+        characters: `prompt` and parts to lengths in characters and how often there are such, for histograms.
         lengths: in tokens; None without a tokenizer.
     """
 
@@ -93,10 +88,11 @@ class Check:
     findings: dict[str, Finding]
     faults: tuple[str, ...]
     length_bias: dict[str, float]
+    unequal_lengths: int
     markers: dict[str, int]
     scripts: dict[str, int]
     opening: str
-    characters: dict[str, list[int]] = field(repr=False)
+    characters: dict[str, Counter[int]] = field(repr=False)
     lengths: Lengths | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,28 +103,6 @@ class Check:
             plain["lengths"] = self.lengths.to_dict()
         plain["faults"] = list(self.faults)
         return plain
-
-
-@dataclass
-class _Seen:
-    """What was found so far, in one pass over the rows."""
-
-    rows: dict[str, list[int]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    digests: set[bytes] = field(default_factory=set)
-    orders: dict[bytes, bytes] = field(default_factory=dict)
-    prompts: list[tuple[int, bytes]] = field(default_factory=list)
-    markers: Counter[str] = field(default_factory=Counter)
-    scripts: Counter[str] = field(default_factory=Counter)
-    openings: dict[str, list[int]] = field(default_factory=dict)
-    characters: dict[str, list[int]] = field(default_factory=dict)
-    near: NearDuplicates = field(default_factory=NearDuplicates)
-
-    def note(self, finding: str, number: int, holds: bool = True) -> None:
-        """Note a row where something holds."""
-        rows = self.rows.setdefault(finding, [])
-        if holds:
-            rows.append(number)
 
 
 def check(
@@ -167,195 +141,54 @@ def check(
     step = max(total // sample, 1) if sample else 1
     places = range(0, total, step)
     given = rows if step == 1 else rows.select(places)
-    looked = _Looked.of(given, tokenizer, name)
-    schema = schema_of(looked.rows, kind, name)
+    own = Looked.of(given, kind, tokenizer, name)
+    others = [Looked.of(one, kind, tokenizer, name) for one in evaluation]
     finder = MarkerFinder(None if tokenizer is None else text_tokenizer(tokenizer))
-    held = _Held.of(evaluation, kind, tokenizer, name) if evaluation else None
-    seen, reading = _Seen(), Reading(given, step) if any(looked.images) else None
+    seen, reading = Seen(own, others, places), Reading(given, step) if any(own.images) else None
+    seen.read_evaluation()
     every, good, drawn = drawing(len(given), reading), 0, []
-    for place, row, images, fault in zip(places, python_rows(looked.rows, schema.columns), *looked.beside, strict=True):
-        number = place + 1
-        faults = [fault] if fault else row_faults(row, schema)
-        seen.note("broken", number, bool(faults))
-        if faults:
-            seen.faults += [f"row {number}: {fault}" for fault in faults]
-            continue
-        found = record(row, schema, place)
-        _look(found, images, number, seen, finder, held)
-        if good % every == 0:  # the others are forgotten: a check holds no whole set in memory
-            drawn.append(found)
-        good += 1
+    for start in range(0, len(given), BATCH_ROWS):
+        for found, images in seen.batch(start):
+            look(found, images, seen, finder)
+            if good % every == 0:  # the others are forgotten: a check holds no whole set in memory
+                drawn.append(replace(found, source_row=places[found.source_row]))
+            good += 1
     lengths = None
     if tokenizer is not None and drawn:
         limit = Limited(max_length, cast(TruncationMode, truncation_mode))
-        lengths = measured(drawn, good, schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name)
-        seen.faults += lengths.unreadable
-    return _result(seen, schema, kind, len(given), total, lengths, name)
+        lengths = measured(
+            drawn, good, own.schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name
+        )
+        seen.add_faults(lengths.unreadable)
+    seen.compare()
+    return _result(seen, kind, total, lengths, name)
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """Rows of text, and for each row what tells its images from others and what is wrong with them."""
-
-    rows: Dataset
-    images: list[str]
-    faults: list[str]
-
-    @property
-    def beside(self) -> tuple[list[str], list[str]]:
-        return self.images, self.faults
-
-    @classmethod
-    def of(cls, rows: Dataset, tokenizer: Any, name: str) -> _Looked:
-        if tokenizer is not None:
-            require_processor(rows, tokenizer, name=name)
-        nothing = [""] * len(rows)
-        # A tokenizer of text reads no parts, so a run of it would refuse them.
-        parts = has_parts(rows) and (tokenizer is None or reads_images(tokenizer))
-        if not parts and image_column(rows) is None:
-            return cls(rows, nothing, nothing)
-        text, faults = as_text(rows, getattr(tokenizer, "image_token", None)), nothing.copy()
-        for place, references in enumerate(text.references):
-            lost = missing_file(references)
-            faults[place] = text.faults.get(place + 1, f"its image `{lost}` is not there" if lost is not None else "")
-        return cls(text.rows, list(map(identity, text.references)), faults)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """An evaluation set, to be asked what of it is elsewhere."""
-
-    rows: frozenset[bytes]
-    prompts: frozenset[bytes]
-    near: NearDuplicates
-
-    @classmethod
-    def of(cls, sets: Sequence[Dataset], kind: Kind, tokenizer: Any, name: str) -> _Held:
-        near, whole, prompts = NearDuplicates(), set(), set()
-        for rows in sets:
-            looked = _Looked.of(rows, tokenizer, name)
-            schema = schema_of(looked.rows, kind, name)
-            for row, images, fault in zip(python_rows(looked.rows, schema.columns), *looked.beside, strict=True):
-                if not fault and not row_faults(row, schema):
-                    found = record(row, schema, 0)
-                    near.add(_text(found), images)
-                    whole.add(_digest(found, images))
-                    prompts.add(_asked(found, images))
-        return cls(frozenset(whole), frozenset(prompts), near)
-
-
-def _look(row: Preference, images: str, number: int, seen: _Seen, finder: MarkerFinder, held: _Held | None) -> None:
-    own, prompt = _digest(row, images), _asked(row, images)
-    repeated = own in seen.digests
-    seen.digests.add(own)
-    text = _text(row)
-    seen.note("duplicates", number, repeated)
-    seen.note("near_duplicates", number, seen.near.add(text, images) is not None and not repeated)
-    if held is not None:
-        inside = own in held.rows
-        seen.note("in_evaluation", number, inside)
-        seen.note("prompts_in_evaluation", number, prompt in held.prompts)
-        seen.note("near_evaluation", number, not inside and held.near.find(text, images) is not None)
-    if row.completions:
-        alike = any(one in row.completions[:k] for k, one in enumerate(row.completions))
-        seen.note("empty", number, any(map(is_blank, row.completions)))
-        if len(row.completions) > 1:
-            seen.note("identical", number, alike)
-        if row.kind in ("pair", "ranked", "unpaired"):
-            seen.note("contradictions", number, not alike and _contradicts(row, prompt, seen))
-        _look_at_answers(row, number, seen)
-    texts = [part for value in (row.prompt, *row.completions) for part in texts_of(value)]
-    found = finder.find(texts)
-    seen.markers.update(found)
-    seen.note("markers", number, bool(found))
-    if isinstance(row.prompt, list):
-        seen.note("odd_roles", number, any(is_odd([*row.prompt, *cast(Messages, c)]) for c in row.completions or ([],)))
-    seen.characters.setdefault("prompt", []).append(sum(map(len, texts_of(row.prompt))))
-
-
-def _look_at_answers(row: Preference, number: int, seen: _Seen) -> None:
-    answers = [" ".join(texts_of(completion)) for completion in row.completions]
-    sizes = list(map(len, answers))
-    first = answers[0]
-    desirable = row.values.get("label", 1.0) == 1.0
-    names = ("chosen", "rejected") if row.kind in ("pair", "ranked") else ("completion",)
-    for part, size in zip(names, (sizes[0], sizes[-1]), strict=False):
-        seen.characters.setdefault(part, []).append(size)
-    if len(names) > 1:
-        seen.note("longer_chosen", number, sizes[0] > sizes[-1])
-        seen.note("refusals_rejected", number, is_refusal(answers[-1]))
-    seen.note("refusals", number, desirable and is_refusal(first))
-    question = " ".join(texts_of(row.prompt))
-    asked, answered = script(question), script(first)
-    seen.note("other_script", number, bool(asked and answered and asked != answered))
-    if asked and asked == answered and detector() is not None:
-        seen.note("other_language", number, is_in_another_language(first, question))
-    if answered:
-        seen.scripts[answered] += 1
-    opening = " ".join(first.split(None, 4)[:4])
-    if opening:
-        seen.openings.setdefault(opening, []).append(number)
-
-
-def _contradicts(row: Preference, prompt: bytes, seen: _Seen) -> bool:
-    """Whether an earlier row says the opposite: the same two answers the other way round, or another label."""
-    said = [digest(*_parts(completion)) for completion in row.completions]
-    if row.kind == "unpaired":
-        label = str(row.values["label"]).encode()
-        return seen.orders.setdefault(prompt + said[0], label) != label
-    opposed = False
-    for better, worse in combinations(said, 2):
-        key, order = prompt + min(better, worse) + max(better, worse), better
-        opposed |= seen.orders.setdefault(key, order) != order
-    return opposed
-
-
-def _parts(value: str | Messages) -> list[str]:
-    return [value] if isinstance(value, str) else [part for m in value for part in (m["role"], m["content"])]
-
-
-def _asked(row: Preference, images: str) -> bytes:
-    """Digest of a prompt, of which its images are a part."""
-    return digest(images, *_parts(row.prompt))
-
-
-def _digest(row: Preference, images: str) -> bytes:
-    label = [str(row.values["label"])] if "label" in row.values else []
-    answers = (part for completion in row.completions for part in _parts(completion))
-    return digest(images, *_parts(row.prompt), *answers, *label)
-
-
-def _text(row: Preference) -> str:
-    return " ".join(part for value in (row.prompt, *row.completions) for part in texts_of(value))
-
-
-def _result(
-    seen: _Seen, schema: Schema, kind: Kind, rows: int, total: int, lengths: Lengths | None, name: str
-) -> Check:
-    opening, places = max(seen.openings.items(), key=lambda item: len(item[1]), default=("", []))
-    numbers: Iterator[tuple[str, Sequence[int]]] = iter(
-        {**seen.rows, **({"openings": places} if len(places) > 1 else {})}.items()
-    )
-    findings = {key: Finding(len(found), len(found) / rows, tuple(found[:SHOWN_ROWS])) for key, found in numbers}
+def _result(seen: Seen, kind: Kind, total: int, lengths: Lengths | None, name: str) -> Check:
+    rows = len(seen.own.rows)
+    findings = {key: Finding(count, count / rows, tuple(seen.rows[key])) for key, count in seen.counts.items()}
     if lengths is not None and lengths.truncated is not None:
         findings["truncated"] = Finding(round(lengths.truncated * rows), lengths.truncated)
     if lengths is not None and lengths.image_cut is not None:
         findings["image_cut"] = Finding(round(lengths.image_cut * rows), lengths.image_cut)
-    sizes = {part: np.array(values) for part, values in seen.characters.items()}
-    bias = {f"characters_{part}": float(values.mean()) for part, values in sizes.items()}
-    if "rejected" in sizes and (unequal := int((sizes["chosen"] != sizes["rejected"]).sum())):
-        bias["longer_wins"] = float((sizes["chosen"] > sizes["rejected"]).sum() / unequal)
+    bias = {
+        f"characters_{part}": sum(size * count for size, count in sizes.items()) / sizes.total()
+        for part, sizes in seen.characters.items()
+    }
+    if seen.unequal:
+        bias["longer_wins"] = seen.longer / seen.unequal
     return Check(
         name=name,
         kind=kind,
         rows=rows,
         total=total,
         findings={key: findings[key] for key in FINDINGS if key in findings},
-        faults=tuple(seen.faults[:20]),
+        faults=tuple(seen.faults),
         length_bias=bias,
+        unequal_lengths=seen.unequal,
         markers=dict(seen.markers.most_common(10)),
         scripts=dict(seen.scripts.most_common()),
-        opening=opening if len(places) > 1 else "",
-        characters=seen.characters,
+        opening=seen.opening,
+        characters=dict(seen.characters),
         lengths=lengths,
     )

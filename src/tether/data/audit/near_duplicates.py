@@ -4,30 +4,42 @@ A text is the set of its runs of three words; in scripts without spaces, of thre
 makes the signature; texts that share a band of it are compared set by set, so that what is reported is exact and only
 what is missed is chance.
 
-The index of bands is a dictionary of our own and not `rensa.RMinHashLSH`, whose query returns every text of a bucket:
-rows that share a long system prompt are half alike, so that each query returns most of the rows before it. Of 3,000
-such rows (150 words of 220 shared) it took 55.6 s of CPU time against 1.0 s here; of 20,000 rows of other texts
-1.9 s against 2.7 s.
+What is kept of a text is its signature, 256 bytes, and 16 records of 16 bytes, both on disk where there are many; the
+texts themselves are read again where two signatures say that they may be alike.
+
+The index of bands is one of our own and not `rensa.RMinHashLSH`, whose query returns every text of a bucket: rows that
+share a long system prompt are half alike, so that each query returns most of the rows before it. Of 3,000 such rows
+(150 words of 220 shared) it took 55.6 s of CPU time.
 """
 
 from __future__ import annotations
 
 import re
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rensa import RMinHash  # type: ignore[attr-defined]  # compiled; its stub leaves the name out
+
+from tether.data.audit.groups import Groups, first_own
 
 # 64 hashes in 16 bands of 4: texts with a Jaccard similarity of 0.8 share a band with a chance above 0.999, of 0.5,
 # 0.64.
 HASHES, BAND = 64, 4
 SIMILAR = 0.8
+# Of 64 hashes, so many equal ones are compared: fewer of texts that are 0.8 alike come by a chance of 0.0001.
+_EQUAL = 38
 _SEED = 20
 _COMPARED = 4  # members of a bucket that a text is compared with; more of one kind are alike among themselves
+_PAIRS, _READ = 2**16, 512  # pairs whose signatures are compared at a time, and whose texts are read again
 # Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character is a word.
 _UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff])"
 )
+# Texts by their numbers, each with what keeps it apart from others, such as what tells its images.
+Texts = Callable[[Sequence[int]], list[tuple[str, str]]]
 
 
 def words_of(text: str) -> list[str]:
@@ -44,52 +56,112 @@ def words_of(text: str) -> list[str]:
 
 
 class NearDuplicates:
-    """Texts that were seen, to be asked whether another one is almost like one of them.
+    """Texts that were seen, each under a number; those below 0 are of another set, which the others are held against.
+
+    Args:
+        expected: about how many texts will come.
 
     Example:
-        >>> seen = NearDuplicates()
         >>> words = " ".join(str(n) for n in range(40))
-        >>> seen.add(words), seen.add(words + " more"), seen.add("something else altogether, in other words")
-        (None, 0, None)
+        >>> texts = [(words, ""), (words + " more", ""), ("something else altogether, in other words", "")]
+        >>> seen = NearDuplicates(3)
+        >>> seen.add([0, 1, 2], texts)
+        >>> alike, _ = seen.alike(lambda numbers: [texts[number] for number in numbers], 3)
+        >>> alike.tolist()
+        [False, True, False]
     """
 
-    def __init__(self) -> None:
-        self._sets: list[np.ndarray] = []
-        self._buckets: list[dict[bytes, list[int]]] = [{} for _ in range(HASHES // BAND)]
+    def __init__(self, expected: int) -> None:
+        self._groups = Groups(expected * (HASHES // BAND))
+        self._signatures = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
+        weakref.finalize(self, self._signatures.close)
+        self._numbers: list[np.ndarray] = []
 
-    def add(self, text: str, apart: str = "") -> int | None:
-        """Remember a text; the number of the first one that it is almost like, counted from 0, or None. Texts with
-        another `apart`, such as what tells their images, are never alike."""
-        runs, keys = _keys(text, apart)
-        found = self._closest(runs, keys)
-        number = len(self._sets)
-        self._sets.append(runs)
-        for bucket, key in zip(self._buckets, keys, strict=True):
-            members = bucket.setdefault(key, [])
-            if len(members) < _COMPARED:
-                members.append(number)
-        return found
+    def add(self, numbers: Sequence[int], texts: Sequence[tuple[str, str]]) -> None:
+        """Remember texts. All calls together have ascending numbers."""
+        if not numbers:
+            return
+        matrix = RMinHash.digest_matrix_from_token_hash_sets(_hashes(texts), HASHES, _SEED)
+        signatures = np.array(matrix.to_rows(), np.uint32)
+        signatures.tofile(self._signatures)
+        self._numbers.append(np.array(numbers, np.int64))
+        keys = _mixed(np.ascontiguousarray(signatures).view(np.uint64).reshape(len(numbers), -1, BAND // 2))
+        self._groups.add(keys.ravel(), np.repeat(self._numbers[-1], HASHES // BAND))
 
-    def find(self, text: str, apart: str = "") -> int | None:
-        """The number of the first text that this one is almost like, or None; it is not remembered."""
-        return self._closest(*_keys(text, apart))
+    def alike(self, texts: Texts, rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Which texts are almost like an earlier one, and which like one of the other set: bool `[rows]` both.
 
-    def _closest(self, runs: np.ndarray, keys: list[bytes]) -> int | None:
-        candidates = {number for bucket, key in zip(self._buckets, keys, strict=True) for number in bucket.get(key, ())}
-        return next((number for number in sorted(candidates) if jaccard(runs, self._sets[number]) >= SIMILAR), None)
+        Args:
+            texts: reads some again.
+            rows: one more than the greatest number.
+            known: texts that are not asked for, bool `[rows]`: exact repetitions.
+        """
+        own, foreign = np.zeros(rows, bool), np.zeros(rows, bool)
+        if not self._numbers:
+            return own, foreign
+        self._signatures.flush()
+        numbers = np.concatenate(self._numbers)
+        signatures = np.memmap(self._signatures, np.uint32, "r", shape=(len(numbers), HASHES))
+        compared = _Comparison(texts, numbers, signatures)
+        for records, starts in self._groups.pieces():
+            first, found = first_own(records, starts), records["row"]
+            places = np.arange(len(records))
+            for step in range(_COMPARED):
+                asked = places > first + step
+                asked[asked] &= True if known is None else ~known[found[asked]]
+                compared.compare(found[asked], found[first[asked] + step], own)
+                asked = (found >= 0) & (first - starts > step)
+                compared.compare(found[asked], found[starts[asked] + step], foreign)
+        return own, foreign
 
 
-def _keys(text: str, apart: str) -> tuple[np.ndarray, list[bytes]]:
-    """Hashes of the distinct runs of a text, sorted: uint64 `[S]`, at least one; and the bands that it is found by."""
-    words = words_of(text)
-    runs = list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words)]
-    if apart:
-        runs = [f"{apart}\0{run}" for run in runs]
-    sketch = RMinHash(HASHES, _SEED)
-    sketch.update(runs)
-    signature = np.array(sketch.digest(), dtype=np.uint32)
-    hashes = np.array(RMinHash.hash_token_sets([runs])[0], dtype=np.uint64)
-    return np.unique(hashes), [signature[start : start + BAND].tobytes() for start in range(0, HASHES, BAND)]
+class _Comparison:
+    """Texts that are compared, each with another one."""
+
+    def __init__(self, texts: Texts, numbers: np.ndarray, signatures: np.ndarray) -> None:
+        self._texts, self._numbers, self._signatures = texts, numbers, signatures
+
+    def compare(self, rows: np.ndarray, others: np.ndarray, alike: np.ndarray) -> None:
+        """Mark each row that is almost like its other one, unless it is marked already."""
+        for start in range(0, len(rows), _PAIRS):
+            pairs = np.stack([rows[start : start + _PAIRS], others[start : start + _PAIRS]], 1)
+            pairs = pairs[~alike[pairs[:, 0]]]
+            one, other = (self._signatures[np.searchsorted(self._numbers, pairs[:, k])] for k in (0, 1))
+            pairs = np.unique(pairs[(one == other).sum(1) >= _EQUAL], axis=0)
+            for first in range(0, len(pairs), _READ):
+                self._read(pairs[first : first + _READ], alike)
+
+    def _read(self, pairs: np.ndarray, alike: np.ndarray) -> None:
+        wanted = np.unique(pairs).tolist()
+        sets = dict(zip(wanted, map(_as_set, _hashes(self._texts(wanted))), strict=True))
+        for row, other in pairs.tolist():
+            alike[row] = alike[row] or jaccard(sets[row], sets[other]) >= SIMILAR
+
+
+def _hashes(texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Hashes of the runs of texts, at least one each."""
+    sets = []
+    for text, apart in texts:
+        words = words_of(text)
+        runs = list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words)]
+        sets.append([f"{apart}\0{run}" for run in runs] if apart else runs)
+    return RMinHash.hash_token_sets(sets)
+
+
+def _as_set(hashes: list[int]) -> np.ndarray:
+    return np.unique(np.array(hashes, np.uint64))
+
+
+def _mixed(bands: np.ndarray) -> np.ndarray:
+    """Keys of bands `[N, bands, halves]`, uint64; bands at different places have different ones (splitmix64)."""
+    keys = np.arange(1, bands.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    keys = np.broadcast_to(keys, bands.shape[:2])
+    for half in range(bands.shape[2]):
+        keys = keys ^ bands[:, :, half]
+        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        keys = keys ^ (keys >> np.uint64(31))
+    return keys
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:

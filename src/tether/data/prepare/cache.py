@@ -33,8 +33,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from tether.compat.datasets import arrow_table
 from tether.compat.tokenizers import description
 from tether.data.images.inputs import reads_images
-from tether.data.prepare.prepare import Prepared, prepare
-from tether.data.prepare.report import Report
+from tether.data.prepare.prepare import Digests, Prepared, prepare
+from tether.data.prepare.report import DIGEST_BYTES, Report
 from tether.data.prepare.table import fingerprint_of
 from tether.data.rows.columns import BATCH_ROWS, IMAGE_COLUMNS
 from tether.data.sources.load import Source, load_rows
@@ -264,10 +264,10 @@ def _write(prepared: Prepared, path: Path) -> None:
     """Write an entry as a whole or not at all."""
     for left in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that died; this one holds the lock
         left.unlink(missing_ok=True)
-    digests = [pa.array(one, pa.binary(16)) for one in (prepared.row_digests, prepared.prompt_digests)]
     table = arrow_table(prepared.dataset)
-    for column, values in zip(_DIGESTS, digests, strict=True):
-        table = table.append_column(column, values)
+    for column, values in zip(_DIGESTS, (prepared.row_digests, prepared.prompt_digests), strict=True):
+        buffers = [None, pa.py_buffer(values.joined)]
+        table = table.append_column(column, pa.Array.from_buffers(pa.binary(DIGEST_BYTES), len(values), buffers))
     note = json.dumps({"report": prepared.report.to_dict(), "digests": _sum(prepared)})
     table = table.replace_schema_metadata({_NOTE: note.encode()})
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
@@ -300,7 +300,7 @@ def _restored(path: Path, name: str) -> Prepared:
     with pa.memory_map(str(path)) as file:
         table = pa.ipc.open_file(file).read_all()
     note = json.loads(table.schema.metadata[_NOTE])
-    seen = [tuple(table[column].to_pylist()) for column in _DIGESTS]
+    seen = [Digests(b"".join(map(_bytes_of, table[column].chunks))) for column in _DIGESTS]
     rows = table.drop_columns(list(_DIGESTS)).replace_schema_metadata(None)
     said: dict[str, Any] = note["report"]
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
@@ -311,5 +311,14 @@ def _restored(path: Path, name: str) -> Prepared:
     return prepared
 
 
+def _bytes_of(digests: Any) -> bytes:
+    if digests.null_count or digests.type != pa.binary(DIGEST_BYTES):
+        raise ValueError("its digests are not what was written")
+    start = digests.offset * DIGEST_BYTES
+    return digests.buffers()[1][start : start + len(digests) * DIGEST_BYTES].to_pybytes()
+
+
 def _sum(prepared: Prepared) -> str:
-    return blake2b(b"".join((*prepared.row_digests, *prepared.prompt_digests)), digest_size=16).hexdigest()
+    whole = blake2b(prepared.row_digests.joined, digest_size=16)
+    whole.update(prepared.prompt_digests.joined)
+    return whole.hexdigest()

@@ -22,6 +22,7 @@ from tether.files import write_whole
 from tether.types import Kind
 
 REPORT = "data.json"
+DIGEST_BYTES = 16
 # Why rows are dropped, in the order in which it is looked for.
 DROPS = {
     "identical": "chosen equal to rejected",
@@ -298,7 +299,7 @@ def digest(*texts: str) -> bytes:
         >>> digest("ab", "c") == digest("a", "bc")
         False
     """
-    whole = blake2b(digest_size=16)
+    whole = blake2b(digest_size=DIGEST_BYTES)
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         whole.update(len(encoded).to_bytes(8, "little") + encoded)

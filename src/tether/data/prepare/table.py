@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from tether.compat.datasets import arrow_table
 from tether.data.images.inputs import table_digest as images_digest
-from tether.data.rows.schema import VALUES
+from tether.data.rows.columns import BATCH_ROWS, VALUES
 from tether.types import Example
 
 
@@ -43,9 +43,20 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
 
 def longest_row(dataset: Dataset) -> int:
     """Index of the row of `Prepared.dataset` whose prompt and longest completion have the most tokens together."""
-    prompts, completions = lengths_of(arrow_table(dataset))
-    longest = np.array([max(lengths, default=0) for lengths in completions])
-    return int((prompts + longest).argmax())
+    place, most, found = 0, -1, 0
+    for batch in pieces(arrow_table(dataset)):
+        prompts, completions = lengths_of(batch)
+        longest = prompts + np.array([max(lengths, default=0) for lengths in completions])
+        if longest.max() > most:
+            most, found = int(longest.max()), place + int(longest.argmax())
+        place += len(batch)
+    return found
+
+
+def pieces(table: pa.Table) -> Iterator[pa.Table]:
+    """A table some rows at a time, as many in each whatever it was put together from."""
+    for start in range(0, len(table), BATCH_ROWS):
+        yield table.slice(start, BATCH_ROWS).combine_chunks()
 
 
 def lengths_of(table: pa.Table) -> tuple[np.ndarray, list[list[int]]]:
@@ -62,6 +73,12 @@ def lengths_of(table: pa.Table) -> tuple[np.ndarray, list[list[int]]]:
 def fingerprint_of(table: pa.Table) -> str:
     """A content hash of all columns; equal ids have an equal one, on every process and day."""
     whole = blake2b(digest_size=16)
+    for piece in pieces(table):
+        _add(piece, whole)
+    return whole.hexdigest()
+
+
+def _add(table: pa.Table, whole: blake2b) -> None:
     if "images" in table.column_names:
         whole.update(images_digest(table["images"]))
         table = table.drop_columns("images")
@@ -71,4 +88,3 @@ def fingerprint_of(table: pa.Table) -> str:
             whole.update(values.value_lengths().to_numpy(zero_copy_only=False).tobytes())
             values = values.flatten()
         whole.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
-    return whole.hexdigest()

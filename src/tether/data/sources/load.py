@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,17 +26,20 @@ from tether.data.rows.conversion import convert, detected, fitting, reads
 from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
 from tether.data.rows.values import joined_parts
-from tether.data.sources.files import READERS, Part, expand, kind_of_file, listed, read_file, stream_file
+from tether.data.sources.files import COMPRESSED, READERS, Part, expand, kind_of_file, listed, read_file, stream_file
 from tether.data.sources.functions import transform_of
 from tether.data.sources.origin import Origin, Source, is_origin, names_of, origins_of
 from tether.data.sources.slices import slices_of
+from tether.data.spool import spooled
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
-# Bytes from which on a file of JSON lines becomes a table in pieces of so many rows.
+# Bytes from which on files of these kinds become a table in pieces of so many rows.
 _LARGE, _PIECE = 2**24, 10_000
+_IN_PIECES = {".jsonl", ".ndjson", ".csv", ".parquet"}
+_PACKED = 8  # times as large as packed text is what comes out, about
 
 
 def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name: str = "data") -> Dataset:
@@ -138,10 +142,34 @@ def _with_layout(
     if layout is None and origin.format is None:
         columns = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(key for row in rows for key in row)
         layout = detected(columns, kind)
-    if layout is not None:
+    if layout is not None and (done := _converted_in_pieces(rows, layout, kind, name)) is not None:
+        rows = done
+    elif layout is not None:
         rows = convert(plain_rows(rows), layout, kind, name=name)
     table = rows if isinstance(rows, Dataset) else Dataset(table_of(rows, name))
     return table if origin.weight == 1 else table.select(occurrences(len(table), origin.weight))
+
+
+def _converted_in_pieces(rows: Dataset | list[dict[str, Any]], layout: Format, kind: Kind, name: str) -> Dataset | None:
+    """Many rows in a table as rows of a format, some at a time; None where that is to be done at once, see
+    `_in_pieces`."""
+    if isinstance(rows, list) or len(rows) <= _PIECE:
+        return None
+
+    def tables() -> Iterator[pa.Table]:
+        plain = plain_rows(rows)
+        for first in range(0, len(rows), _PIECE):
+            yield table_of(convert(islice(plain, _PIECE), layout, kind, name=name, first=first), name, first)
+
+    try:
+        return _dataset(spooled(tables()))
+    except (DataError, pa.ArrowException):
+        return None
+
+
+def _dataset(table: pa.Table | None) -> Dataset | None:
+    # Without a fingerprint, the library takes a copy of the whole table for one.
+    return None if table is None else Dataset(table, fingerprint=uuid.uuid4().hex)
 
 
 def plain_rows(rows: Dataset | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -334,8 +362,8 @@ def from_hub(source: str, split: str, rows: str, *, streaming: bool = False, **f
 
 
 def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
-    if len(paths) == 1 and (table := _in_pieces(paths[0], name)) is not None:
-        return Dataset(table)
+    if (found := _dataset(_in_pieces(paths, name))) is not None:
+        return found
     parts: list[tuple[Path, Part]] = [(path, read_file(path, name)) for path in paths]
     if len(parts) == 1:
         rows = parts[0][1]
@@ -349,23 +377,31 @@ def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
     return Dataset(concatenated(tables, [str(path) for path, _ in parts], name))
 
 
-def _in_pieces(path: Path, name: str) -> pa.Table | None:
-    """A large file of JSON lines as a table, made of some rows at a time: as Python's objects it is six times as large.
+def _in_pieces(paths: list[Path], name: str) -> pa.Table | None:
+    """Large files as a table on disk, made of some rows at a time: as Python's objects it is six times as large.
 
-    None for other files, and where pieces have columns of other types than the whole would have: it is read whole then,
-    with the messages that belong to that.
+    None for files that can only be read whole, and where pieces have columns of other types than the whole would have:
+    they are read whole then, with the messages that belong to that.
     """
-    if kind_of_file(path) != ".jsonl" or path.stat().st_size < _LARGE:
+    sizes = [path.stat().st_size * (_PACKED if path.suffix.lower() in COMPRESSED else 1) for path in paths]
+    if not {kind_of_file(path) for path in paths} <= _IN_PIECES or sum(sizes) < _LARGE:
         return None
-    tables, first = [], 0
     try:
-        rows = stream_file(path, name)
-        while piece := list(islice(rows, _PIECE)):
-            tables.append(table_of(cast(list[dict[str, Any]], piece), name, first))
-            first += len(piece)
-        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+        return spooled(table for path in paths for table in _pieces(path, name))
     except (DataError, pa.ArrowException):
         return None
+
+
+def _pieces(path: Path, name: str) -> Iterator[pa.Table]:
+    first = 0
+    rows = stream_file(path, name)
+    for part in rows:
+        if isinstance(part, pa.Table):
+            yield part
+            continue
+        piece = [part, *cast(Iterator[dict[str, Any]], islice(rows, _PIECE - 1))]
+        yield table_of(piece, name, first)
+        first += len(piece)
 
 
 def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:

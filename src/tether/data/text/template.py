@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tether.data.rows.fields import OTHER_ROLES
+from tether.data.text.bounded import EndlessTemplateError, ending_template
 from tether.errors import DataError
 from tether.types import Messages, Preference
 
@@ -133,6 +134,8 @@ class Writer:
         """The text of one conversation; None where the template refuses it."""
         try:
             return self._written(self._callable(messages), self._options(record, opened))
+        except EndlessTemplateError:
+            raise
         except Exception:  # a template is a program written by others: it may raise anything
             return None
 
@@ -144,7 +147,8 @@ class Writer:
             return None
         options |= {"return_assistant_tokens_mask": True}
         own = {name: value for name, value in self.tokenizer.special_tokens_map.items() if name not in options}
-        _, marks = render_jinja_template([self._callable(messages)], **own, **options)
+        with ending_template():
+            _, marks = render_jinja_template([self._callable(messages)], **own, **options)
         spans = cast(list[tuple[int, int]], marks[0])
         return [(start, end) for start, end in spans if end > start]
 
@@ -154,12 +158,16 @@ class Writer:
         return {**record.chat_template_kwargs, **tools, "chat_template": template, **({opened: True} if opened else {})}
 
     def _written(self, messages: Any, options: dict[str, Any]) -> Any:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        with ending_template():
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def _apply(self, conversations: Sequence[tuple[Preference, Messages]], options: dict[str, Any]) -> list[str]:
         """Render many conversations at once; one by one only to find the row that the template refuses."""
         try:
             return self._written([messages for _, messages in conversations], options)
+        except EndlessTemplateError as endless:
+            first, last = (conversations[place][0].source_row + 1 for place in (0, -1))
+            raise DataError(f"{self.name}: rows {first} to {last}: {endless}") from endless
         except Exception as failure:  # a template is a program written by others: it may raise anything
             for record, messages in conversations:
                 try:
@@ -196,6 +204,8 @@ class Writer:
             options = {"tools": PROBE_TOOLS, "chat_template": self.with_tools}
             try:
                 return self._written(messages, options)
+            except EndlessTemplateError:
+                raise
             except Exception:  # see above
                 return None
 

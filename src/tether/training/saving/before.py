@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from tether.compat.trainer import steps_in_backward
 from tether.errors import ConfigError, TetherError
+from tether.files import is_full
 from tether.models.adapters import rewrites_base
 from tether.models.adapting.rewritten import is_rewritten
 from tether.models.structure import unwrap
@@ -111,6 +112,8 @@ def rehearse(
                 "base (PiSSA, OLoRA, LoftQ), give the base and peft_config in place of a PeftModel, or another `init`."
             ) from error
         except Exception as error:
+            if is_full(error):  # neither the model's fault nor the run file's
+                raise
             raise ConfigError(
                 f"The run could not be saved when it is done: {type(error).__name__}: {' '.join(str(error).split())} "
                 "Correct the model, its configuration or its tokenizer before training."

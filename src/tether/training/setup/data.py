@@ -178,8 +178,7 @@ class RunData:
             if one.share > _TELLING and finding in _WARNED:
                 logger.warning(f"{name}: {one.share:.0%} of {found.rows} sampled rows {FINDINGS[finding]}")
         longer = found.length_bias.get("longer_wins", 0.5)
-        sizes = [found.characters.get(part, ()) for part in ("chosen", "rejected")]
-        unequal = sum(chosen != rejected for chosen, rejected in zip(*sizes, strict=True))
+        unequal = found.unequal_lengths
         if unequal >= max(_ENOUGH, found.rows / 2) and not 1 - _ONE_SIDED <= longer <= _ONE_SIDED:
             which = "longer" if longer > 0.5 else "shorter"
             logger.warning(

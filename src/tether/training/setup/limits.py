@@ -10,7 +10,7 @@ import pyarrow as pa
 from peft import PeftConfig
 from torch import nn
 
-from tether.data.prepare.table import lengths_of
+from tether.data.prepare.table import lengths_of, pieces
 from tether.errors import DataError
 from tether.models.before.limits import Limits
 from tether.models.structure import transformers_model
@@ -58,15 +58,17 @@ def checked(limits: Limits, *, apart: bool) -> Check:
     def check(name: str, table: pa.Table) -> None:
         if not len(table):
             return
-        prompts, completions = lengths_of(table)
-        longest = [max(lengths, default=0) for lengths in completions]
-        pairs = zip(prompts.tolist(), longest, strict=True)
-        tokens = max(max(pair) if apart else sum(pair) for pair in pairs)
-        ids = [
-            table["prompt_ids"].combine_chunks().flatten(),
-            table["completion_ids"].combine_chunks().flatten().flatten(),
-        ]
-        largest = max(int(part.to_numpy(zero_copy_only=False).max(initial=0)) for part in ids)
+        tokens = largest = 0
+        for piece in pieces(table):
+            prompts, completions = lengths_of(piece)
+            longest = [max(lengths, default=0) for lengths in completions]
+            pairs = zip(prompts.tolist(), longest, strict=True)
+            tokens = max(tokens, *(max(pair) if apart else sum(pair) for pair in pairs))
+            ids = [
+                piece["prompt_ids"].combine_chunks().flatten(),
+                piece["completion_ids"].combine_chunks().flatten().flatten(),
+            ]
+            largest = max(largest, *(int(part.to_numpy(zero_copy_only=False).max(initial=0)) for part in ids))
         problem = limits.problem(tokens, largest)
         if problem:
             raise DataError(f"{name}: {problem}.")
