@@ -131,7 +131,7 @@ def test_code_of_a_repository_runs_only_where_it_is_asked_for(folder, capsys):
     assert not Path("ran").exists()
     assert main(["doctor", "model", str(folder), "--trust-remote-code"]) == 2  # no class of a model has such a one
     assert Path("ran").exists()
-    assert main(["doctor", "model", str(folder), "--revision", "main"]) == 2
+    assert main(["doctor", "model", str(folder), "--revision", "v2"]) == 2
     assert "A revision goes with a hub name" in capsys.readouterr().err
 
 

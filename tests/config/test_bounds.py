@@ -25,6 +25,9 @@ ANY_NUMBER = {
     "pad_to_multiple_of",  # of TRL, without effect
     "reward_weights",
     "reward_clip_range",
+    "entropy_coef",  # below 0 it is a penalty; so its bounds
+    "entropy_coef_min",
+    "entropy_coef_max",
 }
 
 
