@@ -313,7 +313,7 @@ def test_a_file_of_grpo_has_its_rollouts_and_rewards() -> None:
 
 def test_vllm_of_a_file_of_trl_is_a_server_here() -> None:
     text = GRPO + "use_vllm: true\nvllm_server_port: 8123\nvllm_gpu_memory_utilization: 0.5\n"
-    with pytest.raises(ConfigError, match=r"line 12: `use_vllm`: vLLM needs other .* tether\.rollout\.vllm_python="):
+    with pytest.raises(ConfigError, match=r"line 11: `use_vllm`: vLLM needs other .*tether\.rollout\.vllm_python="):
         converted(text, command="grpo")
     own = converted(text, "tether.rollout.vllm_python=/v/python", command="grpo")
     sampled = {"group": 4, "max_tokens": 64, "max_prompt": 128}
@@ -621,7 +621,8 @@ def test_what_the_examples_of_the_tools_say_by_the_way() -> None:
     assert fate(converted(GRPO, "use_vllm=false", command="grpo"), "use_vllm").mark == "note"
     unscaled = converted(GRPO, "scale_rewards=false", command="grpo")
     assert unscaled.values["objective"]["scale_rewards"] == "none"
-    assert converted(GRPO, "use_vllm=true", command="grpo").values["rollout"]["engine"] == "vllm"
+    served = converted(GRPO, "use_vllm=true", "vllm_mode=server", command="grpo")
+    assert served.values["rollout"]["engine"] == "vllm"
     assert fate(converted(AXOLOTL, "eval_table_max_new_tokens=128"), "eval_table_max_new_tokens").mark == "note"
     beside = converted(AXOLOTL, "datasets.0.data_files=[pairs.jsonl]")
     assert beside.values["data"]["train"] == {"path": "pairs.jsonl", "format": "chatml.intel"}
