@@ -1,6 +1,6 @@
 """What differs on a GPU; `make test-gpu` runs it, and then benchmarks/gpu.py.
 
-Without a GPU the same tests run in what a CPU has (`pytest -m gpu tests/gpu`), as a check of the tests themselves.
+Without a GPU the same tests run in what a CPU has (`pytest -m gpu tests/on_gpu`), as a check of the tests themselves.
 """
 
 from __future__ import annotations
