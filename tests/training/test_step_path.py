@@ -2,6 +2,9 @@
 
 What a step *does* is told in `training`, `reference` and `objectives`; how a forward is computed (`models`, `scoring`,
 `compute`, `compat`) is behind `score` and is not counted.
+
+`make check` runs it, by itself: in a worker of pytest-xdist, beside the threads that it has, a profile function once made
+Python 3.11 go round at the entry of a function for ever.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import sys
 from types import FrameType
 from typing import Any
 
+import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -45,6 +49,7 @@ class Visited(DPOTrainer):
             self.modules.add(frame.f_globals.get("__name__", ""))
 
 
+@pytest.mark.slow
 def test_a_step_is_read_in_few_files(tmp_path):
     model = tiny_model(vocab_size=len(TOKENIZER), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     run = Visited(
