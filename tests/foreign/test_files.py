@@ -182,7 +182,7 @@ CASES = [
         options={"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.1, "simpo_gamma": 0.8},
     ),
     Case("axolotl/llama-dpo-fsdp2.yaml", trainer="DPO"),
-    Case("axolotl/llama3-sft-alpaca.yaml", trainer="SFT", rows=alpaca, slow=False),
+    Case("axolotl/llama3-sft-alpaca.yaml", trainer="SFT", rows=alpaca),
     Case("axolotl/llama3-sft-lora-plus.yml", trainer="SFT", rows=alpaca),
     Case(
         "axolotl/qwen3-sft-conversations.yaml",
@@ -197,7 +197,7 @@ CASES = [
         ("datasets.0.name=null", "micro_batch_size=10", "save_steps=null"),
     ),
     Case("llamafactory/lora_dpo.yaml", trainer="DPO"),
-    Case("llamafactory/lora_kto.yaml", trainer="KTO", rows=labelled, slow=False),
+    Case("llamafactory/lora_kto.yaml", trainer="KTO", rows=labelled),
     Case("llamafactory/lora_reward.yaml"),
     Case("llamafactory/lora_sft_ds3.yaml", ("deepspeed=null",), trainer="SFT", rows=instructed),
     Case("llamafactory/qlora_sft.yaml", trainer="SFT", rows=instructed),

@@ -3,8 +3,8 @@
 What a step *does* is told in `training`, `reference` and `objectives`; how a forward is computed (`models`, `scoring`,
 `compute`, `compat`) is behind `score` and is not counted.
 
-`make check` runs it, by itself: in a worker of pytest-xdist, beside the threads that it has, a profile function once made
-Python 3.11 go round at the entry of a function for ever.
+`make check` runs it, by itself: in a worker of pytest-xdist, beside the threads that it has, a profile function once
+made Python 3.11 go round at the entry of a function for ever.
 """
 
 from __future__ import annotations
