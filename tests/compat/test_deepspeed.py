@@ -40,7 +40,7 @@ places.partition([weight, bias])
 found["written"] = [places.is_away(weight), places.shard_of(weight)[:15].tolist()]
 found["before an engine"] = places.gathers_itself(model[0])
 engine = places.inference_engine(model, CONFIG)
-found["engine"] = [places.gathers_itself(model[0]), places.gathers_itself(plain), engine.training]
+found["engine"] = [places.gathers_itself(model[0]), places.gathers_itself(plain), model.training]
 found["forward"] = engine(torch.ones(1, 3)).tolist()
 found["kept"] = "optimizer" in CONFIG
 
