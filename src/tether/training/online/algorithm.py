@@ -345,11 +345,12 @@ class Online(Algorithm[Scores]):
 
     def complete(self, means: dict[str, float]) -> dict[str, float]:
         """With how far the reward has come, in the logs of training."""
-        if "reward" not in means or self._evaluating:
-            self._evaluating = False
+        evaluating, self._evaluating = self._evaluating, False
+        if evaluating or not means:
             return means
         coefficient = {} if self.bonus is None else {"entropy_coef": self.bonus.coefficient}
-        return {**means, **coefficient, **self.made.progress.since()}
+        # The later updates of a rollout have no rewards of their own.
+        return {**means, **coefficient, **(self.made.progress.since() if "reward" in means else {})}
 
     def state(self) -> dict[str, float]:
         """The first reward, and the coefficient of the entropy where it changes."""
