@@ -184,16 +184,17 @@ def test_a_wrong_block_mask_is_caught(monkeypatch):
         choose_layout(model, shared, backend="flex")
 
 
-def test_a_wrong_flash_index_is_caught(monkeypatch, flash_installed):
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_a_wrong_index_of_keys_is_caught(backend, monkeypatch, flash_installed, varlen_on_cpu):
     """INV-16, negative control: keys of another branch in a branch's sequence."""
     model, examples = tiny_model(), ragged_examples()
-    assert choose_layout(model, examples, backend="flash").backend == "flash"
+    assert choose_layout(model, examples, backend=backend).backend == backend
     original = attention_flash.segments
     monkeypatch.setattr(
         attention_flash, "segments", lambda *given: (told := original(*given))._replace(keys=told.keys.roll(1))
     )
-    with pytest.raises(ScoringError, match="tree layout, flash attention refused"):
-        choose_layout(model, examples, backend="flash")
+    with pytest.raises(ScoringError, match=f"tree layout, {backend} attention refused"):
+        choose_layout(model, examples, backend=backend)
 
 
 def test_what_is_asked_of_torch_is_what_it_documents():
@@ -211,17 +212,6 @@ def test_what_is_asked_of_torch_is_what_it_documents():
     assert found.shape == (1, forest.length, 6, 8)
     assert (seen["window_size"], seen["scale"], seen["enable_gqa"]) == ((3, 0), 0.5, True)
     assert seen["cu_seq_k"][-1] == len(seen["key"]) == len(seen["value"])
-
-
-def test_a_model_is_proved_with_it_and_refused_where_it_leaks(varlen_on_cpu, monkeypatch):
-    model, examples = tiny_model(), ragged_examples()
-    assert choose_layout(model, examples, backend="varlen").backend == "varlen"
-    original = attention_varlen.segments
-    monkeypatch.setattr(
-        attention_varlen, "segments", lambda *given: (told := original(*given))._replace(keys=told.keys.roll(1))
-    )
-    with pytest.raises(ScoringError, match="tree layout, varlen attention refused"):
-        choose_layout(model, examples, backend="varlen")
 
 
 def test_rows_are_rounded_to_whole_blocks():

@@ -64,6 +64,14 @@ def segments(forest: Forest, device: torch.device) -> Segments:
     return forest.cache[slot]
 
 
+def packed(query: Tensor, key: Tensor, value: Tensor, forest: Forest) -> tuple[Any, ...]:
+    """What a variable-length kernel is given first: queries, keys, values, edges of both, longest of both."""
+    told = segments(forest, query.device)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    seen = keys.index_select(0, told.keys), values.index_select(0, told.keys)
+    return queries, *seen, told.query_edges, told.key_edges, told.longest_query, told.longest_key
+
+
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options) -> Tensor:
     """One call for the whole row; shapes as in `tree_attention`.
 
@@ -76,16 +84,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, forest: Forest, o
         raise ScoringError(
             f"FlashAttention computes in float16 and bfloat16, and the model in {query.dtype}; use sdpa."
         )
-    told = segments(forest, query.device)
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     output = _kernel()(
-        rows[0],
-        rows[1].index_select(0, told.keys),
-        rows[2].index_select(0, told.keys),
-        told.query_edges,
-        told.key_edges,
-        told.longest_query,
-        told.longest_key,
+        *packed(query, key, value, forest),
         dropout_p=options.dropout,
         softmax_scale=options.scaling,
         causal=True,

@@ -1,6 +1,6 @@
 """Tree attention by torch's own variable-length attention: FlashAttention's kernel without another package.
 
-The forest is told as for FlashAttention's package, see `flash.segments`. It has been run on no GPU yet; the tests
+The forest is told as for FlashAttention's package, see `flash.packed`. It has been run on no GPU yet; the tests
 compare what is asked of the kernel with plain operations, and the proof at the start stands before every run.
 """
 
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from tether.errors import ScoringError
-from tether.scoring.attention.flash import segments
+from tether.scoring.attention.flash import DTYPES, packed
 from tether.scoring.attention.sdpa import Options
 from tether.types import Forest
-
-DTYPES = (torch.float16, torch.bfloat16)
 
 
 def varlen_problem(device: str) -> str:
@@ -44,16 +42,8 @@ def varlen_tree_attention(query: Tensor, key: Tensor, value: Tensor, forest: For
             f"torch's variable-length attention computes in float16 and bfloat16, and the model in {query.dtype}; use "
             "flex or sdpa."
         )
-    told = segments(forest, query.device)
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     output = _kernel()(
-        rows[0],
-        rows[1].index_select(0, told.keys),
-        rows[2].index_select(0, told.keys),
-        told.query_edges,
-        told.key_edges,
-        told.longest_query,
-        told.longest_key,
+        *packed(query, key, value, forest),
         scale=options.scaling,
         # The left of the window is counted without the query itself; -1: all of it.
         window_size=(-1 if options.window is None else options.window - 1, 0),
