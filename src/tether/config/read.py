@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from tether.config.words import unfit
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
 from tether.training import PreferenceConfig
+from tether.training.declared import default_of
 
 Place = Callable[[KeyPath], str]
 
@@ -131,7 +131,7 @@ def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
     """The values, with the defaults of the loss' configuration, and what the loss' name stands for."""
     row, config = row_of(loss), config_class(loss)
     fields = config.__dataclass_fields__
-    default = {key: _default(fields[name]) for key, name in fields_under("objective", config).items()}
+    default = {key: default_of(fields[name]) for key, name in fields_under("objective", config).items()}
     default |= {"loss": loss, **(row.preset if row else {})}
     rate = {"learning_rate": fields["learning_rate"].default}
     for section, own in (("objective", default), ("train", rate)):
@@ -139,11 +139,6 @@ def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:
         if isinstance(given, dict):
             values = {**values, section: {**own, **given}}
     return values
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()  # pyright: ignore[reportCallIssue]
 
 
 def _apply(values: dict[str, Any], override: str, given: dict[KeyPath, str]) -> None:

@@ -44,6 +44,12 @@ class Whole:
 Alternative = Range | Whole | str | float | None
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, made anew where it has a factory; `dataclasses.MISSING` where it has none."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()  # pyright: ignore[reportCallIssue]
+
+
 class Text(str):
     """A field's text, which `transformers.HfArgumentParser` shows as help, with what else is declared.
 

@@ -15,7 +15,7 @@ from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, 
 from tether.config.words import describe_type, field_types
 from tether.objectives import OBJECTIVES
 from tether.training import PreferenceConfig
-from tether.training.declared import Text
+from tether.training.declared import Text, default_of
 
 _HEAD = """\
 # The run file
@@ -93,10 +93,7 @@ def _rows_of_fields(section: str, configs: dict[str, type[PreferenceConfig]]) ->
             field = config.__dataclass_fields__[name]
             text = field.metadata.get("help") or ""
             words = text.listed("null") if isinstance(text, Text) and text.allowed else describe_type(types[name])
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            yield _row(key, words, _value(default), str(text))
+            yield _row(key, words, _value(default_of(field)), str(text))
 
 
 def _value(default: Any) -> str:

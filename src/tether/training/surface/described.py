@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tether.masking import masked_values
+from tether.training.declared import default_of
 from tether.training.saving.same import super_of
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def _resolved(args: PreferenceConfig) -> dict[str, Any]:
     found = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if field.init and field.name != "output_dir" and (field.name not in theirs or value != default):
+        if field.init and field.name != "output_dir" and (field.name not in theirs or value != default_of(field)):
             found[field.name] = _plain(value)
     return found
 
