@@ -136,6 +136,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(ours: dict[str, float], theirs: dict[str, float]) -> tuple[str, ...]:
+    """Of a row of a table: seconds of both tools and the ratio, MiB of both and the share that ours has."""
+    return (
+        f"{ours['seconds']:.2f}",
+        f"{theirs['seconds']:.2f}",
+        f"{theirs['seconds'] / ours['seconds']:.1f} ×",
+        f"{ours['peak_mib']:.0f}",
+        f"{theirs['peak_mib']:.0f}",
+        f"{ours['peak_mib'] / theirs['peak_mib']:.2f}",
+    )
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The rows of a table for `docs/performance.md`."""
     lines = [header, ["---"] * len(header), *rows]

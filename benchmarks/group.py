@@ -35,6 +35,7 @@ from common import (
     peak_memory_mib,
     read_spec,
     run_worker,
+    side_by_side,
     write_report,
     write_result,
 )
@@ -67,12 +68,7 @@ def main() -> int:
             (
                 group,
                 f"{options.prompt} + {options.completion}",
-                f"{ours['seconds']:.2f}",
-                f"{theirs['seconds']:.2f}",
-                f"{theirs['seconds'] / ours['seconds']:.1f} ×",
-                f"{ours['peak_mib']:.0f}",
-                f"{theirs['peak_mib']:.0f}",
-                f"{ours['peak_mib'] / theirs['peak_mib']:.2f}",
+                *side_by_side(ours, theirs),
             )
         )
     print("\n" + markdown(HEADER, rows))

@@ -16,7 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import markdown, new_report, peak_memory_mib, read_spec, run_worker, write_report, write_result
+from common import (
+    markdown,
+    new_report,
+    peak_memory_mib,
+    read_spec,
+    run_worker,
+    side_by_side,
+    write_report,
+    write_result,
+)
 
 TOOLS = ("tether", "trl")
 HEADER = (
@@ -42,11 +51,11 @@ def main(options: Any, folder: Any) -> int:
             ours, theirs = (found["medians"][tool] for tool in TOOLS)
             rows.append(
                 (
-                    *(what, f"{beta:g}", f"{options.prompts} x {group}", f"{options.prompt} + {options.completion}"),
-                    *(f"{ours['seconds']:.2f}", f"{theirs['seconds']:.2f}"),
-                    f"{theirs['seconds'] / ours['seconds']:.1f} ×",
-                    *(f"{one['peak_mib']:.0f}" for one in (ours, theirs)),
-                    f"{ours['peak_mib'] / theirs['peak_mib']:.2f}",
+                    what,
+                    f"{beta:g}",
+                    f"{options.prompts} x {group}",
+                    f"{options.prompt} + {options.completion}",
+                    *side_by_side(ours, theirs),
                 )
             )
     print("\n" + markdown(HEADER, rows))
