@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -83,7 +84,7 @@ class Board:
             self._handle.update(page)
 
 
-class _Late:
+class _Late(ABC):
     """What begins to be shown when something has taken a while."""
 
     def __init__(self, seconds: float) -> None:
@@ -97,8 +98,9 @@ class _Late:
             if not self._over:
                 self._begin()
 
+    @abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """Show it from now on."""
 
     def close(self) -> None:
         """See `Shown`."""

@@ -127,6 +127,13 @@ def test_an_error_that_nobody_expected_shows_its_traceback_only_on_request(
     assert "Traceback" in err
 
 
+def test_an_import_that_fails_inside_tether_is_a_bug():
+    paragraph, code = explain(ImportError("cannot import name 'x' from 'tether.config.run'", name="tether.config.run"))
+    assert code == 1
+    assert "This is a bug in Tether" in paragraph
+    assert "not installed" not in paragraph
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [

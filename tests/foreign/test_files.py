@@ -338,17 +338,14 @@ OPEN = {
     "axolotl/mistral-orpo-qlora.yml": "the first loss is 6.1144, and TRL's ORPO has 6.1264",
     "llamafactory/lora_pissa_sft.yaml": "refused before the run: what would be saved scores 0.014 nats from memory",
 }
-MARKED = [
-    pytest.param(
-        case,
-        id=case.file,
-        marks=[
-            *[pytest.mark.slow] * case.slow,
-            *[pytest.mark.xfail(strict=True, reason=OPEN[case.file]) for _ in [case.file] if case.file in OPEN],
-        ],
-    )
-    for case in CASES
-]
+
+
+def marks_of(case: Case) -> list[pytest.MarkDecorator]:
+    marks = [pytest.mark.slow] if case.slow else []
+    return [*marks, pytest.mark.xfail(strict=True, reason=OPEN[case.file])] if case.file in OPEN else marks
+
+
+MARKED = [pytest.param(case, id=case.file, marks=marks_of(case)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", MARKED)

@@ -64,8 +64,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return worker, 1
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error), 2 if error.errno == errno.ENOENT else 1
-    package = getattr(error, "name", None) if isinstance(error, ImportError) else None
-    missing = isinstance(error, ImportError) and (package or "").partition(".")[0] != "tether"
+    package = error.name if isinstance(error, ImportError) else None
+    is_own = package is not None and package.partition(".")[0] == "tether"
+    missing = isinstance(error, ImportError) and not is_own
     if missing or "to be installed" in str(error) or "is not installed" in str(error):
         name = f" (package {package})" if package else ""
         return (

@@ -147,11 +147,10 @@ def policy_gradient_loss(
     if found is not None and not objective.row.takes("log_weights"):
         losses = losses * (found.factors[index] if len(found.factors) == policy.num_completions else found.factors)
     if sampled.reference is not None:
-        estimate = KL[objective.kl](policy.token_logps, sampled.reference)
-        estimate = estimate * ratio(log_ratios) if objective.kl_ratio and objective.beta else estimate
+        estimate = _divergence(policy, sampled.reference, objective, log_ratios)
         losses = losses + objective.beta * estimate if objective.beta else losses
-        of_both = (estimate, policy.token_logps - sampled.reference)
-        metrics |= {name: _mean(one.detach(), mask) for name, one in zip(("kl", "kl/k1"), of_both, strict=True)}
+        metrics["kl"] = _mean(estimate.detach(), mask)
+        metrics["kl/k1"] = _mean((policy.token_logps - sampled.reference).detach(), mask)
     if found is not None:
         metrics |= _correction_metrics(found, mask, sampled.weights)
     term = _term(losses * mask, mask, policy, objective)
@@ -165,6 +164,12 @@ def policy_gradient_loss(
 def _bonus(policy: Scores, chosen: PerToken, bonus: float, high: HighEntropy | None) -> LossTerm:
     """A mean over the chosen tokens of a step, where terms are divided by all of its trained tokens."""
     return LossTerm(-bonus * _entropy(policy) * chosen / (1.0 if high is None else high.share), "tokens")
+
+
+def _divergence(policy: Scores, reference: PerToken, objective: PolicyGradient, log_ratios: PerToken) -> PerToken:
+    """The estimate of the KL divergence at each token, times the ratio where its gradient is to be right off policy."""
+    estimate = KL[objective.kl](policy.token_logps, reference)
+    return estimate * ratio(log_ratios) if objective.kl_ratio and objective.beta else estimate
 
 
 def _kept(policy: Scores, sampled: Sampled, proximal: PerToken, mask: PerToken, threshold: float) -> PerCompletion:
