@@ -38,7 +38,6 @@ def test_a_run_file_of_the_document_is_one(text):
         assert keywords["ref_model"] == reference["model"]
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_of_the_document_runs(script, tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()

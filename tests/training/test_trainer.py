@@ -64,7 +64,6 @@ def step_logs(run, name="loss"):
     return [log[name] for log in run.state.log_history if "loss" in log]
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
 def test_step_one_starts_at_ln_2(adapter, tmp_path):
     """INV-1, 6: loss ln 2 and rewards exactly 0 before the first update, also for weights edited in memory."""
@@ -632,7 +631,6 @@ class LiveTensors(TrainerCallback):
             self.alive.append(sum(one.numel() for one in gc.get_objects() if type(one) is torch.Tensor))
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("leak", [False, True], ids=["as it is", "negative control"])
 def test_evaluation_memory_is_constant_in_the_size_of_the_data(leak, tmp_path, monkeypatch):
     """INV-20: ten times the rows, and as few tensors are alive."""
