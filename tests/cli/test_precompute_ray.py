@@ -64,7 +64,8 @@ def test_workers_fill_the_store_of_one_process_though_one_is_killed_and_one_is_s
     workers = {line.split()[1] for line in Path("tried.txt").read_text().splitlines()}
     assert len(workers) == 3  # two, and the one in place of the lost one
     # What the lost worker had written was found, not computed: the counts are of whole shards.
-    assert out.split(" completions")[0] == alone.split(" completions")[0]
+    assert "\n64 completions: " in f"\n{out}"  # Ray itself says on the same stream that a worker was lost
+    assert alone.startswith("64 completions: 0 were in the store, 64 were computed")
     again = tether("precompute", "run.yaml", "reference.store=many")[1]
     assert again.startswith("64 completions: 64 were in the store, 0 were computed")
 

@@ -320,6 +320,11 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
             trainer.train()
         assert trainer.state.global_step == 0
         assert {path.name for path in tmp_path.iterdir()} == {LOCK}  # nothing of the first run is written over
+    (tmp_path / "metrics.jsonl").symlink_to("/nowhere/metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a link to /nowhere/metrics.jsonl, and a run that writes"):
+        trainer.train()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "latest").symlink_to(tmp_path)  # of a folder: nothing is written to it
     trainer.train()  # the lock of a run that ended, however it ended, is none
     assert trainer.state.global_step == 1
 

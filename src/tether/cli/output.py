@@ -43,7 +43,7 @@ def terminal_output(debug: bool) -> Iterator[None]:
         debug: let everything through, libraries' information included.
 
     Raises:
-        ConfigError: what a launcher says in the environment is not a number; libraries fail over it, each in its own way.
+        ConfigError: what a launcher sets in the environment is not a number; libraries fail over it, each in its way.
     """
     require_numbers()
     import datasets

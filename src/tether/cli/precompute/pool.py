@@ -7,6 +7,8 @@ one had written, and computes the rest. Each worker is a run of one process, mad
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,9 +91,9 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
         StoreError: what a worker said of the store, or workers were lost over one shard again and again.
     """
     try:
-        import ray
-        import ray.data
-        from ray.exceptions import RayError
+        # By its name, as type checkers do not find what an ordinary installation lacks.
+        ray: Any = importlib.import_module("ray")
+        importlib.import_module("ray.data")
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--ray needs Ray Data, and {error.name} is not installed. Install it with: pip install 'tether[ray]'; or "
@@ -121,7 +123,9 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
                     raise (ConfigError if row["code"] == ConfigError.exit_code else StoreError)(row["wrong"])
                 done[row["shard"]] = Filled(row["present"], row["computed"])
                 advance(1)
-    except RayError as error:
+    except ray.exceptions.RayTaskError:
+        raise  # an error of what a worker ran, and no loss
+    except ray.exceptions.RayError as error:
         raise StoreError(
             f"Workers were lost over the same shard more than {_LOSSES} times, with {len(done)} of {shards} shards "
             f"done. What they computed is stored; the same command computes the rest. Ray says: {error}"
@@ -137,5 +141,5 @@ def _begin(ray: Any, workers: int) -> None:
     # One more CPU than workers: Ray Data deals the shards' numbers in a task of its own.
     own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1, "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level="ERROR", **own)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -95,7 +95,7 @@ class Seen:
         self.characters: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.unequal = self.longer = 0
         self.opening = ""
-        self.languages_every = max(len(own.rows) // LANGUAGE_ROWS, 1)
+        self.languages_every = max(-(-len(own.rows) // LANGUAGE_ROWS), 1)
         self._ends = np.cumsum([0, *(len(one.rows) for one in others)]).tolist()
         expected = len(own.rows) + self._ends[-1]
         self._whole, self._prompts, self._said, self._openings = (Groups(expected) for _ in range(4))
