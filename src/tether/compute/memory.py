@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tether.compat.launcher import processes_here
 from tether.models.structure import trainable_tensors, transformers_model
 
 # A forward with more tokens than this is no faster for each of them, so a budget is never larger: the split of a step
@@ -91,7 +92,7 @@ def free_bytes(model: nn.Module, device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached - later
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    return machine_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - weights - later
+    return machine_bytes() // processes_here() - weights - later
 
 
 def machine_bytes() -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tether.compat.launcher import processes
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
 from tether.config.sections import (
@@ -133,7 +133,7 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
 
 def _options(run: RunConfig) -> dict[str, Any]:
     # torchrun and accelerate set WORLD_SIZE; without them there is one process.
-    micro, steps = split_batch(run, int(os.environ.get("WORLD_SIZE", "1")))
+    micro, steps = split_batch(run, processes())
     options = {
         **run.train.further,
         "output_dir": run.output,

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tether.compat.transformers import without_bars
 from tether.errors import ConfigError
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.gguf import check_gguf, convert_gguf
 from tether.progress import working
 
@@ -362,7 +362,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def _base_of_adapter(folder: Path) -> PeftConfig:
-    config = PeftConfig.from_pretrained(str(folder))
+    config = adapter_config(folder)
     if not config.base_model_name_or_path:
         raise ConfigError(
             f"The adapter '{folder}' does not say which model it belongs to. Fill 'base_model_name_or_path' in its "

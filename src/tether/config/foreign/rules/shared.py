@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
+from tether.compat.launcher import processes
 from tether.config.document import KeyPath
 from tether.config.fields import config_class, fields_under, row_of
 from tether.config.foreign.draft import Draft, Source, as_number
@@ -189,11 +189,6 @@ def trackers(draft: Draft, wanted: list[tuple[str, str]], name: tuple[str, str] 
             draft.fates[key].became.append("train.report_to")
     if name is not None:
         draft.set("train.run_name", *name)
-
-
-def processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def sharded(draft: Draft, source: Source, config: dict[str, Any], keys: list[str]) -> None:
