@@ -117,6 +117,13 @@ class Rows(Section):
     weight: float = key(
         1.0, "How often each row occurs: 2 twice, 0.5 every second one.", "a number above 0", gt=0, lt=1e6
     )
+    fraction: float | None = key(
+        None,
+        "Share of the rows of all sources, each of which has one then; the first rows are taken, none twice.",
+        "a number above 0, or null",
+        gt=0,
+        lt=1e6,
+    )
     first: int | None = key(
         None, "Only that many rows, from the first on; null: all.", "a whole number from 1, or null", ge=1
     )
@@ -241,6 +248,7 @@ LOADING = {
     "attention": "attn_implementation",
     "tokenizer": "tokenizer",
     "adapter": "adapter",
+    "processor": "processor",
     "trust_remote_code": "trust_remote_code",
 }
 
@@ -289,6 +297,11 @@ class Model(Section, section="model"):
     adapter: Text | None = key(
         None,
         "Folder of an adapter on the model: it trains on, or is frozen beneath the new one of `lora` or `peft`.",
+    )
+    processor: dict[str, Any] | None = key(
+        None,
+        "Keywords for the processor of a model that sees images, with which it is saved; null: as it was saved.",
+        "a mapping such as {do_pan_and_scan: true}, or null",
     )
     add_tokens: Names | None = key(
         None, "New tokens for tokenizer and model; each begins as the mean of all others.", "a list of tokens, or null"

@@ -358,13 +358,9 @@ def _tracking(draft: Draft, source: Source) -> None:
 
 
 def _sharding(draft: Draft, source: Source) -> None:
-    config = source.get("fsdp_config") or {}
-    if not isinstance(config, dict):
-        source.wrong("fsdp_config", config, "a mapping")
-    extra = {"version": source.get("fsdp_version"), "state_dict_type": source.get("fsdp_final_state_dict_type")}
-    config = {**config, **{name: value for name, value in extra.items() if value is not None}}
     keys = ["fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"]
-    shared.sharded(draft, source, config, keys)
+    extra = {"version": source.get("fsdp_version"), "state_dict_type": source.get("fsdp_final_state_dict_type")}
+    shared.fsdp(draft, source, keys, extra)
 
 
 def _plugins(draft: Draft, source: Source) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from tether.config.fields import config_class, fields_under, keys_of, row_of
 from tether.config.foreign.draft import OWN, Draft, Source
-from tether.config.foreign.rules import shared, trl_data
+from tether.config.foreign.rules import shared, trl_data, trl_launch
 from tether.config.foreign.table import load_table
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
@@ -261,12 +261,7 @@ def _reference(draft: Draft, source: Source) -> None:
 
 
 def _environment(draft: Draft, source: Source) -> None:
-    count = source.number("num_processes", 1)
-    if not isinstance(count, int) or count < 1:
-        source.wrong("num_processes", count, "a whole number from 1")
-    draft.processes = count
-    if "num_processes" in draft.fates and draft.fates["num_processes"].mark != "note":
-        draft.fates["num_processes"].became.append(f"--launch {count}")
+    trl_launch.launch(draft, source)
     for name, value in source.mapping("env").items():
         shared.environment(draft, str(name), value, "env")
 
