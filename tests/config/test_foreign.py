@@ -220,7 +220,7 @@ def test_pages_have_the_tables_of_what_is_refused() -> None:
 def test_an_axolotl_file_has_its_values_and_axolotls_defaults() -> None:
     found = converted(AXOLOTL)
     assert found.values == {
-        "model": {"name": "some/model"},
+        "model": {"name": "some/model", "chat_template": "fallback:chatml"},
         "lora": {"r": 8, "alpha": 16, "target": "all-linear"},
         "data": {"train": {"path": "pairs.jsonl", "format": "chatml.intel"}, "eval": {"split": 0.1}},
         "objective": {"loss": "sigmoid", "beta": 0.2},
@@ -349,7 +349,7 @@ def test_the_run_file_that_is_written_is_the_run_that_is_trained(text: str) -> N
 def test_comments_say_what_was_decided_and_the_table_what_became_of_every_key() -> None:
     found = converted(AXOLOTL + "strange: 1\n")
     text = run_file_text(found)
-    assert "model: some/model\n" in text
+    assert "model:\n  name: some/model\n  # type: chatml.intel\n  chat_template: fallback:chatml\n" in text
     assert "env:\n  WANDB_PROJECT: demo\n" in text
     assert "  # Axolotl's default\n  optim: adamw_torch_fused\n" in text
     table = fate_lines(found)
@@ -428,7 +428,7 @@ def test_trls_objectives(command: str, lines: str, expected: dict[str, Any]) -> 
 
 def test_an_adapter_that_is_named_is_continued_and_the_reference_holds_it() -> None:
     axolotl = converted(AXOLOTL, "lora_model_dir=sft")
-    assert axolotl.values["model"] == {"name": "some/model", "adapter": "sft"}
+    assert axolotl.values["model"]["adapter"] == "sft"
     assert axolotl.values["reference"] == {"meaning": "start"}
     assert "lora" not in axolotl.values
     assert fate(axolotl, "lora_model_dir").there == "never loads it under rl: dpo, and starts from the base"
@@ -627,6 +627,8 @@ def test_what_the_examples_of_the_tools_say_by_the_way() -> None:
     served = converted(GRPO, "use_vllm=true", "vllm_mode=server", command="grpo")
     assert served.values["rollout"]["engine"] == "vllm"
     assert fate(converted(AXOLOTL, "eval_table_max_new_tokens=128"), "eval_table_max_new_tokens").mark == "note"
+    loaded = converted(TRL, "model_init_kwargs={device_map: auto, use_cache: false, dtype: bfloat16}")
+    assert loaded.values["model"] == {"name": "some/model", "device": "auto", "dtype": "bfloat16"}
     beside = converted(AXOLOTL, "datasets.0.data_files=[pairs.jsonl]")
     assert beside.values["data"]["train"] == {"path": "pairs.jsonl", "format": "chatml.intel"}
     assert converted(AXOLOTL, "gradient_checkpointing=offload").values["train"]["gradient_checkpointing"] is True
@@ -875,6 +877,13 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (LLAMAFACTORY, ["quantization_bit=3"], "`quantization_bit` is 3 (a whole number); allowed is 4 or 8"),
         (LLAMAFACTORY, ["lora_rnk=3"], "`lora_rnk` is not a key of LLaMA-Factory. Did you mean `lora_rank`?"),
         (LLAMAFACTORY, ["finetuning_type=freeze"], "`finetuning_type` is 'freeze', which needs the number of layers"),
+        (LLAMAFACTORY, ["lora_rank=0"], "`lora.r` is 0 (a whole number); allowed is a whole number from 1"),
+        (AXOLOTL, ["micro_batch_size=0"], "`micro_batch_size` is 0 (a whole number); allowed is a whole number from 1"),
+        (AXOLOTL, ["image_size=big"], "`data.images.size` is 'big' (text); allowed is a whole number from 1, [width"),
+        (AXOLOTL, ["wandb_project=[a]"], "`wandb_project` is ['a'] (a list); allowed is text or a number"),
+        (TRL, ["env={WANDB_API_KEY: x}"], "`env.WANDB_API_KEY` is a secret, and files are copied"),
+        (TRL, ["bete=0.1"], "`bete` is not a key of TRL. Did you mean `beta`?"),
+        (TRL, ["dtype=float32", "torch_dtype=bfloat16"], "`torch_dtype` and `dtype` are one thing, and differ"),
         (
             LLAMAFACTORY,
             ["freeze_vision_tower=true"],
@@ -904,6 +913,17 @@ def test_what_cannot_be_done_stops_with_key_reason_and_way_out(text: str, overri
     message = problem(text, *overrides, command={TRL: "dpo", GRPO: "grpo"}.get(text))
     assert said in message
     assert "file.yaml" in message or "argument" in message
+
+
+def test_sets_that_llamafactory_draws_from_by_turns_have_their_shares() -> None:
+    two = LLAMAFACTORY.replace("dataset: mine", "dataset: mine,chats")
+    found = converted(two, "mix_strategy=interleave_under", "interleave_probs='0.7,0.3'")
+    assert [rows["fraction"] for rows in found.values["data"]["train"]] == [0.7, 0.3]
+    even = converted(two, "mix_strategy=interleave_under", "max_samples=9")
+    assert [(rows["fraction"], rows["first"]) for rows in even.values["data"]["train"]] == [(1, 9), (1, 9)]
+    assert "allowed is 2 numbers above 0" in problem(two, "mix_strategy=interleave_under", "interleave_probs=[1, 0]")
+    assert "draws rows of smaller sets again" in problem(two, "mix_strategy=interleave_over")
+    assert fate(converted(two, "interleave_probs=[1, 1]"), "interleave_probs").mark == "note"
 
 
 def test_a_secret_is_neither_taken_nor_shown() -> None:

@@ -240,8 +240,8 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
         ("data: {train: x}", "run.yaml: `model` is missing. Name the policy"),
         (
             "model: x\ndata:",
-            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache, "
-            "streaming, buffer_size, system, chat_template_kwargs, images, deduplicate.",
+            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, images, "
+            "cache, streaming, buffer_size, system, chat_template_kwargs, deduplicate.",
         ),
         ("model: x\ndata: {}", "run.yaml, line 2: `data.train` is missing."),
         ("model: x\ndata: {train: []}", "`data.train` is [] (a list); allowed is a path, a glob or a hub name"),

@@ -276,7 +276,11 @@ def _reward(judge: Judge) -> Any:
 
 def _under(name: str, section: Section) -> dict[str, Any]:
     """Values of the keys of a section that stand for one field each, by the field."""
-    return {field: getattr(section, key) for key, field in fields_under(name, PreferenceConfig).items()}
+    values = {field: getattr(section, key) for key, field in fields_under(name, PreferenceConfig).items()}
+    return {
+        field: value.model_dump(exclude_defaults=True) if isinstance(value, Section) else value
+        for field, value in values.items()
+    }
 
 
 def _model(model: Model) -> dict[str, Any]:

@@ -160,6 +160,10 @@ class Rows(Section):
     completion_format: Text | None = key(None, "", "text with {completion} in it, or null")
 
 
+_PIXELS = "a whole number from 1, or null"
+_Side = Annotated[int, Field(ge=1)]
+
+
 class Held(Section):
     """`eval: {split: 0.05}`: rows of the training set that are set aside."""
 
@@ -194,6 +198,19 @@ _Named = Annotated[dict[str, Sources], Field(min_length=1), Tag("@named")]
 _Evaluated = Annotated[_Some | Annotated[Held, Tag("@held")] | _Named, Discriminator(_kind_of_source)]
 
 
+class Sizes(Section):
+    """`data.images:` sizes that images are brought to before the processor gets them."""
+
+    max_pixels: int | None = key(None, "An image of more is made smaller; null: no bound.", _PIXELS, ge=1)
+    min_pixels: int | None = key(None, "An image of fewer is made larger; null: no bound.", _PIXELS, ge=1)
+    size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)] | None = key(
+        None,
+        "Side of a square, with black beside what does not fill it; or width and height.",
+        "a whole number from 1, [width, height], or null",
+    )
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic"] = key("bicubic", "How pixels are computed.")
+
+
 class Data(Section, section="data"):
     """`data:` the rows; relative paths start in the current folder."""
 
@@ -212,6 +229,11 @@ class Data(Section, section="data"):
         "Largest shares of rows with each finding of `tether data check`; above one, the check fails and a run is "
         "refused before weights load; null: any.",
         "a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md",
+    )
+    images: Sizes | None = key(
+        None,
+        "Sizes that images are brought to before the processor; null: as they are.",
+        "a mapping such as {max_pixels: 589824}, or null",
     )
     cache: Text | Literal[False] | None = key(
         "auto",

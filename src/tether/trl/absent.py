@@ -73,7 +73,7 @@ class _AbsentModules(MetaPathFinder):
         """
         if fullname.startswith(f"{_PACKAGE}."):
             raise ModuleNotFoundError(
-                f"There is no module {fullname}. TRL's names are in one place here, `from {_PACKAGE} import …`, and its "
+                f"There is no module {fullname}. TRL's names are in one place here, `from {_PACKAGE} import …`, its "
                 f"rewards in {_PACKAGE}.rewards; of its experimental trainers there are cpo, kto, online_dpo and orpo.",
                 name=fullname,
             )

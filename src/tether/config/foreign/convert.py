@@ -252,7 +252,9 @@ def _retired(key: str, automatic: Mapping[str, str]) -> Row | None:
 
 def _unknown(draft: Draft, tool: Tool, key: str, value: Any, known: Iterable[str]) -> list[str]:
     """What is said of a key that the tool does not have; empty where that stops nothing."""
-    near = difflib.get_close_matches(str(key), [one for one in known if "." not in one], n=1, cutoff=0.8)
+    # Where an unknown key is ignored, one that is only a little alike may be left to itself.
+    cutoff = 0.8 if tool.ignores_unknown else 0.7
+    near = difflib.get_close_matches(str(key), [one for one in known if "." not in one], n=1, cutoff=cutoff)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     place = draft.source.place(key)
     if value is None and tool.ignores_unknown:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.config.fields import config_class
-from tether.config.foreign.draft import Draft, Source
+from tether.config.foreign.draft import Draft, Source, as_number
 from tether.config.foreign.rules import llamafactory_model, shared
 from tether.training import PreferenceConfig
 
@@ -226,8 +226,36 @@ def _sets(draft: Draft, source: Source, key: str, *, named: bool = False) -> Any
             draft.fates["max_samples"].became.append("data.train")
     if named:
         return found
+    found = _interleaved(draft, source, found) if key == "dataset" else found
     made = list(found.values())
     return made if len(made) > 1 else made[0]
+
+
+def _interleaved(draft: Draft, source: Source, found: dict[str, Any]) -> dict[str, Any]:
+    """Sets with their shares: rows are drawn from each by its probability until the first set has no more."""
+    strategy = source.one_of("mix_strategy", ("concat", "interleave_under", "interleave_over"), "concat")
+    if strategy == "interleave_over":
+        source.refuse(
+            "mix_strategy",
+            "`mix_strategy` is 'interleave_over', which draws rows of smaller sets again until the largest has none. "
+            "Say interleave_under, or give sets a `weight` in a run file.",
+        )
+    if strategy == "concat":
+        draft.note("interleave_probs", "of mix_strategy: interleave_under, which is not asked for")
+        return found
+    given = source.get("interleave_probs")
+    given = given.split(",") if isinstance(given, str) else given or [1] * len(found)
+    shares = [as_number(one) for one in given] if isinstance(given, list) else []
+    if len(shares) != len(found) or not all(share is not None and share > 0 for share in shares):
+        source.wrong("interleave_probs", source.get("interleave_probs"), f"{len(found)} numbers above 0, one for a set")
+    for name in ("mix_strategy", "interleave_probs"):
+        if name in draft.fates:
+            draft.fates[name].became.append("data.train")
+    draft.explain("mix_strategy", "the first rows of each set, by these shares and none twice; there they are drawn")
+    return {
+        name: {**(rows if isinstance(rows, dict) else {"path": rows}), "fraction": share}
+        for (name, rows), share in zip(found.items(), shares, strict=True)
+    }
 
 
 def _information(source: Source, folder: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def adapter(draft: Draft, options: dict[str, tuple[Any, str]]) -> None:
         options: PEFT's name to the value and the key that says it. Without `target_modules` PEFT's choice for the
             architecture is taken.
     """
-    given = {name: pair for name, pair in options.items() if pair[0] not in (None, False)}
+    given = {name: pair for name, pair in options.items() if pair[0] is not None and pair[0] is not False}
     if "lora_dropout" in given and disables_dropout(draft):
         value, key = given.pop("lora_dropout")
         if value:
@@ -154,11 +154,15 @@ def warmup(draft: Draft, source: Source) -> bool:
 
 def environment(draft: Draft, name: str, value: Any, key: str) -> None:
     """A variable that the run gets, as the tool would set it; never written down where it is a secret."""
+    place = (key, name) if key == "env" else (key,)
     if is_secret(name):
         draft.source.refuse(
-            key,
-            f"`{key}` is a secret, and files are copied and shown. Take it out, and set {name} in the environment.",
+            place,
+            f"`{'.'.join(place)}` is a secret, and files are copied and shown. Take it out, and set {name} in the "
+            "environment.",
         )
+    if not isinstance(value, (str, int, float)):
+        draft.source.wrong(place, value, "text or a number")
     draft.set(f"env.{name}", value, key)
 
 
