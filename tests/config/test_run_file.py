@@ -42,6 +42,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "trust_remote_code": False,
             "tokenizer": None,
             "adapter": None,
+            "processor": None,
             "add_tokens": None,
             "chat_template": None,
             "special_tokens": None,
@@ -59,6 +60,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "buffer_size": 1000,
             "system": None,
             "chat_template_kwargs": None,
+            "images": None,
             "deduplicate": False,
         },
         "reference": {
@@ -242,8 +244,8 @@ UNFOLDING = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] *
         ("data: {train: x}", "run.yaml: `model` is missing. Name the policy"),
         (
             "model: x\ndata:",
-            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache, "
-            "streaming, buffer_size, system, chat_template_kwargs, deduplicate.",
+            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, images, "
+            "cache, streaming, buffer_size, system, chat_template_kwargs, deduplicate.",
         ),
         ("model: x\ndata: {}", "run.yaml, line 2: `data.train` is missing."),
         ("model: x\ndata: {train: []}", "`data.train` is [] (a list); allowed is a path, a glob or a hub name"),

@@ -39,8 +39,8 @@ from tether.data.sources.files import (
     stream_file,
 )
 from tether.data.sources.functions import transform_of
-from tether.data.sources.origin import Origin, Source, is_origin, names_of, origins_of
-from tether.data.sources.slices import slices_of
+from tether.data.sources.origin import Origin, Source, by_fractions, is_origin, names_of, origins_of
+from tether.data.sources.slices import shares_of, slices_of
 from tether.data.spool import spooled
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
@@ -76,11 +76,14 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
         ['prompt', 'chosen', 'rejected']
     """
     origins = origins_of(source, split, name)
-    said = names_of(origins)
+    said, mixed = names_of(origins), by_fractions(origins, name)
     several = len(origins) > 1
     parts = [
         _load(origin, kind, f"{name} ({own})" if several else name) for origin, own in zip(origins, said, strict=True)
     ]
+    if mixed:
+        counts = shares_of(list(map(len, parts)), [origin.fraction or 0.0 for origin in origins])
+        parts = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
     rows = parts[0] if len(parts) == 1 else _joined(parts, said, name)
     if len(rows) == 0:
         shown = f" ({source})" if isinstance(source, (str, Path)) else ""

@@ -22,7 +22,7 @@ from tether.models.structure import dtype_of, transformers_model, unwrap
 from tether.reference.base import frozen_pass
 from tether.reference.guard import largest_difference
 from tether.reference.methods.model import may_move
-from tether.scoring import pack, tolerance
+from tether.scoring import pack
 from tether.training.config import PreferenceConfig
 from tether.types import ScoringBatch
 
@@ -46,12 +46,18 @@ class ReloadProof:
         load: loads a policy, whole, by name; with the keywords of `load_policy`.
         scorer: model and batch to scores, as the run scores.
         probe: rows of the run.
+        rounding: nats by which two sums of the same may differ in the precision of the scorer.
     """
 
     def __init__(
-        self, args: PreferenceConfig, load: Callable[..., nn.Module], scorer: Callable[..., Any], probe: ScoringBatch
+        self,
+        args: PreferenceConfig,
+        load: Callable[..., nn.Module],
+        scorer: Callable[..., Any],
+        probe: ScoringBatch,
+        rounding: float,
     ) -> None:
-        self._args, self._load, self._scorer = args, load, scorer
+        self._args, self._load, self._scorer, self._rounding = args, load, scorer, rounding
         self._rows = pack(probe.examples[:_ROWS])
 
     def check(self, policy: nn.Module, folder: Path, reason: str = "") -> str:
@@ -86,7 +92,7 @@ class ReloadProof:
             f"{rows.num_examples} rows scored by the model as it is loaded, at most {difference:.1e} nats from memory"
         )
         # Of a base that was rewritten, what is loaded is another sum of the same, rounded otherwise.
-        limit = max(_SAME, tolerance(policy)) if is_rewritten(policy) else _SAME
+        limit = max(_SAME, self._rounding) if is_rewritten(policy) else _SAME
         if not difference <= limit:
             raise TetherError(
                 f"What was saved in {folder} is another model than the one in memory: {words} (allowed {limit:.0e}). "

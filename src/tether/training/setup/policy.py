@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from tether.compat.launcher import SIZES, number
 from tether.data import text_tokenizer
+from tether.data.images.sizes import use_sizes
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
     continue_adapter,
@@ -196,6 +197,7 @@ def processing_of(source: str | Path, args: PreferenceConfig, given: Any = None)
     if getattr(args, "eos_token", None) is not None:  # of the trainers of texts
         special["eos_token"] = args.eos_token  # type: ignore[attr-defined]
     new_tokens = use_tokens(text_tokenizer(processing), args.add_tokens or (), special)
+    use_sizes(processing, cast("dict[str, Any] | None", args.image_sizes))
     if args.chat_template_path is not None:
         use_chat_template(processing, args.chat_template_path)
     return processing, new_tokens
