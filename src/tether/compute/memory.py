@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -113,6 +114,16 @@ def room_for_another(device: torch.device) -> int:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     room = min([machine_bytes() - used, *found])
     return min(room, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else room
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system, where the C library keeps it (glibc); elsewhere nothing.
+
+    A training step leaves its heap in pieces: after one of a LoRA on 138 million weights 0.9 GiB that no tensor held.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.compute.cpu_matmul import compute_by_products
-from tether.compute.memory import room_for_another
+from tether.compute.memory import give_back, room_for_another
 from tether.errors import ConfigError, TetherError
 from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.adapting.rewritten import is_rewritten
@@ -74,6 +74,7 @@ class ReloadProof:
         Raises:
             TetherError: they are different models, or the folder cannot be loaded.
         """
+        give_back()
         place, reason = _place(policy, folder), reason or _no_room(policy)
         with torch.random.fork_rng(devices=[]):  # a random head that is loaded over
             base = None if reason else self._base(policy, place)
