@@ -12,7 +12,7 @@ import typer
 
 from tether.cli.run import Debug
 from tether.compat.launcher import processes
-from tether.errors import ConfigError
+from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -117,6 +117,8 @@ def _write(run: RunConfig, target: Path, making: Making) -> Counter:
 
     arguments, _, keywords = build(run)
     trainer: Any = trainer_class(run.objective.loss)(args=arguments, **keywords)
+    if "images" in trainer.run.source.rows.column_names:
+        raise DataError("The prompts have images, which the rows that are written could not hold. Sample text prompts.")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, counts = target.with_suffix(".unfinished"), Counter()
     with unfinished.open("w", encoding="utf-8") as file:
