@@ -92,6 +92,7 @@ NEVER_CALLED: dict[str, str] = {
     **dict.fromkeys(
         (
             "_precompute_ref_logps",
+            "compute_ref_log_probs",
             "compute_reference_log_probs",
             "get_reference_log_probs",
             "null_ref_context",
@@ -115,6 +116,8 @@ NEVER_CALLED: dict[str, str] = {
     ),
     **dict.fromkeys(("_shift_right", "_pad_across_processes", "_nested_gather"), _LABELS),
 }
+
+_MEMBERS = "tether.training.surface.members"
 
 # Arguments of TRL's and transformers' trainers, in 1.16 and before, that have no place here.
 _CONFIGURATION = "it is a field of the configuration: {config}({name}=…)"
@@ -175,7 +178,8 @@ def refuse_overrides(trainer: object) -> None:
         if owner is Trainer:
             return
         for name, value in vars(owner).items():
-            if name in never and value is not None:
+            # What Tether has under that name is there for a script to call.
+            if name in never and value is not None and getattr(value, "__module__", None) != _MEMBERS:
                 kind = owner if isinstance(owner, type) else type(owner)
                 raise ConfigError(
                     f"{kind.__name__}.{name} would never be called, since Tether has no such step. {never[name]}."
