@@ -215,6 +215,7 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
             _refuse_second_adapter(model)
         return
     spec = policy_spec(model, args)
+    spec.require_device()
     if args.reference is None and ref_model is None:
         for folder in (model, spec.adapter):
             if folder is not None:
