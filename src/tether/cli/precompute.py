@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from tether.cli.errors import Interrupted
-from tether.cli.run import Debug
+from tether.cli.run import Debug, RunFile
 from tether.errors import ConfigError
 
 
 def precompute(
-    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    run_file: RunFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Keys to set, as in reference.store=log_probs.", metavar="KEY=VALUE"),
