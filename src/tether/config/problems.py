@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tether.config.document import KeyPath, dotted
-from tether.config.keys.unknown import unknown
+from tether.config.keys.quick import unknown
 from tether.config.run import RunConfig, Train
-from tether.config.sections import SOURCE_TAGS, Allowed
+from tether.config.sections import SOURCE_TAGS
 from tether.config.words import describe_type
+from tether.errors import Allowed
 
 _SHOWN = 3
 # Problems that say more than that a value is of another type.
@@ -64,17 +65,19 @@ def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
     return unknown(path, known, dict(_leaves(fields)), Train.model_fields)
 
 
-def wrong_value(path: KeyPath, value: Any, allowed: str) -> str:
+def wrong_value(path: KeyPath, value: Any, allowed: str | None) -> str:
     """A sentence about a value that is not allowed.
 
     Args:
         path: of the key.
         value: what was given.
-        allowed: what may come, in words.
+        allowed: what may stand there, in words; None where the value may.
 
     Returns:
-        The sentence.
+        The sentence; empty for none.
     """
+    if allowed is None:
+        return ""
     advice = ""
     if isinstance(value, str) and "number" in allowed and _is_number(value):
         advice = " Take the quotes away."
