@@ -61,7 +61,7 @@ from tether.training.evaluation import (
     user_metrics,
 )
 from tether.training.health import Watch, facts_of
-from tether.training.metrics import MetricSums
+from tether.training.metrics import MetricSums, read_window, write_window
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.saving.before import check_optimizer, clear_rehearsals, rehearse
@@ -70,7 +70,6 @@ from tether.training.saving.saving import Saving
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
 from tether.training.saving.where import Whereabouts
 from tether.training.saving.whole import save_whole
-from tether.training.saving.window import read_window, write_window
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.lora_plus import check_lora_plus, part_rates
