@@ -77,7 +77,7 @@ from tether.training.setup.reference import check_start, shard_reference
 from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
-from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.store import StoreCallback, StoreFill, fill_ahead, verify_store
 from tether.training.surface.described import CONFIG, described
 from tether.training.surface.members import Members
 from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
@@ -166,7 +166,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         """Whether `train` leaves the trained adapter or model in the run folder; not where nothing is to be saved."""
         return self.args.save_strategy != "no"
 
-    def precompute_reference(self) -> Filled:
+    def precompute_reference(self) -> StoreFill:
         """Compute what the store lacks of the training set and every evaluation set, see `tether.training.store`."""
         run = self.run
         return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, self._order())

@@ -28,7 +28,7 @@ SHOWN_ROWS, _SHOWN_FAULTS = 5, 20
 
 
 @dataclass(frozen=True)
-class Looked:
+class TextRows:
     """Rows of text; and of rows with images, what tells each one's from others and what is wrong with them."""
 
     rows: Dataset
@@ -37,7 +37,7 @@ class Looked:
     faults: list[str]
 
     @classmethod
-    def of(cls, rows: Dataset, kind: Kind, tokenizer: Any, name: str) -> Looked:
+    def of(cls, rows: Dataset, kind: Kind, tokenizer: Any, name: str) -> TextRows:
         """Take the images out of rows."""
         if tokenizer is not None:
             require_processor(rows, tokenizer, name=name)
@@ -82,7 +82,7 @@ class Seen:
         places: of the rows in their source.
     """
 
-    def __init__(self, own: Looked, others: Sequence[Looked], places: range) -> None:
+    def __init__(self, own: TextRows, others: Sequence[TextRows], places: range) -> None:
         self.own, self.others, self._places = own, others, places
         self.counts: Counter[str] = Counter()
         self.rows: defaultdict[str, list[int]] = defaultdict(list)
