@@ -1,4 +1,4 @@
-"""What happens beside the steps: the guards, the metrics file, the progress display."""
+"""What happens beside the steps: the guards, the last evaluation, threads, the metrics file."""
 
 from __future__ import annotations
 

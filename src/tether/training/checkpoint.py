@@ -197,8 +197,7 @@ def refuse_silent_reanchoring(source: str) -> None:
         recorded, _ = found
         raise ConfigError(
             f"{source} was trained by Tether against the reference {recorded.source!r} (meaning {recorded.meaning}, "
-            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as "
-            "they are "
-            "now, `reference: {model: ...}` (in Python `ref_model`) for the earlier one; or resume that run from its "
-            "checkpoint."
+            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as they "
+            "are now, `reference: {model: ...}` (in Python `ref_model`) for the earlier one; or resume that run from "
+            "its checkpoint."
         )

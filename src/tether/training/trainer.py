@@ -132,8 +132,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             )
             return self.accelerator
 
-        data = train_dataset, eval_dataset, processing_class
         own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
+        data = train_dataset, eval_dataset, processing_class
         more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
         given = Given(model, ref_model, args, *data, *more)
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
@@ -186,20 +186,20 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             raise type(error)(f"{error}{_kept_steps(self)}") from error
         if not inputs:
             return [], None
-        step = self._begun(build_step(inputs, self.run, self.accelerator, device))
+        step = self._with_context(build_step(inputs, self.run, self.accelerator, device))
         # transformers counts as many batches for every step; those that the end of a pass lacks are none.
         return [*[()] * (num_batches - len(inputs)), *step.shares], step
 
-    def _begun(self, step: Step) -> Step:
+    def _with_context(self, step: Step) -> Step:
         context = self.run.algorithm.begin_step(step, self._passes())
         self._sums.add(context.metrics)
         return replace(step, context=context)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of a batch after the other; their gradients add up."""
-        step, parts = num_items_in_batch, inputs
+        step, parts = num_items_in_batch, inputs  # as `get_batch_samples` gave them
         if not isinstance(step, Step):  # called outside the loop, with what the collator returned
-            step = self._begun(build_step([inputs], self.run, self.accelerator, self.args.device))
+            step = self._with_context(build_step([inputs], self.run, self.accelerator, self.args.device))
             (parts,) = step.shares
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
@@ -224,7 +224,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         if not isinstance(step, Step):  # called outside the loop: the batch is all of its step, and one micro-batch
             step = build_step([inputs], self.run, self.accelerator, self.args.device)
             part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(self.run.scored(batch_of(inputs)))
-            step = self._begun(replace(step, shares=((part,),)))
+            step = self._with_context(replace(step, shares=((part,),)))
         output = self._scored_loss(model, part, step.context, predictions=step.evaluates)
         if part.counts and not step.evaluates:
             self._sums.add(output.metrics)
@@ -372,7 +372,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             run.source.close()
             run.reference.flush()
 
-    def _begin(self, state: TrainerState) -> FrozenProbe | None:
+    def _before_first_step(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
         run = self.run
         engine = deepspeed_engine(self)
@@ -550,7 +550,7 @@ def _follow(trainer: TetherTrainer) -> None:
     trainer.add_callback(Watch(trainer.run_folder, lambda: facts_of(trainer.args, trainer.policy)))
     trainer.add_callback(trainer._signals)
     check = trainer.args.reference_check_steps
-    trainer.add_callback(GuardCallback(trainer.run, trainer._begin, check, trainer._prove_layout))
+    trainer.add_callback(GuardCallback(trainer.run, trainer._before_first_step, check, trainer._prove_layout))
     if trainer.args.cpu_threads == "auto" and trainer.args.computes_on_cpu():
         trainer.add_callback(ThreadsCallback())
     if trainer.args.neftune_noise_alpha is not None:

@@ -1,5 +1,5 @@
 """What can be told of a text by itself: its script and language, whether it refuses, whether turns are in an odd order.
-Called by `check`."""
+Called by `audit`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one row shows by itself, and by what it is told whether others repeat or contradict it. Called by `check`."""
+"""What one row shows by itself, and by what it is told whether others repeat or contradict it. Called by `audit`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was found so far, in one pass over the rows and then over their groups. Called by `check`.
+"""What was found so far, in one pass over the rows and then over their groups. Called by `audit`.
 
 What grows with the rows is on disk (see `groups`), but for a few bytes a row: whether it repeats, contradicts, or is in
 the evaluation sets.

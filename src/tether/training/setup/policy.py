@@ -1,4 +1,4 @@
-"""What a trainer's constructor asks before and while it loads: arguments, meaning, sources, adapters."""
+"""What a trainer's constructor asks before and while it loads: arguments, sources, adapters."""
 
 from __future__ import annotations
 

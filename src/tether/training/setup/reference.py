@@ -74,6 +74,8 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
         raise ConfigError(
             "ref_model_init_kwargs was given without a ref_model that is named by a string. Leave them out."
         )
+    if not args.needs_reference:
+        return "none"
     return args.reference or ("start" if ref_model is None else "model")
 
 
