@@ -12,8 +12,9 @@ from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
 from tether.cli.foreign.convert import AUTO, As, say_fates
-from tether.cli.launch import launch, launched
+from tether.cli.launch import launch
 from tether.cli.run import AnyRunFile, Debug
+from tether.compat.launcher import launched
 
 if TYPE_CHECKING:
     from tether.config import RunConfig

@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_torch_tf32_available
 from tether.compat.accelerate import begin_group_on_cpu, require_launcher
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
+from tether.data.images.sizes import check_sizes
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
@@ -348,6 +349,12 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         "Arguments of the chat template, such as `{enable_thinking: false}`; those of a row count before these.",
         key="data.chat_template_kwargs",
     )
+    image_sizes: dict[str, Any] | str | None = option(
+        None,
+        "Sizes that images are brought to before the processor, such as `{max_pixels: 589824}`; `min_pixels`, `size`, "
+        "`resample`.",
+        key="data.images",
+    )
     deduplicate: bool = option(
         False, "Leave out training rows that are exactly those of an earlier row.", key="data.deduplicate"
     )
@@ -425,6 +432,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.chat_template_kwargs = keywords("chat_template_kwargs", self.chat_template_kwargs)
+        self.image_sizes = keywords("image_sizes", self.image_sizes)
+        check_sizes(self.image_sizes)
         self.check_reference()
         if self.include_num_input_tokens_seen is False:  # what a command line says of the default
             self.include_num_input_tokens_seen = "no"

@@ -44,6 +44,7 @@ from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile, ThreadsCallback
 from tether.training.checkpoint import (
+    best_checkpoint,
     load_checkpoint,
     read_objective,
     refuse_second_run,
@@ -166,10 +167,10 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         """Whether `train` leaves the trained adapter or model in the run folder; not where nothing is to be saved."""
         return self.args.save_strategy != "no"
 
-    def precompute_reference(self) -> StoreFill:
+    def precompute_reference(self, part: tuple[int, int] | None = None) -> StoreFill:
         """Compute what the store lacks of the training set and every evaluation set, see `tether.training.store`."""
-        run = self.run
-        return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, self._order())
+        run, order = self.run, self._order()
+        return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, order, part)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -484,9 +485,9 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
 
     def _load_best_model(self) -> None:
         use_averages(self.optimizer)  # what is loaded are averages, and must not be taken for live weights
-        if keeps_shards(self) or not load_checkpoint(
-            cast(nn.Module, self.model), str(self.state.best_model_checkpoint)
-        ):
+        best = str(best_checkpoint(str(self.state.best_model_checkpoint), self.run_folder, self._resumed))
+        self.state.best_model_checkpoint = best
+        if keeps_shards(self) or not load_checkpoint(cast(nn.Module, self.model), best):
             super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

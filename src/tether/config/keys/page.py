@@ -9,9 +9,9 @@ from typing import Any
 
 from tether.config.fields import config_class, configs_by_algorithm, fields_under, losses_by_algorithm
 from tether.config.keys.quick import KEYS
-from tether.config.problems import section_in
+from tether.config.problems import retired_hints, section_in
 from tether.config.run import RunConfig, Train
-from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sync
+from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sizes, Sync
 from tether.config.words import describe_type, field_types
 from tether.training import PreferenceConfig
 from tether.training.declared import Text, default_of
@@ -38,6 +38,7 @@ _SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("lora", Lora),
     ("data", Data),
     ("data.train", Rows),
+    ("data.images", Sizes),
     ("reference", Reference),
     ("reference.sync", Sync),
     ("reference.remote", Remote),
@@ -122,6 +123,7 @@ def known_keys() -> dict[str, Any]:
         },
         "losses": {loss: config_class(loss).algorithm for losses in losses_by_algorithm().values() for loss in losses},
         "train": train,
+        "retired": retired_hints(),
     }
 
 

@@ -92,23 +92,29 @@ def loss_in(values: dict[str, Any]) -> str:
 
 def _problem(key: KeyPath, algorithm: str, keys: dict[str, Any]) -> str:
     """The sentence about a key that does not exist; empty for one that does, or of which the configuration decides."""
-    sections, own = keys["sections"], keys["train"][algorithm]
+    sections, own, retired = keys["sections"], keys["train"][algorithm], keys["retired"]
     fields = own["fields"]
     elsewhere = {name: f"train.{name}" for name in fields}
     for section, names in sections.items():
         elsewhere |= {name: f"{section}.{name}" for name in names}
     if len(key) == 1:
-        return "" if key[0] in keys["file"] else unknown(key, keys["file"], elsewhere, sections["train"])
+        return "" if key[0] in keys["file"] else unknown(key, keys["file"], elsewhere, sections["train"], retired)
     section, name = str(key[0]), str(key[1])
     if section not in sections or section == "objective":
         return ""
     known = [*sections["train"], *fields] if section == "train" else sections[section]
     if name in known or (section == "train" and name in own["said_elsewhere"]):
         return ""
-    return unknown(key, known, elsewhere, sections["train"])
+    return unknown(key, known, elsewhere, sections["train"], retired)
 
 
-def unknown(path: KeyPath, known: Iterable[str], elsewhere: Mapping[str, str], train: Iterable[str]) -> str:
+def unknown(
+    path: KeyPath,
+    known: Iterable[str],
+    elsewhere: Mapping[str, str],
+    train: Iterable[str],
+    retired: Mapping[str, str],
+) -> str:
     """A sentence about a key that no section has, with the nearest one that exists.
 
     Args:
@@ -116,10 +122,13 @@ def unknown(path: KeyPath, known: Iterable[str], elsewhere: Mapping[str, str], t
         known: keys that exist beside it.
         elsewhere: key to dotted path, of every key inside a section.
         train: keys that `train` names itself.
+        retired: names that options had before, each with what to do.
     """
     key, parent = str(path[-1]), path[:-1]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if near:
+    if key in retired:
+        hint = retired[key]
+    elif near:
         hint = f"Did you mean `{dotted((*parent, near[0]))}`?"
     elif key in elsewhere:
         hint = f"It belongs in `{elsewhere[key]}`."

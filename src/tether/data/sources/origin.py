@@ -45,6 +45,14 @@ class Origin:
         Field(description="How often each row occurs: 2 twice, 0.5 every second one.", gt=0, lt=1e6),
         Allowed("a number above 0"),
     ] = 1.0
+    fraction: Annotated[
+        Annotated[float, Field(gt=0, lt=1e6)] | None,
+        Field(
+            description="Share of the rows of all sources, each of which has one then; the first rows are taken, none "
+            "twice."
+        ),
+        Allowed("a number above 0, or null"),
+    ] = None
     first: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Field(description="Only that many rows, from the first on; null: all."),
@@ -108,9 +116,16 @@ class Origin:
                 hint = f"Did you mean `{near[0]}`?" if near else f"Known are {listed(known)}."
                 raise ConfigError(f"{name}: a source has the key `{key}`, which is not known. {hint}")
         origin = cls(**{key: value for key, value in given.items() if value is not None})
-        weight = origin.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
-            raise ConfigError(f"{name}: weight is {weight!r}; it must be a number above 0.")
+        for key, rate in (("weight", origin.weight), ("fraction", origin.fraction)):
+            if rate is not None and (
+                isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6
+            ):
+                raise ConfigError(f"{name}: {key} is {rate!r}; it must be a number above 0.")
+        if origin.fraction is not None and origin.weight != 1:
+            raise ConfigError(
+                f"{name}: weight says how often a row occurs and fraction which share all rows of the source have. "
+                "Leave one of them out."
+            )
         if (
             isinstance(origin.first, bool)
             or not isinstance(origin.first, int | None)
@@ -159,6 +174,19 @@ class Origin:
             hint = f"Did you mean `{near[0]}`? " if near else ""
             raise ConfigError(f"{name}: there is no format `{self.format}`. {hint}There are {', '.join(FORMAT_NAMES)}.")
         return FORMATS[self.format]
+
+
+def by_fractions(origins: Sequence[Origin], name: str) -> bool:
+    """Whether the sources have shares of all rows.
+
+    Raises:
+        ConfigError: some have one, and others do not.
+    """
+    given = [one.fraction is not None for one in origins]
+    if any(given) and not all(given):
+        lacking = names_of(origins)[given.index(False)]
+        raise ConfigError(f"{name}: fraction is given for some sources and not for {lacking}. Give all of them one.")
+    return any(given)
 
 
 def names_of(origins: Sequence[Origin]) -> list[str]:

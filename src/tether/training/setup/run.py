@@ -99,6 +99,7 @@ class Run:
         probe: a few training rows, on the run's device, for proofs and guards.
         layout: in which the policy is scored, as was proved.
         scorer: the scoring function in that layout and the run's precision.
+        exact: the same in the precision of a proof, until accelerate has put the run's around the policy.
         budget: splits batches into micro-batches.
         router_weight: of the load-balancing loss; 0 for none.
         reference: the reference, with its store where it has one.
@@ -116,6 +117,7 @@ class Run:
     probe: ScoringBatch
     layout: Layout
     scorer: Scorer
+    exact: Scorer
     budget: TokenBudget
     router_weight: float
     reference: Reference
@@ -181,7 +183,7 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    scoring = probe, layout, scorer, budget, router
+    scoring = probe, layout, scorer, prove.exact, budget, router
     return Run(
         algorithm,
         data,
@@ -262,6 +264,7 @@ class _Prover:
         self._short = source.probe(2)
         self._options: dict[str, Any] = {}
         self.again: Callable[[nn.Module, int], None] = lambda policy, updates: None
+        self.exact: Scorer
 
     def __call__(self, model: nn.Module, whose: str, requested: Layout | None = None) -> tuple[Layout, Scorer]:
         """A model's layout, proved, and the scoring function in it, in the run's precision everywhere."""
@@ -277,14 +280,17 @@ class _Prover:
         logger.info(f"{whose}{choice.line}")
         self._options = choice.options
         if not whose:
-            self.again = partial(self._again, choice)
-        autocast, scoring = self._accelerator.autocast, self._algorithm.scoring
+            self.again, self.exact = partial(self._again, choice), self._scorer(choice, self._proving)
+        return choice.layout, self._scorer(choice, self._accelerator.autocast)
+
+    def _scorer(self, choice: LayoutChoice, precision: Callable[[], AbstractContextManager[Any]]) -> Scorer:
+        scoring = self._algorithm.scoring
 
         def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
-            with autocast():
+            with precision():
                 return scoring(model, batch, outputs=outputs, **choice.options)
 
-        return choice.layout, scorer
+        return scorer
 
     def _again(self, choice: LayoutChoice, policy: nn.Module, updates: int) -> None:
         """Prove a layout once more, see `prove_again`."""
