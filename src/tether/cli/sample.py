@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tether.cli.run import Debug
+from tether.cli.run import Debug, RunFile
 from tether.compat.launcher import processes
 from tether.errors import ConfigError, DataError
 
@@ -34,7 +34,7 @@ class RowsForm(StrEnum):
 
 
 def sample(
-    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    run_file: RunFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Keys to set, as in rollout.group=8 rollout.temperature=0.7.", metavar="KEY=VALUE"),

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from tether.cli.errors import Interrupted
 from tether.cli.foreign.convert import AUTO, As, say_fates
 from tether.cli.launch import launch
-from tether.cli.run import Debug
+from tether.cli.run import AnyRunFile, Debug
 from tether.compat.launcher import launched
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ class TrainCommand(TyperCommand):
 
 
 def train(
-    run_file: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML run file, or a file of TRL, Axolotl or LLaMA-Factory.", metavar="RUN.YAML", show_default=False
-        ),
-    ],
+    run_file: AnyRunFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +79,29 @@ def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     Raises:
         ConfigError: there is no such file, it is not YAML, a key is given twice or is not text.
     """
-    if not path.is_file():
-        raise ConfigError(missing_file(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
-    values, lines = parse(text, str(path))
+    values, lines = parse(read_text(path), str(path))
     if not isinstance(values, dict):
         came = "nothing" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
             f"{path} holds {came}; a run file is a mapping that begins with keys such as `model:` and `data:`."
         )
     return values, lines
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a run file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ConfigError(_missing_file(path))
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -109,18 +117,33 @@ def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         ConfigError: it is not YAML, a key is given twice or is not text.
     """
-    loader = _Loader("")
     lines: dict[KeyPath, int] = {}
+    return build_with(_Loader, text, name, lambda node: _record_lines(node, (), lines, name, ())), lines
+
+
+def build_with(kind: type[yaml.SafeLoader], text: str, name: str, look: Callable[[yaml.Node], None]) -> Any:
+    """The value of YAML text by a loader's rules; None for none.
+
+    Args:
+        kind: the loader.
+        text: one document.
+        name: what to call it in messages.
+        look: sees the document before it is built, and may refuse it.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    loader = kind("")
     try:
-        loader = _Loader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
-            return None, lines
-        _record_lines(node, (), lines, name, ())
-        return loader.construct_document(node), lines
+            return None
+        look(node)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(syntax_problem(error, name)) from error
-    except yaml.YAMLError as error:
+        raise ConfigError(_syntax_problem(error, name)) from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     finally:
         loader.dispose()
@@ -161,6 +184,11 @@ def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], nam
         _record_lines(value, here, lines, name, above)
 
 
+def beginning(path: KeyPath, known: Container[KeyPath]) -> KeyPath:
+    """The longest beginning of a path that is known; empty where none is."""
+    return next((path[:length] for length in range(len(path), 0, -1) if path[:length] in known), ())
+
+
 def dotted(path: KeyPath) -> str:
     """A key as overrides write it: `train.batch_size`."""
     return ".".join(map(str, path))
@@ -179,7 +207,7 @@ def refuse_unfolding(lines: Mapping[KeyPath, int], name: str) -> None:
         )
 
 
-def syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
+def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     """A sentence about text that is not YAML, with its place."""
     mark = error.problem_mark or error.context_mark
     where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
@@ -192,7 +220,7 @@ def syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     )
 
 
-def missing_file(path: Path) -> str:
+def _missing_file(path: Path) -> str:
     """A sentence about a run file that is not there, with the nearest name that is."""
     if path.is_dir():
         return f"{path} is a folder; give the run file in it, a YAML file."

@@ -118,6 +118,31 @@ class GuardCallback(TrainerCallback):
                 )
 
 
+class WatchLoss(TrainerCallback):
+    """Ends a run after several logged losses in a row above a threshold.
+
+    Args:
+        threshold: the loss.
+        patience: how many in a row.
+    """
+
+    def __init__(self, threshold: float, patience: int) -> None:
+        self._threshold, self._patience, self._above = threshold, patience, 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Count, and end the run."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        self._above = self._above + 1 if loss > self._threshold else 0
+        if self._above >= self._patience:
+            logger.warning(
+                f"loss watchdog: the loss was above {self._threshold:g} in {self._above} logs up to step "
+                f"{state.global_step}; the run ends here."
+            )
+            control.should_training_stop = True
+
+
 class EvaluateLast(TrainerCallback):
     """Has the last step evaluated while the run still goes on: trackers take a later evaluation for another run."""
 

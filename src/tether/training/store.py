@@ -106,7 +106,7 @@ def fill_ahead(
     accelerator: Accelerator,
     order: Order,
     part: tuple[int, int] | None = None,
-) -> Filled:
+) -> StoreFill:
     """Compute what the store lacks of the training set and every evaluation set.
 
     Args:
@@ -158,7 +158,7 @@ def verify_store(stored: StoredReference, rows: Dataset) -> StoreCheck | None:
 
 
 @dataclass(frozen=True)
-class Filled:
+class StoreFill:
     """Completions of the data sets: how many were in the store already, and how many were computed now."""
 
     present: int
@@ -171,7 +171,7 @@ def fill_store(
     accelerator: Accelerator,
     batch_sizes: Mapping[str, int],
     part: tuple[int, int] | None = None,
-) -> Filled:
+) -> StoreFill:
     """Compute what the store lacks of data sets; every process takes its share of the rows.
 
     What is computed is written every half minute, so that after a kill the same call goes on from there.
@@ -211,7 +211,7 @@ def fill_store(
     share(stored, accelerator)
     counts = torch.tensor([present, stored.computed - before], device=accelerator.device)
     present, computed = accelerator.reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
-    return Filled(present, computed)
+    return StoreFill(present, computed)
 
 
 def _score(stored: StoredReference, examples: list[Example], accelerator: Accelerator) -> None:

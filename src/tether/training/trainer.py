@@ -62,7 +62,7 @@ from tether.training.evaluation import (
     user_metrics,
 )
 from tether.training.health import Watch, facts_of
-from tether.training.metrics import MetricSums
+from tether.training.metrics import MetricSums, read_window, write_window
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.saving.before import check_optimizer, clear_rehearsals, rehearse
@@ -71,7 +71,6 @@ from tether.training.saving.saving import Saving
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
 from tether.training.saving.where import Whereabouts
 from tether.training.saving.whole import save_whole
-from tether.training.saving.window import read_window, write_window
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.lora_plus import check_lora_plus, part_rates
@@ -79,7 +78,7 @@ from tether.training.setup.reference import check_start, shard_reference
 from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
-from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.store import StoreCallback, StoreFill, fill_ahead, verify_store
 from tether.training.surface.described import CONFIG, described
 from tether.training.surface.members import Members
 from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
@@ -168,7 +167,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         """Whether `train` leaves the trained adapter or model in the run folder; not where nothing is to be saved."""
         return self.args.save_strategy != "no"
 
-    def precompute_reference(self, part: tuple[int, int] | None = None) -> Filled:
+    def precompute_reference(self, part: tuple[int, int] | None = None) -> StoreFill:
         """Compute what the store lacks of the training set and every evaluation set, see `tether.training.store`."""
         run, order = self.run, self._order()
         return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, order, part)

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tether.cli.errors import Interrupted
-from tether.cli.run import Debug
+from tether.cli.run import Debug, RunFile
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
-    from tether.training.store import Filled
+    from tether.training.store import StoreFill
 
 _STOPPED = "Stopped. What was computed is stored; the same command computes the rest."
 
 
 def precompute(
-    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    run_file: RunFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Keys to set, as in reference.store=log_probs.", metavar="KEY=VALUE"),
@@ -64,7 +64,7 @@ def precompute(
         typer.echo(f"store: {run.reference.store or Path(run.output) / FOLDER}")
 
 
-def _fill_here(run: RunConfig) -> Filled | None:
+def _fill_here(run: RunConfig) -> StoreFill | None:
     """None in a process that does not speak for all."""
     from tether.cli.precompute.made import trainer_of
 
@@ -77,7 +77,7 @@ def _fill_here(run: RunConfig) -> Filled | None:
     return filled if trainer.is_world_process_zero() else None
 
 
-def _fill_by_workers(run: RunConfig, run_file: Path, overrides: list[str], workers: int) -> Filled:
+def _fill_by_workers(run: RunConfig, run_file: Path, overrides: list[str], workers: int) -> StoreFill:
     from tether.cli.precompute.pool import fill_by_workers
     from tether.compat.launcher import launched
 

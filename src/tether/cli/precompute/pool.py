@@ -18,7 +18,7 @@ from tether.errors import ConfigError, StoreError, TetherError
 from tether.progress import counted
 
 if TYPE_CHECKING:
-    from tether.training.store import Filled
+    from tether.training.store import StoreFill
 
 # Shards of each worker, so that the others take over from a slow one; of a stream, which every shard reads from its
 # beginning, one.
@@ -74,7 +74,7 @@ def _row(shard: int, present: int, computed: int) -> dict[str, list[Any]]:
     return {"shard": [shard], "present": [present], "computed": [computed]}
 
 
-def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, streaming: bool) -> Filled:
+def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, streaming: bool) -> StoreFill:
     """Fill the store of a run by workers on a cluster of Ray, or on this machine.
 
     Args:
@@ -99,7 +99,7 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
             f"--ray needs Ray Data, and {error.name} is not installed. Install it with: pip install 'tether[ray]'; or "
             "start with torchrun, or without both in one process."
         ) from error
-    from tether.training.store import Filled
+    from tether.training.store import StoreFill
 
     _begin(ray, workers)
     shards = workers * (1 if streaming else _SHARDS)
@@ -115,13 +115,13 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
         max_restarts=-1,
         max_task_retries=_LOSSES,
     )
-    done: dict[int, Filled] = {}
+    done: dict[int, StoreFill] = {}
     try:
         with counted("shards of the store", shards, unit="shards") as advance:
             for row in filled.iter_rows():
                 if row["wrong"]:
                     raise (ConfigError if row["code"] == ConfigError.exit_code else StoreError)(row["wrong"])
-                done[row["shard"]] = Filled(row["present"], row["computed"])
+                done[row["shard"]] = StoreFill(row["present"], row["computed"])
                 advance(1)
     except ray.exceptions.RayTaskError:
         raise  # an error of what a worker ran, and no loss
@@ -132,7 +132,7 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
         ) from error
     finally:
         ray.shutdown()
-    return Filled(sum(one.present for one in done.values()), sum(one.computed for one in done.values()))
+    return StoreFill(sum(one.present for one in done.values()), sum(one.computed for one in done.values()))
 
 
 def _begin(ray: Any, workers: int) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit.lengths import Lengths, Limited, Reading, drawing, measured
 from tether.data.audit.look import look
-from tether.data.audit.seen import Looked, Seen
+from tether.data.audit.seen import Seen, TextRows
 from tether.data.prepare.report import MarkerFinder
 from tether.data.rows.columns import BATCH_ROWS
 from tether.data.text.template import text_tokenizer
@@ -143,8 +143,8 @@ def check(
     step = max(total // sample, 1) if sample else 1
     places = range(0, total, step)
     given = rows if step == 1 else rows.select(places)
-    own = Looked.of(given, kind, tokenizer, name)
-    others = [Looked.of(one, kind, tokenizer, name) for one in evaluation]
+    own = TextRows.of(given, kind, tokenizer, name)
+    others = [TextRows.of(one, kind, tokenizer, name) for one in evaluation]
     finder = MarkerFinder(None if tokenizer is None else text_tokenizer(tokenizer))
     seen, reading = Seen(own, others, places), Reading(given, step) if any(own.images) else None
     seen.read_evaluation()

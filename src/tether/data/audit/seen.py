@@ -29,7 +29,7 @@ SHOWN_ROWS, _SHOWN_FAULTS = 5, 20
 
 
 @dataclass(frozen=True)
-class Looked:
+class TextRows:
     """Rows of text; and of rows with images, what tells each one's from others and what is wrong with them."""
 
     rows: Dataset
@@ -38,7 +38,7 @@ class Looked:
     faults: list[str]
 
     @classmethod
-    def of(cls, rows: Dataset, kind: Kind, tokenizer: Any, name: str) -> Looked:
+    def of(cls, rows: Dataset, kind: Kind, tokenizer: Any, name: str) -> TextRows:
         """Take the images out of rows."""
         if tokenizer is not None:
             require_processor(rows, tokenizer, name=name)
@@ -85,7 +85,7 @@ class Seen:
     `languages_every`: of one in so many rows the languages are read.
     """
 
-    def __init__(self, own: Looked, others: Sequence[Looked], places: range) -> None:
+    def __init__(self, own: TextRows, others: Sequence[TextRows], places: range) -> None:
         self.own, self.others, self._places = own, others, places
         self.counts: Counter[str] = Counter()
         self.rows: defaultdict[str, list[int]] = defaultdict(list)
