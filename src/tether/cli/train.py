@@ -14,7 +14,8 @@ from tether.cli.errors import Interrupted
 from tether.cli.foreign.convert import AUTO, As, say_fates
 from tether.cli.launch import launch
 from tether.cli.run import AnyRunFile, Debug
-from tether.compat.launcher import launched
+from tether.compat.launcher import is_first, launched
+from tether.errors import TetherError
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -124,7 +125,13 @@ def _train(
         try:
             trainer = _run(run, resume)
         except KeyboardInterrupt:
-            raise Interrupted(_how_to_go_on(Path(run.output), [*again, resume_flag])) from None
+            raise Interrupted(f"Stopped{_how_to_go_on(Path(run.output), [*again, resume_flag])}") from None
+        except TetherError:
+            raise  # it says by itself what to do
+        except Exception:
+            if is_first():
+                typer.echo(f"The run failed{_how_to_go_on(Path(run.output), [*again, resume_flag])}", err=True)
+            raise
     if trainer.is_world_process_zero():
         for line in _summary(trainer, Path(run.output)):
             typer.echo(line)
@@ -145,8 +152,8 @@ def _how_to_go_on(output: Path, command: Sequence[str]) -> str:
 
     last = last_checkpoint(output)
     if last is None:
-        return "Stopped, before the first checkpoint was written. Start again with the same command."
-    return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join(command)}"
+        return ", before the first checkpoint was written. Start again with the same command."
+    return f". The last checkpoint is {last}; go on from it with: {shlex.join(command)}"
 
 
 def _summary(trainer: TetherTrainer, output: Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,17 +105,7 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
     _begin(ray, workers)
     shards = workers * (1 if streaming else _SHARDS)
     own = {"run_file": run_file.resolve(), "overrides": overrides, "folder": Path.cwd(), "shards": shards}
-    filled = ray.data.range(shards, override_num_blocks=shards).map_batches(
-        Worker,
-        fn_constructor_kwargs=own,
-        batch_size=1,
-        # Not more than one at a time: what waits at a slow worker is taken by no other.
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=1,
-        num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
-        max_restarts=-1,
-        max_task_retries=_LOSSES,
-    )
+    filled = _dealt(ray, shards, workers, own)
     done: dict[int, StoreFill] = {}
     try:
         with counted("shards of the store", shards, unit="shards") as advance:
@@ -133,6 +124,24 @@ def fill_by_workers(run_file: Path, overrides: Sequence[str], workers: int, *, s
     finally:
         ray.shutdown()
     return StoreFill(sum(one.present for one in done.values()), sum(one.computed for one in done.values()))
+
+
+def _dealt(ray: Any, shards: int, workers: int, own: dict[str, Any]) -> Any:
+    """The rows that workers make of the numbers of shards, once they are asked for."""
+    with warnings.catch_warnings():
+        # Of the two limits on losses, which have no other place before Ray 2.64.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        return ray.data.range(shards, override_num_blocks=shards).map_batches(
+            Worker,
+            fn_constructor_kwargs=own,
+            batch_size=1,
+            # Not more than one at a time: what waits at a slow worker is taken by no other.
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+            max_restarts=-1,
+            max_task_retries=_LOSSES,
+        )
 
 
 def _begin(ray: Any, workers: int) -> None:

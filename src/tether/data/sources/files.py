@@ -426,7 +426,7 @@ def _decoded(lines: Any, path: Path, name: str) -> Iterable[str]:
             yield line
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name}: `{path}` is not UTF-8 after line {number} ({error.reason}). Save it as UTF-8."
+            f"{name}: `{path}` is not UTF-8 in line {number + 1} or soon after ({error.reason}). Save it as UTF-8."
         ) from error
     except (OSError, EOFError) as error:
         raise DataError(f"{name}: `{path}` cannot be unpacked after line {number} ({error}). Pack it again.") from error

@@ -110,7 +110,9 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
         formats = {one: layout or (None if origin.format else detected(columns, one)) for one in KINDS}
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
         fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
-        kind = cast(Kind, read[0] if read else kind or next(fits, "pair"))
+        # One answer of two is a pair whose other column has another name, and not a prompt alone.
+        half: Kind | None = "pair" if {"chosen", "rejected"} & set(columns) else None
+        kind = cast(Kind, read[0] if read else half or kind or next(fits, "pair"))
     if is_origin(source) or len(origins_of(source, "train", name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
     return load_rows(source, kind=kind, name=name), kind
