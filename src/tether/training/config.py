@@ -240,9 +240,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     cpu_threads: int | str | None = option(
         "auto",
-        "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and a short "
-        "measurement at the start say, unless OMP_NUM_THREADS or torch.set_num_threads has chosen; None: as torch has "
-        "them.",
+        "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and short "
+        "measurements say, at the start and where other processes come or go, unless OMP_NUM_THREADS or "
+        "torch.set_num_threads has chosen; None: as torch has them.",
         allowed=("auto", None, Whole(1, "thread")),
     )
     remove_unused_columns: bool = option(

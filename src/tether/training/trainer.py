@@ -42,7 +42,7 @@ from tether.reference.record import restore, write_record, write_tensors
 from tether.report.live import PageWriter
 from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.budget import accumulate_only, joined
-from tether.training.callbacks import GuardCallback, MetricsFile
+from tether.training.callbacks import GuardCallback, MetricsFile, ThreadsCallback
 from tether.training.checkpoint import (
     load_checkpoint,
     read_objective,
@@ -385,12 +385,14 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             read_window(self, self._resumed, self._sums)
         if state.global_step == 0:
             updates = run.proof.updates
+            # Weights that were cut into shards since then may also have been given another dtype.
+            if run.as_made is not None and not updates and engine is None and not is_sharded(self.policy):
+                run.as_made.check(0)
             self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
         if self.is_world_process_zero():
             write_reports(self.run_folder, run.data.reports)
-        live = run.reference.live
-        return None if live.identity.meaning == "none" else FrozenProbe(live, run.probe, live.tolerance)
+        return FrozenProbe.of(run.reference, run.probe)
 
     def _prove_layout(self, updates: int) -> None:
         self.run.prove_again(self.policy, updates)
@@ -550,6 +552,8 @@ def _follow(trainer: TetherTrainer) -> None:
     trainer.add_callback(trainer._signals)
     check = trainer.args.reference_check_steps
     trainer.add_callback(GuardCallback(trainer.run, trainer._begin, check, trainer._prove_layout))
+    if trainer.args.cpu_threads == "auto" and trainer.args.computes_on_cpu():
+        trainer.add_callback(ThreadsCallback())
     if trainer.args.neftune_noise_alpha is not None:
         trainer.add_callback(SequenceNoise(trainer))
     if trainer.run.stored is not None:

@@ -27,7 +27,7 @@ from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
 from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
 from tether.progress import working
-from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
+from tether.reference import SAME, FrozenProbe, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
 from tether.scoring import Layout, choose_layout, pack
 from tether.scoring.attention.interface import HALF
@@ -100,6 +100,7 @@ class Run:
         reference: the reference, with its store where it has one.
         line: what the reference is and why, in one line.
         stored: the reference's store; None without one.
+        as_made: the reference's values of the probe as they are now; None without a reference.
         proof: that something trains.
         settings: the policy's own, which it is saved with.
         prove_again: proves the policy's layout once more, given the policy and how many updates there were.
@@ -117,6 +118,7 @@ class Run:
     reference: Reference
     line: str
     stored: StoredReference | None
+    as_made: FrozenProbe | None
     proof: TrainingProof
     settings: OwnSettings
     prove_again: Callable[[nn.Module, int], None]
@@ -178,8 +180,8 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    scorers, more = (scorer, prove.exact), (settings, prove.again)
-    return Run(algorithm, data, source, probe, layout, *scorers, budget, router, reference, line, stored, proof, *more)
+    more = reference, line, stored, FrozenProbe.of(reference, probe), proof, settings, prove.again
+    return Run(algorithm, data, source, probe, layout, scorer, prove.exact, budget, router, *more)
 
 
 def _rows(
