@@ -104,6 +104,19 @@ def test_every_section_arrives() -> None:
     }
 
 
+def test_details_of_four_bits_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is missed before rows are read, as for a quantisation by name."""
+    detailed = run_with(model={"name": "tiny", "quantization": {"type": "fp4", "double": False}})
+    monkeypatch.setattr("tether.models.quantized.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="quantization has details of 4 bits, which needs bitsandbytes, and it is not"
+    ):
+        build(detailed)
+    monkeypatch.setattr("tether.models.quantized.find_spec", lambda name: object())
+    found = build(detailed)[0].model_init_kwargs["quantization_config"]
+    assert (found["bnb_4bit_quant_type"], found["bnb_4bit_use_double_quant"]) == ("fp4", False)
+
+
 def test_a_reference_left_out_stays_undeclared() -> None:
     assert build(run_with())[0].reference is None
     assert build(run_with(reference="start"))[0].reference == "start"

@@ -29,6 +29,7 @@ from tether.config.sections import (
     Section,
 )
 from tether.errors import ConfigError
+from tether.models.quantized import require_package
 from tether.reference import RemoteOptions
 from tether.rewards import (
     READY_MADE,
@@ -294,6 +295,7 @@ def _under(name: str, section: Section) -> dict[str, Any]:
 def _model(model: Model) -> dict[str, Any]:
     loading = {keyword: getattr(model, name) for name, keyword in LOADING.items()}
     if isinstance(model.quantization, Quantize):
+        require_package("has details of 4 bits", "bitsandbytes")
         loading |= {"quantization": None, "quantization_config": model.quantization.options()}
     return {
         "model_init_kwargs": {keyword: value for keyword, value in loading.items() if value not in (None, False)},

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from tether.errors import ConfigError
 from tether.models.adapters import continue_adapter
 from tether.models.load import check_source, is_adapter, load_config, load_policy, load_processing, load_tokenizer
-from tether.models.quantized import is_quantized, quantization_config, require_package
+from tether.models.quantized import is_quantized, quantization_config
 from tether.models.structure import adapter_tensors, transformers_model, unwrap
 
 logger = logging.getLogger("tether")
@@ -69,9 +69,6 @@ class ModelSpec:
             if "quantization_config" in self.further:
                 raise ConfigError("quantization and quantization_config were given together; leave one of them out.")
             quantization_config(self.quantization, self.dtype)
-        detailed = self.further.get("quantization_config")
-        if isinstance(detailed, dict) and detailed.get("quant_method") == "bitsandbytes":
-            require_package("is of weights of bitsandbytes", "bitsandbytes")
         _check_device(self.device_map)
         if self.adapter is not None:
             self._check_adapter(self.adapter)

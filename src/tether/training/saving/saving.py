@@ -72,7 +72,7 @@ class Saving:
         policy: nn.Module,
         folder: Path,
         scorer: Scorer,
-        precision: Callable[[], AbstractContextManager[Any]],
+        precision: Callable[..., AbstractContextManager[Any]],
         reason: str = "",
     ) -> str:
         with precision():

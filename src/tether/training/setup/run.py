@@ -283,7 +283,7 @@ class _Prover:
             self.again, self.exact = partial(self._again, choice), self._scorer(choice, self._proving)
         return choice.layout, self._scorer(choice, self._accelerator.autocast)
 
-    def _scorer(self, choice: LayoutChoice, precision: Callable[[], AbstractContextManager[Any]]) -> Scorer:
+    def _scorer(self, choice: LayoutChoice, precision: Callable[..., AbstractContextManager[Any]]) -> Scorer:
         scoring = self._algorithm.scoring
 
         def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
