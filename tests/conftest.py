@@ -1,6 +1,7 @@
 """Settings for every test."""
 
 import gc
+import os
 
 import peft  # noqa: F401  (imported so that it is frozen below, as are the others)
 import pytest
@@ -19,6 +20,8 @@ from tether.compute import cpu_matmul as products  # noqa: E402
 
 # Tiny tensors gain nothing from threads and lose much to switching between them on a shared machine.
 torch.set_num_threads(1)
+# In processes that tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # accelerate collects garbage in every training run, which walks through all that the libraries hold: most of the time
 # of a run on a tiny model.
@@ -40,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for position, case in enumerate(cases):
             if position not in chosen:
                 case.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules of tests and their thousands of items alone, too, see above."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

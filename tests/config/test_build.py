@@ -48,6 +48,7 @@ def test_every_section_arrives() -> None:
                 "chat_template": "other.jinja",
                 "train": ["norm"],
                 "freeze": ["post"],
+                "processor": {"crop_to_patches": True},
             },
             lora={
                 "r": 4,
@@ -58,7 +59,12 @@ def test_every_section_arrives() -> None:
                 "init": "olora",
                 "target_parameters": ["mlp.experts.down_proj"],
             },
-            data={"train": ["a.jsonl", "b.jsonl"], "eval": {"x": "c.jsonl"}, "check": {"identical": 0.1}},
+            data={
+                "train": ["a.jsonl", "b.jsonl"],
+                "eval": {"x": "c.jsonl"},
+                "check": {"identical": 0.1},
+                "images": {"max_pixels": 99},
+            },
             reference={"meaning": "start", "method": "snapshot"},
             objective={"beta": 0.3, "label_smoothing": 0.1},
             train={"epochs": 2, "learning_rate": 5e-6, "batch_size": 12, "max_length": 99, "logging_steps": 7},
@@ -77,7 +83,9 @@ def test_every_section_arrives() -> None:
         "tokenizer": "other",
         "adapter": "runs/sft",
         "trust_remote_code": True,
+        "processor": {"crop_to_patches": True},
     }
+    assert arguments.image_sizes == {"max_pixels": 99}
     assert arguments.trust_remote_code is False, "which would be the reference's too"
     assert arguments.add_tokens == ["<a>"]
     assert (arguments.chat_template_path, arguments.dataset_check) == ("other.jinja", {"identical": 0.1})

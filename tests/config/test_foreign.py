@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from tether.config import load_run_file
+from tether.config.arguments import _unsharded
 from tether.config.fields import config_class, fields_under
 from tether.config.foreign import COMMANDS, TOOLS, Conversion, convert_file, detect, from_flags, is_foreign
 from tether.config.foreign.describe import table_of_stops
@@ -217,7 +220,7 @@ def test_pages_have_the_tables_of_what_is_refused() -> None:
 def test_an_axolotl_file_has_its_values_and_axolotls_defaults() -> None:
     found = converted(AXOLOTL)
     assert found.values == {
-        "model": {"name": "some/model"},
+        "model": {"name": "some/model", "chat_template": "fallback:chatml"},
         "lora": {"r": 8, "alpha": 16, "target": "all-linear"},
         "data": {"train": {"path": "pairs.jsonl", "format": "chatml.intel"}, "eval": {"split": 0.1}},
         "objective": {"loss": "sigmoid", "beta": 0.2},
@@ -346,7 +349,7 @@ def test_the_run_file_that_is_written_is_the_run_that_is_trained(text: str) -> N
 def test_comments_say_what_was_decided_and_the_table_what_became_of_every_key() -> None:
     found = converted(AXOLOTL + "strange: 1\n")
     text = run_file_text(found)
-    assert "model: some/model\n" in text
+    assert "model:\n  name: some/model\n  # type: chatml.intel\n  chat_template: fallback:chatml\n" in text
     assert "env:\n  WANDB_PROJECT: demo\n" in text
     assert "  # Axolotl's default\n  optim: adamw_torch_fused\n" in text
     table = fate_lines(found)
@@ -425,7 +428,7 @@ def test_trls_objectives(command: str, lines: str, expected: dict[str, Any]) -> 
 
 def test_an_adapter_that_is_named_is_continued_and_the_reference_holds_it() -> None:
     axolotl = converted(AXOLOTL, "lora_model_dir=sft")
-    assert axolotl.values["model"] == {"name": "some/model", "adapter": "sft"}
+    assert axolotl.values["model"]["adapter"] == "sft"
     assert axolotl.values["reference"] == {"meaning": "start"}
     assert "lora" not in axolotl.values
     assert fate(axolotl, "lora_model_dir").there == "never loads it under rl: dpo, and starts from the base"
@@ -624,12 +627,14 @@ def test_what_the_examples_of_the_tools_say_by_the_way() -> None:
     served = converted(GRPO, "use_vllm=true", "vllm_mode=server", command="grpo")
     assert served.values["rollout"]["engine"] == "vllm"
     assert fate(converted(AXOLOTL, "eval_table_max_new_tokens=128"), "eval_table_max_new_tokens").mark == "note"
+    loaded = converted(TRL, "model_init_kwargs={device_map: auto, use_cache: false, dtype: bfloat16}")
+    assert loaded.values["model"] == {"name": "some/model", "device": "auto", "dtype": "bfloat16"}
     beside = converted(AXOLOTL, "datasets.0.data_files=[pairs.jsonl]")
     assert beside.values["data"]["train"] == {"path": "pairs.jsonl", "format": "chatml.intel"}
     assert converted(AXOLOTL, "gradient_checkpointing=offload").values["train"]["gradient_checkpointing"] is True
     assert fate(converted(AXOLOTL, "eot_tokens=[<e>]"), "eot_tokens").mark == "note"
-    exact = converted(LLAMAFACTORY, "pissa_init=true")
-    assert exact.values["lora"]["init"] == "pissa"
+    fast, exact = (converted(LLAMAFACTORY, "pissa_init=true", *more) for more in ([], ["pissa_iter=-1"]))
+    assert (fast.values["lora"]["init"], exact.values["lora"]["init"]) == ("pissa_niter_16", "pissa")
 
 
 def test_a_file_says_how_many_processes_there_are() -> None:
@@ -639,8 +644,83 @@ def test_a_file_says_how_many_processes_there_are() -> None:
     assert converted(AXOLOTL).processes == 1
 
 
+def test_a_configuration_of_accelerate_is_read_by_name_and_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    filled = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    auto = dict.fromkeys(filled, "auto")
+    zero = converted(TRL, "accelerate_config=zero3")
+    wanted = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    assert zero.values["train"]["deepspeed"] == {"zero_optimization": wanted, **auto}
+    assert zero.processes == 4
+    assert fate(zero, "accelerate_config").became == ["train.deepspeed", "--launch 4"]
+    shared = converted(TRL, "accelerate_config=fsdp2", "num_processes=2")
+    assert (shared.values["train"]["fsdp"], shared.processes) == (True, 2)
+    assert converted(TRL, "accelerate_config=multi_gpu").processes == 4
+    alone = converted(TRL, "accelerate_config=single_gpu")
+    assert (alone.processes, {"fsdp", "deepspeed"} & alone.values["train"].keys()) == (1, set())
+    lines = ["distributed_type: FSDP", "num_processes: 3", "fsdp_config: {fsdp_offload_params: true}", "use_cpu: true"]
+    Path("own.yaml").write_text("\n".join(lines))
+    own = converted(TRL, "accelerate_config=own.yaml")
+    assert (own.processes, own.values["train"]["use_cpu"]) == (3, True)
+    assert own.values["train"]["fsdp_config"] == {"fsdp_offload_params": True}
+    Path("own.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}")
+    assert converted(TRL, "accelerate_config=own.yaml").values["train"]["deepspeed"] == "ds.json"
+    assert "`accelerate_config` is 'zero4' (text); allowed is single_gpu, multi_gpu, zero1" in problem(
+        TRL, "accelerate_config=zero4"
+    )
+    Path("own.yaml").write_text("distributed_type: TPU\nnum_machines: 2")
+    assert "is for 2 machines" in problem(TRL, "accelerate_config=own.yaml")
+
+
+def test_one_process_holds_the_whole_model_and_several_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is converted on one process is right for several."""
+    found = converted(AXOLOTL, "fsdp=[full_shard, auto_wrap, offload]", "fsdp_version=2", "val_set_size=0")
+    assert found.values["train"]["fsdp"] is True
+    assert found.values["train"]["fsdp_config"] == {"offload_params": True, "version": 2}
+    assert "--launch N" in fate(found, "fsdp").reason
+    alone = fate(converted(AXOLOTL, "fsdp_version=2"), "fsdp_version")
+    assert (alone.mark, alone.reason) == ("note", "of fsdp, which is not asked for")
+    zero = {"deepspeed": {"zero_optimization": {"stage": 3}}, "fsdp": True, "seed": 1}
+    assert _unsharded(zero) == {"seed": 1}
+    moved = {"deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}
+    assert _unsharded(moved) == moved
+    Path("moved.json").write_text(json.dumps(moved["deepspeed"]))
+    assert _unsharded({"deepspeed": "moved.json"}) == {"deepspeed": "moved.json"}
+    with pytest.raises(ConfigError, match=r"`train.deepspeed` is 'no.json', which cannot be read"):
+        _unsharded({"deepspeed": "no.json"})
+
+
+def test_llamafactory_trains_some_layers_and_leaves_the_tower_alone() -> None:
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2}
+    LlamaConfig(**small).save_pretrained("text")
+    llava = {"text_config": LlamaConfig(**small), "vision_config": CLIPVisionConfig(**small)}
+    LlavaConfig(**llava).save_pretrained("sees")
+    frozen = ["model_name_or_path=text", "finetuning_type=freeze"]
+    assert converted(LLAMAFACTORY, *frozen).values["model"]["train"] == [r"\.10\.", r"\.11\."]
+    first = [*frozen, "freeze_trainable_layers=-1", "freeze_trainable_modules=mlp", "freeze_extra_modules=norm"]
+    found = converted(LLAMAFACTORY, *first)
+    assert found.values["model"]["train"] == [r"\.0\.mlp", "norm"]
+    assert "1 of the 12 layers" in fate(found, "freeze_trainable_layers").reason
+    assert {"lora", "peft"} & found.values.keys() == set()
+    tower, bridge = (
+        r"vision_tower|vision_model|vision_encoder|visual\.(?!merger)",
+        "|multi_modal_projector|mm_projector",
+    )
+    full = converted(LLAMAFACTORY, "model_name_or_path=sees", "finetuning_type=full")
+    [pattern] = full.values["model"]["freeze"]
+    assert pattern.startswith(tower + bridge)
+    lora = converted(LLAMAFACTORY, "model_name_or_path=sees", "freeze_multi_modal_projector=false")
+    assert lora.values["peft"]["exclude_modules"] == f".*({tower}).*"
+    assert (
+        fate(converted(LLAMAFACTORY, "model_name_or_path=text", "freeze_vision_tower=true"), "freeze_vision_tower").mark
+        == "note"
+    )
+
+
 GAPS = [
     ("chat_template: chatml", {"model.chat_template": "chatml"}),
+    ("chat_template: mistral_v1", {"model.chat_template": "mistral_v1"}),
+    ("chat_template: aya", {"model.chat_template": "cohere"}),
     ("chat_template: tokenizer_default_fallback_llama3", {"model.chat_template": "fallback:llama3"}),
     ("special_tokens: {eos_token: <e>, pad_token: <p>}", {"model.special_tokens": {"eos_token": "<e>"}}),
     ("special_tokens: {additional_special_tokens: [<a>]}", {"model.add_tokens": ["<a>"]}),
@@ -775,14 +855,13 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["optimizer=muon"], "`optimizer` is 'muon' (text); allowed is adamw_torch"),
         (AXOLOTL, ["lr_scheduler=rex"], "`lr_scheduler` is 'rex'"),
         (AXOLOTL, ["relora=true"], "no restarts of an adapter (ReLoRA) here"),
-        (AXOLOTL, ["chat_template=exaone"], "say chat_template=jinja chat_template_jinja=FILE"),
+        (AXOLOTL, ["chat_template=jamba"], "say chat_template=jinja chat_template_jinja=FILE"),
         (AXOLOTL, ["special_tokens={end_token: '</s>'}"], "text, under one of bos_token"),
         (AXOLOTL, ["datasets.0.type=mine.transform"], "module.function of a Python file that lies beside this one"),
         (AXOLOTL, ["datasets.0.chat_template=llama3", "chat_template=chatml"], "one template writes all"),
         (AXOLOTL, ["rl=null", "datasets.0.type=sharegpt"], "known are chat_template, alpaca and completion"),
         (AXOLOTL, ["load_in_4bit=true", "bnb_config_kwargs={x: 1}"], "`x` is not read; known are bnb_4bit_quant_type"),
         (AXOLOTL, ["datasets.0.shards=4"], "a run file has no such key of a data set"),
-        (AXOLOTL, ["comet_api_key=x"], "it is a secret, and files are copied"),
         (AXOLOTL, ["plugins=[my.Plugin]"], "`plugins` has 'my.Plugin', which is code that is not run here"),
         (AXOLOTL, ["save_steps=10"], "`saves_per_epoch` and `save_steps` say the same thing"),
         (AXOLOTL, ["warmup_ratio=3"], "`warmup_ratio` is 3 (a whole number); allowed is a share from 0 to below 1"),
@@ -797,7 +876,19 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["chat_template_jinja=none.jinja"], "is neither a template nor the name of a file"),
         (LLAMAFACTORY, ["quantization_bit=3"], "`quantization_bit` is 3 (a whole number); allowed is 4 or 8"),
         (LLAMAFACTORY, ["lora_rnk=3"], "`lora_rnk` is not a key of LLaMA-Factory. Did you mean `lora_rank`?"),
-        (LLAMAFACTORY, ["finetuning_type=freeze"], "a run file names what trains by its parameters"),
+        (LLAMAFACTORY, ["finetuning_type=freeze"], "`finetuning_type` is 'freeze', which needs the number of layers"),
+        (LLAMAFACTORY, ["lora_rank=0"], "`lora.r` is 0 (a whole number); allowed is a whole number from 1"),
+        (AXOLOTL, ["micro_batch_size=0"], "`micro_batch_size` is 0 (a whole number); allowed is a whole number from 1"),
+        (AXOLOTL, ["image_size=big"], "`data.images.size` is 'big' (text); allowed is a whole number from 1, [width"),
+        (AXOLOTL, ["wandb_project=[a]"], "`wandb_project` is ['a'] (a list); allowed is text or a number"),
+        (TRL, ["env={WANDB_API_KEY: x}"], "`env.WANDB_API_KEY` is a secret, and files are copied"),
+        (TRL, ["bete=0.1"], "`bete` is not a key of TRL. Did you mean `beta`?"),
+        (TRL, ["dtype=float32", "torch_dtype=bfloat16"], "`torch_dtype` and `dtype` are one thing, and differ"),
+        (
+            LLAMAFACTORY,
+            ["freeze_vision_tower=true"],
+            "`freeze_vision_tower`: whether the model sees images is not known",
+        ),
         (TRL, ["use_pefft=true"], "`use_pefft` is not a key of TRL. Did you mean `use_peft`?"),
         (TRL, ["loss_type=[kto_pair]"], "`loss_type` is 'kto_pair' (text); allowed is sigmoid, sigmoid_norm, hinge"),
         (TRL, ["max_prompt_length=512"], "max_length is of prompt and completion together"),
@@ -808,7 +899,7 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (TRL, ["bnb_4bit_quant_type=fp8"], "allowed is nf4, fp4"),
         (TRL, ["env={HF_TOKEN: x}"], "set HF_TOKEN in the environment"),
         (TRL, ["dataset_name=null"], "`dataset_name` is missing"),
-        (TRL, ["datasets=[{path: a, fraction: 0.5}]"], "`fraction` of a data set has no key in a run file"),
+        (TRL, ["datasets=[{path: a, shards: 5}]"], "`shards` is no key of a data set of TRL; there are path, name"),
         (TRL, ["reward_funcs=[a]"], "`reward_funcs` is of grpo and rloo"),
         (GRPO, ["reward_funcs=[no_such_reward]"], "known are think_format_reward, get_soft_overlong_punishment, acc"),
         (GRPO, ["reward_funcs=[none.such]"], "module.function of a Python file that lies beside this one"),
@@ -822,6 +913,27 @@ def test_what_cannot_be_done_stops_with_key_reason_and_way_out(text: str, overri
     message = problem(text, *overrides, command={TRL: "dpo", GRPO: "grpo"}.get(text))
     assert said in message
     assert "file.yaml" in message or "argument" in message
+
+
+def test_sets_that_llamafactory_draws_from_by_turns_have_their_shares() -> None:
+    two = LLAMAFACTORY.replace("dataset: mine", "dataset: mine,chats")
+    found = converted(two, "mix_strategy=interleave_under", "interleave_probs='0.7,0.3'")
+    assert [rows["fraction"] for rows in found.values["data"]["train"]] == [0.7, 0.3]
+    even = converted(two, "mix_strategy=interleave_under", "max_samples=9")
+    assert [(rows["fraction"], rows["first"]) for rows in even.values["data"]["train"]] == [(1, 9), (1, 9)]
+    assert "allowed is 2 numbers above 0" in problem(two, "mix_strategy=interleave_under", "interleave_probs=[1, 0]")
+    assert "draws rows of smaller sets again" in problem(two, "mix_strategy=interleave_over")
+    assert fate(converted(two, "interleave_probs=[1, 1]"), "interleave_probs").mark == "note"
+
+
+def test_a_secret_is_neither_taken_nor_shown() -> None:
+    for text, key in ((TRL, "hub_token"), (LLAMAFACTORY, "hf_hub_token"), (AXOLOTL, "comet_api_key")):
+        for said in (problem(f"{text}{key}: private-value\n"), problem(text, f"{key}=private-value")):
+            assert f"`{key}` is given; it is a secret" in said
+            assert "private-value" not in said
+    shown = fate_lines(converted(f"{LLAMAFACTORY}swanlab_api_key: private-value\n"))
+    assert any("swanlab_api_key: [hidden]" in line for line in shown)
+    assert "private-value" not in "".join(shown)
 
 
 def test_the_line_of_a_wrong_value_is_named() -> None:

@@ -23,6 +23,8 @@ WRONG = [
     "model: m\ndata: {train: rows.jsonl}\nreference: {lora_alpha: 3}\n",
     "model: {name: m, torch_dtype: float32}\ndata: {train: rows.jsonl}\n",
     "model: m\ndata: {train: rows.jsonl}\nbeta: 0.1\n",
+    "model: m\ndata: {train: rows.jsonl}\ntrain: {warmup_ratio: 0.1}\n",
+    "model: m\ndata: {train: rows.jsonl}\ntrain: {max_prompt_length: 8}\n",
     "model: m\ndata: {train: rows.jsonl}\nobjective: {loss: kto}\ntrain: {zzz: 1}\n",
     "model: m\nmodel: n\n",
     "model: [m\n",
@@ -41,6 +43,23 @@ def test_it_says_what_the_whole_check_says(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
     assert _said(refuse_at_once, file) == _said(load_run_file, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("warmup_ratio", "`train.warmup_ratio` is not known. It is called `train.warmup_steps` now."),
+        ("evaluation_strategy", "It is called `train.eval_strategy` now."),
+        ("max_seq_length", "It is called `train.max_length` now."),
+        ("overwrite_output_dir", "It has no effect any more, and none is needed: leave it out."),
+        ("max_prompt_length", "There is no such option any more: max_length is of prompt and completion together"),
+        ("rpo_alpha", "Write `objective: {loss: [sigmoid, sft], weights: [1.0, …]}`"),
+    ],
+)
+def test_a_retired_name_says_what_became_of_it(tmp_path, name, said):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{GOOD}train: {{{name}: 1}}\n", encoding="utf-8")
+    assert said in _said(refuse_at_once, file)
 
 
 @pytest.mark.parametrize("override", ["train.learning_rat=1", "lora.alhpa=3", "trian.epochs=1"])

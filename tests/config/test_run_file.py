@@ -42,6 +42,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "trust_remote_code": False,
             "tokenizer": None,
             "adapter": None,
+            "processor": None,
             "add_tokens": None,
             "chat_template": None,
             "special_tokens": None,
@@ -59,6 +60,7 @@ def test_the_smallest_run_file_has_every_default(load: Load) -> None:
             "buffer_size": 1000,
             "system": None,
             "chat_template_kwargs": None,
+            "images": None,
             "deduplicate": False,
         },
         "reference": {
@@ -230,6 +232,10 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
     assert "\n" not in str(caught.value)
 
 
+# A kilobyte that stands for half a billion values.
+UNFOLDING = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -238,8 +244,8 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
         ("data: {train: x}", "run.yaml: `model` is missing. Name the policy"),
         (
             "model: x\ndata:",
-            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, cache, "
-            "streaming, buffer_size, system, chat_template_kwargs, deduplicate.",
+            "run.yaml, line 2: `data` is empty (null); allowed is a mapping with the keys train, eval, check, images, "
+            "cache, streaming, buffer_size, system, chat_template_kwargs, deduplicate.",
         ),
         ("model: x\ndata: {}", "run.yaml, line 2: `data.train` is missing."),
         ("model: x\ndata: {train: []}", "`data.train` is [] (a list); allowed is a path, a glob or a hub name"),
@@ -250,6 +256,8 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
             "run.yaml, line 1, column 8: this is not YAML: could not determine a constructor",
         ),
         ("model: &a [*a]", "run.yaml, line 1: `model.0` contains itself."),
+        (UNFOLDING, "run.yaml has more than 100,000 values, as aliases (`*name`) of aliases unfold to."),
+        ("train: {max_steps: " + "1" * 5000 + "}", "expected a whole number of at most 100 digits, got one of 5000"),
         ("model: x\0", "run.yaml is not YAML: unacceptable character"),
     ],
 )

@@ -17,6 +17,7 @@ from support.format_examples import ASKED, BAD, EXAMPLES, GOOD, HH, said
 from tether.data import load_rows, preferences, read_preferences
 from tether.data.rows.conversion import detected
 from tether.data.rows.formats import FORMATS
+from tether.data.sources.stream import RowStream
 from tether.data.split import split_rows
 from tether.errors import ConfigError, DataError
 
@@ -169,6 +170,8 @@ def test_a_fault_names_row_field_and_format(name: str, row: dict, fault: str) ->
         ({"format": "chatml.inte"}, "there is no format `chatml.inte`. Did you mean `chatml.intel`?"),
         ({"formt": "hh"}, "a source has the key `formt`, which is not known. Did you mean `format`?"),
         ({"weight": 0}, "weight is 0; it must be a number above 0"),
+        ({"fraction": 0}, "fraction is 0; it must be a number above 0"),
+        ({"fraction": 0.5, "weight": 2}, "weight says how often a row occurs and fraction which share"),
         ({"first": 0}, "first is 0; it must be a whole number from 1"),
         ({"first": True}, "first is True; it must be a whole number from 1"),
         ({"fields": ["a"]}, "fields is .* it must be a mapping such as {prompt: question}"),
@@ -222,6 +225,23 @@ def test_several_sources_are_joined_with_their_weights() -> None:
     assert rows["prompt"][-6:] == ["b0", "b0", "b1", "b1", "b2", "b2"]
     again = load_rows([{"path": first, "weight": 0.3}, {"path": second, "weight": 2}])
     assert again["prompt"][:] == rows["prompt"][:]
+
+
+def test_fractions_are_shares_of_all_rows_as_trl_takes_them() -> None:
+    sources = {"a": 1000, "b": 30, "c": 7}
+    given = [
+        {"path": [pair(f"{name}{n}") for n in range(count)], "fraction": fraction}
+        for (name, count), fraction in zip(sources.items(), (0.6, 0.3, 0.1), strict=True)
+    ]
+    rows = load_rows(given)["prompt"][:]
+    # At most 70 rows have a tenth in 7 of them; the first rows of each.
+    assert rows == [f"{name}{n}" for name, count in (("a", 42), ("b", 21), ("c", 7)) for n in range(count)]
+    scaled = [{**one, "fraction": one["fraction"] * 50} for one in given]
+    assert load_rows(scaled)["prompt"][:] == rows
+    with pytest.raises(ConfigError, match=r"fraction is given for some sources and not for source 2\. Give all"):
+        load_rows([given[0], {"path": [pair()]}])
+    with pytest.raises(ConfigError, match="fraction needs the number of rows of every source, which a stream"):
+        next(RowStream(given).chunks())
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".arrow", ".parquet", ".jsonl.zst"])

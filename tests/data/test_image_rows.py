@@ -4,18 +4,23 @@ pixel is read where none is needed."""
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import PIL.Image
+import PIL.ImageOps
 import pytest
 from datasets import Dataset, Features, Image, Sequence, Value
 
 from data.samples import assistant, pair, user
 from tether.data import load_rows, preferences, prepare, read_preferences, split_rows
 from tether.data.audit.audit import check
-from tether.errors import DataError
+from tether.data.images.sizes import check_sizes, sized, use_sizes
+from tether.errors import ConfigError, DataError
+from tether.models import load_processing
 from tether.training.setup.data import RunData
-from tiny import tiny_tokenizer
-from tiny_vision import picture, tiny_processor
+from tiny import tiny_model, tiny_tokenizer
+from tiny_vision import picture, tiny_processor, tiny_vision
 
 
 def row(image: Any, text: str = "what is it", good: str = "a film", bad: str = "it", **more: Any) -> dict[str, Any]:
@@ -164,8 +169,6 @@ def test_lengths_count_the_tokens_of_images_and_what_a_limit_would_cut() -> None
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_looks_at_its_rows_in_one_process(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The audit is written by the first process alone, so it is made there alone; images are read by preparation."""
-    from types import SimpleNamespace
-
     looked: list[str] = []
     monkeypatch.setattr("tether.training.setup.data.check", lambda *a, **k: looked.append(k["name"]) or check(*a, **k))
     args: Any = SimpleNamespace(
@@ -188,6 +191,74 @@ def test_a_run_looks_at_its_rows_in_one_process(rank: int, monkeypatch: pytest.M
     assert ("audit" in data.reports["train"]) == (rank == 0)
     if rank == 0:
         assert data.reports["train"]["audit"]["duplicates"] == pytest.approx(1 / 3)
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_brought_to_a_size_that_is_saved_with_the_processor(tmp_path: Any) -> None:
+    """Qwen2-VL's processor gives an image a token for 8 x 8 pixels here, so that the size shows in the tokens."""
+    processor: Any = tiny_processor("qwen2_vl")
+    rows = [row(picture(0, width=32, height=16))]
+
+    def tokens() -> int:
+        [example] = prepare(rows, processor, max_length=None, name="train").dataset
+        inputs = example["image_inputs"]
+        return int(inputs.token_types.sum())
+
+    assert tokens() == 8
+    counts = {}
+    for sizes in ({"max_pixels": 128}, {"min_pixels": 1024}, {"max_pixels": 512}, {"size": 24}, {"size": [8, 16]}):
+        use_sizes(processor, sizes)
+        counts[json.dumps(sizes)] = tokens()
+    assert list(counts.values()) == [2, 10, 8, 9, 2]
+    processor.image_processor.save_pretrained(tmp_path)
+    again = type(processor.image_processor).from_pretrained(tmp_path)
+    assert sized(picture(0, width=32, height=16), SimpleNamespace(image_processor=again)).size == (8, 16)
+    padded = sized(picture(0, width=32, height=16), SimpleNamespace(image_processor=SimpleNamespace()))
+    assert padded.size == (32, 16)
+
+
+def test_a_square_has_black_beside_the_image() -> None:
+    """As Axolotl pads it; and LLaMA-Factory's bound on pixels keeps the proportions."""
+    processor: Any = tiny_processor("qwen2_vl")
+    use_sizes(processor, {"size": 16, "resample": "bilinear"})
+    found = sized(PIL.Image.new("RGB", (32, 16), (255, 255, 255)), processor)
+    assert [found.getpixel((8, place)) for place in (0, 8, 15)] == [(0, 0, 0), (255, 255, 255), (0, 0, 0)]
+    use_sizes(processor, {"size": 24, "resample": "lanczos"})
+    seen = picture(3, width=30, height=17)
+    padded = PIL.ImageOps.pad(seen, (24, 24), method=PIL.Image.Resampling.LANCZOS, color=(0, 0, 0))
+    assert sized(seen, processor).tobytes() == padded.tobytes()
+    use_sizes(processor, {"max_pixels": 200})
+    assert sized(picture(0, width=40, height=10), processor).size == (28, 7)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"max_pixel": 3}, "has max_pixel: 3; allowed is one of max_pixels, min_pixels, size, resample as a key"),
+        ({"max_pixels": 0}, "has max_pixels: 0; allowed is a whole number from 1"),
+        ({"max_pixels": [3, 3]}, r"has max_pixels: \[3, 3\]; allowed is a whole number"),
+        ({"size": 8, "resample": "cubic"}, "has resample: 'cubic'; allowed is nearest, lanczos"),
+        ({"size": 8, "min_pixels": 9}, "has a size, which says more than max_pixels"),
+        ({"resample": "bicubic"}, "has a way to resample, and nothing that changes a size"),
+    ],
+)
+def test_sizes_that_mean_nothing_are_refused(sizes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_sizes(sizes)
+
+
+def test_sizes_and_keywords_are_of_what_reads_images(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is given, and .* reads no images"):
+        use_sizes(tiny_tokenizer(), {"max_pixels": 3})
+    tiny_vision("llava").save_pretrained(tmp_path / "sees")
+    tiny_processor("llava").save_pretrained(tmp_path / "sees")
+    loaded: Any = load_processing(tmp_path / "sees", vision_feature_select_strategy="full")
+    assert (loaded.vision_feature_select_strategy, loaded.image_token) == ("full", "<image>")
+    tiny_model().save_pretrained(tmp_path / "text")
+    with pytest.raises(ConfigError, match=r"Keywords of a processor were given for .*: the model sees no images"):
+        load_processing(tmp_path / "text", vision_feature_select_strategy="full")
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

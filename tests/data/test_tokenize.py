@@ -261,6 +261,13 @@ def test_a_template_that_refuses_a_conversation_names_the_row() -> None:
         run(chat_tokenizer(REFUSING), *rows)
 
 
+def test_a_template_that_writes_a_prompt_differently_each_time_is_refused() -> None:
+    """Its prompts begin none of its texts, as those of `THINKING` do not, which is taken."""
+    with pytest.raises(DataError, match=r"row 1: the chat template wrote the prompt twice in two ways"):
+        run(chat_tokenizer("{{ strftime_now('%S.%f') }}" + CHATML), chat())
+    assert run(chat_tokenizer(THINKING), chat())[0].boundary == "template"
+
+
 ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% for m in messages %}{% endfor %}{% endfor %}{% endfor %}"
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from tether.errors import ConfigError
 from tether.models.chat_template import LIBRARY, use_chat_template
@@ -19,11 +21,53 @@ TALK = [
 ]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 # Name to the file that TRL keeps of the same template.
-OF_TRL = {"llama3": "llama3", "gemma": "gemma", "phi3": "phi3", "qwen25": "qwen2_5"}
+OF_TRL = {
+    "cohere": "cohere",
+    "gemma": "gemma",
+    "gemma3": "gemma3",
+    "llama3": "llama3",
+    "phi3": "phi3",
+    "qwen2_vl": "qwen2_5_vl",
+    "qwen25": "qwen2_5",
+    "qwen3": "qwen3",
+}
+# Those that TRL has no file of: the talk with a system message before it, and what opens an answer after it.
+WRITTEN = {
+    "alpaca": (
+        "<s>Be brief.\n\n### Instruction:\n2 + 2 =\n\n### Response:\n4</s>\n\n### Instruction:\nand 3?\n\n"
+        "### Response:\n7</s>",
+        "\n\n### Response:\n",
+    ),
+    "deepseek_v2": (
+        "<s>Be brief.\n\n<\uff5cUser\uff5c>2 + 2 =<\uff5cAssistant\uff5c>4</s>"
+        "<\uff5cUser\uff5c>and 3?<\uff5cAssistant\uff5c>7</s>",
+        "<\uff5cAssistant\uff5c>",
+    ),
+    "exaone": (
+        "[|system|]Be brief.[|endofturn|]\n[|user|]2 + 2 =\n[|assistant|]4[|endofturn|]\n[|user|]and 3?\n"
+        "[|assistant|]7[|endofturn|]\n",
+        "[|assistant|]",
+    ),
+    "falcon_h1": (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2 =<|im_end|>\n<|im_start|>assistant\n4"
+        "<|im_end|>\n<|im_start|>user\nand 3?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ),
+    "mistral_v1": ("<s> [INST] 2 + 2 = [/INST] 4</s> [INST] and 3? [/INST] 7</s>", ""),
+    "mistral_v2v3": ("<s>[INST] 2 + 2 =[/INST] 4</s>[INST] and 3?[/INST] 7</s>", ""),
+    "mistral_v3_tekken": ("<s>[INST]2 + 2 =[/INST]4</s>[INST]and 3?[/INST]7</s>", ""),
+    "phi3_older": (
+        "<s><|system|>\nBe brief.<|end|>\n<|user|>\n2 + 2 =<|end|>\n<|assistant|>\n4<|end|>\n<|user|>\nand 3?<|end|>\n"
+        "<|assistant|>\n7<|end|>\n",
+        "<|assistant|>\n",
+    ),
+}
+NO_SYSTEM = ("gemma", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken")
 
 
-def written(source: str, messages: list[dict[str, str]], **how: bool) -> str:
+def written(source: str, messages: list[dict[str, Any]], **how: bool) -> str:
     tokenizer = tiny_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
     use_chat_template(tokenizer, source)
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
 
@@ -31,7 +75,7 @@ def written(source: str, messages: list[dict[str, str]], **how: bool) -> str:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LIBRARY)
 def test_a_template_by_name_writes_what_its_model_was_trained_on(name: str) -> None:
-    talks = [TALK, TALK[:1], *([] if name == "gemma" else [[*SYSTEM, *TALK]])]
+    talks = [TALK, TALK[:1], *([] if name in NO_SYSTEM else [[*SYSTEM, *TALK]])]
     for talk in talks:
         for opening in (False, True):
             found = written(name, talk, add_generation_prompt=opening)
@@ -39,10 +83,32 @@ def test_a_template_by_name_writes_what_its_model_was_trained_on(name: str) -> N
                 pytest.importorskip("trl")
                 text = resources.files("trl").joinpath("chat_templates", f"{OF_TRL[name]}.jinja").read_text()
                 assert found == written(text, talk, add_generation_prompt=opening)
+            elif name in WRITTEN:
+                whole, opened = WRITTEN[name]
+                if talk is (TALK if name in NO_SYSTEM else talks[-1]):
+                    assert found == whole + opened * opening
+                if name not in ("alpaca", "exaone"):
+                    assert whole.endswith(written(name, TALK[2:]).removeprefix("<s>"))
             else:
-                end = "<|im_end|>" if name == "chatml" else tiny_tokenizer().eos_token
+                end = "<|im_end|>" if name == "chatml" else "</s>"
                 assert found.count(end) == len(talk)
                 assert found.endswith("assistant\n" if name == "chatml" else "<|assistant|>\n") == opening
+
+
+def test_what_a_template_has_no_place_for_is_refused_or_left_out() -> None:
+    for name in NO_SYSTEM:
+        with pytest.raises(TemplateError, match="this template has"):
+            written(name, [*SYSTEM, *TALK])
+    thinking = [*TALK[:3], {"role": "assistant", "content": "<think>\n3 + 4\n</think>\n\n7"}]
+    theirs = resources.files("trl").joinpath("chat_templates", "qwen3.jinja").read_text()
+    assert written("qwen3", thinking) == written(theirs, thinking)
+    assert written("qwen3", [*thinking, TALK[0]]) == written(theirs, [*thinking, TALK[0]])
+    asked = {"add_generation_prompt": True, "enable_thinking": False}
+    assert written("qwen3", TALK[:1], **asked) == written(theirs, TALK[:1], **asked)
+    seen = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A film?"}]}]
+    for name in ("gemma3", "qwen2_vl"):
+        theirs = resources.files("trl").joinpath("chat_templates", f"{OF_TRL[name]}.jinja").read_text()
+        assert written(name, seen) == written(theirs, seen)
 
 
 def test_a_fallback_is_taken_where_there_is_none() -> None:

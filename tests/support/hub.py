@@ -12,9 +12,10 @@ from typing import Any
 from transformers import LlamaForSequenceClassification
 
 from tiny import tiny_model, tiny_tokenizer
+from tiny_vision import picture, tiny_processor, tiny_vision
 
 # Special tokens that the files name, and the real models have.
-SPECIAL = ("<|eot_id|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|begin_of_text|>")
+SPECIAL = ("<|eot_id|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|begin_of_text|>", "<|end|>", "<|user|>")
 COUNT = 12
 _INSTRUCT = (
     "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -27,6 +28,8 @@ _INSTRUCT = (
     "alignment-handbook/zephyr-7b-sft-full",
     "HuggingFaceTB/SmolLM3-3B-checkpoints",
     "trl-lib/qwen1.5-1.8b-sft",
+    "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1",
+    "microsoft/Phi-3.5-mini-instruct",
 )
 _BASE = (
     "meta-llama/Meta-Llama-3-8B",
@@ -36,6 +39,8 @@ _BASE = (
 )
 # A model whose head for one label is drawn already, so that two tools begin with the same one.
 _CLASSIFIER = ("google/gemma-2-2b",)
+# A model that sees images; the processors of Qwen2-VL need a package that is not installed.
+_SEES = ("Qwen/Qwen2.5-VL-7B-Instruct", "llava")
 
 
 def questions() -> list[tuple[str, str, str]]:
@@ -176,6 +181,15 @@ def _factory_sets(plain: Any, chats: Any, older: Any) -> dict[str, list[dict[str
             for n, (q, good, _) in enumerate(plain)
         ],
         "chats": [{"conversations": older(chat)} for chat in chats],
+        "rlhf_v": [
+            {
+                "conversations": [{"from": "human", "value": f"<image>{q}"}],
+                "chosen": {"from": "gpt", "value": good},
+                "rejected": {"from": "gpt", "value": bad},
+                "images": ["data/seen.png"],
+            }
+            for q, good, bad in plain
+        ],
     }
 
 
@@ -189,6 +203,12 @@ DATASET_INFO: dict[str, Any] = {
         "ranking": True,
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    },
+    "rlhf_v": {
+        "file_name": "rlhf_v.json",
+        "ranking": True,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"},
     },
     "kto_en_demo": {
         "file_name": "kto_en_demo.json",
@@ -255,6 +275,11 @@ def write_hub(folder: Path) -> None:
         )
         classifier.save_pretrained(folder / name)
         base.save_pretrained(folder / name)
+    name, family = _SEES
+    tiny_vision(family).save_pretrained(folder / name)
+    tiny_processor(family).save_pretrained(folder / name)
+    (folder / "data").mkdir(exist_ok=True)
+    picture(0, width=40, height=20).save(folder / "data" / "seen.png")
     for name, parts in sets().items():
         for part, rows in parts.items():
             ending = "json" if name == "LLaMA-Factory" else "jsonl"

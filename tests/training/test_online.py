@@ -244,7 +244,7 @@ def gradient(made, batches):
     """Gradients of a step of several batches, through the trainer's own loss."""
     made.model.zero_grad()
     step = build_step([{"batch": pack(batch)} for batch in batches], made.run, made.accelerator, made.args.device)
-    step = made._begun(step)
+    step = made._with_context(step)
     for part in step.parts:
         made.compute_loss(made.model, part, num_items_in_batch=step).backward()
     return torch.cat([one.grad.flatten() for one in made.model.parameters() if one.grad is not None])

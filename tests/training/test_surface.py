@@ -542,9 +542,13 @@ def test_processes_that_are_not_one_run_are_refused(name, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2' .* no variable such as RANK .* not started by a launcher. Unset"),
-        ({"PMI_SIZE": "2"}, "PMI_SIZE is '2' .* not started by a launcher"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two' .* that is not a number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 .* no variable such as RANK .* not started by a launcher. Unset"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is 2 .* not started by a launcher"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two' .* not a whole number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '' .* not a whole number"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:29500"}, "MASTER_PORT is 'tcp:.* not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' .* the least that a launcher sets is 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "RANK is 2 .* the last one is 1"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2 and RANK is 1 .* MASTER_ADDR, where the processes meet"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is 2 .* MASTER_ADDR"),
     ],

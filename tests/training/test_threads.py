@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,54 @@ def test_fewer_threads_are_taken_where_they_are_faster(machine, monkeypatch, cap
     # The next run of the process is free to decide again.
     monkeypatch.setattr(threads, "measured_rates", lambda counts: dict.fromkeys(counts, 1.0))
     assert threads.choose_threads("auto", on_cpu=True) == 8
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that have passed, and seconds that this process has computed."""
+    now = {"passed": 0.0, "computed": 0.0}
+    told = {"monotonic": lambda: now["passed"], "process_time": lambda: now["computed"]}
+    monkeypatch.setattr(threads, "time", SimpleNamespace(**told))
+    return now
+
+
+def test_threads_are_chosen_again_where_other_processes_come_and_go(machine, clock, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="tether")
+    rates, measured = dict.fromkeys((8, 4, 2, 1), 1.0), []
+    monkeypatch.setattr(threads, "measured_rates", lambda counts: measured.append(clock["passed"]) or rates)
+    threads.choose_threads("auto", on_cpu=True)
+    again = threads.ThreadsAgain()
+
+    def steps(seconds: int, cores: float) -> int:
+        measured.clear()
+        for _ in range(seconds):
+            clock["passed"] += 1
+            clock["computed"] += cores
+            again.look(int(clock["passed"]))
+        return len(measured)
+
+    assert steps(1000, 8.0) == 0  # it has all its cores
+    rates.update({8: 1, 4: 2, 2: 6, 1: 3})
+    assert steps(15, 3.0) == 1  # others compute too
+    assert machine["threads"] == 2
+    assert "threads: 2 of 8 cores from step 1006 on (measured 6.0x the speed of 8" in caplog.text
+    # Nothing changes: after 15, 30, 60, 120, 240, 480 seconds, and so on.
+    assert steps(15 + 30 + 60 + 120 + 240 + 480 + 480, 2.0) == 7
+    rates.update(dict.fromkeys(rates, 1.0))
+    assert steps(480, 2.0) == 1
+    assert machine["threads"] == 8
+    steps(15, 8.0)  # the rest of a time in which it had two
+    assert steps(1000, 8.0) == 0
+
+
+def test_threads_that_a_user_sets_in_a_run_stay(machine, clock, monkeypatch):
+    monkeypatch.setattr(threads, "measured_rates", lambda counts: dict.fromkeys(counts, 1.0))
+    threads.choose_threads("auto", on_cpu=True)
+    again = threads.ThreadsAgain()
+    torch.set_num_threads(3)
+    clock["passed"] = 1000.0
+    again.look(1)
+    assert machine["threads"] == 3
 
 
 def test_threads_that_spin_are_said_where_they_cost(machine, monkeypatch, caplog):

@@ -261,6 +261,19 @@ def test_weights_edited_after_the_trainer_was_made_are_refused(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
 
 
+@pytest.mark.parametrize("meaning", ["start", "base", "model"])
+def test_a_reference_edited_after_the_trainer_was_made_is_refused(meaning, tmp_path):
+    """INV-2: an edited base moves a policy and the reference under its adapter alike, and no comparison of the two
+    shows it."""
+    given = {"ref_model": policy(seed=1)} if meaning == "model" else {"peft_config": lora(), "reference": meaning}
+    run = trainer(tmp_path, **given)
+    edited = run.policy.get_base_model() if meaning != "model" else given["ref_model"]
+    with torch.no_grad():
+        edited.model.embed_tokens.weight.add_(0.1)
+    with pytest.raises(ReferencePolicyError, match="The reference moved: before the first step"):
+        run.train()
+
+
 def test_nothing_to_train_is_an_error(tmp_path):
     """INV-5."""
     with pytest.raises(ReferencePolicyError, match="Nothing would train"):
@@ -309,7 +322,7 @@ def test_no_reference_runs_no_reference(tmp_path, monkeypatch):
     run = trainer(tmp_path, max_steps=2, reference_check_steps=0)
     calls.clear()
     run.train()
-    assert len(calls) == 4 + 3  # two steps with a reference, and the guards before the first
+    assert len(calls) == 4 + 4  # two steps with a reference, and the guards before the first
 
 
 @pytest.mark.sweep(1)

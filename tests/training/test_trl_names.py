@@ -48,6 +48,12 @@ def test_every_name_of_trl_is_there_or_refused_with_a_sentence() -> None:
         ("scripts", "TrlParser"),
     ):
         assert getattr(importlib.import_module(f"tether.trl.{module}"), name) is getattr(ours, name)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"no module tether\.trl\.trainer\. TRL's names are in one place here"
+    ):
+        importlib.import_module("tether.trl.trainer")
+    with pytest.raises(ModuleNotFoundError, match=r"there are cpo, kto, online_dpo and orpo"):
+        importlib.import_module("tether.trl.experimental.gkd")
     from trl.rewards import _import_structure
 
     from tether.trl import rewards

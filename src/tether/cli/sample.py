@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tether.cli.run import Debug
+from tether.compat.launcher import processes
 from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def sample(
         raise ConfigError(f"--margin is of pairs, and --as is {form.value}. Leave it out.")
     if threshold is not None and form is not RowsForm.unpaired:
         raise ConfigError(f"--threshold is of labelled completions, and --as is {form.value}. Leave it out.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ConfigError("`tether sample` runs in one process. Start one for each part of the prompts (data.train).")
     run = load_run_file(run_file, overrides or ())
     target = to or Path(run.output) / "samples.jsonl"

@@ -12,8 +12,9 @@ from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
 from tether.cli.foreign.convert import AUTO, As, say_fates
-from tether.cli.launch import launch, launched
+from tether.cli.launch import launch
 from tether.cli.run import Debug
+from tether.compat.launcher import launched
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -108,14 +109,14 @@ def train_conversion(
         again: the command, to start once more.
         resume_flag: what it takes to go on.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from tether.training.checkpoint import last_checkpoint
 
     if conversion.processes > 1 and not launched():
         raise typer.Exit(launch(conversion.processes, [*again[1:], *_options(resume, debug)]))
     say_fates(conversion)
     run, wanted = conversion.run, resume or conversion.resume
     if wanted == AUTO:
-        wanted = _LAST if Path(run.output).is_dir() and get_last_checkpoint(run.output) else None
+        wanted = _LAST if last_checkpoint(run.output) else None
     _train(run, wanted, debug, again, resume_flag)
 
 

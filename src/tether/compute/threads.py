@@ -1,4 +1,4 @@
-"""How many threads a run on a CPU computes with: what the system grants, and of that what a measurement finds fastest.
+"""How many threads a run on a CPU computes with: what the system grants, and of that what measurements find fastest.
 
 A step consists of many short parallel regions, each of which ends when its last thread does. Threads that spin while
 they wait take the cores from those that they wait for, as soon as other processes compute or a container's quota is
@@ -29,6 +29,10 @@ _WORTH = 1.1
 # A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance.
 _BURST_SECONDS = 0.04
 _ROUNDS = 7
+# Threads that get less of their cores than this are measured again after so many seconds; each measurement that changes
+# nothing doubles the time to the next, up to the longest.
+_SHARE = 0.8
+_FIRST_WAIT, _LONGEST_WAIT = 15.0, 480.0
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -64,6 +68,38 @@ def choose_threads(setting: int | str | None, *, on_cpu: bool) -> int:
     torch.set_num_threads(threads)
     logger.info(f"threads: {threads} of {cores} cores ({why})")
     return threads
+
+
+class ThreadsAgain:
+    """Chooses the threads anew while a run goes on, where other processes come or go; for threads chosen by `auto`."""
+
+    def __init__(self) -> None:
+        self._wait = _FIRST_WAIT
+        self._begin()
+
+    def look(self, step: int) -> None:
+        """Measure again, if it is time and the cores were not all had, or not all used.
+
+        Args:
+            step: that was just made, for the line that says what changed.
+        """
+        passed, threads = time.monotonic() - self._since, torch.get_num_threads()
+        if passed < self._wait or threads != _own.get("threads"):
+            return
+        cores = granted_cores()
+        if threads == cores and time.process_time() - self._computed >= _SHARE * passed * threads:
+            self._wait = _FIRST_WAIT
+        else:
+            found, why = _measured(cores)
+            torch.set_num_threads(found)
+            _own["threads"] = found
+            self._wait = _FIRST_WAIT if found != threads else min(2 * self._wait, _LONGEST_WAIT)
+            if found != threads:
+                logger.info(f"threads: {found} of {cores} cores from step {step + 1} on ({why})")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since, self._computed = time.monotonic(), time.process_time()
 
 
 def chosen_elsewhere() -> str:

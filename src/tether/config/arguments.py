@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import os
+import json
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tether.compat.launcher import processes
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
 from tether.config.sections import (
@@ -39,6 +43,7 @@ from tether.training.online.algorithm import as_reward_functions
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+logger = logging.getLogger("tether")
 # Pairs that are computed at once on one device where neither the run file nor a budget of tokens says how many: enough
 # to keep a device busy, as pairs are packed without padding, and few enough for a small one's memory.
 MICRO_BATCH = 4
@@ -133,7 +138,7 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
 
 def _options(run: RunConfig) -> dict[str, Any]:
     # torchrun and accelerate set WORLD_SIZE; without them there is one process.
-    micro, steps = split_batch(run, int(os.environ.get("WORLD_SIZE", "1")))
+    micro, steps = split_batch(run, processes())
     options = {
         **run.train.further,
         "output_dir": run.output,
@@ -155,7 +160,39 @@ def _options(run: RunConfig) -> dict[str, Any]:
         options.setdefault("metric_for_best_model", "loss")
     options = _online(run, options)
     _refuse_idle_options(run)
-    return options
+    return options if processes() > 1 else _unsharded(options)
+
+
+def _unsharded(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of one process, which has nobody to share weights with: FSDP waits for several, and DeepSpeed is
+    not needed where it is not installed and would only share."""
+    idle = [name for name in ("fsdp", "fsdp_config") if options.get(name)]
+    settings = options.get("deepspeed")
+    if settings and importlib.util.find_spec("deepspeed") is None and not _offloads(settings):
+        idle.append("deepspeed")
+    if idle:
+        logger.info(
+            f"{idle[0]}: this is one process, which holds the whole model. `--launch N` starts several, that share it"
+        )
+    return {name: value for name, value in options.items() if name not in idle}
+
+
+def _offloads(settings: Any) -> bool:
+    """Whether a configuration of DeepSpeed moves tensors off the device, which one process can do too.
+
+    Raises:
+        ConfigError: it is a file that cannot be read.
+    """
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(Path(settings).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"`train.deepspeed` is '{settings}', which cannot be read ({error}). Name a JSON file, or leave it out."
+            ) from error
+    optimization = settings.get("zero_optimization") or {}
+    parts = (optimization.get(f"offload_{part}") or {} for part in ("optimizer", "param"))
+    return any(part.get("device", "none") != "none" for part in parts)
 
 
 def objective_arguments(objective: Objective) -> dict[str, Any]:
@@ -235,7 +272,11 @@ def _reward(judge: Judge) -> Any:
 
 def _under(name: str, section: Section) -> dict[str, Any]:
     """Values of the keys of a section that stand for one field each, by the field."""
-    return {field: getattr(section, key) for key, field in fields_under(name, PreferenceConfig).items()}
+    values = {field: getattr(section, key) for key, field in fields_under(name, PreferenceConfig).items()}
+    return {
+        field: value.model_dump(exclude_defaults=True) if isinstance(value, Section) else value
+        for field, value in values.items()
+    }
 
 
 def _model(model: Model) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import yaml
 from tether.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+# Aliases of aliases unfold to any number of values; no run has nearly so many.
+_VALUES, _DIGITS = 100_000, 100
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -52,8 +55,16 @@ for _name, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
         _letters = ["" if letter == "\0" else letter for letter in _first]
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _letters)
-# The integers of 1.1 would read 010 as eight.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > _DIGITS:
+        problem = f"expected a whole number of at most {_DIGITS} digits, got one of {len(node.value)}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return int(node.value)  # the integers of 1.1 would read 010 as eight
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -123,6 +134,7 @@ def write_document(values: Any, *, flow: bool = False) -> str:
 def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str, above: tuple[int, ...]) -> None:
     if id(node) in above:
         raise ConfigError(f"{name}, line {node.start_mark.line + 1}: `{dotted(path)}` contains itself.")
+    refuse_unfolding(lines, name)
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -152,6 +164,19 @@ def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], nam
 def dotted(path: KeyPath) -> str:
     """A key as overrides write it: `train.batch_size`."""
     return ".".join(map(str, path))
+
+
+def refuse_unfolding(lines: Mapping[KeyPath, int], name: str) -> None:
+    """Refuse a file whose aliases unfold without end, while its values are counted.
+
+    Raises:
+        ConfigError: there are more values than any file of people has.
+    """
+    if len(lines) > _VALUES:
+        raise ConfigError(
+            f"{name} has more than {_VALUES:,} values, as aliases (`*name`) of aliases unfold to. Write out what is "
+            "meant."
+        )
 
 
 def syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from tether.config.document import KeyPath, dotted
+from tether.config.fields import keys_of
 from tether.config.keys.unknown import unknown
 from tether.config.run import RunConfig, Train
 from tether.config.sections import SOURCE_TAGS, Allowed
 from tether.config.words import describe_type
+from tether.training import PreferenceConfig
+from tether.training.surface.retired import RETIRED
 
 _SHOWN = 3
 # Problems that say more than that a value is of another type.
@@ -61,7 +65,28 @@ def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
     Returns:
         The sentence.
     """
-    return unknown(path, known, dict(_leaves(fields)), Train.model_fields)
+    return unknown(path, known, dict(_leaves(fields)), Train.model_fields, retired_hints())
+
+
+# Where a run file has other words than a configuration in Python.
+_IN_WORDS = {
+    "rpo_alpha": "Write `objective: {loss: [sigmoid, sft], weights: [1.0, …]}`, with it as the second weight.",
+    "reference_free": "Write `reference: none`.",
+}
+
+
+@cache
+def retired_hints() -> dict[str, str]:
+    """Names that TRL and transformers had for options, each with what to do in a run file."""
+    keys, hints = keys_of(PreferenceConfig), {}
+    for name, old in RETIRED.items():
+        if old.becomes is not None:
+            hints[name] = f"It is called `{keys.get(old.becomes, old.becomes)}` now."
+        elif old.never_matters:
+            hints[name] = "It has no effect any more, and none is needed: leave it out."
+        else:
+            hints[name] = f"There is no such option any more: {old.advice}."
+    return {**hints, **_IN_WORDS}
 
 
 def wrong_value(path: KeyPath, value: Any, allowed: str) -> str:

@@ -117,6 +117,13 @@ class Rows(Section):
     weight: float = key(
         1.0, "How often each row occurs: 2 twice, 0.5 every second one.", "a number above 0", gt=0, lt=1e6
     )
+    fraction: float | None = key(
+        None,
+        "Share of the rows of all sources, each of which has one then; the first rows are taken, none twice.",
+        "a number above 0, or null",
+        gt=0,
+        lt=1e6,
+    )
     first: int | None = key(
         None, "Only that many rows, from the first on; null: all.", "a whole number from 1, or null", ge=1
     )
@@ -153,6 +160,10 @@ class Rows(Section):
     completion_format: Text | None = key(None, "", "text with {completion} in it, or null")
 
 
+_PIXELS = "a whole number from 1, or null"
+_Side = Annotated[int, Field(ge=1)]
+
+
 class Held(Section):
     """`eval: {split: 0.05}`: rows of the training set that are set aside."""
 
@@ -187,6 +198,19 @@ _Named = Annotated[dict[str, Sources], Field(min_length=1), Tag("@named")]
 _Evaluated = Annotated[_Some | Annotated[Held, Tag("@held")] | _Named, Discriminator(_kind_of_source)]
 
 
+class Sizes(Section):
+    """`data.images:` sizes that images are brought to before the processor gets them."""
+
+    max_pixels: int | None = key(None, "An image of more is made smaller; null: no bound.", _PIXELS, ge=1)
+    min_pixels: int | None = key(None, "An image of fewer is made larger; null: no bound.", _PIXELS, ge=1)
+    size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)] | None = key(
+        None,
+        "Side of a square, with black beside what does not fill it; or width and height.",
+        "a whole number from 1, [width, height], or null",
+    )
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic"] = key("bicubic", "How pixels are computed.")
+
+
 class Data(Section, section="data"):
     """`data:` the rows; relative paths start in the current folder."""
 
@@ -205,6 +229,11 @@ class Data(Section, section="data"):
         "Largest shares of rows with each finding of `tether data check`; above one, the check fails and a run is "
         "refused before weights load; null: any.",
         "a mapping of findings to shares, such as {identical: 0.01}; see docs/data.md",
+    )
+    images: Sizes | None = key(
+        None,
+        "Sizes that images are brought to before the processor; null: as they are.",
+        "a mapping such as {max_pixels: 589824}, or null",
     )
     cache: Text | Literal[False] | None = key(
         "auto",
@@ -241,6 +270,7 @@ LOADING = {
     "attention": "attn_implementation",
     "tokenizer": "tokenizer",
     "adapter": "adapter",
+    "processor": "processor",
     "trust_remote_code": "trust_remote_code",
 }
 
@@ -289,6 +319,11 @@ class Model(Section, section="model"):
     adapter: Text | None = key(
         None,
         "Folder of an adapter on the model: it trains on, or is frozen beneath the new one of `lora` or `peft`.",
+    )
+    processor: dict[str, Any] | None = key(
+        None,
+        "Keywords for the processor of a model that sees images, with which it is saved; null: as it was saved.",
+        "a mapping such as {do_pan_and_scan: true}, or null",
     )
     add_tokens: Names | None = key(
         None, "New tokens for tokenizer and model; each begins as the mean of all others.", "a list of tokens, or null"

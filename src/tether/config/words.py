@@ -27,9 +27,14 @@ _FEW = 12
 
 @functools.cache
 def field_types(config: type[Any]) -> dict[str, Any]:
-    """Type by name of the fields of a configuration."""
+    """Type by name of the fields of a configuration; a flag that may stand without a value (`--fsdp`) may be true."""
     hints = typing.get_type_hints(config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
+    alone = {field.name for field in dataclasses.fields(config) if field.metadata.get("const") is True}
+    return {
+        field.name: bool | hints[field.name] if field.name in alone else hints[field.name]
+        for field in dataclasses.fields(config)
+        if field.init
+    }
 
 
 def unfit(hint: Any, value: Any) -> str | None:

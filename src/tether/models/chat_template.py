@@ -18,7 +18,26 @@ logger = logging.getLogger("tether")
 _CONTROLS = re.compile(r"<[|\uff5c][^\s<>|{}]{1,40}[|\uff5c]>|<[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
 _SHOWN = 4
 # Templates of `templates/`, by name.
-LIBRARY = ("chatml", "gemma", "llama3", "phi3", "qwen25", "zephyr")
+LIBRARY = (
+    "alpaca",
+    "chatml",
+    "cohere",
+    "deepseek_v2",
+    "exaone",
+    "falcon_h1",
+    "gemma",
+    "gemma3",
+    "llama3",
+    "mistral_v1",
+    "mistral_v2v3",
+    "mistral_v3_tekken",
+    "phi3",
+    "phi3_older",
+    "qwen2_vl",
+    "qwen25",
+    "qwen3",
+    "zephyr",
+)
 # Before a source: it is taken only where the tokenizer has no template.
 FALLBACK = "fallback:"
 

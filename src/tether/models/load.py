@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tether.compat.transformers import without_bars
 from tether.errors import ConfigError
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.gguf import check_gguf, convert_gguf
 from tether.progress import working
 
@@ -215,7 +215,7 @@ def load_tokenizer(
 
 
 def load_processing(
-    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **processor_kwargs: Any
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Load what turns rows into a model's inputs: its processor if it sees images, else its tokenizer.
 
@@ -223,6 +223,7 @@ def load_processing(
         source: what `load_policy` takes.
         revision: branch, tag or commit; only for a hub name.
         trust_remote_code: run Python code that comes with it.
+        **processor_kwargs: for the processor, which then must be there.
 
     Returns:
         The processor, its tokenizer with a padding token; or the tokenizer, where the model sees no images or its
@@ -231,18 +232,22 @@ def load_processing(
     Raises:
         ConfigError: see `load_tokenizer`.
     """
+    why = "the model sees no images"
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if getattr(load_config(source, **options), "vision_config", None) is not None:
         folder = _local(source, revision)
         name = cast(str, _base_of_adapter(Path(folder)).base_model_name_or_path) if is_adapter(folder) else folder
         try:
-            processor: Any = AutoProcessor.from_pretrained(name, **options)
+            processor: Any = AutoProcessor.from_pretrained(name, **options, **processor_kwargs)
         except _LOADING_ERRORS as error:
+            why = f"its processor cannot be loaded ({error})"
             logger.warning(f"The processor of '{source}' cannot be loaded ({error}), so images cannot be read.")
         else:
             if isinstance(processor, ProcessorMixin):
                 ensure_pad_token(processor.tokenizer)  # type: ignore[attr-defined]
                 return processor
+    if processor_kwargs:
+        raise ConfigError(f"Keywords of a processor were given for '{source}': {why}. Leave them out (`processor`).")
     return load_tokenizer(source, **options)
 
 
@@ -362,7 +367,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def _base_of_adapter(folder: Path) -> PeftConfig:
-    config = PeftConfig.from_pretrained(str(folder))
+    config = adapter_config(folder)
     if not config.base_model_name_or_path:
         raise ConfigError(
             f"The adapter '{folder}' does not say which model it belongs to. Fill 'base_model_name_or_path' in its "

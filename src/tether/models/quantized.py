@@ -32,12 +32,21 @@ def quantization_config(name: str, dtype: str | torch.dtype = "auto") -> Any:
         return None
     if name not in _PACKAGES:
         raise ConfigError(f"quantization is {name!r}; allowed are {', '.join(_PACKAGES)} and none, or leave it out.")
-    if find_spec(_PACKAGES[name]) is None:
+    require_package(f"is {name}", _PACKAGES[name])
+    return _torchao() if name == "int8" else _bitsandbytes(name, dtype)
+
+
+def require_package(said: str, package: str) -> None:
+    """Refuse a quantisation whose library is not there, before weights are read.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec(package) is None:
         raise ConfigError(
-            f"quantization is {name}, which needs {_PACKAGES[name]}, and it is not installed. Install it with "
+            f"quantization {said}, which needs {package}, and it is not installed. Install it with "
             "`pip install 'tether[quantization]'`, or leave the option out."
         )
-    return _torchao() if name == "int8" else _bitsandbytes(name, dtype)
 
 
 def _torchao() -> Any:

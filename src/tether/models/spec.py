@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from tether.errors import ConfigError
 from tether.models.adapters import continue_adapter
 from tether.models.load import check_source, is_adapter, load_config, load_policy, load_processing, load_tokenizer
-from tether.models.quantized import is_quantized, quantization_config
+from tether.models.quantized import is_quantized, quantization_config, require_package
 from tether.models.structure import adapter_tensors, transformers_model, unwrap
 
 logger = logging.getLogger("tether")
@@ -40,6 +40,7 @@ class ModelSpec:
         trust_remote_code: run Python code that the model's repository brings.
         tokenizer: hub name or folder of another tokenizer than the model's own.
         adapter: folder of an adapter on the model: it goes on training, or is frozen beneath a new one.
+        processor: keywords for the processor of a model that sees images.
         further: other keywords of `from_pretrained`.
 
     Raises:
@@ -60,6 +61,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     tokenizer: str | Path | None = None
     adapter: str | Path | None = None
+    processor: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,9 @@ class ModelSpec:
             if "quantization_config" in self.further:
                 raise ConfigError("quantization and quantization_config were given together; leave one of them out.")
             quantization_config(self.quantization, self.dtype)
+        detailed = self.further.get("quantization_config")
+        if isinstance(detailed, dict) and detailed.get("quant_method") == "bitsandbytes":
+            require_package("is of weights of bitsandbytes", "bitsandbytes")
         _check_device(self.device_map)
         if self.adapter is not None:
             self._check_adapter(self.adapter)
@@ -136,7 +141,11 @@ class ModelSpec:
             ConfigError: there is none, or the other one has ids that the model has no embeddings for.
         """
         if self.tokenizer is None:
-            return load_processing(self.source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            return load_processing(
+                self.source, revision=self.revision, trust_remote_code=self.trust_remote_code, **self.processor
+            )
+        if self.processor:
+            raise ConfigError("processor and tokenizer were given together; a processor has its own. Leave one out.")
         tokenizer = load_tokenizer(self.tokenizer, trust_remote_code=self.trust_remote_code)
         rows = self.load_config().get_text_config().vocab_size
         largest = max(tokenizer.get_vocab().values())

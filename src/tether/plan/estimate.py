@@ -173,9 +173,7 @@ def _kind(args: PreferenceConfig) -> dict[str, Any]:
 
 def _reference(args: PreferenceConfig, ref_model: Any, policy: Sketch) -> tuple[dict[str, str], int]:
     """Meaning, method and why; and the bytes that it holds beside the policy."""
-    meaning = "none" if not args.needs_reference else declared_meaning(args, ref_model)
-    if getattr(args, "beta", None) == 0 and isinstance(args, OnlineConfig):
-        meaning = "none"
+    meaning = declared_meaning(args, ref_model)
     spec = args.reference_spec(meaning) if meaning != "none" else replace(args.reference_spec(), meaning="none")
     method, why = expected_method(spec, policy.model, at_zero=policy.at_zero)
     size = {"snapshot": policy.trained, "model": policy.weights}.get(method, 0)

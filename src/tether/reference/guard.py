@@ -125,6 +125,12 @@ class FrozenProbe:
         self._reference, self._batch, self._allowed = reference, batch, allowed
         self._values = log_probs(reference, batch)
 
+    @classmethod
+    def of(cls, reference: Reference, batch: ScoringBatch) -> FrozenProbe | None:
+        """A probe of what computes a reference, from now on; None without a reference."""
+        live = reference.live
+        return None if live.identity.meaning == "none" else cls(live, batch, live.tolerance)
+
     def follow(self, step: int, *, rescore: bool = True) -> None:
         """Move the reference if its `sync` is due after this step, and take its new values for those to keep to."""
         reference = self._reference
@@ -147,8 +153,9 @@ class FrozenProbe:
             return 0.0
         moved = (log_probs(self._reference, self._batch) - self._values).abs().max().item()
         if not moved <= self._allowed:
+            when = f"at step {step}" if step else "before the first step"
             raise ReferencePolicyError(
-                f"The reference moved: at step {step} a token of the probe has a log-probability {moved:.3g} nats away "
+                f"The reference moved: {when} a token of the probe has a log-probability {moved:.3g} nats away "
                 f"from its value at the start (allowed {self._allowed:.0e}). A frozen tensor changed: were parameters "
                 "unfrozen, merged or edited after the trainer was made? The run stops because what it learns from here "
                 "is tethered to nothing."

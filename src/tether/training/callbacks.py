@@ -1,4 +1,4 @@
-"""What happens beside the steps: the guards, the metrics file, the progress display."""
+"""What happens beside the steps: the guards, the last evaluation, threads, the metrics file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tether.compute.threads import ThreadsAgain
 from tether.errors import TetherError
 from tether.files import write_whole
 from tether.reference import FrozenProbe
@@ -124,6 +125,18 @@ class EvaluateLast(TrainerCallback):
         """Ask for it at the last step; an evaluation after each epoch comes by itself."""
         if state.global_step >= state.max_steps and args.eval_strategy != "epoch" and not args.load_best_model_at_end:
             control.should_evaluate = True
+
+
+class ThreadsCallback(TrainerCallback):
+    """Has the threads of a run on a CPU chosen anew where other processes come or go."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """What was computed before counts for nothing."""
+        self._again = ThreadsAgain()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """See whether it is time."""
+        self._again.look(state.global_step)
 
 
 class StepLines:

@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_torch_tf32_available
 from tether.compat.accelerate import begin_group_on_cpu, require_launcher
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
+from tether.data.images.sizes import check_sizes
 from tether.data.rows.schema import TURNS, Turns
 from tether.data.text.truncate import TRUNCATION_MODES
 from tether.errors import ConfigError
@@ -31,16 +32,19 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
     "label_smoothing_factor": (0.0, "it belongs to a loss over labels; `label_smoothing` is the objective's"),
     "label_names": (None, "batches have no labels"),
-    "include_for_metrics": ([], "there is no compute_metrics"),
-    "batch_eval_metrics": (False, "there is no compute_metrics"),
-    "eval_accumulation_steps": (None, "no predictions are kept during evaluation"),
+    "include_for_metrics": ([], "compute_metrics is given each row's log-probs and rewards, and no inputs"),
+    "batch_eval_metrics": (False, "compute_metrics is called once, with all rows of an evaluation"),
+    "eval_accumulation_steps": (
+        None,
+        "no logits are kept during evaluation, and a few numbers of a row need no moving",
+    ),
     "bf16_full_eval": (False, "evaluation scores as training does"),
     "fp16_full_eval": (False, "evaluation scores as training does"),
-    "prediction_loss_only": (False, "evaluation keeps no predictions in any case"),
-    "eval_use_gather_object": (False, "no predictions are gathered"),
+    "prediction_loss_only": (False, "predictions are kept for compute_metrics alone"),
+    "eval_use_gather_object": (False, "what compute_metrics is given consists of tensors"),
     "use_liger_kernel": (False, "it would replace the model's forward, which scoring relies on"),
     "liger_kernel_config": (None, "Liger's kernels would replace the model's forward, which scoring relies on"),
-    "eval_do_concat_batches": (True, "no predictions are kept during evaluation"),
+    "eval_do_concat_batches": (True, "compute_metrics is given one array of all rows"),
     "include_num_input_tokens_seen": ("no", "num_tokens is logged in any case"),
     "average_tokens_across_devices": (True, "a loss has the denominators of the whole step in any case"),
     "length_column_name": ("length", "rows are not grouped by length"),
@@ -135,6 +139,23 @@ class ReferenceArguments(Declared):
     ref_model_sync_steps: int = option(
         512, "Optimizer steps between two moves.", allowed=(Whole(1),), key="reference.sync.steps"
     )
+
+    def go_without_reference(self, why: str, *asking: str) -> None:
+        """Declare that none is loaded or run.
+
+        Args:
+            why: for the message: what compares with none.
+            asking: fields that would ask for one.
+
+        Raises:
+            ConfigError: one of them does.
+        """
+        defaults = {field.name: field.default for field in fields(ReferenceArguments)}
+        for name in asking:
+            value = getattr(self, name)
+            if value != defaults[name] and (name, value) != ("reference", "none"):
+                raise ConfigError(f"is {value!r}, but {why}. Leave it out; none is loaded or run.", name)
+        self.reference = "none"
 
     def check_reference(self) -> None:
         """Find what is wrong with these options before anything is loaded."""
@@ -239,9 +260,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     )
     cpu_threads: int | str | None = option(
         "auto",
-        "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and a short "
-        "measurement at the start say, unless OMP_NUM_THREADS or torch.set_num_threads has chosen; None: as torch has "
-        "them.",
+        "Threads that torch computes with on a CPU; `auto`: as many as affinity, a container's quota and short "
+        "measurements say, at the start and where other processes come or go, unless OMP_NUM_THREADS or "
+        "torch.set_num_threads has chosen; None: as torch has them.",
         allowed=("auto", None, Whole(1, "thread")),
     )
     remove_unused_columns: bool = option(
@@ -328,6 +349,12 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         "Arguments of the chat template, such as `{enable_thinking: false}`; those of a row count before these.",
         key="data.chat_template_kwargs",
     )
+    image_sizes: dict[str, Any] | str | None = option(
+        None,
+        "Sizes that images are brought to before the processor, such as `{max_pixels: 589824}`; `min_pixels`, `size`, "
+        "`resample`.",
+        key="data.images",
+    )
     deduplicate: bool = option(
         False, "Leave out training rows that are exactly those of an earlier row.", key="data.deduplicate"
     )
@@ -405,6 +432,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
         self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
         self.chat_template_kwargs = keywords("chat_template_kwargs", self.chat_template_kwargs)
+        self.image_sizes = keywords("image_sizes", self.image_sizes)
+        check_sizes(self.image_sizes)
         self.check_reference()
         if self.include_num_input_tokens_seen is False:  # what a command line says of the default
             self.include_num_input_tokens_seen = "no"
@@ -499,15 +528,8 @@ class ReferenceFreeConfig(PreferenceConfig):
     """
 
     def __post_init__(self) -> None:
-        for field in fields(ReferenceArguments):
-            value = getattr(self, field.name)
-            if value != field.default and (field.name, value) != ("reference", "none"):
-                raise ConfigError(
-                    f"is {value!r}, but the objective of {type(self).__name__} compares with no reference. Leave it "
-                    "out.",
-                    field.name,
-                )
-        self.reference = "none"
+        asking = (field.name for field in fields(ReferenceArguments))
+        self.go_without_reference(f"the objective of {type(self).__name__} compares with no reference", *asking)
         super().__post_init__()
 
     @property

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+_PACKAGE = __name__.rpartition(".")[0]
 _ONLINE = "Of trainers that sample completions there are GRPOTrainer, RLOOTrainer and OnlineDPOTrainer"
 _PAIRS = "DPOTrainer has its losses of pairs (loss_type), KTOTrainer those of labels"
 _PACKED = "Rows are packed without padding by the trainer. Pass them as they are"
@@ -55,3 +60,23 @@ def refuse_name(module: str, name: str) -> Exception:
     if name in ABSENT:
         return ImportError(f"{module} has no {name}. {ABSENT[name]}.")
     return AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+class _AbsentModules(MetaPathFinder):
+    """Says of a module of TRL that is not here where its names are; asked last, when nobody has found it."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        """Refuse it.
+
+        Raises:
+            ModuleNotFoundError: it would be one of this package.
+        """
+        if fullname.startswith(f"{_PACKAGE}."):
+            raise ModuleNotFoundError(
+                f"There is no module {fullname}. TRL's names are in one place here, `from {_PACKAGE} import …`, its "
+                f"rewards in {_PACKAGE}.rewards; of its experimental trainers there are cpo, kto, online_dpo and orpo.",
+                name=fullname,
+            )
+
+
+sys.meta_path.append(_AbsentModules())

@@ -9,6 +9,7 @@ import datasets
 from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig
 
+from tether.data.sources.slices import shares_of
 from tether.errors import ConfigError
 
 
@@ -136,9 +137,8 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> datasets.DatasetDict:
             raise ConfigError(
                 "has a fraction for some sets only, or for streams. Give it for all, unstreamed.", "datasets"
             )
-        weights = [share / sum(given) for share in given]
-        total = min(len(rows) / weight for rows, weight in zip(found, weights, strict=True) if weight > 0)
-        found = [rows.select(range(round(weight * total))) for rows, weight in zip(found, weights, strict=True)]
+        counts = shares_of(list(map(len, found)), given)
+        found = [rows.select(range(count)) for rows, count in zip(found, counts, strict=True)]
     whole: Any = datasets.concatenate_datasets(found)
     if mixture_config.test_split_size is not None:
         return whole.train_test_split(test_size=mixture_config.test_split_size)

@@ -19,11 +19,24 @@ from tether.config.read import check_run
 from tether.config.run import RunConfig
 from tether.config.words import branches, field_types
 from tether.errors import ConfigError
+from tether.masking import HIDDEN
 from tether.training import PreferenceConfig
 from tether.training.surface.retired import RETIRED
 
 Rule = Callable[[Draft, Source], None]
 _SHOWN = 6
+# Keys whose value is never printed.
+SECRETS = (
+    "comet_api_key",
+    "hf_hub_token",
+    "hub_token",
+    "ms_hub_token",
+    "om_hub_token",
+    "push_to_hub_token",
+    "swanlab_api_key",
+    "swanlab_lark_secret",
+    "swanlab_lark_webhook_url",
+)
 
 
 @dataclass(frozen=True)
@@ -209,13 +222,15 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
         if row is None:
             stops += _unknown(draft, tool, key, value, [*rows, *automatic])
             continue
-        fate = draft.fates[key] = Fate(key, value, row.mark, reason=row.reason)
+        secret = key in SECRETS and value is not None
+        fate = draft.fates[key] = Fate(key, HIDDEN if secret else value, row.mark, reason=row.reason)
         if value is None:
             fate.mark, fate.reason = "note", "empty"
         elif row.is_idle(value):
             fate.mark, fate.reason = "note", row.reason if row.mark == "note" else "it asks for nothing"
         elif row.mark in ("ask", "refused"):
-            stops.append(f"{source.place(key)}: `{key}` is {show(value)}; {row.reason}.")
+            said = "given" if secret else show(value)
+            stops.append(f"{source.place(key)}: `{key}` is {said}; {row.reason}.")
         elif row.mark == "same":
             draft.set(row.target, _as_typed(value, row.target), key)
     if stops:
@@ -237,7 +252,9 @@ def _retired(key: str, automatic: Mapping[str, str]) -> Row | None:
 
 def _unknown(draft: Draft, tool: Tool, key: str, value: Any, known: Iterable[str]) -> list[str]:
     """What is said of a key that the tool does not have; empty where that stops nothing."""
-    near = difflib.get_close_matches(str(key), [one for one in known if "." not in one], n=1, cutoff=0.8)
+    # Where an unknown key is ignored, one that is only a little alike may be left to itself.
+    cutoff = 0.8 if tool.ignores_unknown else 0.7
+    near = difflib.get_close_matches(str(key), [one for one in known if "." not in one], n=1, cutoff=cutoff)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     place = draft.source.place(key)
     if value is None and tool.ignores_unknown:
@@ -297,7 +314,8 @@ def _apply(document: Document, override: str, given: dict[KeyPath, str]) -> None
             f"The argument '{override}' is not an override. Allowed is key=value with a key of the file, such as "
             "learning_rate=1e-5."
         )
-    set_value(document, parts, parse_foreign(text, f"override '{override}'"), override, given)
+    said = f"{name.strip()}={HIDDEN}" if parts[0] in SECRETS else override
+    set_value(document, parts, parse_foreign(text, f"override '{said}'"), said, given)
 
 
 def set_value(document: Document, parts: Sequence[str], value: Any, said: str, given: dict[KeyPath, str]) -> None:

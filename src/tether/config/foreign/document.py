@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tether.config.document import KeyPath, missing_file, syntax_problem
+from tether.config.document import KeyPath, missing_file, refuse_unfolding, syntax_problem
 from tether.errors import ConfigError
 
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$")
@@ -102,6 +102,7 @@ def _look(
 ) -> None:
     if id(node) in above:
         raise ConfigError(f"{name}, line {node.start_mark.line + 1}: the value contains itself.")
+    refuse_unfolding(lines, name)
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):

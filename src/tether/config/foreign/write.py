@@ -10,6 +10,7 @@ from tether.config.document import write_document
 from tether.config.foreign.convert import Conversion
 from tether.config.foreign.table import MARKS
 from tether.config.sections import SHORT_FORMS
+from tether.masking import masked
 
 _WIDE, _NARROW = 34, 24
 
@@ -77,5 +78,5 @@ def _at(values: Any, target: str) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = "true" if value is True else "false" if value is False else "" if value is None else str(value)
+    text = "true" if value is True else "false" if value is False else "" if value is None else masked(str(value))
     return text if len(text) <= _NARROW else text[: _NARROW - 1] + "…"

@@ -9,9 +9,9 @@ from typing import Any
 
 from tether.config.fields import config_class, fields_under
 from tether.config.keys.quick import KEYS
-from tether.config.problems import section_in
+from tether.config.problems import retired_hints, section_in
 from tether.config.run import RunConfig, Train
-from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sync
+from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sizes, Sync
 from tether.config.words import describe_type, field_types
 from tether.objectives import OBJECTIVES
 from tether.training import PreferenceConfig
@@ -39,6 +39,7 @@ _SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("lora", Lora),
     ("data", Data),
     ("data.train", Rows),
+    ("data.images", Sizes),
     ("reference", Reference),
     ("reference.sync", Sync),
     ("reference.remote", Remote),
@@ -130,6 +131,7 @@ def known_keys() -> dict[str, Any]:
         },
         "losses": {loss: config_class(loss).algorithm for loss in dict.fromkeys(named)},
         "train": train,
+        "retired": retired_hints(),
     }
 
 

@@ -70,17 +70,17 @@ def _algorithm(values: dict[str, Any], keys: dict[str, Any]) -> str:
 
 def _problem(key: KeyPath, algorithm: str, keys: dict[str, Any]) -> str:
     """The sentence about a key that does not exist; empty for one that does, or of which the configuration decides."""
-    sections, own = keys["sections"], keys["train"][algorithm]
+    sections, own, retired = keys["sections"], keys["train"][algorithm], keys["retired"]
     fields = own["fields"]
     elsewhere = {name: f"train.{name}" for name in fields}
     for section, names in sections.items():
         elsewhere |= {name: f"{section}.{name}" for name in names}
     if len(key) == 1:
-        return "" if key[0] in keys["file"] else unknown(key, keys["file"], elsewhere, sections["train"])
+        return "" if key[0] in keys["file"] else unknown(key, keys["file"], elsewhere, sections["train"], retired)
     section, name = str(key[0]), str(key[1])
     if section not in sections or section == "objective":
         return ""
     known = [*sections["train"], *fields] if section == "train" else sections[section]
     if name in known or (section == "train" and name in own["said_elsewhere"]):
         return ""
-    return unknown(key, known, elsewhere, sections["train"])
+    return unknown(key, known, elsewhere, sections["train"], retired)

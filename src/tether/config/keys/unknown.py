@@ -30,7 +30,13 @@ _OTHER_NAMES = {
 }
 
 
-def unknown(path: KeyPath, known: Iterable[str], elsewhere: Mapping[str, str], train: Iterable[str]) -> str:
+def unknown(
+    path: KeyPath,
+    known: Iterable[str],
+    elsewhere: Mapping[str, str],
+    train: Iterable[str],
+    retired: Mapping[str, str],
+) -> str:
     """A sentence about a key that no section has, with the nearest one that exists.
 
     Args:
@@ -38,10 +44,13 @@ def unknown(path: KeyPath, known: Iterable[str], elsewhere: Mapping[str, str], t
         known: keys that exist beside it.
         elsewhere: key to dotted path, of every key inside a section.
         train: keys that `train` names itself.
+        retired: names that options had before, each with what to do.
     """
     key, parent = str(path[-1]), path[:-1]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if near:
+    if key in retired:
+        hint = retired[key]
+    elif near:
         hint = f"Did you mean `{dotted((*parent, near[0]))}`?"
     elif key in elsewhere:
         hint = f"It belongs in `{elsewhere[key]}`."

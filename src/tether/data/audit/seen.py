@@ -1,4 +1,4 @@
-"""What was found so far, in one pass over the rows and then over their groups. Called by `check`.
+"""What was found so far, in one pass over the rows and then over their groups. Called by `audit`.
 
 What grows with the rows is on disk (see `groups`), but for a few bytes a row: whether it repeats, contradicts, or is in
 the evaluation sets.
@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from tether.data.audit.groups import Groups, first_own, short
+from tether.data.audit.language import LANGUAGE_ROWS
 from tether.data.audit.near_duplicates import NearDuplicates
 from tether.data.images.inputs import reads_images, require_processor
 from tether.data.images.parts import as_text, has_parts, identity, image_column, missing_file
@@ -80,6 +81,8 @@ class Seen:
         own: the rows that are looked at.
         others: the evaluation sets.
         places: of the rows in their source.
+
+    `languages_every`: of one in so many rows the languages are read.
     """
 
     def __init__(self, own: Looked, others: Sequence[Looked], places: range) -> None:
@@ -92,6 +95,7 @@ class Seen:
         self.characters: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.unequal = self.longer = 0
         self.opening = ""
+        self.languages_every = max(-(-len(own.rows) // LANGUAGE_ROWS), 1)
         self._ends = np.cumsum([0, *(len(one.rows) for one in others)]).tolist()
         expected = len(own.rows) + self._ends[-1]
         self._whole, self._prompts, self._said, self._openings = (Groups(expected) for _ in range(4))

@@ -28,6 +28,7 @@ from tether.data.images.parts import (
     identity,
     image_column,
 )
+from tether.data.images.sizes import sized
 from tether.data.text.render import Rendered
 from tether.data.text.tokenize import Encoder, Tokenized
 from tether.errors import DataError
@@ -96,7 +97,7 @@ class Pictures:
             DataError: an image cannot be read, or the processor refuses it.
         """
         try:
-            images = [_decoded(reference) for reference in self.references[row]]
+            images = [_decoded(reference, self.processor) for reference in self.references[row]]
             call: Any = self.processor
             made = call(text=[text], images=[images], add_special_tokens=False)
         except Exception as error:  # files and processors of many kinds
@@ -159,7 +160,7 @@ class ImageRows:
             return None
         # Only the pixels matter here: the text is the least that a processor takes beside them.
         token, call = self._token(), self.processor
-        images = [_decoded(reference) for reference in references]
+        images = [_decoded(reference, call) for reference in references]
         made: Any = call(text=[token * len(images)], images=[images], return_tensors="pt")  # type: ignore[operator]
         names = tuple(name for name in ("mm_token_type_ids", "token_type_ids") if name in made)
         unused = {"input_ids", "attention_mask", *names}
@@ -171,11 +172,12 @@ class ImageRows:
         return getattr(self.processor, "image_token", None) or tokenizer.convert_ids_to_tokens(self.token_id)
 
 
-def _decoded(reference: Mapping[str, Any]) -> Any:
+def _decoded(reference: Mapping[str, Any], processor: Any) -> Any:
     with warnings.catch_warnings():
         # A few bytes can unpack to an image that fills the memory.
         warnings.filterwarnings("error", _BOMB)
-        return ImageFeature().decode_example(dict(reference)).convert("RGB")  # type: ignore[arg-type]
+        image = ImageFeature().decode_example(dict(reference)).convert("RGB")  # type: ignore[arg-type]
+    return sized(image, processor)
 
 
 def require_processor(rows: Dataset, processor: Any, *, name: str, first: int = 0) -> None:

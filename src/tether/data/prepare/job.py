@@ -1,4 +1,4 @@
-"""What is done to a batch of rows, from their check to token ids. Called by `prepare` and `prepared_stream`."""
+"""What is done to a batch of rows, from their check to token ids. Called by `prepare` and `stream`."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ class Origin:
         format: name of the layout of its rows (`tether.data.rows.formats`); None: TRL's columns, or what it plainly is.
         fields: name of a field as the format reads it to the name of the column that holds it.
         weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
+        fraction: share of its rows among those of all sources; the first rows, and none twice; None: all rows.
         first: only that many rows, from the first on; None: all.
         roles: roles of messages by other names, as in {bard: assistant}.
         message_keys: what messages call `role` and `content`, as in {role: speaker, content: text}.
@@ -48,6 +49,7 @@ class Origin:
     format: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
+    fraction: float | None = None
     first: int | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     message_keys: Mapping[str, str] = field(default_factory=dict)
@@ -77,9 +79,16 @@ class Origin:
                 hint = f"Did you mean `{near[0]}`?" if near else f"Known are {listed(known)}."
                 raise ConfigError(f"{name}: a source has the key `{key}`, which is not known. {hint}")
         origin = cls(**{key: value for key, value in given.items() if value is not None})
-        weight = origin.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e6:
-            raise ConfigError(f"{name}: weight is {weight!r}; it must be a number above 0.")
+        for key, rate in (("weight", origin.weight), ("fraction", origin.fraction)):
+            if rate is not None and (
+                isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6
+            ):
+                raise ConfigError(f"{name}: {key} is {rate!r}; it must be a number above 0.")
+        if origin.fraction is not None and origin.weight != 1:
+            raise ConfigError(
+                f"{name}: weight says how often a row occurs and fraction which share all rows of the source have. "
+                "Leave one of them out."
+            )
         if (
             isinstance(origin.first, bool)
             or not isinstance(origin.first, int | None)
@@ -128,6 +137,19 @@ class Origin:
             hint = f"Did you mean `{near[0]}`? " if near else ""
             raise ConfigError(f"{name}: there is no format `{self.format}`. {hint}There are {', '.join(FORMAT_NAMES)}.")
         return FORMATS[self.format]
+
+
+def by_fractions(origins: Sequence[Origin], name: str) -> bool:
+    """Whether the sources have shares of all rows.
+
+    Raises:
+        ConfigError: some have one, and others do not.
+    """
+    given = [one.fraction is not None for one in origins]
+    if any(given) and not all(given):
+        lacking = names_of(origins)[given.index(False)]
+        raise ConfigError(f"{name}: fraction is given for some sources and not for {lacking}. Give all of them one.")
+    return any(given)
 
 
 def names_of(origins: Sequence[Origin]) -> list[str]:

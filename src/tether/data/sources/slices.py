@@ -5,6 +5,7 @@ Called by `load` and `stream`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,3 +83,19 @@ def slices_of(split: str, name: str) -> Sequence[Slice]:
             "train[10%:20%], train[-100:], train+test."
         )
     return tuple(Slice(one["part"], one["first"] or "", one["last"] or "") for one in found if one)
+
+
+def shares_of(counts: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    """How many rows of each source are taken so that they have these shares, as many as there can be without repeats.
+
+    Args:
+        counts: rows that each source has.
+        fractions: their shares, from 0; what they sum to does not matter.
+
+    Example:
+        >>> shares_of([100, 30], [0.5, 0.5]), shares_of([100, 30], [3, 1])
+        ([30, 30], [90, 30])
+    """
+    whole = math.fsum(fractions)
+    total = min(count * whole / part for count, part in zip(counts, fractions, strict=True) if part > 0)
+    return [round(total * fraction / whole) for fraction in fractions]

@@ -1,5 +1,5 @@
 """Rows that are read in parts, from the start as often as they are asked for, and are never all in memory. Called by
-`prepared_stream`.
+`stream`.
 
 What the parts are together is what `load_rows` returns: the same rows in the same order, with the same columns.
 """
@@ -34,7 +34,7 @@ from tether.data.sources.load import (
     table_of,
     transformed,
 )
-from tether.data.sources.origin import Origin, Source, names_of, origins_of
+from tether.data.sources.origin import Origin, Source, by_fractions, names_of, origins_of
 from tether.data.sources.slices import Slice, slices_of
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
@@ -73,6 +73,11 @@ class RowStream:
         """
         origins = origins_of(self.source, "train", self.name)
         names = names_of(origins)
+        if by_fractions(origins, self.name):
+            raise ConfigError(
+                f"{self.name}: fraction needs the number of rows of every source, which a stream does not know. Give "
+                "`weight`, or turn data.streaming off."
+            )
         several = len(origins) > 1
         waiting: list[pa.Table] = []
         for origin, said in zip(origins, names, strict=True):

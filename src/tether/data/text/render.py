@@ -19,6 +19,7 @@ from tether.data.text.closing import Closings, cut_of, is_plainly_closed
 from tether.data.text.marks import UNUSABLE, lost_texts, marked, needs_marks, shared_length
 from tether.data.text.template import Writer, conversation, opening
 from tether.data.text.turns import Written, scored_spans
+from tether.errors import DataError
 from tether.types import Messages, Preference
 
 
@@ -118,7 +119,24 @@ def render(
             fault="unwritten" if any(one.unwritten for one in own) else None,
         )
         rows.append(row if turns == "all" or row.fault else _with_turns(row, own, write, closings, turns))
+    _require_steady(records, rows, write)
     return rows
+
+
+def _require_steady(records: Sequence[Preference], rows: Sequence[Rendered], write: Writer) -> None:
+    """Refuse a template that writes a prompt in another way each time, such as one with the time of day: no text then
+    begins with its prompt. The first row of that kind decides."""
+    for record, row in zip(records, rows, strict=True):
+        if not row.round_trips:
+            again = write([(record, cast(Messages, record.prompt), opening(record))])[0]
+            if again != row.prompt:
+                place = shared_length(row.prompt, again)
+                raise DataError(
+                    f"{write.name}: row {row.source_row + 1}: the chat template wrote the prompt twice in two ways "
+                    f"({row.prompt[place : place + 20]!r} and {again[place : place + 20]!r}), so no answer can be told "
+                    "from its prompt. Set a template that writes neither the time of day nor anything random."
+                )
+            return
 
 
 def _with_turns(row: Rendered, own: Sequence[_Text], write: Writer, closings: Closings, turns: Turns) -> Rendered:

@@ -230,7 +230,7 @@ class OnlineConfig(PreferenceConfig):
     max_tool_calling_iterations: int | None = refused(*REFUSED["max_tool_calling_iterations"])
     use_transformers_paged: bool = refused(*REFUSED["use_transformers_paged"])
     use_transformers_continuous_batching: bool = refused(*REFUSED["use_transformers_continuous_batching"])
-    transformers_continuous_batching_config: dict[str, Any] | str | None = option(
+    transformers_continuous_batching_config: dict[str, Any] | str | None = refused(
         *REFUSED["transformers_continuous_batching_config"]
     )
     cache_implementation: str | None = refused(*REFUSED["cache_implementation"])
@@ -273,7 +273,8 @@ class OnlineConfig(PreferenceConfig):
                     f"is {getattr(self, name)}, and no completions are logged. Set log_completions.", name
                 )
         if not self.needs_reference:
-            self._do_without_reference()
+            why = "beta is 0, so that nothing compares with a reference"
+            self.go_without_reference(why, "reference", "reference_method", "sync_ref_model")
         # Prepared rows know one limit; set twice, as in a copy of the arguments, it is the same.
         self.max_length = self.max_prompt_length
         super().__post_init__()
@@ -396,15 +397,6 @@ class OnlineConfig(PreferenceConfig):
             return None
         mode: Mode = self.vllm_importance_sampling_mode  # type: ignore[assignment]
         return Correction(mode, self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max)
-
-    def _do_without_reference(self) -> None:
-        if self.reference not in (None, "none") or self.reference_method is not None or self.sync_ref_model:
-            raise ConfigError(
-                f"is {self.reference!r} (reference_method {self.reference_method!r}), and beta is 0, so that nothing "
-                "compares with a reference. Set beta, or leave the reference out.",
-                "reference",
-            )
-        self.reference = "none"
 
     @property
     def needs_reference(self) -> bool:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.compute.cpu_matmul import compute_by_products
-from tether.compute.memory import room_for_another
+from tether.compute.memory import give_back, room_for_another
 from tether.errors import ConfigError, TetherError
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.adapting.rewritten import is_rewritten
 from tether.models.load import is_adapter
 from tether.models.spec import ModelSpec
@@ -22,7 +22,7 @@ from tether.models.structure import dtype_of, transformers_model, unwrap
 from tether.reference.base import frozen_pass
 from tether.reference.guard import largest_difference
 from tether.reference.methods.model import may_move
-from tether.scoring import pack, tolerance
+from tether.scoring import pack
 from tether.training.config import PreferenceConfig
 from tether.types import ScoringBatch
 
@@ -46,12 +46,18 @@ class ReloadProof:
         load: loads a policy, whole, by name; with the keywords of `load_policy`.
         scorer: model and batch to scores, as the run scores.
         probe: rows of the run.
+        rounding: nats by which two sums of the same may differ in the precision of the scorer.
     """
 
     def __init__(
-        self, args: PreferenceConfig, load: Callable[..., nn.Module], scorer: Callable[..., Any], probe: ScoringBatch
+        self,
+        args: PreferenceConfig,
+        load: Callable[..., nn.Module],
+        scorer: Callable[..., Any],
+        probe: ScoringBatch,
+        rounding: float,
     ) -> None:
-        self._args, self._load, self._scorer = args, load, scorer
+        self._args, self._load, self._scorer, self._rounding = args, load, scorer, rounding
         self._rows = pack(probe.examples[:_ROWS])
 
     def check(self, policy: nn.Module, folder: Path, reason: str = "") -> str:
@@ -68,6 +74,7 @@ class ReloadProof:
         Raises:
             TetherError: they are different models, or the folder cannot be loaded.
         """
+        give_back()
         place, reason = _place(policy, folder), reason or _no_room(policy)
         with torch.random.fork_rng(devices=[]):  # a random head that is loaded over
             base = None if reason else self._base(policy, place)
@@ -86,7 +93,7 @@ class ReloadProof:
             f"{rows.num_examples} rows scored by the model as it is loaded, at most {difference:.1e} nats from memory"
         )
         # Of a base that was rewritten, what is loaded is another sum of the same, rounded otherwise.
-        limit = max(_SAME, tolerance(policy)) if is_rewritten(policy) else _SAME
+        limit = max(_SAME, self._rounding) if is_rewritten(policy) else _SAME
         if not difference <= limit:
             raise TetherError(
                 f"What was saved in {folder} is another model than the one in memory: {words} (allowed {limit:.0e}). "
@@ -110,7 +117,7 @@ class ReloadProof:
             return None
         if not is_adapter(place):
             return "no adapter lies in the folder itself: several have names of their own"
-        config = PeftConfig.from_pretrained(str(place))
+        config = adapter_config(place)
         if not config.base_model_name_or_path:
             return "the base of the adapter was made in memory and has no name"
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from torch import nn
 
 from tether.compat.trainer import use_averages
 from tether.progress import working
+from tether.reference.base import Scorer
 from tether.reference.methods.shards import is_sharded
+from tether.scoring import tolerance
+from tether.scoring.attention.interface import HALF
 from tether.training.config import PreferenceConfig
 from tether.training.saving.finite import FiniteGuard
 from tether.training.saving.reload import ReloadProof
@@ -50,15 +55,30 @@ class Saving:
         if self._accelerator.is_main_process:
             reason = "its weights are in shards" if shards or is_sharded(policy) else ""
             with working("comparing what was saved with the model in memory"):
-                found = self._compared(policy, folder, reason)
+                found = self._compared(policy, folder, self._run.scorer, self._accelerator.autocast, reason)
             logger.info(f"saved: {folder}: {found}")
 
     def prove_start(self, policy: nn.Module, folder: Path) -> None:
-        """The same for a rehearsal, of a policy whose base was rewritten by its adapter."""
-        logger.info(f"saving: the adapter rewrote its base; rehearsed: {self._compared(policy, folder)}")
+        """The same for a rehearsal, of a policy whose base was rewritten by its adapter.
 
-    def _compared(self, policy: nn.Module, folder: Path, reason: str = "") -> str:
-        return ReloadProof(self._args, self._load, self._run.scorer, self._run.probe).check(policy, folder, reason)
+        Autocast would hide small mistakes: what is saved is another sum of the same, which it rounds otherwise.
+        """
+        precision = self._accelerator.autocast if self._args.attention_backend in HALF else nullcontext
+        found = self._compared(policy, folder, self._run.exact, precision)
+        logger.info(f"saving: the adapter rewrote its base; rehearsed: {found}")
+
+    def _compared(
+        self,
+        policy: nn.Module,
+        folder: Path,
+        scorer: Scorer,
+        precision: Callable[[], AbstractContextManager[Any]],
+        reason: str = "",
+    ) -> str:
+        with precision():
+            rounding = tolerance(policy)
+        proof = ReloadProof(self._args, self._load, scorer, self._run.probe, rounding)
+        return proof.check(policy, folder, reason)
 
     def _load(self, source: str, **options: Any) -> nn.Module:
         model = self._run.algorithm.load_saved(source, **options)

@@ -1,9 +1,8 @@
-"""What a trainer's constructor asks before and while it loads: arguments, meaning, sources, adapters."""
+"""What a trainer's constructor asks before and while it loads: arguments, sources, adapters."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -16,8 +15,9 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tether.compat.accelerate import SIZES
+from tether.compat.launcher import SIZES, number
 from tether.data import text_tokenizer
+from tether.data.images.sizes import use_sizes
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
     continue_adapter,
@@ -87,9 +87,9 @@ def default_arguments(model: str | Path | nn.Module, wanted: type[PreferenceConf
 
 def _require_one_run(args: PreferenceConfig) -> None:
     """Several processes that a launcher started must be one run, or each trains alone and writes the same folder."""
-    started = max((int(os.environ[name]) for name in _PROCESSES if os.environ.get(name, "").isdigit()), default=1)
+    started = max(number(name, 1) for name in _PROCESSES)
     if started > 1 and args.world_size == 1:
-        name = next(name for name in _PROCESSES if os.environ.get(name, "") == str(started))
+        name = next(name for name in _PROCESSES if number(name, 1) == started)
         raise ConfigError(
             f"{started} processes were started ({name}), and each would be a run of its own that writes the folder "
             f"{args.output_dir!r}. Start them with `torchrun --nproc_per_node {started}` or `accelerate launch`, or "
@@ -197,6 +197,7 @@ def processing_of(source: str | Path, args: PreferenceConfig, given: Any = None)
     if getattr(args, "eos_token", None) is not None:  # of the trainers of texts
         special["eos_token"] = args.eos_token  # type: ignore[attr-defined]
     new_tokens = use_tokens(text_tokenizer(processing), args.add_tokens or (), special)
+    use_sizes(processing, cast("dict[str, Any] | None", args.image_sizes))
     if args.chat_template_path is not None:
         use_chat_template(processing, args.chat_template_path)
     return processing, new_tokens

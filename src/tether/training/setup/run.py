@@ -27,7 +27,7 @@ from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
 from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
 from tether.progress import working
-from tether.reference import SAME, Reference, StoredReference, TrainingProof, resolve
+from tether.reference import SAME, FrozenProbe, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
 from tether.scoring import Layout, choose_layout, pack
 from tether.scoring.attention.interface import HALF
@@ -82,6 +82,11 @@ class Given:
     data_collator: Any = None
     given_optimizer: bool = False
 
+    @property
+    def source_name(self) -> str:
+        """Where the policy comes from."""
+        return str(self.model) if isinstance(self.model, (str, Path)) else source_of(self.model)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -94,11 +99,13 @@ class Run:
         probe: a few training rows, on the run's device, for proofs and guards.
         layout: in which the policy is scored, as was proved.
         scorer: the scoring function in that layout and the run's precision.
+        exact: the same in the precision of a proof, until accelerate has put the run's around the policy.
         budget: splits batches into micro-batches.
         router_weight: of the load-balancing loss; 0 for none.
         reference: the reference, with its store where it has one.
         line: what the reference is and why, in one line.
         stored: the reference's store; None without one.
+        as_made: the reference's values of the probe as they are now; None without a reference.
         proof: that something trains.
         settings: the policy's own, which it is saved with.
         prove_again: proves the policy's layout once more, given the policy and how many updates there were.
@@ -110,11 +117,13 @@ class Run:
     probe: ScoringBatch
     layout: Layout
     scorer: Scorer
+    exact: Scorer
     budget: TokenBudget
     router_weight: float
     reference: Reference
     line: str
     stored: StoredReference | None
+    as_made: FrozenProbe | None
     proof: TrainingProof
     settings: OwnSettings
     prove_again: Callable[[nn.Module, int], None]
@@ -145,8 +154,7 @@ def build_run(
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
     args = _arguments(given, algorithm_class.config)
-    model, ref_model = given.model, given.ref_model
-    source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
+    model, ref_model, source_name = given.model, given.ref_model, given.source_name
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
@@ -165,10 +173,9 @@ def build_run(
     prove = _Prover(algorithm, args, source, accelerator)
     layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
     router = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
-    padded, whole = layout != "tree", algorithm.needs.whole_batch
-    budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
-    if args.disable_dropout:
-        prove.determinism(policy, probe)
+    whole = algorithm.needs.whole_batch
+    budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=layout != "tree")
+    prove.determinism(policy, probe)
     spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer), before)
     with working("proving the reference"):
         resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
@@ -176,8 +183,20 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    more = settings, prove.again
-    return Run(algorithm, data, source, probe, layout, scorer, budget, router, reference, line, stored, proof, *more)
+    scoring = probe, layout, scorer, prove.exact, budget, router
+    return Run(
+        algorithm,
+        data,
+        source,
+        *scoring,
+        reference=reference,
+        line=line,
+        stored=stored,
+        as_made=FrozenProbe.of(reference, probe),
+        proof=proof,
+        settings=settings,
+        prove_again=prove.again,
+    )
 
 
 def _rows(
@@ -245,6 +264,7 @@ class _Prover:
         self._short = source.probe(2)
         self._options: dict[str, Any] = {}
         self.again: Callable[[nn.Module, int], None] = lambda policy, updates: None
+        self.exact: Scorer
 
     def __call__(self, model: nn.Module, whose: str, requested: Layout | None = None) -> tuple[Layout, Scorer]:
         """A model's layout, proved, and the scoring function in it, in the run's precision everywhere."""
@@ -260,14 +280,17 @@ class _Prover:
         logger.info(f"{whose}{choice.line}")
         self._options = choice.options
         if not whose:
-            self.again = partial(self._again, choice)
-        autocast, scoring = self._accelerator.autocast, self._algorithm.scoring
+            self.again, self.exact = partial(self._again, choice), self._scorer(choice, self._proving)
+        return choice.layout, self._scorer(choice, self._accelerator.autocast)
+
+    def _scorer(self, choice: LayoutChoice, precision: Callable[[], AbstractContextManager[Any]]) -> Scorer:
+        scoring = self._algorithm.scoring
 
         def scorer(model: nn.Module, batch: ScoringBatch, *, outputs: tuple[str, ...] = ()) -> Any:
-            with autocast():
+            with precision():
                 return scoring(model, batch, outputs=outputs, **choice.options)
 
-        return choice.layout, scorer
+        return scorer
 
     def _again(self, choice: LayoutChoice, policy: nn.Module, updates: int) -> None:
         """Prove a layout once more, see `prove_again`."""
@@ -282,11 +305,13 @@ class _Prover:
         return self._accelerator.autocast() if self._args.attention_backend in HALF else nullcontext()
 
     def determinism(self, policy: nn.Module, probe: ScoringBatch) -> None:
-        """With dropout disabled, training mode must compute what evaluation mode does.
+        """Where dropout is disabled, training mode must compute what evaluation mode does.
 
         Raises:
             ConfigError: it does not.
         """
+        if not self._args.disable_dropout:
+            return
         packed = self._algorithm.measures.packed
         with torch.no_grad(), self._accelerator.autocast():
             policy.train()

@@ -192,6 +192,9 @@ def _steps(draft: Draft, source: Source) -> None:
     micro, accumulated, total = (
         source.number(key) for key in ("micro_batch_size", "gradient_accumulation_steps", "batch_size")
     )
+    for key in ("micro_batch_size", "gradient_accumulation_steps", "batch_size"):
+        if source.has(key) and (not isinstance(source.number(key), int) or source.number(key) < 1):
+            source.wrong(key, source.get(key), "a whole number from 1")
     micro = micro or 1
     if total and not accumulated:
         if total % micro:
@@ -346,7 +349,7 @@ def _tracking(draft: Draft, source: Source) -> None:
     names = [(source.get(key), key) for key in ("wandb_name", "mlflow_run_name", "trackio_run_name") if source.has(key)]
     shared.trackers(draft, wanted, next((one for one in names if one[1].split("_")[0] in on), None))
     for key, variable in _VARIABLES.items():
-        if source.get(key) not in (None, ""):
+        if source.get(key) not in (None, "", False):
             shared.environment(draft, variable, source.get(key), key)
     if "trackio" in on:
         for key, target in (("trackio_project_name", "project"), ("trackio_space_id", "trackio_space_id")):
@@ -358,13 +361,9 @@ def _tracking(draft: Draft, source: Source) -> None:
 
 
 def _sharding(draft: Draft, source: Source) -> None:
-    config = source.get("fsdp_config") or {}
-    if not isinstance(config, dict):
-        source.wrong("fsdp_config", config, "a mapping")
-    extra = {"version": source.get("fsdp_version"), "state_dict_type": source.get("fsdp_final_state_dict_type")}
-    config = {**config, **{name: value for name, value in extra.items() if value is not None}}
     keys = ["fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"]
-    shared.sharded(draft, source, config, keys)
+    extra = {"version": source.get("fsdp_version"), "state_dict_type": source.get("fsdp_final_state_dict_type")}
+    shared.fsdp(draft, source, keys, extra)
 
 
 def _plugins(draft: Draft, source: Source) -> None:

@@ -198,9 +198,13 @@ def _layout(draft: Draft, source: Source, place: tuple[str, int], given: dict[st
             f"`type` is {kind!r}; known are {', '.join(FORMAT_NAMES)}, and module.function of a Python file that "
             "lies beside this one.",
         )
-    if found.startswith(("chatml", "llama3", "mistral")):
+    if (family := found.partition(".")[0]) in ("chatml", "llama3"):
         shown = f"{place[0]}[{place[1]}].type"
-        draft.explain(shown, "rows become messages, written by the model's own template and not by the type's")
+        draft.explain(
+            shown, "rows become messages, written by the model's own template, and as the type has it by none"
+        )
+        if draft.get("model.chat_template") is None and not source.has("chat_template"):
+            draft.set("model.chat_template", f"fallback:{family}", comment=f"type: {kind}")
     return {"format": found.removesuffix(".default") if found.startswith("passthrough") else found, **fields}
 
 

@@ -42,7 +42,22 @@ def model(draft: Draft, source: Source) -> None:
         if ranged := [name for name in names if name.endswith("]") and "[" in name and ":" in name]:
             source.refuse("unfrozen_parameters", f"{ranged[0]!r} is a part of a weight; whole weights train here.")
         draft.set("model.train", names, "unfrozen_parameters")
+    if source.flag("freeze_mm_modules"):
+        draft.set("model.freeze", ["vision|visual|projector|connector|aligner|audio|embed_vision"], "freeze_mm_modules")
+    if given := source.mapping("processor_kwargs"):
+        draft.set("model.processor", given, "processor_kwargs")
+    _images(draft, source)
     axolotl_text.text(draft, source)
+
+
+def _images(draft: Draft, source: Source) -> None:
+    """`image_size`: a square with black beside the image, or a width and a height."""
+    if not source.has("image_size"):
+        draft.note("image_resize_algorithm", "of image_size, which is not given")
+        return
+    draft.set("data.images.size", source.get("image_size"), "image_size")
+    said = "image_resize_algorithm" if source.has("image_resize_algorithm") else ""
+    draft.set("data.images.resample", source.text("image_resize_algorithm", "bilinear"), said)
 
 
 def _four_bits(draft: Draft, source: Source) -> None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from tether.config.foreign.draft import Draft, Source
+from tether.models.chat_template import LIBRARY
 from tether.models.spec import SPECIAL_TOKENS
 
 # Axolotl's templates that are here, by the name of `model.chat_template`.
-_TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi_3": "phi3", "qwen_25": "qwen25"}
+_TEMPLATES = {
+    **{name: name for name in LIBRARY if name not in ("phi3", "phi3_older", "qwen25", "zephyr")},
+    "aya": "cohere",
+    "gemma3n": "gemma3",
+    "phi_3": "phi3_older",
+    "phi_35": "phi3",
+    "qwen_25": "qwen25",
+}
 
 
 def text(draft: Draft, source: Source) -> None:
@@ -68,6 +76,8 @@ def _template(draft: Draft, source: Source, key: str, name: str | None) -> None:
     known = _TEMPLATES.get(fallback)
     if known is not None and key == "chat_template":
         draft.set("model.chat_template", known if fallback == name else f"fallback:{known}", key)
+        if known == "qwen3":
+            draft.explain(key, "as Qwen writes it; Axolotl's opens a thought in the prompt and does not close it there")
         return
     if not name.startswith("tokenizer_default") or fallback != name:
         source.refuse(

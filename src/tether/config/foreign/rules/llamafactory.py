@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tether.config.fields import config_class
-from tether.config.foreign.draft import Draft, Source
-from tether.config.foreign.rules import shared
+from tether.config.foreign.draft import Draft, Source, as_number
+from tether.config.foreign.rules import llamafactory_model, shared
 from tether.training import PreferenceConfig
 
 _STAGES: dict[str, Any] = {"dpo": ["sigmoid"], "kto": "kto", "rm": "reward", "sft": "sft"}
@@ -21,7 +21,21 @@ _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "his
 _SHAREGPT = {"messages": "conversations"}
 _SHARED = {name: name for name in ("system", "tools", "images", "chosen", "rejected", "kto_tag")}
 # LLaMA-Factory's templates that are here, by the name of `model.chat_template`.
-_TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "phi": "phi3", "qwen": "qwen25"}
+_TEMPLATES = {
+    "chatml": "chatml",
+    "cohere": "cohere",
+    "exaone": "exaone",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma3",
+    "llama3": "llama3",
+    "mistral": "mistral_v2v3",
+    "phi": "phi3",
+    "qwen": "qwen25",
+    "qwen2_vl": "qwen2_vl",
+    "qwen3": "qwen3",
+    "zephyr": "zephyr",
+}
 _TAGS = {
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
@@ -170,68 +184,6 @@ def _model(draft: Draft, source: Source) -> None:
         shared.load_plainly(draft, "flash_attn", kind)
 
 
-def _adapter(draft: Draft, source: Source) -> None:
-    kind = source.one_of("finetuning_type", ("lora", "full", "freeze", "oft"), "lora")
-    if kind == "freeze":
-        source.refuse(
-            "finetuning_type",
-            "`finetuning_type` is 'freeze'; a run file names what trains by its parameters: set finetuning_type to "
-            "full, and say `tether: {model: {train: ['layers.30', 'layers.31']}}`.",
-        )
-    folders = source.names("adapter_name_or_path") or []
-    if len(folders) > 1:
-        source.refuse("adapter_name_or_path", "several adapters are not merged here. Merge all but the last first.")
-    if folders:
-        folder = str(Path(source.text("adapter_folder")) / folders[0]) if source.has("adapter_folder") else folders[0]
-        draft.set("model.adapter", folder, "adapter_name_or_path")
-        if source.text("stage", "sft") in ("dpo", "kto"):
-            why = "LLaMA-Factory's own reference is the base without this adapter; reference: base gives that"
-            draft.set("reference.meaning", "start", "adapter_name_or_path", why)
-            draft.explain("adapter_name_or_path", f"the reference is the model as it starts, adapter included. {why}")
-    lora = {
-        "r": (source.get("lora_rank", 8), "lora_rank"),
-        "lora_alpha": (source.get("lora_alpha", 2 * (source.number("lora_rank") or 8)), "lora_alpha"),
-        "lora_dropout": (source.get("lora_dropout"), "lora_dropout"),
-        "use_rslora": (source.get("use_rslora"), "use_rslora"),
-        "use_dora": (source.get("use_dora"), "use_dora"),
-        "modules_to_save": (source.names("additional_target"), "additional_target"),
-        "target_modules": (_all_linear(source.names("lora_target")), "lora_target"),
-    }
-    if source.flag("pissa_init"):
-        lora["init_lora_weights"] = ("pissa", "pissa_init")
-        if source.number("pissa_iter", 16) != -1:
-            draft.note(
-                "pissa_iter", "the exact decomposition is taken: the fast one draws, and could not be loaded again"
-            )
-    said = {name: (value, key if source.has(key) else "") for name, (value, key) in lora.items()}
-    if kind == "oft":
-        _oft(draft, source)
-    if kind != "lora" or (folders and not source.flag("create_new_adapter")):
-        why = "the adapter that is named is continued" if folders else f"finetuning_type is {kind}"
-        for _, key in [*lora.values(), (None, "pissa_iter")]:
-            draft.note(key, why)
-        return
-    if "finetuning_type" in draft.fates:
-        draft.fates["finetuning_type"].became.append("lora")
-    shared.adapter(draft, said)
-
-
-def _all_linear(names: list[str] | None) -> Any:
-    return "all-linear" if names in (None, ["all"]) else names
-
-
-def _oft(draft: Draft, source: Source) -> None:
-    draft.set("peft.type", "oft", "finetuning_type")
-    rank = source.number("oft_rank", 0)
-    draft.set("peft.r", rank, "oft_rank" if source.has("oft_rank") else "")
-    draft.set("peft.oft_block_size", 0 if rank else source.number("oft_block_size", 32), "oft_block_size")
-    draft.set("peft.target_modules", _all_linear(source.names("oft_target")), "oft_target")
-    if source.number("module_dropout") and shared.disables_dropout(draft):
-        draft.note("module_dropout", "every dropout is switched off by this trainer, here as there (disable_dropout)")
-    elif source.number("module_dropout"):
-        draft.set("peft.module_dropout", source.number("module_dropout"), "module_dropout")
-
-
 def _data(draft: Draft, source: Source) -> None:
     if not source.has("dataset"):
         source.refuse("dataset", "`dataset` is missing. Name one of dataset_info.json.")
@@ -274,8 +226,36 @@ def _sets(draft: Draft, source: Source, key: str, *, named: bool = False) -> Any
             draft.fates["max_samples"].became.append("data.train")
     if named:
         return found
+    found = _interleaved(draft, source, found) if key == "dataset" else found
     made = list(found.values())
     return made if len(made) > 1 else made[0]
+
+
+def _interleaved(draft: Draft, source: Source, found: dict[str, Any]) -> dict[str, Any]:
+    """Sets with their shares: rows are drawn from each by its probability until the first set has no more."""
+    strategy = source.one_of("mix_strategy", ("concat", "interleave_under", "interleave_over"), "concat")
+    if strategy == "interleave_over":
+        source.refuse(
+            "mix_strategy",
+            "`mix_strategy` is 'interleave_over', which draws rows of smaller sets again until the largest has none. "
+            "Say interleave_under, or give sets a `weight` in a run file.",
+        )
+    if strategy == "concat":
+        draft.note("interleave_probs", "of mix_strategy: interleave_under, which is not asked for")
+        return found
+    given = source.get("interleave_probs")
+    given = given.split(",") if isinstance(given, str) else given or [1] * len(found)
+    shares = [as_number(one) for one in given] if isinstance(given, list) else []
+    if len(shares) != len(found) or not all(share is not None and share > 0 for share in shares):
+        source.wrong("interleave_probs", source.get("interleave_probs"), f"{len(found)} numbers above 0, one for a set")
+    for name in ("mix_strategy", "interleave_probs"):
+        if name in draft.fates:
+            draft.fates[name].became.append("data.train")
+    draft.explain("mix_strategy", "the first rows of each set, by these shares and none twice; there they are drawn")
+    return {
+        name: {**(rows if isinstance(rows, dict) else {"path": rows}), "fraction": share}
+        for (name, rows), share in zip(found.items(), shares, strict=True)
+    }
 
 
 def _information(source: Source, folder: Path) -> dict[str, Any]:
@@ -350,16 +330,14 @@ def _steps(draft: Draft, source: Source) -> None:
 
 
 def _sharding(draft: Draft, source: Source) -> None:
-    config = source.get("fsdp_config") or {}
-    if not isinstance(config, dict):
-        source.wrong("fsdp_config", config, "a mapping")
-    shared.sharded(draft, source, config, ["fsdp", "fsdp_config"])
+    shared.fsdp(draft, source, ["fsdp", "fsdp_config"], {})
 
 
 RULES: dict[str, Callable[[Draft, Source], None]] = {
     "objective": _objective,
     "model": _model,
-    "adapter": _adapter,
+    "adapter": llamafactory_model.adapter,
+    "images": llamafactory_model.images,
     "reference": _reference,
     "data": _data,
     "steps": _steps,

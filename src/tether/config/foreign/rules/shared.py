@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def adapter(draft: Draft, options: dict[str, tuple[Any, str]]) -> None:
         options: PEFT's name to the value and the key that says it. Without `target_modules` PEFT's choice for the
             architecture is taken.
     """
-    given = {name: pair for name, pair in options.items() if pair[0] not in (None, False)}
+    given = {name: pair for name, pair in options.items() if pair[0] is not None and pair[0] is not False}
     if "lora_dropout" in given and disables_dropout(draft):
         value, key = given.pop("lora_dropout")
         if value:
@@ -154,11 +154,15 @@ def warmup(draft: Draft, source: Source) -> bool:
 
 def environment(draft: Draft, name: str, value: Any, key: str) -> None:
     """A variable that the run gets, as the tool would set it; never written down where it is a secret."""
+    place = (key, name) if key == "env" else (key,)
     if is_secret(name):
         draft.source.refuse(
-            key,
-            f"`{key}` is a secret, and files are copied and shown. Take it out, and set {name} in the environment.",
+            place,
+            f"`{'.'.join(place)}` is a secret, and files are copied and shown. Take it out, and set {name} in the "
+            "environment.",
         )
+    if not isinstance(value, (str, int, float)):
+        draft.source.wrong(place, value, "text or a number")
     draft.set(f"env.{name}", value, key)
 
 
@@ -191,23 +195,26 @@ def trackers(draft: Draft, wanted: list[tuple[str, str]], name: tuple[str, str] 
         draft.set("train.run_name", *name)
 
 
-def processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def sharded(draft: Draft, source: Source, config: dict[str, Any], keys: list[str]) -> None:
-    """FSDP, which needs several processes; one goes on without."""
-    given = [key for key in keys if source.has(key)]
-    if not given:
-        return
-    if processes() == 1:
-        for key in given:
-            draft.note(key, "one process holds the whole model; with several (--launch N) it is sharded")
-        return
-    draft.set("train.fsdp", True, given[0])
+def sharded(draft: Draft, config: Mapping[str, Any], keys: list[str]) -> None:
+    """FSDP, by keys that are given; a run of one process goes on without."""
+    draft.set("train.fsdp", True, keys[0])
+    for key in keys[1:]:
+        draft.fates[key].became.append("train.fsdp")
     if config:
-        draft.set("train.fsdp_config", config, next((key for key in given if "config" in key), given[0]))
+        draft.set("train.fsdp_config", dict(config), next((key for key in keys if "config" in key), keys[0]))
+    draft.explain(keys[0], "one process holds the whole model; with several (--launch N) it is sharded")
+
+
+def fsdp(draft: Draft, source: Source, keys: list[str], extra: Mapping[str, Any]) -> None:
+    """The keys of FSDP that a file has, with what other keys add to its configuration."""
+    given = [key for key in keys if source.has(key) and source.get(key) is not False and source.get(key) != []]
+    config = source.mapping("fsdp_config") | {name: value for name, value in extra.items() if value is not None}
+    if source.has("fsdp") and "offload" in str(source.get("fsdp")):
+        config = {"offload_params": True, **config}
+    if {"fsdp", "fsdp_config"} & set(given):
+        sharded(draft, config, given)
+    for key in () if {"fsdp", "fsdp_config"} & set(given) else given:
+        draft.note(key, "of fsdp, which is not asked for")
 
 
 def beside(source: Source, name: str) -> str | None:

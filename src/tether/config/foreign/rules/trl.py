@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from tether.config.fields import config_class, fields_under, keys_of, row_of
 from tether.config.foreign.draft import OWN, Draft, Source
-from tether.config.foreign.rules import shared, trl_data
+from tether.config.foreign.rules import shared, trl_data, trl_launch
 from tether.config.foreign.table import load_table
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
@@ -133,6 +133,8 @@ def _model(draft: Draft, source: Source) -> None:
         source.refuse("model_name_or_path", "`model_name_or_path` is missing. Name the model.")
     shared.revision(draft, source, "model_revision", "model_name_or_path")
     dtype = source.get("dtype", source.get("torch_dtype"))
+    if source.get("torch_dtype", dtype) != dtype:
+        source.refuse("torch_dtype", "`torch_dtype` and `dtype` are one thing, and differ. Leave one of them out.")
     key = next((name for name in ("dtype", "torch_dtype") if source.has(name)), "")
     draft.set("model.dtype", dtype or "float32", key, comment="" if key else "TRL's default")
     if source.has("attn_implementation"):
@@ -149,7 +151,17 @@ def _model(draft: Draft, source: Source) -> None:
     if source.has("eos_token"):
         draft.set("model.special_tokens", {"eos_token": source.text("eos_token")}, "eos_token")
     for name, value in source.mapping("model_init_kwargs").items():
-        place = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision", "attn_implementation": "attention"}
+        place = {
+            "dtype": "dtype",
+            "torch_dtype": "dtype",
+            "revision": "revision",
+            "attn_implementation": "attention",
+            "device_map": "device",
+            "trust_remote_code": "trust_remote_code",
+        }
+        if name in ("use_cache", "low_cpu_mem_usage"):
+            draft.explain("model_init_kwargs", f"{name} has no effect on what is trained")
+            continue
         if name not in place:
             source.refuse(("model_init_kwargs", name), f"`{name}` has no key in a run file. Take it out.")
         del_default = name in ("dtype", "torch_dtype") and not source.has("dtype")
@@ -261,12 +273,7 @@ def _reference(draft: Draft, source: Source) -> None:
 
 
 def _environment(draft: Draft, source: Source) -> None:
-    count = source.number("num_processes", 1)
-    if not isinstance(count, int) or count < 1:
-        source.wrong("num_processes", count, "a whole number from 1")
-    draft.processes = count
-    if "num_processes" in draft.fates and draft.fates["num_processes"].mark != "note":
-        draft.fates["num_processes"].became.append(f"--launch {count}")
+    trl_launch.launch(draft, source)
     for name, value in source.mapping("env").items():
         shared.environment(draft, str(name), value, "env")
 

@@ -7,7 +7,7 @@ from typing import Any
 from tether.config.foreign.draft import Draft, Source, as_number
 from tether.config.foreign.rules import shared
 
-_SOURCE = ("path", "name", "data_dir", "data_files", "split", "columns")
+_SOURCE = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 # Of the handbook's `dataset_mixture`: its name of a key of a set to ours.
 _HANDBOOK = {"id": "path", "config": "name", "split": "split", "columns": "columns", "weight": "weight"}
 
@@ -63,12 +63,9 @@ def _mixture(draft: Draft, source: Source, field: dict[str, Any]) -> None:
     for index, entry in enumerate(entries):
         given = {name: value for name, value in entry.items() if value is not None}
         for name in given.keys() - set(_SOURCE):
-            why = (
-                "it is a share of a mixture, whose rows TRL counts first; write the rows, as in `split: train[:10%]`"
-                if name == "fraction"
-                else "it is not read"
+            source.refuse(
+                ("datasets", index, name), f"`{name}` is no key of a data set of TRL; there are {', '.join(_SOURCE)}."
             )
-            source.refuse(("datasets", index, name), f"`{name}` of a data set has no key in a run file: {why}.")
         if "path" not in given:
             source.refuse(("datasets", index), "`path` of a data set is missing.")
         if given["path"] in ("json", "csv", "parquet", "arrow") and "data_files" in given:

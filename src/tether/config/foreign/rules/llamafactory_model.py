@@ -1,0 +1,167 @@
+"""What LLaMA-Factory trains of a model: an adapter, all of it, some layers; of one that sees images, not its tower."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tether.config.foreign.draft import Draft, Source
+from tether.config.foreign.rules import shared
+from tether.errors import ConfigError
+from tether.models.load import load_config
+
+_FREEZE = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
+# Parts of models that see images, as transformers names them: the tower, what leads from it to the text, the text.
+_PARTS = {
+    "freeze_vision_tower": r"vision_tower|vision_model|vision_encoder|visual\.(?!merger)",
+    "freeze_multi_modal_projector": r"multi_modal_projector|mm_projector|connector|aligner|visual\.merger",
+    "freeze_language_model": r"language_model|text_model|lm_head",
+}
+# Pixels of an image, by the key of `data.images`, and their defaults.
+_PIXELS = {"image_max_pixels": ("max_pixels", 768 * 768), "image_min_pixels": ("min_pixels", 32 * 32)}
+_PROCESSOR = {"image_do_pan_and_scan": "do_pan_and_scan", "crop_to_patches": "crop_to_patches"}
+
+
+def adapter(draft: Draft, source: Source) -> None:
+    """`finetuning_type`, with all that is of it."""
+    kind = source.one_of("finetuning_type", ("lora", "full", "freeze", "oft"), "lora")
+    hidden = _frozen_towers(draft, source)
+    if kind == "freeze":
+        _last_layers(draft, source)
+    elif kind == "full":
+        draft.note("finetuning_type", "all of the model trains")
+    for key in _FREEZE if kind != "freeze" else ():
+        draft.note(key, f"of finetuning_type: freeze, and it is {kind}")
+    if kind != "lora" and hidden:
+        draft.set("model.freeze", [hidden], _tower_key(source))
+    folders = source.names("adapter_name_or_path") or []
+    if len(folders) > 1:
+        source.refuse("adapter_name_or_path", "several adapters are not merged here. Merge all but the last first.")
+    if folders:
+        folder = str(Path(source.text("adapter_folder")) / folders[0]) if source.has("adapter_folder") else folders[0]
+        draft.set("model.adapter", folder, "adapter_name_or_path")
+        if source.text("stage", "sft") in ("dpo", "kto"):
+            why = "LLaMA-Factory's own reference is the base without this adapter; reference: base gives that"
+            draft.set("reference.meaning", "start", "adapter_name_or_path", why)
+            draft.explain("adapter_name_or_path", f"the reference is the model as it starts, adapter included. {why}")
+    lora = {
+        "r": (source.get("lora_rank", 8), "lora_rank"),
+        "lora_alpha": (source.get("lora_alpha", 2 * (source.number("lora_rank") or 8)), "lora_alpha"),
+        "lora_dropout": (source.get("lora_dropout"), "lora_dropout"),
+        "use_rslora": (source.get("use_rslora"), "use_rslora"),
+        "use_dora": (source.get("use_dora"), "use_dora"),
+        "modules_to_save": (source.names("additional_target"), "additional_target"),
+        "target_modules": (_all_linear(source.names("lora_target")), "lora_target"),
+    }
+    if source.flag("pissa_init"):
+        rounds = source.number("pissa_iter", 16)
+        if not isinstance(rounds, int) or (rounds < 1 and rounds != -1):
+            source.wrong("pissa_iter", rounds, "a whole number from 1, or -1 for the exact decomposition")
+        lora["init_lora_weights"] = ("pissa" if rounds == -1 else f"pissa_niter_{rounds}", "pissa_init")
+        if "pissa_iter" in draft.fates:
+            draft.fates["pissa_iter"].became.append("lora.init")
+    said = {name: (value, key if source.has(key) else "") for name, (value, key) in lora.items()}
+    if hidden:
+        said["exclude_modules"] = (f".*({hidden}).*", _tower_key(source))
+    if kind == "oft":
+        _oft(draft, source)
+    if kind != "lora" or (folders and not source.flag("create_new_adapter")):
+        why = "the adapter that is named is continued" if folders else f"finetuning_type is {kind}"
+        for _, key in [*lora.values(), (None, "pissa_iter")]:
+            draft.note(key, why)
+        return
+    if "finetuning_type" in draft.fates:
+        draft.fates["finetuning_type"].became.append("lora")
+    shared.adapter(draft, said)
+
+
+def _all_linear(names: list[str] | None) -> Any:
+    return "all-linear" if names in (None, ["all"]) else names
+
+
+def _oft(draft: Draft, source: Source) -> None:
+    draft.set("peft.type", "oft", "finetuning_type")
+    rank = source.number("oft_rank", 0)
+    draft.set("peft.r", rank, "oft_rank" if source.has("oft_rank") else "")
+    draft.set("peft.oft_block_size", 0 if rank else source.number("oft_block_size", 32), "oft_block_size")
+    draft.set("peft.target_modules", _all_linear(source.names("oft_target")), "oft_target")
+    if source.number("module_dropout") and shared.disables_dropout(draft):
+        draft.note("module_dropout", "every dropout is switched off by this trainer, here as there (disable_dropout)")
+    elif source.number("module_dropout"):
+        draft.set("peft.module_dropout", source.number("module_dropout"), "module_dropout")
+
+
+def _configuration(source: Source) -> Any:
+    """The model's own configuration; no weights are read.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    return load_config(
+        source.text("model_name_or_path"),
+        revision=source.text("model_revision"),
+        trust_remote_code=source.flag("trust_remote_code"),
+    )
+
+
+def _tower_key(source: Source) -> str:
+    return next((key for key in _PARTS if source.has(key)), "")
+
+
+def _sees(source: Source, key: str) -> bool:
+    """Whether the model sees images; where that cannot be found out, and no key asks: not.
+
+    Raises:
+        ConfigError: a key asks, and its configuration cannot be read.
+    """
+    try:
+        return getattr(_configuration(source), "vision_config", None) is not None
+    except ConfigError as error:
+        if key:
+            source.refuse(key, f"`{key}`: whether the model sees images is not known. {error}")
+        return False
+
+
+def _frozen_towers(draft: Draft, source: Source) -> str:
+    """A pattern of what LLaMA-Factory leaves as it is of a model that sees images; empty for another model."""
+    frozen = [pattern for key, pattern in _PARTS.items() if source.flag(key, key != "freeze_language_model")]
+    sees = _sees(source, _tower_key(source) if frozen else "")
+    for key in () if sees and frozen else _PARTS:
+        draft.note(key, "nothing of it is frozen" if sees else "the model sees no images")
+    return "|".join(frozen) if sees else ""
+
+
+def images(draft: Draft, source: Source) -> None:
+    """Sizes of images, and what the processor does with them."""
+    given = [key for key in (*_PIXELS, *_PROCESSOR) if source.has(key) and source.get(key) is not False]
+    if not _sees(source, given[0] if given else ""):
+        for key in given:
+            draft.note(key, "the model sees no images")
+        return
+    for key, (name, usual) in _PIXELS.items():
+        said = key if source.has(key) else ""
+        draft.set(f"data.images.{name}", source.number(key, usual), said, "" if said else "LLaMA-Factory's default")
+    for key, name in _PROCESSOR.items():
+        if source.flag(key):
+            draft.set(f"model.processor.{name}", True, key)
+
+
+def _last_layers(draft: Draft, source: Source) -> None:
+    """`finetuning_type: freeze`: the last layers train, or the first where the number is below 0, or parts of them."""
+    count, key = source.number("freeze_trainable_layers", 2), "freeze_trainable_layers"
+    said = key if source.has(key) else "finetuning_type" if source.has("finetuning_type") else ""
+    if not isinstance(count, int) or count == 0:
+        source.wrong(key, count, "a whole number: the last layers, or the first ones where it is below 0")
+    try:
+        layers = _configuration(source).get_text_config().num_hidden_layers
+    except ConfigError as error:
+        source.refuse("finetuning_type", f"`finetuning_type` is 'freeze', which needs the number of layers. {error}")
+    chosen = range(max(0, layers - count), layers) if count > 0 else range(min(-count, layers))
+    parts = source.names("freeze_trainable_modules") or ["all"]
+    patterns = [rf"\.{layer}\.{'' if part == 'all' else re.escape(part)}" for part in parts for layer in chosen]
+    draft.set("model.train", [*patterns, *map(re.escape, source.names("freeze_extra_modules") or ())], said)
+    draft.explain(said, f"{len(chosen)} of the {layers} layers train")
+    for name in ("finetuning_type", *_FREEZE[1:]):
+        if name != said and name in draft.fates and draft.fates[name].mark != "note":
+            draft.fates[name].became.append("model.train")
