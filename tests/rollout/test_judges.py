@@ -127,3 +127,14 @@ def test_what_a_judge_cannot_do_is_said():
         judge("http://127.0.0.1:1", instructions="{prompt} {first}").compare(["p"], ["a"], ["b"])
     with pytest.raises(RewardError, match="failed after 1 attempts"):
         judge("http://127.0.0.1:1").rate(["p"], ["a"])
+
+
+def test_a_function_with_other_arguments_is_no_judge():
+    """Known when a run is made, and not when its first completions are there."""
+    FunctionJudge(lambda prompt, first, second, more=None: 1)
+    with pytest.raises(ConfigError, match=r"The judge 'max_two' must take three arguments.*: too many positional"):
+        FunctionJudge(max_two)
+
+
+def max_two(prompt, first):
+    return 1

@@ -220,6 +220,28 @@ def test_a_function_in_a_file(tmp_path):
         python_function(f"{tmp_path / 'mine.py'}:long")
     with pytest.raises(ConfigError, match="expected a Python file and a function"):
         python_function("mine")
+    for text, said in (
+        ("x = 1\ndef short(completions)\n", r"mine.py cannot be run: SyntaxError: .*line 2"),
+        ("x = 1\n\nimport no_such_module\n", r"mine.py cannot be run at line 3: ModuleNotFoundError: No module"),
+    ):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            python_function(f"{tmp_path / 'mine.py'}:short")
+
+
+def test_a_server_that_is_gone_is_no_fault_of_a_completion():
+    """It is asked once, and not for each completion again."""
+    asked = []
+
+    def judged_elsewhere(completions):
+        asked.append(completions)
+        raise RewardError("The server cannot be reached. Check that it runs.")
+
+    with pytest.raises(
+        RewardError, match=r"failed on 4 completions: The server .* Check that it runs\. The completions"
+    ):
+        called(judged_elsewhere)
+    assert len(asked) == 1
 
 
 def test_a_model_scores_the_last_real_token():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -559,6 +560,40 @@ def test_what_a_rollout_function_does_not_say_of_an_end_is_trl_s_rule(tmp_path):
     said["finish"] = ["length", "stop", "stop", "stop"] * 2
     trained(tmp_path / "said", model=model, **settings)
     assert seen == ["stop", "stop", "stop", "length"] * 2 + said["finish"]
+
+
+def test_the_calculator_of_the_documentation_answers_and_has_no_gradient(tmp_path):
+    """The script of docs/rollouts.md, as it stands there; what the calculator says has no gradient."""
+    text = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    (tmp_path / "calculator.py").write_text(script, encoding="utf-8")
+    page = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location("calculator", tmp_path / "calculator.py")
+    )
+    page.__spec__.loader.exec_module(page)
+    page.ASKED = re.compile(r"()()")  # a random model never asks; here it always has, for nothing
+    plain, found = page.with_calculator, []
+    page.int = len
+
+    def kept(prompts, trainer):
+        found.append(plain(prompts, trainer))
+        return found[-1]
+
+    def asked(asked, completion_ids, **_):
+        return [sum(ids) % 7 + one for one, ids in zip(asked, completion_ids, strict=True)]
+
+    made = trained(tmp_path, rewards=asked, rollout_func=kept, max_steps=2, loss_type="grpo")
+    tool = TOKENIZER(" = 0\n", add_special_tokens=False).input_ids
+    for one in found:
+        assert one["asked"] == [True] * 8
+        for ids, mask in zip(one["completion_ids"], one["env_mask"], strict=True):
+            first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+            assert ids[first:last] == tool
+            assert mask[:first] == [1] * first
+            assert mask[last:] == [1] * (len(ids) - last) != []
+    log = steps(made)[0]
+    assert log["sampling/sampling_logp_difference/max"] < 1e-5, "of what the policy wrote, in both turns"
+    assert log["completions/mean_length"] == sum(sum(mask) for mask in found[0]["env_mask"]) / 8
 
 
 def test_a_rollout_function_may_bring_the_rewards(tmp_path):

@@ -139,6 +139,7 @@ GOOD = {"loss": 0.1, "entropy": 2.0, "frac_reward_zero_std": 0.5, "completions/c
     ("bad", "first", "said"),
     [
         ({"completions/clipped_ratio": 1.0}, 2, "every completion was cut off"),
+        ({"rewards/one/not_applicable": 1.0, "rewards/two/not_applicable": 1.0}, 2, "no reward applied to any"),
         ({"frac_reward_zero_std": 0.95}, 11, "in more than 90% of the groups all rewards have been equal for 10 steps"),
         ({"entropy": 0.19}, 2, "the entropy has fallen from 2 to 0.19"),
         ({"kl": 1.1}, 2, "the KL divergence from the reference is 1.1 nats a token"),

@@ -431,7 +431,7 @@ def test_no_option_of_tethers_own_clashes_with_trls_other_arguments(name):
     assert not others & getattr(tether, name).__dataclass_fields__.keys()
 
 
-OF_TRL = ("DPO", "KTO", "SFT", "Reward", "ORPO", "CPO")
+OF_TRL = ("DPO", "KTO", "SFT", "Reward", "ORPO", "CPO", "GRPO", "RLOO")
 
 
 @pytest.mark.parametrize("name", [f"{name}Config" for name in OF_TRL])

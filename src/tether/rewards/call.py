@@ -156,7 +156,8 @@ def _together(rewards: Sequence[Reward], judged: Judged, state: Any, log: _Log, 
 def _checked(reward: Reward, answer: _Answer, judged: Judged, state: Any, calling: Calling) -> tuple[list[float], int]:
     """The values of a call, NaN for not applicable, and on how many completions it failed."""
     if answer.error is not None:
-        if isinstance(answer.error, TimeoutError) or len(judged) == 0:
+        # What is late, or a server that cannot be reached, is so of each completion.
+        if isinstance(answer.error, (TimeoutError, RewardError)) or len(judged) == 0:
             raise RewardError(_failure(reward, judged, None, answer.error)) from answer.error
         return _one_by_one(reward, answer.error, judged, state, calling)
     try:
@@ -213,7 +214,8 @@ def _one_by_one(
 
 def _failure(reward: Reward, judged: Judged, place: int | None, error: BaseException) -> str:
     where = f"on {len(judged)} completions" if place is None else _where(judged, place)
-    what = str(error) if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+    own = isinstance(error, (TimeoutError, RewardError))
+    what = (str(error) if own else f"{type(error).__name__}: {error}").removesuffix(".")
     return (
         f"The reward function {reward.name!r} failed {where}: {what}. The completions are kept in the run folder; "
         "correct the function and resume from the last checkpoint."

@@ -5,6 +5,7 @@ A served model is asked in both orders, as models prefer a place; verdicts that 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,11 +169,20 @@ class FunctionJudge:
 
     Args:
         function: asked once a pair, as it sees no order but the one that it is given.
+
+    Raises:
+        ConfigError: it takes other arguments.
     """
 
     def __init__(self, function: Callable[[Any, Any, Any], Any]) -> None:
         self._function = function
         self.name = getattr(function, "__name__", type(function).__name__)
+        try:
+            inspect.signature(function).bind("prompt", "first", "second")
+        except TypeError as error:
+            raise ConfigError(
+                f"The judge {self.name!r} must take three arguments, a prompt and two completions: {error}."
+            ) from error
 
     def compare(self, prompts: Sequence[Any], firsts: Sequence[Any], seconds: Sequence[Any]) -> list[Verdict]:
         """See `PairJudge`.

@@ -145,7 +145,8 @@ def read_rollout(folder: Path, number: int) -> list[list[Kept]]:
     groups: dict[int, list[Kept]] = {}
     paths = sorted((folder / FOLDER).glob(f"{number:06d}-*.parquet"))
     if not paths:
-        raise RolloutError(f"Rollout {number} is not in {folder}; there are {len(kept_rollouts(folder))} rollouts.")
+        known = kept_rollouts(folder)
+        raise RolloutError(f"Rollout {number} is not in {folder}; it has {len(known)}, from {known[0]} to {known[-1]}.")
     for path in paths:
         table = parquet.read_table(path)
         weights = json.loads((table.schema.metadata or {}).get(b"weights", b"{}"))

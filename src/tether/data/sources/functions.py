@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +26,7 @@ def local_function(place: str, what: str) -> Callable[..., Any]:
         what: to call it in messages, such as "a reward function".
 
     Raises:
-        ConfigError: no such file, module or function.
+        ConfigError: no such file, module or function, or a file that cannot be run.
     """
     name, _, function = place.rpartition(":")
     module = _run_file(Path(name).expanduser()) if name.endswith(".py") else _installed(name)
@@ -49,7 +50,15 @@ def _run_file(path: Path) -> ModuleType | None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        line = next(
+            (frame.lineno for frame in reversed(extract_tb(error.__traceback__)) if frame.filename == str(path)), 0
+        )
+        place = f" at line {line}" if line else ""  # a syntax error says its own
+        raise ConfigError(f"{path} cannot be run{place}: {type(error).__name__}: {error}. Correct it.") from error
     return module
 
 

@@ -180,6 +180,13 @@ class Health:
         line = "every completion was cut off at max_completion_length, so that the policy ended none. Raise it."
         return self.lasting("completions-cut", logs.get("completions/clipped_ratio", 0.0) >= 1.0, 0, step, line)
 
+    def _unjudged(self, logs: Logs, step: int) -> Finding | None:
+        shares = [value for name, value in logs.items() if name.endswith("/not_applicable")]
+        line = (
+            "no reward applied to any completion: every function returned None, so that nothing is learnt. Call them."
+        )
+        return self.lasting("nothing-judged", bool(shares) and min(shares) >= 1.0, 0, step, line)
+
     def _lengths(self, logs: Logs, step: int) -> Finding | None:
         name = "completions/mean_length"
         first, now = self._first.get(name, math.inf), logs.get(name, 0.0)
@@ -246,6 +253,7 @@ _RULES: tuple[Callable[[Health, Logs, int], Finding | None], ...] = (
     Health._gradient,
     Health._vanished,
     Health._cut,
+    Health._unjudged,
     Health._lengths,
     Health._equal,
     Health._far,

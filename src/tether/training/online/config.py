@@ -27,7 +27,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "use_transformers_continuous_batching": (False, "the tree engine drops finished rows already"),
     "transformers_continuous_batching_config": (None, "the tree engine drops finished rows already"),
     "cache_implementation": (None, "the tree engine has no cache object"),
-    "pad_to_multiple_of": ("auto", "nothing is padded"),
     "ds3_gather_for_generation": (True, "rollouts of a policy in shards are not built yet"),
     "log_multimodal": (True, "completions are shown as text, with no image in any case"),
     "log_completions_hub_repo": (None, "rollouts are kept in the run folder; push that"),
@@ -235,7 +234,6 @@ class OnlineConfig(PreferenceConfig):
         *REFUSED["transformers_continuous_batching_config"]
     )
     cache_implementation: str | None = refused(*REFUSED["cache_implementation"])
-    pad_to_multiple_of: int | str | None = refused(*REFUSED["pad_to_multiple_of"])
     ds3_gather_for_generation: bool = refused(*REFUSED["ds3_gather_for_generation"])
     cast_lm_head_to_fp32: bool = option(
         False, "Compute the product with the language-model head in float32, whatever the precision."
