@@ -174,3 +174,18 @@ def test_a_run_holds_its_rows_to_the_limits(workplace: Workplace, tether: Tether
     code, _, err = tether("train", "run.yaml", "output=again")
     assert code == 2
     assert "`in_evaluatoin` is not known" in err
+
+
+def test_values_beside_a_run_file_count(workplace: Workplace, tether: Tether) -> None:
+    shown = [tether("data", "show", "run.yaml", *values)[:2] for values in ((), ("train.max_length=10",))]
+    assert [code for code, _ in shown] == [0, 0]
+    assert ["completion 1: 3 tokens" in text for _, text in shown] == [False, True]
+
+
+def test_one_answer_of_a_pair_is_no_prompt_alone(workplace: Workplace, tether: Tether) -> None:
+    rows = [{("rejcted" if key == "rejected" else key): text for key, text in row.items()} for row in workplace.pairs()]
+    workplace.write_rows(rows)
+    for command in ("check", "show"):
+        code, _, said = tether("data", command, "pairs.jsonl", "--tokenizer", "model")
+        assert code == 2
+        assert "the column `rejected` is missing" in said

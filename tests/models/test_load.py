@@ -163,3 +163,13 @@ def test_a_source_is_checked_without_loading(folder: Path):
     check_source("gpt2")
     with pytest.raises(ConfigError, match="does not exist"):
         check_source("../gpt2")
+
+
+def test_tensors_of_other_shapes_and_pointers_of_git_lfs_are_named(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2 * config["hidden_size"]}))
+    with pytest.raises(ConfigError, match=r"tensors in its files have other shapes than its config\.json says"):
+        load_policy(folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ConfigError, match=r"model\.safetensors' is a pointer of Git LFS .* `git lfs pull`"):
+        load_policy(folder)

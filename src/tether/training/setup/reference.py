@@ -50,7 +50,7 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
     """What the reference means, from the configuration and `ref_model`.
 
     Raises:
-        ConfigError: the two say different things.
+        ConfigError: the two say different things, or there is no such model.
     """
     if ref_model is not None and not args.needs_reference:
         raise ConfigError(
@@ -76,6 +76,8 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
         )
     if not args.needs_reference:
         return "none"
+    if isinstance(ref_model, (str, Path)):  # what is not there is said before anything is loaded
+        reference_model_spec(args, str(ref_model)).load_config()
     return args.reference or ("start" if ref_model is None else "model")
 
 
