@@ -8,6 +8,7 @@
 #   make faults     kills, damaged files, full disks, lost processes (an hour; FAULTS_EVERY=1 for every place)
 #   make test-gpu   what differs on a GPU, then the benchmark of one (WHEELS=folder: from wheels that were brought along)
 #   make test-deepspeed  ZeRO stages 2 and 3 in two processes   make test-object-store  stores on an S3 server
+#   make test-ray   workers of Ray Data that fill a store
 #   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
 #   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
@@ -15,7 +16,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed check audit bench parity wheel docs clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed test-ray check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -57,7 +58,7 @@ faults: $(DEV_STAMP)
 	@$(PYTEST) -m faults -v tests/faults $(ARGS)
 
 test-slow: $(DEV_STAMP)
-	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed" $(ARGS)
+	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed and not ray" $(ARGS)
 
 # In one process: a GPU is one. A wheel of liger-kernel among those that are brought along is compared with, too.
 test-gpu: $(DEV_STAMP)
@@ -93,6 +94,15 @@ test-deepspeed: $(DEV_STAMP) $(DEEPSPEED)/.installed
 $(DEEPSPEED)/.installed: requirements.lock
 	@command -v g++ >/dev/null || { echo "DeepSpeed compiles an operation with g++, which is missing. Install it."; exit 2; }
 	@$(PIP) --no-deps --target $(DEEPSPEED) --upgrade deepspeed einops hjson msgpack ninja py-cpuinfo
+	@touch $@
+
+# In a folder of their own: nothing but this command imports Ray. What it needs beside is in the lock.
+RAY := .venv/ray
+test-ray: $(DEV_STAMP) $(RAY)/.installed
+	@PYTHONPATH=$(RAY)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTEST) -m ray -n 0 -W ignore tests/cli/test_precompute_ray.py $(ARGS)
+
+$(RAY)/.installed: tests/cli/ray.lock
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps --target $(RAY) --upgrade -r $<
 	@touch $@
 
 # vLLM pins other versions of transformers than Tether is tested with, so that it has an environment of its own.

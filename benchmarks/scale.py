@@ -55,6 +55,7 @@ def main() -> None:
                 figures += [f"{found['peak_mib']:.0f}", f"{found['own_mib']:.0f}"]
                 rows.append((what, f"{pairs:,}", *figures))
                 print(" ".join(map(str, rows[-1])), flush=True)
+                options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # a run may be ended
             file.unlink()
     print("\n" + markdown(HEADER, rows))
     write_report(report, options.out)
@@ -95,7 +96,7 @@ def work() -> None:
             max_length=512,
             report_to="none",
             use_cpu=True,
-            dataset_cache=False,
+            dataset_cache=None,
             save_strategy="no",
         )
         model = tiny_model(**shape)

@@ -414,6 +414,19 @@ def undeclared_imports(folder: Path, pyproject: str) -> list[str]:
     ]
 
 
+def numbers_of_the_environment(folder: Path) -> list[str]:
+    """Places that make a number of a variable of the environment at once: anyone can set it to anything."""
+    return [
+        f"{module}:{node.lineno} reads {ast.unparse(node)}"
+        for module, tree in parse(folder).items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("int", "float")
+        and re.search(r"\benviron\b|\bgetenv\b", ast.unparse(node))
+    ]
+
+
 def imported_tests(folder: Path) -> list[str]:
     """Test modules that another file imports: what two of them need is in `tests/support/`."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.py"))}
@@ -546,6 +559,15 @@ def test_a_second_trainer_is_caught(tmp_path: Path) -> None:
         "tether.training.a.A"
     ]
     assert trainer_classes(plant(tmp_path / "none", training__a=text.format("TrainerCallback"))) == []
+
+
+def test_numbers_of_the_environment_are_checked() -> None:
+    assert numbers_of_the_environment(PACKAGE) == []
+
+
+def test_a_number_of_the_environment_is_caught(tmp_path: Path) -> None:
+    text = "import os\nint(os.environ.get('RANK', '0'))\nfloat(os.getenv('X') or 1)\nint(os.cpu_count())\n"
+    assert len(numbers_of_the_environment(plant(tmp_path, training__a=text))) == 2
 
 
 def test_no_kind_of_reference_is_asked_for() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 import yaml
 
+from tether import DPOConfig
 from tether.cli.errors import print_error
 from tether.cli.output import terminal_output
 from tether.config import check_run
 from tether.masking import HIDDEN, masked, masked_values
+from tether.training.saving.write import without_secrets
 
 SECRETS = ("hunter2", "hf_" + "a1B2" * 6, "sk-" + "z9" * 12)
 
@@ -52,6 +55,18 @@ def test_a_run_file_is_kept_without_them():
     assert yaml.safe_load(kept)["train"]["hub_token"] is None
     assert yaml.safe_load(kept)["data"]["train"] == f"s3://{HIDDEN}@bucket/rows.jsonl"
     assert masked_values(run.to_dict())["output"] == "out"
+
+
+def test_the_arguments_beside_a_model_are_without_them(tmp_path):
+    given = {"reference_store": f"memory://me:{SECRETS[0]}@host/store", "run_name": f"https://me:{SECRETS[0]}@host"}
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, hub_token=SECRETS[1], optim_args="a=1", **given)
+    with without_secrets(args):
+        torch.save(args, tmp_path / "training_args.bin")
+        assert (args.optim_args, args.hub_token) == ("a=1", None)
+    content = (tmp_path / "training_args.bin").read_bytes()
+    assert b"memory://" in content
+    assert not any(secret.encode() in content for secret in SECRETS)
+    assert (args.reference_store, args.run_name, args.hub_token) == (*given.values(), SECRETS[1])
 
 
 def test_lines_and_errors_are_printed_without_them(capfd):

@@ -18,7 +18,6 @@ import pydantic
 import pytest
 import typer
 
-import tether.config.callbacks
 import tether.config.run
 import tether.config.sections
 import tether.training
@@ -138,7 +137,7 @@ def test_what_is_only_taken_is_said_or_refused(config: Any, tmp_path: Path, capl
 
 
 def test_every_key_of_a_run_file_is_read() -> None:
-    modules = (tether.config.sections, tether.config.callbacks, tether.config.run)
+    modules = (tether.config.sections, tether.config.run)
     sections = {
         one
         for module in modules

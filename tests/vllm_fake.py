@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from completions_server import running
+from tiny import tiny_tokenizer
 
 
 class Faults:
@@ -70,7 +72,7 @@ class FakeVLLM(ThreadingHTTPServer):
     def __init__(self, model: Any) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models: dict[str, Any] = {"policy": model.eval()}
-        self.base, self.faults = model, Faults()
+        self.base, self.faults, self.tokenizer = model, Faults(), tiny_tokenizer()
         self.lock = threading.Lock()
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -121,12 +123,25 @@ class FakeVLLM(ThreadingHTTPServer):
             return 200, {"choices": [{"index": 0, "text": "", "prompt_logprobs": [None, *entries]}]}
         return 200, {"choices": [self._sampled(model, body)]}
 
+    def _allowed(self, body: dict[str, Any], stops: set[int]) -> torch.Tensor | None:
+        """Tokens that a structured output may have: the pattern here is of single tokens, as many as there is room."""
+        if "structured_outputs" not in body:
+            return None
+        (pattern,) = [one for name, one in body["structured_outputs"].items() if name == "regex"]
+        texts = [self.tokenizer.decode([token]) for token in range(self.base.config.vocab_size)]
+        return torch.tensor(
+            [token in stops or re.fullmatch(pattern, one) is not None for token, one in enumerate(texts)]
+        )
+
     def _sampled(self, model: Any, body: dict[str, Any]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(body["seed"])
         ids, logps, stops = list(body["prompt"]), [], set(body["stop_token_ids"])
         finish, most = "length", body["max_tokens"] - int(self.faults.short)
+        allowed = self._allowed(body, stops)
         for _ in range(most):
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed, -torch.inf)
             processor = RepetitionPenaltyLogitsProcessor(float(body["repetition_penalty"]))
             values = (processor(torch.tensor([ids]), logits[None])[0] / body["temperature"]).log_softmax(-1)
             token = int(torch.multinomial(values.exp(), 1, generator=generator))

@@ -3,6 +3,15 @@
 The command line prints these as one paragraph. `exit_code` is 2 for bad input and 1 for a failed run.
 """
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a field or a key may be, in words for a message: part of its type, as in `Annotated[int, Allowed("1")]`."""
+
+    words: str
+
 
 class TetherError(Exception):
     """Base of all errors that Tether raises on purpose."""

@@ -23,6 +23,17 @@ _KEYS = (
     "auth_token",
     "client_secret",
 )
+# Words in the name of a variable that holds a secret.
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable of the environment holds a secret, by its name.
+
+    >>> is_secret("HF_TOKEN"), is_secret("WANDB_APIKEY"), is_secret("TOKENIZERS_PARALLELISM")
+    (True, True, False)
+    """
+    return any(part.endswith(_SECRET) for part in name.upper().split("_"))
 
 
 def masked(text: str) -> str:

@@ -233,9 +233,9 @@ def working(what: str) -> contextlib.AbstractContextManager[Any]:
     return counted(what, None)
 
 
-def each(parts: Collection[T], what: str, *, unit: str = "batches") -> Iterator[T]:
+def each(parts: Collection[T], what: str) -> Iterator[T]:
     """The parts one after the other, and how many of them are done."""
-    with counted(what, len(parts), unit=unit) as advance:
+    with counted(what, len(parts), unit="batches") as advance:
         for part in parts:
             yield part
             advance(1)

@@ -90,6 +90,30 @@ def test_one_of_several_launches_none(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(2, ["train"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WORLD_SIZE", "abc", "that is not a whole number"),
+        ("WORLD_SIZE", "0", "the least that a launcher sets is 1"),
+        ("LOCAL_RANK", "0x1", "that is not a whole number"),
+        ("RANK", "\u00b2", "that is not a whole number"),
+        ("MASTER_PORT", "-1", "that is not a whole number"),
+    ],
+)
+def test_what_no_launcher_sets_is_said_before_anything_is_loaded(
+    name: str, value: str, words: str, workplace: Any, tether: Callable[..., tuple[int, str, str]], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv(name, value)
+    for command in (
+        ["train", "run.yaml"],
+        ["precompute", "run.yaml", "reference.store=s"],
+        ["data", "check", "pairs.jsonl"],
+    ):
+        code, _, err = tether(*command)
+        assert code == 2
+        assert f"{name} is {value!r} in the environment, and {words}" in " ".join(err.split())
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_trls_flag_starts_processes_that_train_together(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors import SafetensorError
 
 from tether.cli.errors import explain
 from tether.cli.main import app, main
@@ -104,6 +105,8 @@ def test_help_of_the_module_waits_for_no_library() -> None:
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "The memory is full: CUDA out of memory. Lower"),
         (RuntimeError("shapes differ\nsecond line"), 1, "RuntimeError: shapes differ. This is a bug in Tether or in a"),
         (ZeroDivisionError(), 1, "ZeroDivisionError: without a message. This is a bug"),
+        (SafetensorError("header too large"), 2, "A file of weights is damaged: header too large. Copy"),
+        (RecursionError("maximum recursion depth exceeded"), 2, "nests its values deeper than can be read"),
     ],
 )
 def test_every_error_is_one_paragraph_with_its_code(error: BaseException, code: int, message: str) -> None:

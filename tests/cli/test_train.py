@@ -121,3 +121,11 @@ def test_an_interrupted_run_says_how_to_go_on(workplace: Any, tether: Tether, mo
     code, _, err = tether("train", "run.yaml", "--resume", "train.seed=1")
     assert code == 130
     assert "go on from it with: tether train run.yaml train.seed=1 --resume" in err
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the machine gave up")
+
+    monkeypatch.setattr("tether.training.DPOTrainer.train", fail)
+    code, _, err = tether("train", "run.yaml", "--resume")
+    assert code == 1
+    assert "The run failed. The last checkpoint is out/checkpoint-3; go on from it with: tether train run.yaml" in err

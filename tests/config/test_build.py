@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import pytest
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.config import RunConfig, build, check_run, split_batch
 from tether.config.arguments import objective_arguments
 from tether.errors import ConfigError
 from tether.training import DPOConfig
+from tether.training.callbacks import WatchLoss
 
 
 def run_with(**sections: Any) -> RunConfig:
@@ -286,3 +288,26 @@ def test_a_store_alone_declares_no_meaning(tmp_path):
     written["reference"] = {"meaning": "start", "store": "log_probs", "store_dtype": "float16"}
     arguments, _, _ = build(check_run({**written, "output": str(tmp_path)}))
     assert (arguments.reference, arguments.reference_store_dtype) == ("start", "float16")
+
+
+def test_callbacks_end_a_run() -> None:
+    stopping, watchdog = build(
+        run_with(
+            data={"train": "pairs.jsonl", "eval": "held.jsonl"},
+            train={"eval_strategy": "steps"},
+            callbacks={
+                "early_stopping": {"patience": 2, "threshold": 0.5},
+                "loss_watchdog": {"threshold": 2.0, "patience": 2},
+            },
+        )
+    )[2]["callbacks"]
+    assert isinstance(stopping, EarlyStoppingCallback)
+    assert (stopping.early_stopping_patience, stopping.early_stopping_threshold) == (2, 0.5)
+    assert isinstance(watchdog, WatchLoss)
+    control, ended = TrainerControl(), []
+    logs = [{"loss": loss} for loss in (3.0, 2.0, 2.5)] + [{"eval_loss": 9.0}, {"loss": 2.1}]
+    for step, log in enumerate(logs):
+        watchdog.on_log(TrainingArguments("unused"), TrainerState(global_step=step), control, logs=log)
+        ended.append(control.should_training_stop)
+    # A loss at the threshold begins the count again; an evaluation is not counted.
+    assert ended == [False, False, False, False, True]

@@ -14,7 +14,6 @@ from tether.config import load_run_file
 from tether.config.arguments import _unsharded
 from tether.config.fields import config_class, fields_under
 from tether.config.foreign import COMMANDS, TOOLS, Conversion, convert_file, detect, from_flags, is_foreign
-from tether.config.foreign.describe import table_of_stops
 from tether.config.foreign.document import parse_foreign
 from tether.config.foreign.table import MARKS, Row, load_table
 from tether.config.foreign.write import fate_lines, run_file_text
@@ -206,6 +205,24 @@ def test_all_keys_of_axolotl_have_a_mark() -> None:
     assert len(top) == 407
     marks = {mark: sum(load_table("axolotl")[key].mark == mark for key in top) for mark in MARKS}
     assert min(marks.values()) > 0
+
+
+def written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def table_of_stops(name: str) -> str:
+    """Keys of a tool that stop a conversion, with what they may be and why, as docs/switching.md has them."""
+    groups: dict[tuple[str, tuple[object, ...]], list[Row]] = {}
+    for row in TOOLS[name].rows().values():
+        if row.mark in ("ask", "refused"):
+            groups.setdefault((row.reason, row.idle), []).append(row)
+    lines = ["| key | may be | otherwise |", "|---|---|---|"]
+    for (reason, idle), rows in groups.items():
+        keys = ", ".join(f"`{row.key}`" for row in rows)
+        may = ", ".join(f"`{written(value)}`" for value in idle) or "empty"
+        lines.append(f"| {keys} | {may} | {'asked: ' if rows[0].mark == 'ask' else ''}{reason} |")
+    return "\n".join(lines)
 
 
 def test_pages_have_the_tables_of_what_is_refused() -> None:

@@ -232,6 +232,10 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
     assert "\n" not in str(caught.value)
 
 
+# A kilobyte that stands for half a billion values.
+UNFOLDING = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -252,6 +256,8 @@ def test_what_is_wrong_is_said_in_one_paragraph(load: Load, text: str, message: 
             "run.yaml, line 1, column 8: this is not YAML: could not determine a constructor",
         ),
         ("model: &a [*a]", "run.yaml, line 1: `model.0` contains itself."),
+        (UNFOLDING, "run.yaml has more than 100,000 values, as aliases (`*name`) of aliases unfold to."),
+        ("train: {max_steps: " + "1" * 5000 + "}", "expected a whole number of at most 100 digits, got one of 5000"),
         ("model: x\0", "run.yaml is not YAML: unacceptable character"),
     ],
 )

@@ -191,6 +191,51 @@ SAID = {
 }
 
 
+REAL = {
+    "english": "The committee decided yesterday that the new library would open in spring, although some had doubts.",
+    "german": "Der Ausschuss hat gestern beschlossen, dass die neue Bücherei im Frühling öffnet, obwohl manche zögern.",
+    "chinese": "委员会昨天决定新图书馆将在春天开放。几位成员希望有更多时间仔细研究计划。",
+}
+
+
+def test_one_look_at_a_text_says_what_linguas_own_questions_say() -> None:
+    """Of each text lingua is asked once; its own functions for the same are the oracle."""
+    from lingua import LanguageDetectorBuilder
+
+    all_of_them = LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode()
+    oracle = all_of_them.with_minimum_relative_distance(0.25).build()
+    texts = [*SAID.values(), *REAL.values(), "Paris, London", "42", "", "qzx wvk pfft", *(t[:9] for t in SAID.values())]
+    told = {text: oracle.detect_language_of(text) for text in texts}
+    assert {text: language(text) for text in texts} == {
+        text: one.name.lower() if one is not None else "" for text, one in told.items()
+    }
+    assert {language(text) for text in REAL.values()} == REAL.keys()
+    for answer in texts:
+        for question in texts:
+            asked, spoken = told[question], told[answer]
+            apart = asked is not None and spoken not in (None, asked)
+            likely = apart and max(
+                oracle.compute_language_confidence(answer, asked), oracle.compute_language_confidence(question, spoken)
+            )
+            assert is_in_another_language(answer, question) == (apart and likely < 0.02), (answer, question)
+
+
+def test_of_many_rows_an_even_part_is_read_for_languages_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [distinct(n) for n in range(9)]
+    for place in (1, 3, 6):  # of every third row, two
+        own[place] = pair(f"{place} {SAID['english']}", f" {place} {REAL['german']}", " no")
+    whole = check(load_rows(own))
+    assert (whole.findings["other_language"].count, whole.languages) == (3, 9)
+    assert not any(line.startswith("languages: read") for line in notes(whole))
+    monkeypatch.setattr("tether.data.audit.seen.LANGUAGE_ROWS", 3)
+    part = check(load_rows(own))
+    assert part.languages == 3
+    finding = part.findings["other_language"]
+    assert (finding.count, finding.rows) == (6, (4, 7))
+    assert finding.share == pytest.approx(2 / 3)
+    assert "languages: read of 3 of the rows, drawn evenly" in notes(part)
+
+
 @pytest.mark.parametrize(("name", "text"), [*SAID.items(), ("", "Paris, London"), ("", "def f(x):\n    return x + 1")])
 def test_languages(name: str, text: str) -> None:
     assert language(text) == name

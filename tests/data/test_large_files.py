@@ -86,3 +86,57 @@ def test_a_packed_line_that_is_no_row_is_refused(tmp_path, monkeypatch):
         load_rows(bomb)
     fine = written(tmp_path / "fine.jsonl.gz", ROWS, gzip.open)
     assert len(load_rows(fine)) == len(ROWS)
+
+
+def test_a_small_file_that_unpacks_to_a_huge_one_is_refused(tmp_path, monkeypatch):
+    """Lines that are rows, and no end of them: each alone is fine, and all of them would fill the disk."""
+    monkeypatch.setattr(files, "_UNPACKED", 100_000)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(ROWS[0]) + "\n").encode() * 20_000))
+    with pytest.raises(DataError, match=r"unpacks to more than 200 times as many characters, at line \d+"):
+        load_rows(path)
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    assert len(load_rows(path.with_suffix(""))) == 20_000
+    pretty = tmp_path / "rows.json.gz"
+    pretty.write_bytes(gzip.compress(json.dumps([ROWS[0]] * 20_000, indent=1).encode()))
+    with pytest.raises(DataError, match="unpacks to more than 200 times"):
+        load_rows(pretty)
+
+
+@pytest.fixture
+def bucket():
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for place, rows in (("a.jsonl", ROWS[:3]), ("more/a.jsonl", ROWS[3:5]), ("more/deep/b.jsonl.gz", ROWS[5:6])):
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        store.pipe_file(f"/bucket/{place}", gzip.compress(text) if place.endswith("gz") else text)
+    yield store
+    store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "numbers"),
+    [
+        ("memory://bucket/a.jsonl", [0, 1, 2]),
+        ("memory://bucket/more", [3, 4, 5]),
+        ("memory://bucket/*.jsonl", [0, 1, 2]),
+        ("memory://bucket/**/*.jsonl", [0, 1, 2, 3, 4]),
+        (["memory://bucket/more/deep/b.jsonl.gz", "memory://bucket/a.jsonl"], [5, 0, 1, 2]),
+    ],
+)
+def test_rows_in_an_object_store_are_those_of_the_files(bucket, address, numbers):
+    assert load_rows(address)["prompt"] == [f"row {n}:" for n in numbers]
+
+
+def test_what_is_not_in_an_object_store_is_said(bucket):
+    with pytest.raises(DataError, match="there is nothing at `memory://bucket/none`"):
+        load_rows("memory://bucket/none")
+    with pytest.raises(DataError, match=r"of addresses only those of object stores are read \(s3://"):
+        load_rows("https://example.org/rows.jsonl")
+    bucket.pipe_file("/bucket/out/../../../escaped.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(DataError, match="which is no place of a file"):
+        load_rows("memory://bucket/out")
+    with pytest.raises(DataError, match="could not be fetched") as caught:
+        load_rows("gs://user:hunter2@bucket/x")
+    assert "hunter2" not in str(caught.value)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.samples import assistant, byte_level, chat, chat_tokenizer, pair, user
 from tether.data import Prepared, example_from_row, overlap, prepare, truncated_lengths
-from tether.data.prepare.collector import paused_collector
+from tether.data.prepare.job import paused_collector
 from tether.data.prepare.report import DROPS, MarkerFinder, Tally, nothing_left
 from tether.data.text.truncate import kept_prompt
 from tether.errors import ConfigError, DataError

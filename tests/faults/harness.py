@@ -87,7 +87,7 @@ class Home:
 
     def __init__(self, nursery: Nursery, folder: Path, kind: str) -> None:
         self._nursery, self.path, self.kind = nursery, folder, kind
-        self.out, self._whole = folder / "out", folder / "whole"
+        self.out, self.whole = folder / "out", folder / "whole"
         folder.mkdir(parents=True)
         self._write_rows("train.jsonl", 22)
         self._write_rows("eval.jsonl", 6)
@@ -122,7 +122,7 @@ class Home:
         done = self.run(watch={"below": str(self.path), "record": str(record)})
         assert done["code"] == 0, done["said"]
         self.seconds = done["seconds"]
-        shutil.copytree(self.out, self._whole)
+        shutil.copytree(self.out, self.whole)
         return [json.loads(line) for line in record.read_text("utf-8").splitlines()]
 
     def clear(self) -> None:
@@ -136,14 +136,14 @@ class Home:
 
     def require_same(self, about: str) -> None:
         """Weights to the bit, each line of the metrics, once and in order, and the results of the evaluation."""
-        expected, found = _weights(self._whole), _weights(self.out)
+        expected, found = _weights(self.whole), _weights(self.out)
         assert expected.keys() == found.keys(), about
         different = [name for name in expected if not torch.equal(expected[name], found[name])]
         assert not different, f"{about}: {len(different)} of {len(expected)} tensors, such as {different[0]}"
-        assert _metrics(self._whole) == _metrics(self.out), about
+        assert _metrics(self.whole) == _metrics(self.out), about
         for name in ("evaluation.json", "reference.json"):
             read = [
-                json.loads(place.read_text("utf-8")) for p in (self._whole, self.out) if (place := p / name).is_file()
+                json.loads(place.read_text("utf-8")) for p in (self.whole, self.out) if (place := p / name).is_file()
             ]
             assert len(read) in (0, 2), (about, name)
             assert not read or _values(read[0]) == _values(read[1]), (about, name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from tether.training.checkpoint import last_checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.multiprocess]
 _WAITED = 8  # seconds, ddp_timeout
+KILLS = int(os.environ.get("FAULTS_KILLS", "4"))
 # The agent of torchrun gives processes 30 seconds to end.
 _LIMIT = 60
 
@@ -62,6 +65,15 @@ class Group:
             if parent == self._process.pid and f"RANK={number}".encode() in variables:
                 return int(path.parent.name)
         raise AssertionError(f"there is no rank {number}")
+
+    def kill(self, after: float) -> None:
+        """After some seconds, all of them at once, the launcher too, as a machine that loses its power."""
+        processes = [self._process.pid, self.rank(0), self.rank(1)]
+        time.sleep(after)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._process.wait()
 
     def wait(self, seconds: float) -> tuple[int, str]:
         """Exit code and what all of them said."""
@@ -109,6 +121,27 @@ def test_a_lost_process_ends_the_others_and_is_named(home, rank, number):
     code, said = group.wait(150)
     assert code == 0, said[-3000:]
     tried("a process of two lost")
+
+
+def test_both_are_killed_and_go_on_to_the_same_bits(nursery, tmp_path):
+    """With `save_total_limit: 1`, at random moments after a logged step: in a step, while saving, evaluating, at the
+    end."""
+    home, draw = Home(nursery, tmp_path / "home", "lora"), random.Random(0)
+    code, said = Group(home).wait(150)
+    assert code == 0, said[-3000:]
+    home.out.rename(home.whole)
+    for trial in range(KILLS):
+        step, later = draw.randint(1, 6), draw.uniform(0, 0.5)
+        group = Group(home)
+        group.until(step)
+        group.kill(later)
+        kept = last_checkpoint(home.out)
+        code, said = Group(home, *(["--resume"] if kept else [])).wait(150)
+        about = f"trial {trial}: {later:.2f} s after step {step}, from {kept}"
+        assert code == 0, (about, said[-3000:])
+        home.require_same(about)
+        tried("both processes of two killed")
+        home.clear()
 
 
 def test_both_are_told_to_stop(home):

@@ -45,9 +45,9 @@ REFUSED = [
     ({"loss_type": "aot", "use_weighting": True}, "use_weighting has no meaning for aot, which sorts"),
     ({"loss_type": "plackett_luce", "use_weighting": True}, "the weight is that of a pair"),
     ({"loss_type": "aot", "per_device_train_batch_size": 1}, "aot sorts the pairs of a micro-batch"),
-    ({"loss_type": "simpo", "reference": "start"}, "no loss among simpo compares with one"),
+    ({"loss_type": "simpo", "reference": "start"}, "no loss among simpo compares with a reference"),
     ({"loss_type": "tdpo2", "reference": "none"}, "takes the reference's whole distribution at each token"),
-    ({"loss_type": ["orpo"], "reference_method": "snapshot"}, "no loss among orpo compares with one"),
+    ({"loss_type": ["orpo"], "reference_method": "snapshot"}, "no loss among orpo compares with a reference"),
     *(
         ({"loss_type": name, "f_divergence_type": "js_divergence"}, f"has no meaning for {name}")
         for name in ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "dpop")

@@ -127,6 +127,10 @@ def test_a_failure_names_function_and_row(asynchronous):
         ([1.0, math.nan, 1.0, 1.0], r"returned nan on row 7 .*finite"),
         ([1.0, 1.0, 1.0, "good"], r"returned 'good' on row 9"),
         ([1.0, 1.0, math.inf, 1.0], r"returned inf on row 9"),
+        ([1.0, 1.0, 1e39, 1.0], r"returned 1e\+39 on row 9"),
+        ([torch.ones(2)] * 4, r"returned tensor\(\[1., 1.\]\) on row 7"),
+        ("1111", r"returned '1111'; expected a list of 4 numbers"),
+        ({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}, r"returned \{1: 1.0.*; expected a list of 4 numbers"),
     ],
 )
 def test_what_is_no_reward_is_refused(returned, said):
@@ -137,7 +141,7 @@ def test_what_is_no_reward_is_refused(returned, said):
         called(odd)
 
 
-def test_a_call_that_takes_too_long_is_named():
+def test_a_call_that_takes_too_long_is_named(monkeypatch):
     release = threading.Event()
 
     def hanging(completions):
@@ -155,6 +159,15 @@ def test_a_call_that_takes_too_long_is_named():
     with pytest.raises(RewardError, match=r"'waiting' .* 0.1 seconds and was cancelled"):
         called(waiting, calling=Calling(timeout=0.1))
     assert time.perf_counter() - begun < 5
+
+    async def blocking(completions):  # never waits, so that it cannot be cancelled
+        release.wait(20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tether.rewards.call._CANCELLING", 0.1)
+        with pytest.raises(RewardError, match=r"'blocking' .* blocked for more than 0.1 seconds and was left behind"):
+            called([blocking, characters], calling=Calling(timeout=0.1))
+    assert time.perf_counter() - begun < 6
     release.set()
 
 

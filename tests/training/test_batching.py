@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -300,3 +303,17 @@ def test_processes_with_fewer_items_take_part_until_all_are_done():
     )
     assert list(joined("ab", accelerator, together=True)) == ["a", "b", None, None]
     assert list(joined("ab", accelerator, together=False)) == ["a", "b"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps what is free")
+def test_free_memory_between_kept_tensors_is_given_back():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Below what the library asks the system for one by one, and one of fifty stays.
+    kept = [torch.ones(16 * 1024) for _ in range(2000)][::50]
+    full = resident()
+    assert full - resident() < 10 * 2**20  # it is not given back by itself
+    memory.give_back()
+    assert full - resident() > 80 * 2**20
+    assert all(one.sum() == 16 * 1024 for one in kept)

@@ -156,3 +156,11 @@ def test_a_step_with_noise_is_the_same_however_it_is_split(tmp_path):
 def test_noise_in_a_packed_row_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"neftune_noise_alpha.*a packed row was asked for"):
         trainer(tmp_path, tiny_model("llama", **SIZES), neftune_noise_alpha=5.0, scoring_layout="tree")
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps", "xla", "hpu"])
+def test_a_device_that_is_not_here_is_named_before_weights_are_read(device, tmp_path):
+    if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == device.partition(":")[0]:
+        pytest.skip("it is here")
+    with pytest.raises(ConfigError, match=rf"device_map is '{device}', a device on which torch cannot compute here"):
+        specs.ModelSpec.of("nowhere", {"device_map": device}).require_device()

@@ -80,6 +80,7 @@ def test_the_demo_with_one_figure_wrong_is_spoken_of(changed: Logs, name: str) -
         (GOOD, {"rewards/accuracies": 1.0}, 31, "accuracy-saturated"),
         (GOOD, {"logps/chosen": -80.0}, 11, "chosen-collapsing"),
         (GOOD, {"grad_norm": 11.0}, 31, "gradient-clipped"),
+        (GOOD, {"grad_norm": 0.0}, 11, "gradient-zero"),
         (GOOD, {"kl/k3": 1.1}, 11, "reference-far"),
         (SAMPLED, {"kl": 1.1}, 2, "reference-far"),
         (SAMPLED, {"completions/mean_length": 61.0}, 11, "lengths-exploding"),
@@ -102,6 +103,7 @@ def test_a_state_that_lasts_is_said_once(start: Logs, bad: Logs, first: int, nam
         (GOOD, {"logps/chosen": -74.0}),
         (GOOD, {"logps/chosen": -20.0}),
         (GOOD, {"grad_norm": 9.9}),
+        (GOOD, {"grad_norm": 1e-12}),
         (GOOD, {"entropy": 0.001}),  # of text that was not sampled
         (SAMPLED, {"completions/mean_length": 59.0}),
         (SAMPLED, {"completions/clipped_ratio": 0.99}),
@@ -146,5 +148,5 @@ def test_each_kind_has_its_paragraph_and_each_paragraph_its_kind() -> None:
     rules = (root / "src/tether/training/health/rules.py").read_text()
     names = set(re.findall(r'self\.lasting\(\s*"([a-z-]+)"', rules))
     headings = re.findall(r"^## (.+)$", (root / "docs/health.md").read_text(), re.MULTILINE)
-    assert len(names) == 12
+    assert len(names) == 13
     assert {heading.lower().replace(" ", "-") for heading in headings} == names

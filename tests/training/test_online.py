@@ -14,18 +14,21 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-import tether.training
-from tether import GRPOConfig, OnlineDPOConfig
+import tether.training.online.algorithm
+import tether.training.setup.run
+from tether import GRPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
 from tether.objectives import OBJECTIVES
-from tether.scoring import pack
+from tether.reference import resolve
+from tether.scoring import pack, score
 from tether.training.config import PreferenceConfig
 from tether.training.online.config import REFUSED
 from tether.training.online.entropy import EntropyBonus
 from tether.training.setup.run import build_step
 from tether.training.source.rollouts import Shape
-from training.online import CLASSES, PROMPTS, SETTINGS, even, policy, steps, trainer, weights
+from training.online import CLASSES, PAIRS, PROMPTS, SETTINGS, TOKENIZER, even, policy, steps, trainer, weights
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -78,6 +81,38 @@ def test_a_continued_adapter_is_its_own_start(tmp_path):
                 parameter.normal_(std=0.1)
     made = trained(tmp_path, model=model, beta=0.1, max_steps=2)
     assert [log["kl"] == 0.0 for log in steps(made)] == [True, False]
+
+
+@pytest.mark.parametrize("case", ["lora", "full", "model"])
+def test_a_reference_is_assigned_once_and_scored_as_the_policy_is(case, tmp_path, monkeypatch):
+    """Named in TRL's pull request 5877: one assignment, one scoring path, and an adapter is switched on the module that
+    trains; in training and evaluation."""
+    calls, resolved = [], []
+
+    def counting(model, batch, *, temperature, **options):
+        own = [one for one in model.modules() if isinstance(one, BaseTunerLayer)]
+        calls.append((model, temperature, any(one.disable_adapters for one in own), torch.is_grad_enabled()))
+        return score(model, batch, temperature=temperature, **options)
+
+    def once(*arguments):
+        resolved.append(resolve(*arguments))
+        return resolved[-1]
+
+    monkeypatch.setattr(tether.training.online.algorithm, "score", counting)
+    monkeypatch.setattr(tether.training.setup.run, "resolve", once)
+    own = {"lora": {"peft_config": LoraConfig(**LORA)}, "full": {}, "model": {"ref_model": policy(1)}}[case]
+    settings = {"eval_dataset": PROMPTS[:2], "eval_strategy": "steps", "eval_steps": 1}
+    made = trainer(tmp_path, beta=0.1, temperature=0.7, max_steps=2, **settings, **own)
+    assigned = made.run.reference
+    made.train()
+    assert resolved == [resolved[0]]
+    assert made.run.reference is assigned is resolved[0].reference
+    assert {temperature for _, temperature, _, _ in calls} == {0.7}
+    assert any(graded for *_, graded in calls), "updates go the same way"
+    scored = {id(model) for model, *_ in calls}
+    assert scored == {id(made.policy)} | ({id(own["ref_model"])} if case == "model" else set())
+    switched = [(id(model), graded) for model, _, off, graded in calls if off]
+    assert set(switched) == ({(id(made.policy), False)} if case == "lora" else set())
 
 
 @pytest.mark.parametrize("case", ["dropout", "bfloat16", "in training mode"])
@@ -209,7 +244,7 @@ def gradient(made, batches):
     """Gradients of a step of several batches, through the trainer's own loss."""
     made.model.zero_grad()
     step = build_step([{"batch": pack(batch)} for batch in batches], made.run, made.accelerator, made.args.device)
-    step = made._begun(step)
+    step = made._with_context(step)
     for part in step.parts:
         made.compute_loss(made.model, part, num_items_in_batch=step).backward()
     return torch.cat([one.grad.flatten() for one in made.model.parameters() if one.grad is not None])
@@ -502,6 +537,30 @@ def test_rollout_functions_are_checked_and_trained_on(tmp_path):
         )
 
 
+def test_what_a_rollout_function_does_not_say_of_an_end_is_trl_s_rule(tmp_path):
+    """R20: an end id, of tokenizer or model, or padding; what it says itself counts more."""
+    model = policy()
+    model.generation_config.eos_token_id = [2, 9]
+    said = {"finish": None}
+
+    def sample(prompts, trainer):
+        ends = [2, 9, TOKENIZER.pad_token_id, 30] * (len(prompts) // 4)
+        ids = [[10, 11, end] for end in ends]
+        return {"prompt_ids": [[5, 6, 7]] * len(ids), "completion_ids": ids, "logprobs": None, **said}
+
+    seen = []
+
+    def heard(completion_ids, finish):
+        seen.extend(finish)
+        return [float(len(seen))] * len(completion_ids)
+
+    settings = {"rewards": heard, "rollout_func": sample, "max_steps": 1}
+    trained(tmp_path / "rule", model=model, **settings)
+    said["finish"] = ["length", "stop", "stop", "stop"] * 2
+    trained(tmp_path / "said", model=model, **settings)
+    assert seen == ["stop", "stop", "stop", "length"] * 2 + said["finish"]
+
+
 def test_a_rollout_function_may_bring_the_rewards(tmp_path):
     def sample(prompts, trainer):
         ids = [[10 + k % 4, 11, 2] for k in range(len(prompts))]
@@ -589,7 +648,7 @@ def test_refused_fields_say_why(name):
             config(output_dir="unused", use_cpu=True, report_to="none", **{name: other})
 
 
-@pytest.mark.parametrize("config", [config for _, config in (*CLASSES.values(), (None, OnlineDPOConfig))])
+@pytest.mark.parametrize("config", [config for _, config in (*CLASSES.values(), *PAIRS.values())])
 def test_every_field_is_read_or_refused(config):
     """R23: what a run does not look at must stay as it is."""
     source = "\n".join(path.read_text("utf-8") for path in Path(tether.training.__file__).parent.rglob("*.py"))
@@ -624,6 +683,8 @@ def test_every_field_is_read_or_refused(config):
         ({"entropy_target": 0.4}, "use_adaptive_entropy is False, so that the coefficient stays"),
         ({"use_adaptive_entropy": True, "entropy_coef": 2.0}, "begins between entropy_coef_min"),
         ({"resample_rounds": 2}, "zero_variance is 'keep', so that nothing is sampled again"),
+        ({"log_unique_prompts": True}, "log_unique_prompts is True, and no completions are logged"),
+        ({"vllm_structured_outputs_regex": "[ab]+"}, "no vLLM server samples"),
     ],
 )
 def test_wrong_values_name_the_field(arguments, said):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from peft import LoraConfig
 
 from tether import GRPOConfig
 from tether.errors import ConfigError, RolloutError
+from tether.rollout.vllm_server import ServerOptions, _arguments
 from training.online import SETTINGS, policy, steps, trainer, weights
 from vllm_fake import serving_vllm
 
@@ -109,6 +113,28 @@ def test_what_a_server_may_do_wrong_is_named(fault, value, said, server, tmp_pat
         made.train()
 
 
+def test_completions_are_held_to_a_pattern_and_ratios_know_it(server, tmp_path):
+    """`vllm_structured_outputs_regex`: sent with each request but the proof's; log-probs are of what it left, so that
+    ratios are the probability that the policy had left for it; changed on a resume, it is another rollout."""
+    pattern = "[a-m ]+"
+    settings = {"vllm_structured_outputs_regex": pattern, "vllm_importance_sampling_mode": "token_truncate"}
+    made = served(tmp_path, server, max_steps=1, save_strategy="steps", save_steps=1, **settings)
+    made.train()
+    kept = parquet.read_table(tmp_path / "rollouts" / "000000-0.parquet").to_pylist()
+    assert all(re.fullmatch(f"({pattern})?", row["text"]) for row in kept)
+    sent = [body.get("structured_outputs") for body in server.paths("/completions") if "seed" in body]
+    assert sent.count({"regex": pattern}) == 8
+    assert sent.count(None) == len(sent) - 8 > 0, "the trainer knows no pattern, and the proof compares with it"
+    (log,) = steps(made)
+    assert log["sampling/importance_sampling_ratio/max"] < 1.0
+    assert log["sampling/sampling_logp_difference/mean"] > 1e-2
+    with pytest.raises(ConfigError, match=r"vllm_structured_outputs_regex '\[a-m \]\+' then and None now"):
+        served(tmp_path, server).train(resume_from_checkpoint=True)
+    for wrong, said in (("", "is empty"), (pattern, "vllm_importance_sampling_correction is False")):
+        with pytest.raises(ConfigError, match=said):
+            served(tmp_path, server, vllm_structured_outputs_regex=wrong, vllm_importance_sampling_correction=not wrong)
+
+
 def test_log_probs_before_the_temperature_are_refused(server, tmp_path):
     """TRL #4159: a ratio of 2 at temperature 0.6."""
     made = served(tmp_path, server, temperature=0.6)
@@ -167,12 +193,24 @@ def test_a_resumed_run_samples_the_same(server, tmp_path):
             "vllm_python is 'p', and the server is one",
         ),
         ({"use_vllm": True, "vllm_python": "p", "vllm_server_port": 1}, "is the run's own, where it has no effect"),
-        ({"use_vllm": True, "vllm_python": "p", "vllm_enable_sleep_mode": True}, "a server that sleeps drops"),
+        (
+            {"use_vllm": True, "vllm_python": "p", "vllm_enable_sleep_mode": True},
+            "keeps its share of the device's memory",
+        ),
     ],
 )
 def test_a_server_is_described_where_one_is_wanted(arguments, said):
     with pytest.raises(ConfigError, match=said):
         GRPOConfig(output_dir="unused", **{**SETTINGS, **arguments})
+
+
+def test_an_own_server_reports_log_probs_before_a_cut():
+    """vLLM has those at the temperature after the cut alone, which would end the run at its proof."""
+    modes = []
+    for cuts in (False, True):
+        flags = list(_arguments(Path("model"), ServerOptions(Path("python"), "float32", 32, cuts=cuts), 1))
+        modes.append(flags[flags.index("--logprobs-mode") + 1])
+    assert modes == ["processed_logprobs", "raw_logprobs"]
 
 
 def test_trl_s_ways_to_name_a_server():

@@ -76,19 +76,27 @@ def test_a_table_shows_texts_as_they_are_and_as_many_as_are_wanted(monkeypatch, 
     assert ("user: hello" in one) != ("[bold]two" in one)
     assert one == printed(found, shown=1), "which are shown is a function of the step"
     assert printed(found, shown=0) == ""
+    four = Completions(["p", "p", "q", "q"], ["one", "two", "three", "four"], {}, [0.0] * 4, {})
+    unique = as_table(four, 1, unique=True)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(unique)
+    text = console.export_text()
+    assert [said in text for said in ("one", "two", "three", "four")] == [True, False, True, False]
     with pytest.raises(RewardError, match=r"log_extra\('x'\) had 1 values for 2 completions"):
         Completions(["a", "b"], ["c", "d"], {}, [0, 0], {"x": [1]})
     with pytest.raises(RewardError, match=r"log_extra\('step'\) is the name of another column"):
         Completions(["a", "b"], ["c", "d"], {}, [0, 0], {"step": [1, 2]})
     with pytest.raises(ConfigError, match="no completions are logged"):
         GRPOConfig(output_dir="unused", **SETTINGS, num_completions_to_print=2)
-    lines = []
-    monkeypatch.setattr(
-        table, "console", lambda: type("To", (), {"print": lambda self, one: lines.append(one.title)})()
-    )
-    made = trainer(tmp_path, log_completions=True, num_completions_to_print=2, max_steps=2)
+    panels = []
+    monkeypatch.setattr(table, "console", lambda: type("To", (), {"print": lambda self, one: panels.append(one)})())
+    made = trainer(tmp_path, log_completions=True, num_completions_to_print=3, max_steps=2)
     made.train()
-    assert lines == ["Step 1", "Step 2"]
+    assert [(one.title, one.renderable.row_count) for one in panels] == [("Step 1", 3), ("Step 2", 3)]
+    made = trainer(tmp_path / "unique", log_completions=True, log_unique_prompts=True, max_steps=1)
+    made.train()
+    assert panels[-1].renderable.row_count == 2, "of each of two prompts with four completions one"
+    assert parquet.read_table(tmp_path / "unique/completions/completions_00001.parquet").num_rows == 8
 
 
 def test_the_delta_and_its_error_are_those_of_the_groups(tmp_path):

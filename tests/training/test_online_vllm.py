@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+import re
 
+import pyarrow.parquet as parquet
 import pytest
 from peft import LoraConfig
 
@@ -16,12 +18,46 @@ pytestmark = pytest.mark.vllm
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_a_run_starts_feeds_and_stops_a_server(kind, tmp_path, caplog):
-    """R17: weights arrive after every step, log-probs agree at a temperature, and the server ends with the run."""
-    python = os.environ.get("TETHER_VLLM_PYTHON")
-    if not python:
+@pytest.fixture
+def python():
+    found = os.environ.get("TETHER_VLLM_PYTHON")
+    if not found:
         pytest.skip("TETHER_VLLM_PYTHON names no interpreter; `make test-vllm` sets it")
+    return found
+
+
+def test_completions_are_held_to_a_pattern_and_cut(python, tmp_path):
+    """Log-probs of a real server are of what the pattern left, before the cut; its ratios are what the policy had left
+    for it."""
+    made = trainer(
+        tmp_path,
+        model=policy(hidden_size=128, intermediate_size=128),
+        rollout_engine="vllm",
+        vllm_python=python,
+        vllm_server_timeout=300.0,
+        vllm_structured_outputs_regex="[a-m ]+",
+        vllm_importance_sampling_mode="token_truncate",
+        top_k=40,
+        max_steps=2,
+    )
+    try:
+        made.train()
+    finally:
+        served = made.run.algorithm.made.served
+        if served is not None:
+            served.close()
+    for log in steps(made):
+        assert log["sync/logp_difference"] < 1e-4
+        assert log["sampling/importance_sampling_ratio/max"] < 1.0
+        assert log["sampling/sampling_logp_difference/mean"] > 1e-2
+    kept = parquet.read_table(tmp_path / "rollouts" / "000001-0.parquet").to_pylist()
+    print([row["text"] for row in kept])
+    assert all(re.fullmatch("[a-m ]*", row["text"]) for row in kept)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_run_starts_feeds_and_stops_a_server(kind, python, tmp_path, caplog):
+    """R17: weights arrive after every step, log-probs agree at a temperature, and the server ends with the run."""
     own = {"peft_config": LoraConfig(**LORA)} if kind == "adapter" else {}
     with caplog.at_level("INFO", "tether"):
         made = trainer(

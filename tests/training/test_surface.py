@@ -117,6 +117,13 @@ def test_a_method_that_is_never_called_is_refused(name, tmp_path):
             kind(model="nowhere", args=None, train_dataset=[])
 
 
+def test_an_order_of_prompts_of_a_subclass_is_refused():
+    """Of sampled completions alone: transformers calls it where rows have no order of their own."""
+    own = type("Own", (tether.GRPOTrainer,), {"_get_train_sampler": lambda self, dataset=None: None})
+    with pytest.raises(ConfigError, match=r"Own\._get_train_sampler would never be called.*shuffle_dataset=False"):
+        own(model="nowhere", args=None, train_dataset=[])
+
+
 def test_what_is_put_on_a_trainer_from_outside_counts_or_is_refused(tmp_path, monkeypatch):
     """As a patch of a script, on one trainer or on the class, in place of a subclass."""
     run = trainer(tmp_path)
@@ -154,8 +161,8 @@ def test_other_methods_of_a_subclass_are_its_own(tmp_path):
 def trl_methods():
     """Methods of TRL's trainers of what Tether trains, from its sources."""
     trl = Path(inspect.getsourcefile(pytest.importorskip("trl"))).parent
-    names = ("trainer/dpo", "trainer/kto", "trainer/sft", "trainer/reward", "experimental/orpo/orpo")
-    for name in (*names, "experimental/cpo/cpo"):
+    names = [f"trainer/{name}" for name in ("dpo", "kto", "sft", "reward", "grpo", "rloo")]
+    for name in (*names, "experimental/orpo/orpo", "experimental/cpo/cpo"):
         tree = ast.parse((trl / f"{name}_trainer.py").read_text(encoding="utf-8"))
         kinds = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer")]
         yield from (item.name for kind in kinds for item in kind.body if isinstance(item, ast.FunctionDef))
@@ -165,7 +172,7 @@ def test_every_method_of_trl_is_called_here_or_refused():
     """An override of what the installed TRL's trainers call is never passed by: new names in it fail here."""
     here = {name for kind in TetherTrainer.__mro__ for name in vars(kind)}
     found = set(trl_methods())
-    assert "_compute_loss" in found
+    assert found >= {"_compute_loss", "_calculate_rewards"}
     passed_by = found - here - NEVER_CALLED.keys()
     assert passed_by <= {"_reject_skip_prepare_without_labels"}  # of a setting that is refused
     assert not (found & NEVER_CALLED.keys()) & set(vars(TetherTrainer))
@@ -424,7 +431,10 @@ def test_no_option_of_tethers_own_clashes_with_trls_other_arguments(name):
     assert not others & getattr(tether, name).__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("name", ["DPOConfig", "KTOConfig", "SFTConfig", "RewardConfig", "ORPOConfig", "CPOConfig"])
+OF_TRL = ("DPO", "KTO", "SFT", "Reward", "ORPO", "CPO")
+
+
+@pytest.mark.parametrize("name", [f"{name}Config" for name in OF_TRL])
 def test_every_option_of_trl_is_taken(name, tmp_path):
     """At TRL's own default: scripts write many of them out."""
     module = {"ORPOConfig": "trl.experimental.orpo", "CPOConfig": "trl.experimental.cpo"}.get(name, "trl")
@@ -532,9 +542,13 @@ def test_processes_that_are_not_one_run_are_refused(name, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2' .* no variable such as RANK .* not started by a launcher. Unset"),
-        ({"PMI_SIZE": "2"}, "PMI_SIZE is '2' .* not started by a launcher"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two' .* that is not a number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 .* no variable such as RANK .* not started by a launcher. Unset"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is 2 .* not started by a launcher"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two' .* not a whole number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '' .* not a whole number"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:29500"}, "MASTER_PORT is 'tcp:.* not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' .* the least that a launcher sets is 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "RANK is 2 .* the last one is 1"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2 and RANK is 1 .* MASTER_ADDR, where the processes meet"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is 2 .* MASTER_ADDR"),
     ],

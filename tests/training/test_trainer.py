@@ -274,6 +274,20 @@ def test_a_reference_edited_after_the_trainer_was_made_is_refused(meaning, tmp_p
         run.train()
 
 
+def test_what_is_put_in_the_place_of_model_or_rows_later_is_told_as_that(tmp_path):
+    run = trainer(tmp_path / "rows", eval_dataset=Dataset.from_list(ROWS[:4]))
+    run.eval_dataset = Dataset.from_list(ROWS[4:8])
+    with pytest.raises(DataError, match=r"columns prompt, chosen, rejected was not prepared.*evaluate\(rows\)"):
+        run.evaluate()
+    run.train_dataset = Dataset.from_list(ROWS)
+    with pytest.raises(DataError, match="was not prepared"):
+        run.train()
+    run = trainer(tmp_path / "model")
+    run.policy.resize_token_embeddings(len(TOKENIZER) + 8)
+    with pytest.raises(ReferencePolicyError, match="Resize the model before the trainer is made"):
+        run.train()
+
+
 def test_nothing_to_train_is_an_error(tmp_path):
     """INV-5."""
     with pytest.raises(ReferencePolicyError, match="Nothing would train"):

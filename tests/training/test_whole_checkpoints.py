@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -22,7 +25,7 @@ from transformers import TrainerCallback
 from tether import DPOConfig, DPOTrainer
 from tether.compat.accelerate import rows_of_last_round
 from tether.errors import ConfigError, TetherError
-from tether.training.checkpoint import last_checkpoint
+from tether.training.checkpoint import best_checkpoint, last_checkpoint
 from tether.training.saving import whole
 from tether.training.saving.same import IDENTITY
 from tether.training.saving.stop import LOCK
@@ -111,6 +114,89 @@ def test_a_damaged_checkpoint_is_named_and_stepped_over_to_the_same_bits(finishe
     (copied / "checkpoint-4" / MANIFEST).unlink()
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         run(copied).train(resume_from_checkpoint=True)
+
+
+def signed(checkpoint):
+    """A manifest of what is there, as whoever may write into the folder can make one."""
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    listed = {
+        name: {"bytes": len(content := (checkpoint / name).read_bytes()), "sha256": hashlib.sha256(content).hexdigest()}
+        for name in names
+        if name != MANIFEST
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": listed}))
+
+
+def test_a_checkpoint_ends_at_its_folder(copied):
+    """INV-39: neither names of the manifest nor links lead out of it, and what it does not list is not read."""
+    checkpoint = copied / "checkpoint-4"
+    manifest = (checkpoint / MANIFEST).read_text()
+    outside = copied / "outside.pt"
+    outside.write_bytes((checkpoint / "optimizer.pt").read_bytes())
+    for name in ("../outside.pt", str(outside)):
+        listed = json.loads(manifest)
+        listed["files"][name] = listed["files"]["optimizer.pt"]
+        (checkpoint / MANIFEST).write_text(json.dumps(listed))
+        assert damage(checkpoint) == f"has {name}, which is not in it but at {outside}"
+    (checkpoint / MANIFEST).write_text(manifest)
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").symlink_to("../outside.pt")
+    assert damage(checkpoint) == f"has optimizer.pt, which is not in it but at {outside}"
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").write_bytes(outside.read_bytes())
+    (checkpoint / "notes.txt").write_text("a user's own")
+    assert damage(checkpoint) == ""
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    assert damage(checkpoint).startswith("has pytorch_model.bin, which was not written with it")
+    linked = copied.parent / "linked"
+    linked.symlink_to(copied / "checkpoint-2")
+    assert damage(linked) == ""
+
+
+class _Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "adapter_model.bin", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin"],
+)
+@pytest.mark.filterwarnings("ignore")  # those of readers, of what they refuse
+def test_no_file_of_a_checkpoint_runs_code(copied, name):
+    """INV-39: a crafted pickle in each place, with a manifest to match."""
+    checkpoint, ran = copied / "checkpoint-2", copied / "ran"
+    if name.endswith("_model.bin"):
+        (checkpoint / "adapter_model.safetensors").unlink()
+    for crafted in (pickle.dumps(_Runs(ran)), None):
+        if crafted is None:
+            torch.save({"state": _Runs(ran)}, checkpoint / name)
+        else:
+            (checkpoint / name).write_bytes(crafted)
+        signed(checkpoint)
+        assert damage(checkpoint) == ""
+        # Whatever is said of it; the arguments are a file that no one reads.
+        with contextlib.suppress(Exception):
+            run(copied).train(resume_from_checkpoint=str(checkpoint))
+        assert not ran.exists()
+    torch.load(checkpoint / name, weights_only=False)
+    assert ran.exists()  # it would have
+
+
+def test_the_best_checkpoint_lies_in_the_run(copied, tmp_path):
+    """A path in a checkpoint's state does not decide what is loaded."""
+    assert best_checkpoint("/elsewhere/checkpoint-2", copied, None) == copied / "checkpoint-2"
+    assert best_checkpoint("x/checkpoint-2", tmp_path / "new", copied / "checkpoint-4") == copied / "checkpoint-2"
+    for said in (str(copied / "checkpoint-3"), str(copied), f"{copied}/checkpoint-2/.."):
+        with pytest.raises(ConfigError, match="has no such checkpoint"):
+            best_checkpoint(said, copied, None)
+    (copied / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"has 0 bytes in optimizer.pt"):
+        best_checkpoint("checkpoint-2", copied, None)
 
 
 @pytest.mark.sweep(1)
@@ -234,6 +320,11 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
             trainer.train()
         assert trainer.state.global_step == 0
         assert {path.name for path in tmp_path.iterdir()} == {LOCK}  # nothing of the first run is written over
+    (tmp_path / "metrics.jsonl").symlink_to("/nowhere/metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a link to /nowhere/metrics.jsonl, and a run that writes"):
+        trainer.train()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "latest").symlink_to(tmp_path)  # of a folder: nothing is written to it
     trainer.train()  # the lock of a run that ended, however it ended, is none
     assert trainer.state.global_step == 1
 

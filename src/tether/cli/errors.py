@@ -76,6 +76,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         )
     if (place := _place(error)) is not None:
         return f"{type(error).__name__} in {place}, which is not Tether's: {_first_line(error)} {_TRACEBACK}", 1
+    if type(error).__name__ == "SafetensorError":
+        return f"A file of weights is damaged: {_first_line(error)} Copy or download it again. {_TRACEBACK}", 2
+    if isinstance(error, RecursionError):
+        return f"A file that was given nests its values deeper than can be read; correct it. {_TRACEBACK}", 2
     said = _first_line(error)
     for mark, advice in _MACHINE.items():
         if mark in said:

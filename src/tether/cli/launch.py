@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from tether.compat.launcher import launched
 from tether.errors import ConfigError
 
 # What is passed on to every process; a second one of a kind too, which stops a run at once.
@@ -22,11 +23,6 @@ _PASSED_ON = tuple(
 # Seconds that the others have to end by themselves once one has failed, and then to end when they are told to.
 _GRACE, _KILL = 15.0, 30.0
 _POLL = 0.1
-
-
-def launched() -> bool:
-    """Whether this process is one of several that a launcher started."""
-    return "RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def launch(count: int, command: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from tether.cli.demo import demo
 from tether.cli.errors import explain, print_error
 from tether.cli.foreign.convert import convert
 from tether.cli.foreign.trl import COMMANDS, trl_command
-from tether.cli.precompute import precompute
+from tether.cli.precompute.command import precompute
 from tether.cli.rollouts import app as rollouts_app
 from tether.cli.sample import sample
 from tether.cli.store import app as store_app

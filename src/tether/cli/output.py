@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from tether.compat.launcher import is_first, require_numbers
 from tether.compat.messages import NO_PINNED_MEMORY, SPECIAL_TOKENS, TOO_LONG
 from tether.masking import masked
 from tether.progress import console
@@ -41,7 +41,11 @@ def terminal_output(debug: bool) -> Iterator[None]:
 
     Args:
         debug: let everything through, libraries' information included.
+
+    Raises:
+        ConfigError: what a launcher sets in the environment is not a number; libraries fail over it, each in its way.
     """
+    require_numbers()
     import datasets
 
     from tether.compat.transformers import without_bars
@@ -54,7 +58,7 @@ def terminal_output(debug: bool) -> Iterator[None]:
         logger.propagate = False
         logger.handlers = [handler]
     # Launched by torchrun or accelerate, the first process speaks for all.
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         own.setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tether.rollout.files import Kept
 
 app = typer.Typer(help="Look at the completions that a run sampled, and score them with other rewards.")
+_MOST = 300  # letters of a text
 _Folder = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)]
 
 
@@ -172,9 +173,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _short(text: str, whole: bool, *, end: bool = False, most: int = 300) -> str:
+def _short(text: str, whole: bool, *, end: bool = False) -> str:
     """A text on one line, without what would steer a terminal; of a long one the beginning, or the end."""
     text = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in " ".join(text.split()))
-    if whole or len(text) <= most:
+    if whole or len(text) <= _MOST:
         return text
-    return f"…{text[-most:]}" if end else f"{text[:most]}…"
+    return f"…{text[-_MOST:]}" if end else f"{text[:_MOST]}…"

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from tether.training import PreferenceConfig, TetherTrainer
 
 EVALUATION = "evaluation.json"
+RunFile = Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)]
+AnyRunFile = Annotated[
+    Path,
+    typer.Argument(
+        help="YAML run file, or a file of TRL, Axolotl or LLaMA-Factory.", metavar="RUN.YAML", show_default=False
+    ),
+]
 # Options that several commands have; the second is of all of them.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything that the libraries say.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tether.cli.run import Debug
-from tether.errors import ConfigError
+from tether.cli.run import Debug, RunFile
+from tether.compat.launcher import processes
+from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -34,7 +34,7 @@ class RowsForm(StrEnum):
 
 
 def sample(
-    run_file: Annotated[Path, typer.Argument(help="YAML run file.", metavar="RUN.YAML", show_default=False)],
+    run_file: RunFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Keys to set, as in rollout.group=8 rollout.temperature=0.7.", metavar="KEY=VALUE"),
@@ -78,7 +78,7 @@ def sample(
         raise ConfigError(f"--margin is of pairs, and --as is {form.value}. Leave it out.")
     if threshold is not None and form is not RowsForm.unpaired:
         raise ConfigError(f"--threshold is of labelled completions, and --as is {form.value}. Leave it out.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ConfigError("`tether sample` runs in one process. Start one for each part of the prompts (data.train).")
     run = load_run_file(run_file, overrides or ())
     target = to or Path(run.output) / "samples.jsonl"
@@ -117,6 +117,8 @@ def _write(run: RunConfig, target: Path, making: Making) -> Counter:
 
     arguments, _, keywords = build(run)
     trainer: Any = trainer_class(run.objective.loss)(args=arguments, **keywords)
+    if "images" in trainer.run.source.rows.column_names:
+        raise DataError("The prompts have images, which the rows that are written could not hold. Sample text prompts.")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, counts = target.with_suffix(".unfinished"), Counter()
     with unfinished.open("w", encoding="utf-8") as file:

@@ -12,8 +12,10 @@ from typer.core import TyperCommand
 
 from tether.cli.errors import Interrupted
 from tether.cli.foreign.convert import AUTO, As, say_fates
-from tether.cli.launch import launch, launched
-from tether.cli.run import Debug
+from tether.cli.launch import launch
+from tether.cli.run import AnyRunFile, Debug
+from tether.compat.launcher import is_first, launched
+from tether.errors import TetherError
 
 if TYPE_CHECKING:
     from tether.config import RunConfig
@@ -38,12 +40,7 @@ class TrainCommand(TyperCommand):
 
 
 def train(
-    run_file: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML run file, or a file of TRL, Axolotl or LLaMA-Factory.", metavar="RUN.YAML", show_default=False
-        ),
-    ],
+    run_file: AnyRunFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -108,14 +105,14 @@ def train_conversion(
         again: the command, to start once more.
         resume_flag: what it takes to go on.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from tether.training.checkpoint import last_checkpoint
 
     if conversion.processes > 1 and not launched():
         raise typer.Exit(launch(conversion.processes, [*again[1:], *_options(resume, debug)]))
     say_fates(conversion)
     run, wanted = conversion.run, resume or conversion.resume
     if wanted == AUTO:
-        wanted = _LAST if Path(run.output).is_dir() and get_last_checkpoint(run.output) else None
+        wanted = _LAST if last_checkpoint(run.output) else None
     _train(run, wanted, debug, again, resume_flag)
 
 
@@ -128,7 +125,13 @@ def _train(
         try:
             trainer = _run(run, resume)
         except KeyboardInterrupt:
-            raise Interrupted(_how_to_go_on(Path(run.output), [*again, resume_flag])) from None
+            raise Interrupted(f"Stopped{_how_to_go_on(Path(run.output), [*again, resume_flag])}") from None
+        except TetherError:
+            raise  # it says by itself what to do
+        except Exception:
+            if is_first():
+                typer.echo(f"The run failed{_how_to_go_on(Path(run.output), [*again, resume_flag])}", err=True)
+            raise
     if trainer.is_world_process_zero():
         for line in _summary(trainer, Path(run.output)):
             typer.echo(line)
@@ -149,8 +152,8 @@ def _how_to_go_on(output: Path, command: Sequence[str]) -> str:
 
     last = last_checkpoint(output)
     if last is None:
-        return "Stopped, before the first checkpoint was written. Start again with the same command."
-    return f"Stopped. The last checkpoint is {last}; go on from it with: {shlex.join(command)}"
+        return ", before the first checkpoint was written. Start again with the same command."
+    return f". The last checkpoint is {last}; go on from it with: {shlex.join(command)}"
 
 
 def _summary(trainer: TetherTrainer, output: Path) -> list[str]:

@@ -15,11 +15,8 @@ from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
+from tether.compat.launcher import RANKS, SIZES, number, processes, require_numbers
 from tether.errors import ConfigError
-
-# Where launchers say how many processes they started, and which one this is: as accelerate looks for them.
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 @contextmanager
@@ -74,16 +71,21 @@ def require_launcher() -> None:
     Raises:
         ConfigError: what is missing, and what to do.
     """
-    size = next((name for name in SIZES if os.environ.get(name, "1") != "1"), None)
+    require_numbers()
+    size = next((name for name in SIZES if number(name, 1) > 1), None)
     if size is None or dist.is_initialized():
         return
-    count, rank = os.environ[size], next((name for name in _RANKS if name in os.environ), None)
+    count, rank = number(size, 1), next((name for name in RANKS if name in os.environ), None)
     start = "`torchrun --nproc_per_node N` or `accelerate launch`"
-    if not count.isdigit() or rank is None:
-        why = "no variable such as RANK says which of them this is" if count.isdigit() else "that is not a number"
+    if rank is None:
         raise ConfigError(
-            f"{size} is {count!r} in the environment, and {why}: this process was not started by a launcher. Unset "
-            f"{size} for a run of one process, or start with {start}."
+            f"{size} is {count} in the environment, and no variable such as RANK says which of them this is: this "
+            f"process was not started by a launcher. Unset {size} for a run of one process, or start with {start}."
+        )
+    if number(rank, 0) >= count:
+        raise ConfigError(
+            f"{size} is {count} and {rank} is {number(rank, 0)} in the environment; ranks begin at 0, so the last one "
+            f"is {count - 1}. Start the processes with {start}."
         )
     if "MASTER_ADDR" not in os.environ and not dist.is_mpi_available():
         raise ConfigError(
@@ -94,7 +96,7 @@ def require_launcher() -> None:
 
 def begin_group_on_cpu(seconds: float) -> None:
     """Begin the group of a launched run on CPUs with its time limit, which transformers gives to accelerators alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and not dist.is_initialized():
+    if processes() > 1 and "RANK" in os.environ and not dist.is_initialized():
         os.environ.setdefault("MASTER_PORT", "29500")  # as accelerate does
         dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 

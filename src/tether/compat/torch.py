@@ -17,6 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves as _tree_leaves
 
+from tether.compat.launcher import number
+
 # What every dropout layer derives from (plain, by channel, alpha); torch exports only the layers themselves.
 DropoutLayer = _DropoutNd
 # Sees every operation that runs inside it, backward included, and what it returns; and what there is in nested values.
@@ -72,7 +74,7 @@ def launcher_store(seconds: float) -> Any:
 
     torch exports the class without a name that type checkers see.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
     limit = timedelta(seconds=seconds)
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)  # type: ignore
 

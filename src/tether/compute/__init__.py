@@ -1,1 +1,1 @@
-"""In what a run computes: the library of CPU products."""
+"""Matrix products on a CPU, precision, memory and threads of a run."""

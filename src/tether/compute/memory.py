@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tether.compat.launcher import processes_here
 from tether.models.structure import trainable_tensors, transformers_model
 
 # A forward with more tokens than this is no faster for each of them, so a budget is never larger: the split of a step
@@ -91,7 +93,7 @@ def free_bytes(model: nn.Module, device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached - later
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    return machine_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - weights - later
+    return machine_bytes() // processes_here() - weights - later
 
 
 def machine_bytes() -> int:
@@ -112,6 +114,16 @@ def room_for_another(device: torch.device) -> int:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     room = min([machine_bytes() - used, *found])
     return min(room, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else room
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system, where the C library keeps it (glibc); elsewhere nothing.
+
+    A training step leaves its heap in pieces: after one of a LoRA on 138 million weights 0.9 GiB that no tensor held.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -6,16 +6,19 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from tether.compat.launcher import processes
 from tether.config.fields import adapter_class, config_class, fields_under, keys_of, row_of, trainer_class
 from tether.config.run import Objective, RunConfig
 from tether.config.sections import (
     LOADING,
     Asked,
+    Callbacks,
     Judge,
     Lora,
     Model,
@@ -39,6 +42,7 @@ from tether.rewards import (
     win_rate,
 )
 from tether.training import OnlineConfig, PreferenceConfig
+from tether.training.callbacks import WatchLoss
 from tether.training.online.algorithm import as_reward_functions
 
 if TYPE_CHECKING:
@@ -84,9 +88,19 @@ def build(run: RunConfig) -> tuple[PreferenceConfig, PeftConfig | None, dict[str
     if issubclass(config_class(run.objective.loss), OnlineConfig):
         keywords["reward_funcs"] = [_reward(judge) for judge in run.rewards or ()]
     if run.callbacks is not None:
-        keywords["callbacks"] = run.callbacks.make()
+        keywords["callbacks"] = _callbacks(run.callbacks)
     task = "SEQ_CLS" if run.objective.loss == "reward" else None
     return arguments, adapter_config(run.lora, run.peft, task=task), keywords
+
+
+def _callbacks(section: Callbacks) -> list[TrainerCallback]:
+    stopping, watchdog = section.early_stopping, section.loss_watchdog
+    made: list[TrainerCallback] = []
+    if stopping is not None:
+        made.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
+    if watchdog is not None:
+        made.append(WatchLoss(watchdog.threshold, watchdog.patience))
+    return made
 
 
 def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
@@ -138,14 +152,12 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
 
 
 def _options(run: RunConfig) -> dict[str, Any]:
-    micro, steps = split_batch(run, _processes())
+    # torchrun and accelerate set WORLD_SIZE; without them there is one process.
+    micro, steps = split_batch(run, processes())
     options = {
         **run.train.further,
         "output_dir": run.output,
-        "num_train_epochs": run.train.epochs,
-        "learning_rate": run.train.learning_rate,
-        "max_length": run.train.max_length,
-        "max_steps": run.train.max_steps,
+        **_under("train", run.train),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
         **_under("data", run.data),
@@ -160,12 +172,7 @@ def _options(run: RunConfig) -> dict[str, Any]:
         options.setdefault("metric_for_best_model", "loss")
     options = _online(run, options)
     _refuse_idle_options(run)
-    return options if _processes() > 1 else _unsharded(options)
-
-
-def _processes() -> int:
-    # torchrun and accelerate set WORLD_SIZE; without them there is one process.
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return options if processes() > 1 else _unsharded(options)
 
 
 def _unsharded(options: dict[str, Any]) -> dict[str, Any]:
@@ -277,7 +284,8 @@ def _reward(judge: Judge) -> Any:
 
 def _under(name: str, section: Section) -> dict[str, Any]:
     """Values of the keys of a section that stand for one field each, by the field."""
-    values = {field: getattr(section, key) for key, field in fields_under(name, PreferenceConfig).items()}
+    fields = fields_under(name, PreferenceConfig).items()
+    values = {field: getattr(section, key) for key, field in fields if key in type(section).model_fields}
     return {
         field: value.model_dump(exclude_defaults=True) if isinstance(value, Section) else value
         for field, value in values.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import yaml
 from tether.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+# Aliases of aliases unfold to any number of values; no run has nearly so many.
+_VALUES, _DIGITS = 100_000, 100
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -52,8 +55,16 @@ for _name, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
         _letters = ["" if letter == "\0" else letter for letter in _first]
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _letters)
-# The integers of 1.1 would read 010 as eight.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > _DIGITS:
+        problem = f"expected a whole number of at most {_DIGITS} digits, got one of {len(node.value)}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return int(node.value)  # the integers of 1.1 would read 010 as eight
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -68,21 +79,29 @@ def read_document(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     Raises:
         ConfigError: there is no such file, it is not YAML, a key is given twice or is not text.
     """
-    if not path.is_file():
-        raise ConfigError(missing_file(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
-    values, lines = parse(text, str(path))
+    values, lines = parse(read_text(path), str(path))
     if not isinstance(values, dict):
         came = "nothing" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
             f"{path} holds {came}; a run file is a mapping that begins with keys such as `model:` and `data:`."
         )
     return values, lines
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a run file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ConfigError(_missing_file(path))
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -98,18 +117,33 @@ def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         ConfigError: it is not YAML, a key is given twice or is not text.
     """
-    loader = _Loader("")
     lines: dict[KeyPath, int] = {}
+    return build_with(_Loader, text, name, lambda node: _record_lines(node, (), lines, name, ())), lines
+
+
+def build_with(kind: type[yaml.SafeLoader], text: str, name: str, look: Callable[[yaml.Node], None]) -> Any:
+    """The value of YAML text by a loader's rules; None for none.
+
+    Args:
+        kind: the loader.
+        text: one document.
+        name: what to call it in messages.
+        look: sees the document before it is built, and may refuse it.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    loader = kind("")
     try:
-        loader = _Loader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
-            return None, lines
-        _record_lines(node, (), lines, name, ())
-        return loader.construct_document(node), lines
+            return None
+        look(node)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(syntax_problem(error, name)) from error
-    except yaml.YAMLError as error:
+        raise ConfigError(_syntax_problem(error, name)) from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     finally:
         loader.dispose()
@@ -123,6 +157,7 @@ def write_document(values: Any, *, flow: bool = False) -> str:
 def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str, above: tuple[int, ...]) -> None:
     if id(node) in above:
         raise ConfigError(f"{name}, line {node.start_mark.line + 1}: `{dotted(path)}` contains itself.")
+    refuse_unfolding(lines, name)
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -149,12 +184,30 @@ def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], nam
         _record_lines(value, here, lines, name, above)
 
 
+def beginning(path: KeyPath, known: Container[KeyPath]) -> KeyPath:
+    """The longest beginning of a path that is known; empty where none is."""
+    return next((path[:length] for length in range(len(path), 0, -1) if path[:length] in known), ())
+
+
 def dotted(path: KeyPath) -> str:
     """A key as overrides write it: `train.batch_size`."""
     return ".".join(map(str, path))
 
 
-def syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
+def refuse_unfolding(lines: Mapping[KeyPath, int], name: str) -> None:
+    """Refuse a file whose aliases unfold without end, while its values are counted.
+
+    Raises:
+        ConfigError: there are more values than any file of people has.
+    """
+    if len(lines) > _VALUES:
+        raise ConfigError(
+            f"{name} has more than {_VALUES:,} values, as aliases (`*name`) of aliases unfold to. Write out what is "
+            "meant."
+        )
+
+
+def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     """A sentence about text that is not YAML, with its place."""
     mark = error.problem_mark or error.context_mark
     where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
@@ -167,7 +220,7 @@ def syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     )
 
 
-def missing_file(path: Path) -> str:
+def _missing_file(path: Path) -> str:
     """A sentence about a run file that is not there, with the nearest name that is."""
     if path.is_dir():
         return f"{path} is a folder; give the run file in it, a YAML file."

@@ -7,9 +7,10 @@ import typing
 from functools import cache
 from typing import Any, Literal
 
+import tether.training
 from tether.config.sections import ADAPTERS
 from tether.config.words import branches, describe_type, field_types, unfit
-from tether.objectives import Objective, run_file_row
+from tether.objectives import OBJECTIVES, Algorithm, Objective, run_file_row
 from tether.training import PreferenceConfig, TetherTrainer
 from tether.training.declared import Text
 
@@ -25,15 +26,14 @@ _ELSEWHERE = {
     "do_predict": "`data.eval`: rows given there are evaluated",
 }
 # PEFT's fields that are said elsewhere in a run file, or filled in by PEFT and by Tether.
-_OWN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"} | {
-    "inference_mode"
+_OWN = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    "inference_mode",
 }
 # PEFT's fields that need data, another package, or inputs of their own; a script can still give them.
-_APART = {"alora_invocation_tokens", "layer_replication", "loftq_config", "megatron_config", "megatron_core"} | {
-    "qalora_group_size",
-    "tokenizer_kwargs",
-    "use_qalora",
-    "velora_config",
+_APART = {
+    *("alora_invocation_tokens", "layer_replication", "loftq_config", "megatron_config", "megatron_core"),
+    *("qalora_group_size", "tokenizer_kwargs", "use_qalora", "velora_config"),
 }
 _NARROWED = {"init_lora_weights": bool | Literal["gaussian", "orthogonal", "olora", "pissa"]}
 _PLAIN = (bool, int, float, str, list, dict, tuple, set)
@@ -46,26 +46,38 @@ def row_of(loss: Loss) -> Objective | None:
 
 def config_class(loss: Loss) -> type[PreferenceConfig]:
     """The configuration of a loss' trainer; of several losses, and of an unknown one, `DPOConfig`."""
-    import tether.training
-
+    if isinstance(loss, str) and loss in presets():
+        return presets()[loss]
     row = row_of(loss)
-    classes = [one for one in vars(tether.training).values() if isinstance(one, type)]
-    found = [one for one in classes if issubclass(one, PreferenceConfig) and one.algorithm]
-    preset = [one for one in found if one.preset is not None and one.preset == loss]
-    ordinary = (one for one in found if one.preset is None)
-    return next(iter(preset), None) or next(
-        one for one in ordinary if one.algorithm == (row.algorithm if row else "dpo")
-    )
+    wanted = row.algorithm if row else "dpo"
+    return next(one for one in _public(PreferenceConfig) if one.preset is None and one.algorithm == wanted)
 
 
 def trainer_class(loss: Loss) -> type[TetherTrainer]:
     """The trainer of a loss."""
-    import tether.training
-
     wanted = config_class(loss)
-    classes = [one for one in vars(tether.training).values() if isinstance(one, type)]
-    trainers = [one for one in classes if issubclass(one, TetherTrainer)]
-    return next(one for one in trainers if "algorithm_class" in vars(one) and one.algorithm_class.config is wanted)
+    own = (one for one in _public(TetherTrainer) if "algorithm_class" in vars(one))
+    return next(one for one in own if one.algorithm_class.config is wanted)
+
+
+def presets() -> dict[str, type[PreferenceConfig]]:
+    """Configuration by the name that a run file has for it in place of a loss."""
+    return {one.preset: one for one in _public(PreferenceConfig) if one.preset is not None}
+
+
+def _public(kind: type[Any]) -> list[Any]:
+    return [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, kind)]
+
+
+def losses_by_algorithm() -> dict[Algorithm, list[str]]:
+    """Names of losses in a run file."""
+    return {name: [row.run_file_key for row in rows.values() if row.run_file_key] for name, rows in OBJECTIVES.items()}
+
+
+def configs_by_algorithm() -> dict[Algorithm, type[PreferenceConfig]]:
+    """The ordinary configuration of an algorithm's losses."""
+    losses = losses_by_algorithm()
+    return {name: config_class("sigmoid" if name == "dpo" else own[0]) for name, own in losses.items()}
 
 
 @cache

@@ -10,10 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from tether.config.document import KeyPath, dotted
 from tether.config.fields import keys_of
-from tether.config.keys.unknown import unknown
+from tether.config.keys.quick import unknown
 from tether.config.run import RunConfig, Train
-from tether.config.sections import SOURCE_TAGS, Allowed
+from tether.config.sections import SOURCE_TAGS
 from tether.config.words import describe_type
+from tether.errors import Allowed
 from tether.training import PreferenceConfig
 from tether.training.surface.retired import RETIRED
 
@@ -89,17 +90,19 @@ def retired_hints() -> dict[str, str]:
     return {**hints, **_IN_WORDS}
 
 
-def wrong_value(path: KeyPath, value: Any, allowed: str) -> str:
+def wrong_value(path: KeyPath, value: Any, allowed: str | None) -> str:
     """A sentence about a value that is not allowed.
 
     Args:
         path: of the key.
         value: what was given.
-        allowed: what may come, in words.
+        allowed: what may stand there, in words; None where the value may.
 
     Returns:
-        The sentence.
+        The sentence; empty for none.
     """
+    if allowed is None:
+        return ""
     advice = ""
     if isinstance(value, str) and "number" in allowed and _is_number(value):
         advice = " Take the quotes away."

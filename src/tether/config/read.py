@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import ValidationError
 
-from tether.config.document import KeyPath, parse, read_document
+from tether.config.document import KeyPath, beginning, parse, read_document
 from tether.config.fields import Loss, adapter_fields, config_class, fields_under, keys_of, problem_with, row_of
+from tether.config.keys.quick import loss_in
 from tether.config.problems import describe, dotted, show, unknown_key, wrong_value
 from tether.config.run import RunConfig, Train
 from tether.config.sections import SHORT_FORMS
@@ -44,12 +46,10 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         _apply(values, override, given)
 
     def place(key: KeyPath) -> str:
-        for length in range(len(key), 0, -1):
-            if key[:length] in given:
-                return f"override '{given[key[:length]]}'"
-            if key[:length] in lines:
-                return f"{path}, line {lines[key[:length]]}"
-        return str(path)
+        known = beginning(key, {**lines, **given})
+        if known in given:
+            return f"override '{given[known]}'"
+        return f"{path}, line {lines[known]}" if known else str(path)
 
     values.setdefault("output", f"runs/{path.stem}")
     return check_run(values, place)
@@ -68,7 +68,7 @@ def check_run(values: dict[str, Any], place: Place = lambda key: "run") -> RunCo
     Raises:
         ConfigError: one paragraph with the place, what was given and what is allowed.
     """
-    loss = _loss_in(values)
+    loss = loss_in(values)
     config = config_class(loss)
     values = _with_own_defaults(values, loss)
     fields = [name for name in fields_under("train", config) if name not in Train.model_fields]
@@ -76,55 +76,47 @@ def check_run(values: dict[str, Any], place: Place = lambda key: "run") -> RunCo
         run = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(describe(error, values, place, fields)) from error
-    _check_train(run, config, fields, place)
-    _check_objective(run, config, fields, place)
+    problems: dict[str, tuple[dict[str, Any], Callable[[str, Any], str]]] = {
+        "train": (run.train.further, partial(_train_problem, config, fields)),
+        "objective": (run.objective.further, partial(_objective_problem, config, fields, run.objective.loss)),
+    }
     if run.peft is not None:
-        known = adapter_fields(run.peft.type)
-        for name, value in run.peft.further.items():
-            if name not in known:
-                _refuse(("peft", name), unknown_key(("peft", name), ["type", *known], fields), place)
-            _require(("peft", name), value, unfit(known[name], value), place)
+        problems["peft"] = (run.peft.further, partial(_adapter_problem, adapter_fields(run.peft.type), fields))
+    for section, (further, problem) in problems.items():
+        for name, value in further.items():
+            if sentence := problem(name, value):
+                raise ConfigError(f"{place((section, name))}: {sentence}")
     return run
 
 
-def _check_train(run: RunConfig, config: type[PreferenceConfig], fields: list[str], place: Place) -> None:
-    for name, value in run.train.further.items():
-        key = ("train", name)
-        said = keys_of(config).get(name, "")
-        if said and said != dotted(key):
-            where = said if " " in said else f"`{said}`"
-            _refuse(key, f"`{dotted(key)}` is said by {where} in a run file. Write it there.", place)
-        if name not in fields:
-            _refuse(key, unknown_key(key, [*Train.model_fields, *fields], fields), place)
-        _require(key, value, problem_with(name, value, config), place)
+def _train_problem(config: type[PreferenceConfig], fields: list[str], name: str, value: Any) -> str:
+    """What is wrong with a key of `train` that the section does not name; empty where nothing is."""
+    key = ("train", name)
+    said = keys_of(config).get(name, "")
+    if said and said != dotted(key):
+        where = said if " " in said else f"`{said}`"
+        return f"`{dotted(key)}` is said by {where} in a run file. Write it there."
+    if name not in fields:
+        return unknown_key(key, [*Train.model_fields, *fields], fields)
+    return wrong_value(key, value, problem_with(name, value, config))
 
 
-def _check_objective(run: RunConfig, config: type[PreferenceConfig], fields: list[str], place: Place) -> None:
-    known = fields_under("objective", config)
-    elsewhere = {option for rows in OBJECTIVES.values() for row in rows.values() for option in row.defaults}
-    for name, value in run.objective.further.items():
-        key = ("objective", name)
-        if name not in known:
-            takes = ", ".join(key for key in known if key != "loss") or "no options"
-            idle = f"`{dotted(key)}` does not apply to loss {run.objective.loss!r}; it takes {takes}."
-            _refuse(key, idle if name in elsewhere else unknown_key(key, known, fields), place)
-        _require(key, value, problem_with(known[name], value, config), place)
+def _objective_problem(config: type[PreferenceConfig], fields: list[str], loss: Loss, name: str, value: Any) -> str:
+    """The same of `objective`."""
+    key, known = ("objective", name), fields_under("objective", config)
+    if name in known:
+        return wrong_value(key, value, problem_with(known[name], value, config))
+    if any(name in row.defaults for rows in OBJECTIVES.values() for row in rows.values()):
+        takes = ", ".join(key for key in known if key != "loss") or "no options"
+        return f"`{dotted(key)}` does not apply to loss {loss!r}; it takes {takes}."
+    return unknown_key(key, known, fields)
 
 
-def _require(key: KeyPath, value: Any, allowed: str | None, place: Place) -> None:
-    if allowed:
-        _refuse(key, wrong_value(key, value, allowed), place)
-
-
-def _refuse(key: KeyPath, problem: str, place: Place) -> NoReturn:
-    raise ConfigError(f"{place(key)}: {problem}")
-
-
-def _loss_in(values: dict[str, Any]) -> Loss:
-    """The loss of a run file that is not checked yet."""
-    section = values.get("objective")
-    loss = section.get("loss") if isinstance(section, dict) else None
-    return loss if isinstance(loss, str) else "sigmoid"
+def _adapter_problem(known: dict[str, Any], fields: list[str], name: str, value: Any) -> str:
+    """The same of `peft`."""
+    if name not in known:
+        return unknown_key(("peft", name), ["type", *known], fields)
+    return wrong_value(("peft", name), value, unfit(known[name], value))
 
 
 def _with_own_defaults(values: dict[str, Any], loss: Loss) -> dict[str, Any]:

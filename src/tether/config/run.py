@@ -6,39 +6,28 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from tether.config.callbacks import Callbacks
 from tether.config.document import write_document
 from tether.config.sections import (
-    Allowed,
+    MEANINGS,
+    Callbacks,
     Data,
     Judge,
     Lora,
     Model,
+    Names,
     Peft,
     Reference,
     Rollout,
     Section,
     Text,
     key,
-    named,
+    short_form,
 )
-from tether.masking import masked_values
+from tether.errors import Allowed
+from tether.masking import is_secret, masked_values
 from tether.training import PreferenceConfig
 
 _DEFAULTS = {name: field.default for name, field in PreferenceConfig.__dataclass_fields__.items()}
-
-
-# Words in the name of a variable that holds a secret.
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable of the environment holds a secret, by its name.
-
-    >>> is_secret("HF_TOKEN"), is_secret("WANDB_APIKEY"), is_secret("TOKENIZERS_PARALLELISM")
-    (True, True, False)
-    """
-    return any(part.endswith(_SECRET) for part in name.upper().split("_"))
 
 
 def _plain_text(value: object) -> str:
@@ -52,7 +41,7 @@ class Objective(Section, extra="allow"):
     The other keys are those that the configuration of the loss' algorithm has and others have not, with its defaults.
     """
 
-    loss: Text | Annotated[list[Text], Field(min_length=1)] = key(
+    loss: Text | Names = key(
         "sigmoid", "Name of the loss, or a list; see tether.objectives.", "the name of a loss, or a list of names"
     )
 
@@ -118,7 +107,7 @@ class RunConfig(Section):
         output: the run folder.
     """
 
-    model: Annotated[Model, named("model", Model)] = key(
+    model: Annotated[Model, short_form("model", Model)] = key(
         ...,
         "Name the policy: a hub name, a folder, or a .gguf file.",
         "a name, or a mapping such as {name: …, dtype: float32}",
@@ -126,9 +115,7 @@ class RunConfig(Section):
     lora: Lora | None = Field(default=None, description="A new adapter; null: none.")
     peft: Peft | None = Field(default=None, description="A new adapter of another kind, in place of lora; null: none.")
     data: Data = Field(description="Name the rows, as in `data: {train: pairs.jsonl}`.")
-    reference: Annotated[
-        Reference, named("reference", Reference), Allowed("start, base, none, {model: name} or {adapter: name}")
-    ] = Reference()
+    reference: Annotated[Reference, short_form("reference", Reference), Allowed(MEANINGS)] = Reference()
     objective: Objective = Objective()
     rewards: Annotated[list[Judge], Field(min_length=1)] | None = key(
         None,

@@ -1,30 +1,28 @@
 """The run file as types: every key, its default, and what is allowed for it.
 
 A key that stands for one field of the trainer's configuration has type, default, bounds and text from there
-(`Section`, `section=`); so have all keys of `objective` and `train` that are not named here (`tether.config.fields`).
+(`Section`, `section=`), and a section that stands for a dataclass has all of its fields as keys (`of=`). So it is with
+all keys of `objective` and `train` that are not named here (`tether.config.fields`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from tether.config.words import describe_type, field_types
+from tether.config.words import field_types
+from tether.data.sources.origin import REVISION, Names, Origin, Text
+from tether.errors import Allowed
+from tether.models.quantized import compute_dtype
+from tether.reference import RemoteOptions
 from tether.training import OnlineConfig, PreferenceConfig
 from tether.training.declared import Text as Declaration
 from tether.types import Meaning
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What may stand at a key, in words; printed when something else was given."""
-
-    words: str
 
 
 def key(default: Any, text: str, allowed: str = "", **bounds: Any) -> Any:
@@ -34,16 +32,26 @@ def key(default: Any, text: str, allowed: str = "", **bounds: Any) -> Any:
     return info
 
 
-def declared(section: str) -> dict[str, tuple[Any, Any, Declaration]]:
-    """Type, default and declaration of each field of every configuration that is a key of a section, by that key."""
-    found = {}
+def _declared(section: str) -> Iterator[tuple[str, Any, Any]]:
+    """Key, type and default of each field of every configuration that is a key of a section."""
     for config in (OnlineConfig, PreferenceConfig):
         types = field_types(config)
         for name, field in config.__dataclass_fields__.items():
             text = field.metadata.get("help")
-            if isinstance(text, Declaration) and text.key.rpartition(".")[0] == section:
-                found[text.key.rpartition(".")[2]] = (types[name], field.default, text)
-    return found
+            if not isinstance(text, Declaration) or text.key.rpartition(".")[0] != section:
+                continue
+            hint = Annotated[types[name], AfterValidator(_check(text))] if text.allowed else types[name]
+            allowed = text.listed("null") if text.allowed else ""
+            yield text.key.rpartition(".")[2], hint, key(field.default, str(text), allowed)
+
+
+def _fields(of: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, type and default of each field of a dataclass, whose types say what the fields do and may be."""
+    hints = get_type_hints(of, include_extras=True)
+    for one in dataclasses.fields(of):
+        made: Any = one.default_factory
+        default = ... if one.default is dataclasses.MISSING else one.default
+        yield one.name, hints[one.name], Field(default) if made is dataclasses.MISSING else Field(default_factory=made)
 
 
 class Section(BaseModel):
@@ -51,13 +59,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    def __init_subclass__(cls, section: str = "", **keywords: Any) -> None:
+    def __init_subclass__(cls, section: str = "", of: Any = None, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name, (hint, default, text) in declared(section).items() if section else ():
-            if name in inspect.get_annotations(cls):
-                continue
-            cls.__annotations__[name] = Annotated[hint, AfterValidator(_check(text))] if text.allowed else hint
-            setattr(cls, name, key(default, str(text), text.listed("null") if text.allowed else describe_type(hint)))
+        for name, hint, default in (*(_fields(of) if of else ()), *(_declared(section) if section else ())):
+            if name not in inspect.get_annotations(cls):
+                cls.__annotations__[name] = hint
+                setattr(cls, name, default)
 
     @property
     def further(self) -> dict[str, Any]:
@@ -82,7 +89,9 @@ def _check(text: Declaration) -> Any:
 SHORT_FORMS = {"model": "name", "reference": "meaning"}
 
 
-def named(section: str, kind: type[Section]) -> BeforeValidator:
+def short_form(section: str, kind: type[Section]) -> BeforeValidator:
+    """Takes a text in place of a section."""
+
     def expand(value: Any) -> Any:
         if isinstance(value, str):
             return {SHORT_FORMS[section]: value}
@@ -93,71 +102,17 @@ def named(section: str, kind: type[Section]) -> BeforeValidator:
     return BeforeValidator(expand, json_schema_input_type=str | kind)
 
 
-Text = Annotated[str, Field(min_length=1)]
-Names = Annotated[list[Text], Field(min_length=1)]
-_REVISION = "text (in quotes if it looks like a number), or null"
+MEANINGS = "start, base, none, {model: name} or {adapter: name}"
 _ATTENTION = "text, such as sdpa or eager, or null"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class Rows(Section):
+class Rows(Section, of=Origin):
     """One source of rows, with what its columns are called and how often each row occurs."""
 
     path: Text | Names = key(
         ..., "Files, a folder or a hub name.", "a path, glob, folder or hub name, or a list of paths"
     )
-    format: Text | None = key(
-        None,
-        "How other tools lay out their rows; null: TRL's columns, or what it plainly is.",
-        "the name of a format, such as chatml.intel; see docs/data.md",
-    )
-    fields: dict[str, Text] = Field(
-        default_factory=dict, description="Name of a field to the column that holds it, as in {prompt: question}."
-    )
-    weight: float = key(
-        1.0, "How often each row occurs: 2 twice, 0.5 every second one.", "a number above 0", gt=0, lt=1e6
-    )
-    fraction: float | None = key(
-        None,
-        "Share of the rows of all sources, each of which has one then; the first rows are taken, none twice.",
-        "a number above 0, or null",
-        gt=0,
-        lt=1e6,
-    )
-    first: int | None = key(
-        None, "Only that many rows, from the first on; null: all.", "a whole number from 1, or null", ge=1
-    )
-    roles: dict[str, Text] = Field(
-        default_factory=dict, description="Other names of roles of messages to the usual ones, as in {bard: assistant}."
-    )
-    message_keys: dict[Literal["role", "content"], Text] = Field(
-        default_factory=dict, description="What messages call role and content, as in {role: speaker, content: text}."
-    )
-    columns: Names | None = key(None, "Only these columns are read; null: all.", "a list of columns, or null")
-    split: Text = key(
-        "train", "Part of the data, also with bounds: train[:1000], train[10%:20%], train+test.", "a part, as in train"
-    )
-    name: Text | None = key(None, "Configuration of a hub data set; null: its only one.")
-    revision: Text | None = key(
-        None, "Branch, tag or commit of a hub data set.", "text (in quotes if it looks like a number), or null"
-    )
-    data_dir: Text | None = key(None, "Folder inside a hub data set; null: all of it.")
-    data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = key(
-        None, "Files of a hub data set; null: those of the split.", "a path or pattern, or a list of them"
-    )
-    transform: Text | None = key(
-        None,
-        "A function in a local file that makes of each row one with TRL's columns; the file is run.",
-        "a file and a function in it, as in rows.py:as_pair, or null",
-    )
-    prompt_format: Text | None = key(
-        None,
-        "Pattern of the prompt, for the format user_defined; so for the keys below.",
-        "text with {prompt}, or null",
-    )
-    chosen_format: Text | None = key(None, "", "text with {chosen} in it, or null")
-    rejected_format: Text | None = key(None, "", "text with {rejected} in it, or null")
-    completion_format: Text | None = key(None, "", "text with {completion} in it, or null")
 
 
 _PIXELS = "a whole number from 1, or null"
@@ -285,14 +240,13 @@ class Quantize(Section):
 
     def options(self) -> dict[str, Any]:
         """As transformers' `quantization_config` in plain values."""
-        compute = "bfloat16" if torch.accelerator.is_available() else "float32"
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.type,
             "bnb_4bit_use_double_quant": self.double,
             "bnb_4bit_quant_storage": self.storage,
-            "bnb_4bit_compute_dtype": compute if self.compute == "auto" else self.compute,
+            "bnb_4bit_compute_dtype": compute_dtype(self.compute),
         }
 
 
@@ -301,7 +255,7 @@ class Model(Section, section="model"):
 
     name: Text = key(..., "Hub name, folder of a model or of an adapter, or .gguf file.")
     dtype: Dtype = key("auto", "Type of the weights; auto: float32 without an accelerator, else the checkpoint's.")
-    revision: Text | None = key(None, "Branch, tag or commit of a hub name.", _REVISION)
+    revision: Text | None = key(None, "Branch, tag or commit of a hub name.", REVISION.words)
     quantization: Literal["4bit", "nf4", "8bit", "int8"] | Quantize | None = key(
         None,
         "Quantise the weights under an adapter: 4bit, 8bit by bitsandbytes, int8 by torchao; a mapping for 4 bits in "
@@ -388,9 +342,7 @@ ADAPTERS = {
 class Peft(Section, extra="allow"):
     """`peft:` a new adapter of any kind in docs/models.md, by PEFT's own names: any field of its configuration."""
 
-    type: Literal["lora", "vera", "ia3", "loha", "lokr", "oft", "hra", "layer_norm", "prompt", "prefix"] = key(
-        ..., f"Name the kind of adapter: {', '.join(ADAPTERS)}."
-    )
+    type: Literal[*ADAPTERS] = key(..., f"Name the kind of adapter: {', '.join(ADAPTERS)}.")  # pyright: ignore[reportInvalidTypeForm]
 
 
 class Rollout(Section, section="rollout"):
@@ -401,25 +353,8 @@ class Sync(Section, section="reference.sync"):
     """`reference.sync:` a reference that moves (TR-DPO): it becomes `alpha * policy + (1 - alpha) * reference`."""
 
 
-class Remote(Section):
+class Remote(Section, of=RemoteOptions):
     """`reference.remote:` a completions server that returns prompt log-probabilities, such as vLLM."""
-
-    url: str = key(
-        ...,
-        "Give the server's address, with or without /v1.",
-        "an address that begins with http:// or https://",
-        pattern="^https?://.",
-    )
-    model: Text | None = key(None, "Name it is served under; null: the only one there is.")
-    concurrency: int = key(8, "Requests under way at once.", "a whole number from 1", ge=1)
-    retries: int = key(5, "Further attempts after a failure that may pass.", "a whole number from 0", ge=0)
-    timeout: float = key(120.0, "Seconds one request may take.", "seconds, above 0", gt=0)
-    tolerance: Annotated[float, Field(gt=0)] | None = key(
-        None,
-        "Nats a token may differ from a computation here; null: what the dtype explains.",
-        "nats, above 0, or null",
-    )
-    api_key_env: Text | None = key(None, "Environment variable with the server's key.")
 
 
 class Asked(Remote):
@@ -482,10 +417,10 @@ class Reference(Section, section="reference"):
     meaning: Meaning = key(
         "start",
         "start: the policy before its first update; base: without adapters; model, adapter: another one.",
-        "start, base, none, {model: name} or {adapter: name}",
+        MEANINGS,
     )
     model: Text | None = key(None, "The other model (hub name, folder, .gguf file), for the meaning `model`.")
-    revision: Text | None = key(None, "Branch, tag or commit of the other model.", _REVISION)
+    revision: Text | None = key(None, "Branch, tag or commit of the other model.", REVISION.words)
     dtype: Dtype | None = key(None, "Type of the other model's weights; null: as the policy's.")
     quantization: Literal["4bit", "nf4", "8bit", "int8", "none"] | None = key(
         None,
@@ -541,3 +476,24 @@ class Reference(Section, section="reference"):
         """What is said of how the other model is loaded."""
         names = LOADING.keys() & Reference.model_fields.keys() - {"adapter"}
         return {name: value for name in LOADING if name in names and (value := getattr(self, name)) is not None}
+
+
+class EarlyStopping(Section):
+    """`callbacks.early_stopping:` ends a run whose evaluation gets no better, by `train.metric_for_best_model`."""
+
+    patience: int = key(1, "Evaluations in a row without improvement after which the run ends.", "from 1", ge=1)
+    threshold: float = key(0.0, "How much better counts as improvement.", "a number from 0", ge=0)
+
+
+class LossWatchdog(Section):
+    """`callbacks.loss_watchdog:` ends a run whose loss is too high."""
+
+    threshold: float = key(..., "Loss above which a logged step counts.", "a number above 0", gt=0)
+    patience: int = key(3, "Logged losses in a row above it after which the run ends.", "from 1", ge=1)
+
+
+class Callbacks(Section):
+    """`callbacks:` what may end a run early."""
+
+    early_stopping: EarlyStopping | None = key(None, "Ends a run that gets no better; null: not.")
+    loss_watchdog: LossWatchdog | None = key(None, "Ends a run whose loss is too high; null: not.")

@@ -23,9 +23,7 @@ def is_split(value: Any) -> bool:
     return isinstance(value, Mapping) and "split" in value and "path" not in value
 
 
-def split_rows(
-    rows: Dataset, asked: Mapping[str, Any], *, kind: Kind = "pair", name: str = "train"
-) -> tuple[Dataset, Dataset]:
+def split_rows(rows: Dataset, asked: Mapping[str, Any], *, kind: Kind = "pair") -> tuple[Dataset, Dataset]:
     """Set rows aside for evaluation.
 
     Args:
@@ -34,7 +32,6 @@ def split_rows(
             no prompt is on both sides; prompts with other images are others. What is set aside depends on text and
             images alone: rows that are added or shuffled do not move others to another side, with a share.
         kind: what the rows are to be read as.
-        name: what to call them in messages.
 
     Returns:
         The rows to train on and those set aside, each in the order in which they came.
@@ -44,7 +41,7 @@ def split_rows(
         DataError: rows cannot be read, or one side would be empty.
     """
     share, by = _checked(asked, len(rows))
-    keys = _keys(rows, by, kind, name)
+    keys = _keys(rows, by, kind)
     if isinstance(share, float):
         aside = {key for key in keys if int.from_bytes(key[:8], "big") / _SCALE < share}
     else:
@@ -60,7 +57,7 @@ def split_rows(
     kept = [place for place, key in enumerate(keys) if key not in aside]
     if not held or not kept:
         raise DataError(
-            f"{name}: a split of {share} by {by} sets {len(held)} of {len(rows)} rows aside, which leaves one side "
+            f"train: a split of {share} by {by} sets {len(held)} of {len(rows)} rows aside, which leaves one side "
             "empty. Ask for another share, or split by row."
         )
     return rows.select(kept), rows.select(held)
@@ -82,15 +79,15 @@ def _checked(asked: Mapping[str, Any], rows: int) -> tuple[float | int, By]:
     return share, by
 
 
-def _keys(rows: Dataset, by: By, kind: Kind, name: str) -> list[bytes]:
+def _keys(rows: Dataset, by: By, kind: Kind) -> list[bytes]:
     """A digest of each row's text and images, or of its prompt with these."""
     seen = identities(rows)
     if any(seen) or has_parts(rows):
         text = as_text(rows)
         if text.faults:
-            raise DataError(fault_message(text.faults, name))
+            raise DataError(fault_message(text.faults, "train"))
         rows = text.rows
-    schema = read_preferences(rows, kind=kind, name=name)
+    schema = read_preferences(rows, kind=kind, name="train")
     if by == "row" or schema.whole:
         texts = [_spelled(list(row.values())) for row in python_rows(rows, schema.columns)]
     else:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from tether.errors import ConfigError
 from tether.evaluate.named import NamedModel
-from tether.models.adapters import ACTIVE, kind_of
+from tether.models.adapters import ACTIVE, adapter_config, kind_of
 from tether.models.adapting.beside import WEIGHTS
 from tether.models.load import is_adapter, load_config
 
@@ -60,7 +60,7 @@ def targets(named: NamedModel) -> list[Target]:
 
 
 def _of_adapter(named: NamedModel, folder: Path) -> Iterator[Target]:
-    config, base = PeftConfig.from_pretrained(str(folder)), named.base_source()[0]
+    config, base = adapter_config(folder), named.base_source()[0]
     merged = f"{folder.name or 'model'}-merged"
     merge = f"tether merge {named.name} --output {merged}"
     objection = _not_plain_lora(config, folder)

@@ -111,13 +111,11 @@ def bootstrap_mean_difference(
     return float(second.mean() - first.mean()), float(interval.low), float(interval.high)
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = 2_000) -> Interval:
+def bootstrap_mean(values: Sequence[float] | np.ndarray) -> Interval:
     """Mean of values with a 95 % percentile bootstrap interval; of fewer than two the interval is unbounded.
 
     Args:
         values: `[N]`, finite.
-        seed: of the resampling.
-        resamples: how many samples are drawn.
 
     Example:
         >>> bootstrap_mean([1.0, 1.0, 1.0])
@@ -126,7 +124,7 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0, resam
     given = np.asarray(values, dtype=np.float64)
     if given.size < 2:
         return float(given.mean()) if given.size else float("nan"), -float("inf"), float("inf")
-    return bootstrap_mean_difference(np.zeros_like(given), given, seed=seed, resamples=resamples)
+    return bootstrap_mean_difference(np.zeros_like(given), given, resamples=2_000)
 
 
 def share(successes: int, n: int) -> Interval:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tether.data import text_tokenizer
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.fingerprint import model_fingerprint
 from tether.models.load import DTYPES, check_source, is_adapter, load_processing
 from tether.models.reward import is_classifier, load_reward_model
@@ -127,7 +127,7 @@ class NamedModel:
         Raises:
             ConfigError: the folder names none, or it is gone.
         """
-        config = PeftConfig.from_pretrained(self.source)
+        config = adapter_config(self.source)
         name = config.base_model_name_or_path
         if not name:
             raise ConfigError(

@@ -48,7 +48,7 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         ConfigError: it does not fit the base, or cannot be continued.
     """
     folder = Path(folder).expanduser()
-    config, beneath = _read(folder), _beneath(folder)
+    config, beneath = adapter_config(folder), _beneath(folder)
     if config.is_prompt_learning:
         return _continue_virtual_tokens(base, folder, config)
     policy = _load(base, folder, TRAINED, trainable=True)
@@ -142,7 +142,7 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     """
     folder = Path(folder).expanduser()
     places = [folder, *(folder / name for name in _beneath(folder))]
-    saved = [_read(place) for place in places]
+    saved = [adapter_config(place) for place in places]
     kinds = {kind_of(one) for one in saved}
     if kinds != {kind_of(config)} or config.is_prompt_learning:
         raise ConfigError(
@@ -311,7 +311,12 @@ def _beneath(folder: Path) -> list[str]:
     return names
 
 
-def _read(folder: Path) -> PeftConfig:
+def adapter_config(folder: str | Path) -> PeftConfig:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        ConfigError: it cannot be read, or is of a kind that the installed PEFT does not know.
+    """
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -319,7 +324,7 @@ def _read(folder: Path) -> PeftConfig:
 
 
 def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
-    theirs, ours = _read(folder).base_model_name_or_path, base.config.name_or_path
+    theirs, ours = adapter_config(folder).base_model_name_or_path, base.config.name_or_path
     if theirs and ours and theirs != ours:
         logger.warning(f"adapter: '{folder}' was made on {theirs!r} and is put on {ours!r}")
     _make_room(base, folder)

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tether.compat.transformers import without_bars
 from tether.errors import ConfigError
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.gguf import check_gguf, convert_gguf
 from tether.progress import working
 
@@ -45,6 +45,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+# What transformers says of tensors whose shapes are not those of the configuration.
+_OTHER_SHAPES = "ignore_mismatched_sizes"
+_LFS = b"version https://git-lfs"
 
 
 def check_source(source: str | Path) -> None:
@@ -128,6 +131,10 @@ def load_policy(
                 **model_kwargs,
             )
     except _LOADING_ERRORS as error:
+        raise _loading_error("model", source, error) from error
+    except RuntimeError as error:  # memory that is full is one, too
+        if _OTHER_SHAPES not in str(error):
+            raise
         raise _loading_error("model", source, error) from error
     model, report = loaded
     _check_complete(source, report["missing_keys"])
@@ -367,7 +374,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def _base_of_adapter(folder: Path) -> PeftConfig:
-    config = PeftConfig.from_pretrained(str(folder))
+    config = adapter_config(folder)
     if not config.base_model_name_or_path:
         raise ConfigError(
             f"The adapter '{folder}' does not say which model it belongs to. Fill 'base_model_name_or_path' in its "
@@ -398,7 +405,16 @@ def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigErr
             f"The {kind} of '{source}' brings Python code of its own, which is not run unless that is asked for. Read "
             "it, and if you trust it, set trust_remote_code (in a run file `model.trust_remote_code: true`)."
         )
-    if Path(source).expanduser().exists():
+    if _OTHER_SHAPES in str(error):
+        reason = "tensors in its files have other shapes than its config.json says (they are listed above)."
+    folder = Path(source).expanduser()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS)) == _LFS:
+                return ConfigError(
+                    f"'{file}' is a pointer of Git LFS and not the weights. Get them there with `git lfs pull`."
+                )
+    if folder.exists():
         return ConfigError(f"The {kind} in '{source}' cannot be loaded: {reason} Allowed: {ALLOWED}.")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     advice = (

@@ -61,15 +61,19 @@ def _bitsandbytes(name: str, dtype: str | torch.dtype) -> Any:
 
     if name == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    chosen = str(dtype).removeprefix("torch.")
-    if chosen == "auto":
-        chosen = "bfloat16" if torch.accelerator.is_available() else "float32"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, chosen),
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype(str(dtype).removeprefix("torch."))),
     )
+
+
+def compute_dtype(name: str) -> str:
+    """The type that weights of 4 bits are computed in; `auto`: bfloat16 on an accelerator, else float32."""
+    if name != "auto":
+        return name
+    return "bfloat16" if torch.accelerator.is_available() else "float32"
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:

@@ -103,6 +103,23 @@ class ModelSpec:
         own = {name: named.pop(name) for name in list(named) if name in cls.__dataclass_fields__}
         return cls(source, **{"trust_remote_code": trust_remote_code, **own}, further=named)
 
+    def require_device(self) -> None:
+        """Refuse a device that torch has not got here, before anything is read.
+
+        Raises:
+            ConfigError: with torch's own words.
+        """
+        if not isinstance(self.device_map, str) or self.device_map in _SPREAD:
+            return
+        try:
+            torch.empty(1, device=self.device_map)
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+            said = str(error).strip().splitlines()[0].partition(". ")[0]
+            raise ConfigError(
+                f"device_map is {self.device_map!r}, a device on which torch cannot compute here ({said}). In a run "
+                "file it is `model.device`: set it to cpu or a device that this machine has, or leave it out."
+            ) from error
+
     def load(self) -> PreTrainedModel | PeftModel:
         """The model with its adapter, which goes on training; see `load_policy` for the errors."""
         model = self.load_base()

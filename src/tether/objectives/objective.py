@@ -27,7 +27,8 @@ Quantity = Literal[
     "rewards",
     "margins",
     "desirable",
-    "baseline",
+    "mismatched_mean",
+    "running_mean",
     "log_ratios",
     "log_weights",
     "advantages",
@@ -87,9 +88,10 @@ class Input:
         quantity: what it is: `logratios` (policy minus reference, through the f-divergence's derivative), `logps` (the
             policy's), `token_logps` (of every token), `reference_logps`, `reference_kl` (of whole distributions, summed
             over tokens), `rewards` (of a reward model), `margins` (the column `margin`), `desirable` (the column
-            `label`), `baseline` (one number for all); of sampled completions, at each token, `log_ratios` (policy minus
-            the policy that began the updates), `log_weights` (policy minus what sampled, summed over a completion) and
-            `advantages`.
+            `label`), `mismatched_mean` and `running_mean` (one number for all: the mean log-ratio of other rows'
+            completions under each prompt, and of all rows in earlier steps). Of sampled completions, at each token:
+            `log_ratios` (policy minus the policy that began the updates), `log_weights` (policy minus what sampled,
+            summed over a completion) and `advantages`.
         of: which completion of a pair; `each`: of a list, all of them; of one completion, that one.
         per_token: divided by the completion's tokens.
         optional: None where the rows have no such column.

@@ -1,4 +1,4 @@
-"""The rows of the registry of objectives; a new loss is a function and one row here.
+"""The table of losses, the registry's one source: a new loss of a kind that is here is a function and one entry.
 
 What the columns are is said in `tether.objectives.objective.Objective`; formulae and papers are with the functions.
 """
@@ -277,7 +277,7 @@ ROWS: Sequence[Objective] = (
     _kto(
         name="kto",
         function=unpaired.kto,
-        inputs=(*_JUDGED, Input("baseline")),
+        inputs=(*_JUDGED, Input("mismatched_mean")),
         convention=f"{_SUMMED}; the baseline z0 is the mean log-ratio, at least 0, of other rows' completions "
         "under each prompt, over the whole optimizer step (in evaluation: over the whole set)",
         when="Single completions with a thumb up or down, or pairs that do not belong together.",
@@ -292,7 +292,7 @@ ROWS: Sequence[Objective] = (
     _kto(
         name="bco",
         function=unpaired.bco,
-        inputs=(*_JUDGED, Input("baseline")),
+        inputs=(*_JUDGED, Input("running_mean")),
         convention=f"{_SUMMED}; the baseline is the mean log-ratio of all rows in earlier steps",
         when="Single completions; a classifier of good and bad, whose threshold follows the rewards.",
     ),

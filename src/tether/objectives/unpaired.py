@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tether.objectives.objective import Objective
 from tether.objectives.registry import OBJECTIVES
 from tether.types import LossOutput, LossTerm, Metrics, PerCompletion, PerExample, Scores, Sum
 
@@ -44,13 +45,17 @@ def unpaired_loss(
     desirable = desirable.bool()
     logratios = log_ratios(policy, reference)[::branches]
     row = OBJECTIVES["kto"][loss]
-    per_example = row(logratios, desirable, *((baseline,) if row.takes("baseline") else ()), **options)
+    per_example = row(logratios, desirable, *((baseline,) if _has_baseline(row) else ()), **options)
     per_example = per_example if weights is None else per_example * weights
     with torch.no_grad():
         metrics = _metrics(
             policy, ({**row.defaults, **options}["beta"] or 0.0) * logratios.detach(), desirable, branches
         )
     return LossOutput((LossTerm(per_example),), metrics)
+
+
+def _has_baseline(row: Objective) -> bool:
+    return row.takes("mismatched_mean") or row.takes("running_mean")
 
 
 def log_ratios(policy: Scores, reference: Scores | None) -> PerCompletion:
@@ -82,7 +87,8 @@ def suggested_weights(desirable: int, undesirable: int) -> tuple[tuple[float, fl
     The paper's eq. 8 wants `desirable_weight * desirable` to be 1 to 4/3 times `undesirable_weight * undesirable`.
 
     Args:
-        desirable: rows of that class; `undesirable`: of the other.
+        desirable: rows of that class.
+        undesirable: rows of the other.
 
     Returns:
         Lowest and highest `desirable_weight`, then the same of `undesirable_weight`; None where a class is empty.

@@ -14,7 +14,7 @@ from tether.compute.memory import bytes_per_token, machine_bytes, token_budget
 from tether.errors import ScoringError
 from tether.models.structure import transformers_model
 from tether.plan.policy import Sketch, sketch
-from tether.plan.replay import Held, replay
+from tether.plan.replay import StepBytes, replay
 from tether.plan.rows import Sample, largest_batch, sample_rows
 from tether.reference.resolve import expected_method
 from tether.scoring import score
@@ -173,9 +173,7 @@ def _kind(args: PreferenceConfig) -> dict[str, Any]:
 
 def _reference(args: PreferenceConfig, ref_model: Any, policy: Sketch) -> tuple[dict[str, str], int]:
     """Meaning, method and why; and the bytes that it holds beside the policy."""
-    meaning = "none" if not args.needs_reference else declared_meaning(args, ref_model)
-    if getattr(args, "beta", None) == 0 and isinstance(args, OnlineConfig):
-        meaning = "none"
+    meaning = declared_meaning(args, ref_model)
     spec = args.reference_spec(meaning) if meaning != "none" else replace(args.reference_spec(), meaning="none")
     method, why = expected_method(spec, policy.model, at_zero=policy.at_zero)
     size = {"snapshot": policy.trained, "model": policy.weights}.get(method, 0)
@@ -186,7 +184,7 @@ def _reference(args: PreferenceConfig, ref_model: Any, policy: Sketch) -> tuple[
 
 def _step(
     args: PreferenceConfig, policy: Sketch, examples: list[Example], place: Machine, apart: bool, notes: list[str]
-) -> tuple[Held, dict[str, int]]:
+) -> tuple[StepBytes, dict[str, int]]:
     """What the largest micro-batch of a step holds, and how a step is split."""
     model = policy.model
     checkpointing = bool(args.gradient_checkpointing)
@@ -214,7 +212,7 @@ def _step(
         held = replay(model, batch, values, repeats)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, AttributeError) as error:
         # A model whose code asks for values; its shapes alone give an estimate from above.
-        held = Held(policy.trained, 0, need * batch.forest.length)
+        held = StepBytes(policy.trained, 0, need * batch.forest.length)
         notes.append(f"activations are estimated from the shapes of the weights ({type(error).__name__} in a replay)")
     if place.accelerator:
         notes.append("on a GPU kernels keep less of attention than is counted here; nothing was measured on one")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from tether.errors import ConfigError
+from tether.models.adapters import adapter_config
 from tether.models.before.blueprint import blueprint
 from tether.models.load import is_adapter
 from tether.models.spec import ModelSpec, embed_tokens, select_trainable
@@ -72,7 +73,7 @@ def sketch(
     at_zero = True
     brought = spec.adapter or (source if is_adapter(source) else None)
     if brought is not None:
-        theirs = PeftConfig.from_pretrained(str(brought))
+        theirs = adapter_config(brought)
         model, at_zero = _adapted(model, theirs), False
     if adapter is not None:
         if isinstance(model, PeftModel):

@@ -15,7 +15,7 @@ from tether.types import ScoringBatch
 
 
 @dataclass(frozen=True)
-class Held:
+class StepBytes:
     """Bytes at the moment of a step at which most are held, by what they are for.
 
     Args:
@@ -71,7 +71,7 @@ class _Count(DispatchMode):
 
 def replay(
     model: nn.Module, batch: ScoringBatch, values_of: Callable[[nn.Module, ScoringBatch], Tensor], repeats: int
-) -> Held:
+) -> StepBytes:
     """Bytes that micro-batches of a step hold at once, besides weights, optimizer and reference.
 
     Args:
@@ -94,4 +94,4 @@ def replay(
     head = min(count.peak_wide, count.peak)
     # What is held of gradients at the peak lies between none and all; they take the rest first.
     held = min(gradients, max(count.peak - head, 0))
-    return Held(held, head, count.peak - head - held)
+    return StepBytes(held, head, count.peak - head - held)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import nn
 
-from tether.errors import ConfigError
+from tether.errors import Allowed, ConfigError
 from tether.types import Meaning, Method
 
 METHODS: dict[Meaning, tuple[Method, ...]] = {
@@ -20,6 +21,7 @@ METHODS: dict[Meaning, tuple[Method, ...]] = {
     "none": ("none",),
 }
 Keep = Literal["device", "host"]
+_Text = Annotated[str, Field(min_length=1)]
 # The methods whose weights are a copy that may be moved.
 _MOVING: dict[Meaning, Method] = {"start": "snapshot", "adapter": "snapshot", "model": "model"}
 
@@ -64,26 +66,35 @@ class Sync:
 class RemoteOptions:
     """An OpenAI-compatible completions server that returns prompt log-probabilities, as vLLM does.
 
-    Args:
-        url: address of the server, with or without `/v1` at its end.
-        model: name the model is served under; None takes the only one.
-        concurrency: requests under way at once.
-        retries: further attempts after a failure that may pass (connection, 408, 429, 5xx).
-        timeout: seconds one request may take.
-        tolerance: nats that one token may differ from a computation here; None: what the policy's dtype explains.
-        api_key_env: environment variable that holds the server's key; None sends none.
+    A run file has these fields under `reference.remote`, with type, text and bounds from here.
 
     Raises:
         ConfigError: a value outside its range.
     """
 
-    url: str
-    model: str | None = None
-    concurrency: int = 8
-    retries: int = 5
-    timeout: float = 120.0
-    tolerance: float | None = None
-    api_key_env: str | None = None
+    url: Annotated[
+        str,
+        Field(description="Give the server's address, with or without /v1.", pattern="^https?://."),
+        Allowed("an address that begins with http:// or https://"),
+    ]
+    model: Annotated[_Text | None, Field(description="Name it is served under; null: the only one there is.")] = None
+    concurrency: Annotated[
+        int, Field(description="Requests under way at once.", ge=1), Allowed("a whole number from 1")
+    ] = 8
+    retries: Annotated[
+        int,
+        Field(description="Further attempts after a failure that may pass.", ge=0),  # connection, 408, 429, 5xx
+        Allowed("a whole number from 0"),
+    ] = 5
+    timeout: Annotated[float, Field(description="Seconds one request may take.", gt=0), Allowed("seconds, above 0")] = (
+        120.0
+    )
+    tolerance: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(description="Nats a token may differ from a computation here; null: what the dtype explains."),
+        Allowed("nats, above 0, or null"),
+    ] = None
+    api_key_env: Annotated[_Text | None, Field(description="Environment variable with the server's key.")] = None
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):

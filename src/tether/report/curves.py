@@ -133,7 +133,7 @@ def charts_of(run: Run, *, first: bool) -> list[Markup]:
         if one.first != first:
             continue
         series = [line for key, label, style in one.keys for line in lines(run.metrics, key, sets, label, style)]
-        baseline = _start_of_loss(run) if one.title == "Loss" else one.baseline
+        baseline = _start_of_loss(run) if one.keys[0][0] == "loss" else one.baseline
         chart = line_chart(one.title, series, baseline=baseline, bounds=one.bounds)
         charts += [] if chart is None else [chart]
     return charts

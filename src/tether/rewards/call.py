@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from tether.rewards.protocol import Judged, Reward, RewardTable, number_of
 # The largest share of a batch on which a function may fail where failures are counted instead of raised.
 _TOLERATED = 0.1
 _SHOWN = 160
+# Seconds that async functions have to end when they are cancelled.
+_CANCELLING = 2.0
 
 
 @dataclass(frozen=True)
@@ -120,29 +122,35 @@ def _within(call: Callable[[], Any], timeout: float | None) -> _Answer:
 
 
 def _together(rewards: Sequence[Reward], judged: Judged, state: Any, log: _Log, calling: Calling) -> dict[str, _Answer]:
-    """All async functions at once; in a thread, as the caller may have an event loop of its own."""
+    """All async functions at once; in a thread, as the caller may have an event loop of its own.
 
-    async def one(reward: Reward) -> _Answer:
+    One that never waits keeps the others waiting and cannot be cancelled; then all that are not done are left behind.
+    """
+    found: dict[str, _Answer] = {}
+
+    async def one(reward: Reward) -> None:
         begun = time.perf_counter()
         try:
             call = reward.function(**reward.takes(_offered(judged, state, log)))
-            return _Answer(await asyncio.wait_for(call, calling.timeout), time.perf_counter() - begun)
-        except TimeoutError:
-            late = f"it took more than {calling.timeout:g} seconds and was cancelled" if calling.timeout else "time-out"
-            return _Answer(None, time.perf_counter() - begun, TimeoutError(late))
+            answer = _Answer(await asyncio.wait_for(call, calling.timeout))
+        except TimeoutError as error:
+            late = f"it took more than {calling.timeout:g} seconds and was cancelled" if calling.timeout else str(error)
+            answer = _Answer(error=TimeoutError(late or "TimeoutError"))
         except Exception as error:
-            return _Answer(None, time.perf_counter() - begun, error)
+            answer = _Answer(error=error)
+        found[reward.name] = replace(answer, seconds=time.perf_counter() - begun)
 
-    async def every() -> list[_Answer]:
-        return list(await asyncio.gather(*map(one, rewards)))
+    async def every() -> None:
+        await asyncio.gather(*map(one, rewards))
 
     if not rewards:
         return {}
-    held: list[list[_Answer]] = []
-    thread = threading.Thread(target=lambda: held.append(asyncio.run(every())), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(every()), daemon=True)
     thread.start()
-    thread.join()
-    return {reward.name: answer for reward, answer in zip(rewards, held[0], strict=True)}
+    thread.join(None if calling.timeout is None else calling.timeout + _CANCELLING)
+    done = dict(found)
+    late = f"it, or another async function, blocked for more than {calling.timeout} seconds and was left behind"
+    return {reward.name: done.get(reward.name, _Answer(error=TimeoutError(late))) for reward in rewards}
 
 
 def _checked(reward: Reward, answer: _Answer, judged: Judged, state: Any, calling: Calling) -> tuple[list[float], int]:
@@ -152,6 +160,8 @@ def _checked(reward: Reward, answer: _Answer, judged: Judged, state: Any, callin
             raise RewardError(_failure(reward, judged, None, answer.error)) from answer.error
         return _one_by_one(reward, answer.error, judged, state, calling)
     try:
+        if isinstance(answer.values, (str, bytes, dict, set)):
+            raise TypeError
         values = list(answer.values)
     except TypeError:
         raise RewardError(

@@ -13,6 +13,8 @@ from torch import Tensor
 from tether.errors import ConfigError
 
 RewardFunction = Callable[..., Any]
+# Rewards are float32.
+_LARGEST = torch.finfo(torch.float32).max
 # What a function may name besides columns of the rows.
 OFFERED = ("prompts", "completions", "completion_ids", "finish", "trainer_state", "log_metric", "log_extra")
 
@@ -171,15 +173,16 @@ def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, fur
 def number_of(value: Any) -> float | None:
     """A reward as a number; NaN for None.
 
-    >>> number_of(True), number_of("good") is None
-    (1.0, True)
+    >>> number_of(True), number_of("good"), number_of(torch.ones(2)), number_of(10**400)
+    (1.0, None, None, None)
     """
     if value is None:
         return float("nan")
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if hasattr(value, "item") and not isinstance(value, (int, float)):  # a number of numpy
-        value = value.item()
-    if not isinstance(value, (int, float)):
+    if hasattr(value, "item") and not isinstance(value, (int, float)):  # of torch or numpy
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError, ValueError):  # several numbers
+            return None
+    if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         return None
-    return float(value) if torch.tensor(float(value)).isfinite() else None
+    return float(value)

@@ -13,6 +13,7 @@ import pyarrow.parquet as parquet
 import torch
 from torch import Tensor, nn
 
+from tether.data.rows.columns import IMAGE_COLUMNS
 from tether.errors import RolloutError
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling, as_ids
 
@@ -78,7 +79,7 @@ def write_rollout(
             "finish": one.finish,
             "text": text,
             "rewards": json.dumps(reward) if reward else None,
-            "row": json.dumps(dict(group.request.row), default=str, ensure_ascii=False),
+            "row": json.dumps(_without_images(group.request.row), default=str, ensure_ascii=False),
         }
         for (group, branch, one), text, reward in zip(flat, texts, given, strict=True)
     ]
@@ -88,6 +89,10 @@ def write_rollout(
     whole = path.with_suffix(".unfinished")
     parquet.write_table(table, whole)
     whole.replace(path)
+
+
+def _without_images(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
 
 
 def _listed(values: Tensor | None) -> list[float] | None:

@@ -32,7 +32,13 @@ def as_example(group: Group) -> Example:
     ]
     ids = tuple(one.ids for one in group.completions)
     scored = None if all(mask is None for mask in written) else tuple(masks)
-    return Example(group.prompt, ids, group.request.source_row, scored=scored)
+    images = group.request.images
+    if images is not None and len(images.token_types) != len(group.prompt):
+        raise RolloutError(
+            f"The prompt of row {group.request.source_row} has images, and completions were sampled after other ids "
+            f"({len(group.prompt)} tokens in place of {len(images.token_types)}). Return the run's own as 'prompt_ids'."
+        )
+    return Example(group.prompt, ids, group.request.source_row, scored=scored, images=images)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ def compare(
     """
     asked = [replace(one, branches=range(_BRANCHES), number="proof") for one in requests[:_PROMPTS]]
     sampling = replace(sampling, max_tokens=min(_TOKENS, sampling.max_tokens))
-    groups = engine.generate(policy, asked, sampling if penalty else replace(sampling, repetition_penalty=1.0))
+    sampling = sampling if penalty else replace(sampling, repetition_penalty=1.0)
+    # The trainer knows no pattern: what it leaves of the distribution is the server's to say.
+    groups = engine.generate(policy, asked, replace(sampling, pattern=None))
     theirs = [one.logps for group in groups for one in group.completions]
     device = next(policy.parameters()).device
     ours = score(pack([as_example(group) for group in groups]).to(device)).cpu()
@@ -149,7 +157,7 @@ def choose_engine(
         figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
         if found.holds:
             logger.info(f"rollouts: {name} engine, at most {figure} (allowed {found.allowed:.0e}){reason}")
-            if sampling.cuts:
+            if replace(sampling, never=()).cuts:
                 logger.info(
                     "rollouts: tokens are drawn from a part of the policy's distribution (top_k, top_p or min_p); "
                     "gradients and ratios are those of the whole one"

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tether.types import ImageInputs
+
 Finish = Literal["stop", "length"]
 
 
@@ -28,6 +30,8 @@ class Sampling:
         seed: of every draw.
         repetition_penalty: what logits of tokens that prompt or completion have already are divided by, or multiplied
             where they are negative; 1: nothing.
+        pattern: regular expression that a server holds completions to; None: none.
+        never: tokens that are never drawn: those that stand for a part of an image.
 
     Example:
         >>> Sampling(1.0, 8, (2,)).cuts, Sampling(1.0, 8, (2,), top_p=0.9).cuts
@@ -42,16 +46,18 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     repetition_penalty: float = 1.0
+    pattern: str | None = None
+    never: tuple[int, ...] = ()
 
     @property
     def penalises(self) -> bool:
-        """Whether tokens are drawn from another distribution than the policy's, with the cuts left aside."""
+        """Whether tokens that are there already are less likely than the policy has them."""
         return self.repetition_penalty != 1
 
     @property
     def cuts(self) -> bool:
         """Whether some tokens are never drawn."""
-        return bool(self.top_k or self.min_p) or self.top_p < 1
+        return bool(self.top_k or self.min_p or self.never) or self.top_p < 1
 
     @property
     def digest(self) -> str:
@@ -69,6 +75,7 @@ class RolloutRequest:
         branches: which of the prompt's group.
         number: of the rollout; a completion is drawn by it, the row and its place in the group.
         row: the row's columns, as they came.
+        images: of the prompt; None: none.
     """
 
     prompt_ids: Tensor
@@ -76,6 +83,7 @@ class RolloutRequest:
     branches: range
     number: int | str = 0
     row: Mapping[str, Any] = field(default_factory=dict)
+    images: ImageInputs | None = None
 
     def key(self, branch: int, seed: int) -> bytes:
         """What the draws of a completion are made of: nothing of other completions, batches or processes."""

@@ -78,6 +78,8 @@ def draw(logits: Tensor, keys: Sequence[bytes], place: int, sampling: Sampling, 
     kept = None
     if sampling.cuts:
         whole = probs.sum(-1)
+        if sampling.never:
+            probs[:, list(sampling.never)] = 0.0
         probs = probs.masked_fill(~allowed(probs, sampling), 0.0)
         kept = (probs.sum(-1) / whole).float()
     cumulative = probs.cumsum(-1)

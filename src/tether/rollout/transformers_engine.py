@@ -19,6 +19,7 @@ from tether.models.structure import (
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling
 from tether.rollout.sample import draw, seen_tokens
 from tether.scoring.layout.encoder_decoder import is_encoder_decoder
+from tether.scoring.layout.vision import joined_images
 
 # Sequences that are sampled at once.
 _ROWS = 64
@@ -99,6 +100,12 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
     )
     sampler: Any = unwrap(policy)
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    images = [request.images for request, _ in wanted]
+    types = torch.zeros_like(ids)
+    for row, one in enumerate(images):
+        if one is not None:
+            types[row, width - len(one.token_types) :] = one.token_types
+    inputs |= {name: value.to(device) for name, value in joined_images(images, types).items()}
     with own_generation_settings_away(sampler, inner):
         output = sampler.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([draws]))
     output = output[:, start:].cpu()

@@ -62,9 +62,11 @@ class TreeEngine:
         """Sample a group for each request.
 
         Raises:
-            ScoringError: the architecture cannot be computed as a tree.
+            ScoringError: the architecture cannot be computed as a tree, or a prompt has images.
         """
         refuse_unfit(policy)
+        if any(request.images is not None for request in requests):
+            raise ScoringError("a prompt has images, which the tree engine does not read.")
         found: list[Group] = []
         with torch.no_grad(), evaluation_mode(policy), self._precision():
             for part in self._parts(requests, sampling):

@@ -191,6 +191,8 @@ class VLLMEngine:
             "logprobs": 0,
             "return_token_ids": True,
         }
+        if sampling.pattern is not None:
+            body["structured_outputs"] = {"regex": sampling.pattern}
         most = ANSWER_BYTES + TOKEN_BYTES * (len(body["prompt"]) + sampling.max_tokens)
         answer = self._transport.ask("/completions", body, most=most)
         try:

@@ -47,6 +47,7 @@ class ServerOptions:
         memory: share of a device's memory.
         devices: that hold one model.
         start_seconds: until it must answer.
+        cuts: completions are sampled with a cut (`Sampling.cuts`), before which log-probs are reported.
     """
 
     python: Path
@@ -56,6 +57,7 @@ class ServerOptions:
     memory: float = 0.3
     devices: int = 1
     start_seconds: float = 600.0
+    cuts: bool = False
 
 
 class VLLMServer:
@@ -133,8 +135,10 @@ class VLLMServer:
 def _arguments(model: Path, options: ServerOptions, port: int) -> Sequence[str]:
     found = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "policy"]
     found += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype]
-    # Log-probs of the distribution at the temperature; what the checkpoint says of sampling is not taken up.
-    found += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--max-logprobs", "1"]
+    # Log-probs of the distribution at the temperature, which vLLM has after a cut alone: with one, where the
+    # temperature is 1, those before both. What the checkpoint says of sampling is not taken up.
+    mode = "raw_logprobs" if options.cuts else "processed_logprobs"
+    found += ["--logprobs-mode", mode, "--generation-config", "vllm", "--max-logprobs", "1"]
     found += ["--max-model-len", str(options.context), "--tensor-parallel-size", str(options.devices)]
     found += ["--gpu-memory-utilization", str(options.memory), "--enforce-eager"]
     if options.lora_rank:

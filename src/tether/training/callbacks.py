@@ -1,4 +1,4 @@
-"""What happens beside the steps: the guards, the metrics file, the progress display."""
+"""What happens beside the steps: the guards, the last evaluation, threads, the metrics file."""
 
 from __future__ import annotations
 
@@ -116,6 +116,31 @@ class GuardCallback(TrainerCallback):
                     f"The margin between chosen and rejected was exactly 0 in {_STUCK_LOGS} logs up to step "
                     f"{state.global_step}: the policy is its own reference, or nothing trains."
                 )
+
+
+class WatchLoss(TrainerCallback):
+    """Ends a run after several logged losses in a row above a threshold.
+
+    Args:
+        threshold: the loss.
+        patience: how many in a row.
+    """
+
+    def __init__(self, threshold: float, patience: int) -> None:
+        self._threshold, self._patience, self._above = threshold, patience, 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Count, and end the run."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        self._above = self._above + 1 if loss > self._threshold else 0
+        if self._above >= self._patience:
+            logger.warning(
+                f"loss watchdog: the loss was above {self._threshold:g} in {self._above} logs up to step "
+                f"{state.global_step}; the run ends here."
+            )
+            control.should_training_stop = True
 
 
 class EvaluateLast(TrainerCallback):

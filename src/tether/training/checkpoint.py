@@ -72,6 +72,29 @@ def last_checkpoint(output_dir: str | Path | None) -> Path | None:
     return None
 
 
+def best_checkpoint(said: str, run_folder: Path, resumed: Path | None) -> Path:
+    """The best checkpoint of a run: of the path that its state says, which is read from a file, the name alone counts.
+
+    Args:
+        said: the path.
+        run_folder: of the run.
+        resumed: the checkpoint that it went on from, beside which an earlier best one may lie.
+
+    Raises:
+        ConfigError: there is none of this name, or it is not as it was written.
+    """
+    name = Path(said).name
+    folders = [run_folder, *([resumed.parent] if resumed is not None else [])]
+    there = [folder / name for folder in folders if _NAME.fullmatch(name) and (folder / name).is_dir()]
+    if not there:
+        raise ConfigError(
+            f"The best checkpoint is {said!r} in the run's state, and {folders[-1]} has no such checkpoint. Put it "
+            "there, or go on with load_best_model_at_end=False; the newest weights are in the newest checkpoint."
+        )
+    require_whole(there[0])
+    return there[0]
+
+
 def refuse_second_run(steps: int, folder: Path | None) -> None:
     """A trainer trains once, or goes on from a checkpoint.
 
@@ -197,8 +220,7 @@ def refuse_silent_reanchoring(source: str) -> None:
         recorded, _ = found
         raise ConfigError(
             f"{source} was trained by Tether against the reference {recorded.source!r} (meaning {recorded.meaning}, "
-            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as "
-            "they are "
-            "now, `reference: {model: ...}` (in Python `ref_model`) for the earlier one; or resume that run from its "
-            "checkpoint."
+            f"{recorded.fingerprint}). Say what this run is tethered to: `reference: start` for these weights as they "
+            "are now, `reference: {model: ...}` (in Python `ref_model`) for the earlier one; or resume that run from "
+            "its checkpoint."
         )

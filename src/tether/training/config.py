@@ -32,16 +32,19 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "logging_nan_inf_filter": (False, "a loss that is not a number must be seen"),
     "label_smoothing_factor": (0.0, "it belongs to a loss over labels; `label_smoothing` is the objective's"),
     "label_names": (None, "batches have no labels"),
-    "include_for_metrics": ([], "there is no compute_metrics"),
-    "batch_eval_metrics": (False, "there is no compute_metrics"),
-    "eval_accumulation_steps": (None, "no predictions are kept during evaluation"),
+    "include_for_metrics": ([], "compute_metrics is given each row's log-probs and rewards, and no inputs"),
+    "batch_eval_metrics": (False, "compute_metrics is called once, with all rows of an evaluation"),
+    "eval_accumulation_steps": (
+        None,
+        "no logits are kept during evaluation, and a few numbers of a row need no moving",
+    ),
     "bf16_full_eval": (False, "evaluation scores as training does"),
     "fp16_full_eval": (False, "evaluation scores as training does"),
-    "prediction_loss_only": (False, "evaluation keeps no predictions in any case"),
-    "eval_use_gather_object": (False, "no predictions are gathered"),
+    "prediction_loss_only": (False, "predictions are kept for compute_metrics alone"),
+    "eval_use_gather_object": (False, "what compute_metrics is given consists of tensors"),
     "use_liger_kernel": (False, "it would replace the model's forward, which scoring relies on"),
     "liger_kernel_config": (None, "Liger's kernels would replace the model's forward, which scoring relies on"),
-    "eval_do_concat_batches": (True, "no predictions are kept during evaluation"),
+    "eval_do_concat_batches": (True, "compute_metrics is given one array of all rows"),
     "include_num_input_tokens_seen": ("no", "num_tokens is logged in any case"),
     "average_tokens_across_devices": (True, "a loss has the denominators of the whole step in any case"),
     "length_column_name": ("length", "rows are not grouped by length"),
@@ -136,6 +139,23 @@ class ReferenceArguments(Declared):
     ref_model_sync_steps: int = option(
         512, "Optimizer steps between two moves.", allowed=(Whole(1),), key="reference.sync.steps"
     )
+
+    def go_without_reference(self, why: str, *asking: str) -> None:
+        """Declare that none is loaded or run.
+
+        Args:
+            why: for the message: what compares with none.
+            asking: fields that would ask for one.
+
+        Raises:
+            ConfigError: one of them does.
+        """
+        defaults = {field.name: field.default for field in fields(ReferenceArguments)}
+        for name in asking:
+            value = getattr(self, name)
+            if value != defaults[name] and (name, value) != ("reference", "none"):
+                raise ConfigError(f"is {value!r}, but {why}. Leave it out; none is loaded or run.", name)
+        self.reference = "none"
 
     def check_reference(self) -> None:
         """Find what is wrong with these options before anything is loaded."""
@@ -508,15 +528,8 @@ class ReferenceFreeConfig(PreferenceConfig):
     """
 
     def __post_init__(self) -> None:
-        for field in fields(ReferenceArguments):
-            value = getattr(self, field.name)
-            if value != field.default and (field.name, value) != ("reference", "none"):
-                raise ConfigError(
-                    f"is {value!r}, but the objective of {type(self).__name__} compares with no reference. Leave it "
-                    "out.",
-                    field.name,
-                )
-        self.reference = "none"
+        asking = (field.name for field in fields(ReferenceArguments))
+        self.go_without_reference(f"the objective of {type(self).__name__} compares with no reference", *asking)
         super().__post_init__()
 
     @property

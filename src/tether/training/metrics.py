@@ -1,13 +1,23 @@
-"""Sums and counts of what is reported, over micro-batches and processes, without waiting for the device."""
+"""Sums and counts of what is reported, over micro-batches and processes, without waiting for the device.
+
+What was summed since the last log travels in a checkpoint: a resumed run's first log is the unbroken one's.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import Trainer
+
+from tether.compat.trainer import continue_log, loss_since_log
+
+_WINDOW = "window.json"
 
 
 class MetricSums:
@@ -50,6 +60,23 @@ class MetricSums:
 def sum_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and number of values, detached: the parts of a mean over several batches."""
     return values.detach().sum(), torch.tensor(float(len(values)), device=values.device)
+
+
+def write_window(trainer: Trainer, folder: Path, sums: MetricSums) -> None:
+    """Keep losses and metrics since the last log, of every process; all of them call this."""
+    last_logged, loss = loss_since_log(trainer)
+    found = gather_object([{"last_logged": last_logged, "loss": loss, "sums": sums.state()}])
+    if trainer.args.should_save:
+        (folder / _WINDOW).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def read_window(trainer: Trainer, folder: Path, sums: MetricSums) -> None:
+    """Go on from them; on another number of processes the first log is of the steps since the checkpoint."""
+    found = json.loads((folder / _WINDOW).read_text(encoding="utf-8")) if (folder / _WINDOW).is_file() else []
+    if len(found) == trainer.accelerator.num_processes:
+        mine = found[trainer.accelerator.process_index]
+        continue_log(trainer, mine["last_logged"], mine["loss"])
+        sums.load_state(mine["sums"], trainer.args.device)
 
 
 def _extreme(name: str) -> str:

@@ -105,7 +105,8 @@ def fill_ahead(
     args: PreferenceConfig,
     accelerator: Accelerator,
     order: Order,
-) -> Filled:
+    part: tuple[int, int] | None = None,
+) -> StoreFill:
     """Compute what the store lacks of the training set and every evaluation set.
 
     Args:
@@ -115,6 +116,7 @@ def fill_ahead(
         args: of the run.
         accelerator: of the run.
         order: how training rows become batches.
+        part: see `fill_store`.
 
     Returns:
         How many completions were there already, and how many were computed, over all processes.
@@ -128,7 +130,7 @@ def fill_ahead(
     sets: dict[str, Any] = {"train": planned, **evaluation_sets(evaluation)}
     sizes = dict.fromkeys(sets, args.precompute_ref_batch_size or args.per_device_eval_batch_size)
     sizes["train"] = args.precompute_ref_batch_size or args.per_device_train_batch_size
-    filled = fill_store(stored, sets, accelerator, sizes)
+    filled = fill_store(stored, sets, accelerator, sizes, part)
     logger.info(f"store: {filled.present} completions were there, {filled.computed} were computed")
     return filled
 
@@ -156,7 +158,7 @@ def verify_store(stored: StoredReference, rows: Dataset) -> StoreCheck | None:
 
 
 @dataclass(frozen=True)
-class Filled:
+class StoreFill:
     """Completions of the data sets: how many were in the store already, and how many were computed now."""
 
     present: int
@@ -168,7 +170,8 @@ def fill_store(
     sets: Mapping[str, Dataset | Iterator[list[Example]]],
     accelerator: Accelerator,
     batch_sizes: Mapping[str, int],
-) -> Filled:
+    part: tuple[int, int] | None = None,
+) -> StoreFill:
     """Compute what the store lacks of data sets; every process takes its share of the rows.
 
     What is computed is written every half minute, so that after a kill the same call goes on from there.
@@ -178,15 +181,17 @@ def fill_store(
         sets: name to prepared rows, or to examples, some at a time, the same on every process.
         accelerator: of the run.
         batch_sizes: examples per pass, by name of the set.
+        part: which of how many parts of the rows to take; None: what this process takes of them.
 
     Returns:
         The counts, over all processes.
     """
     stored.store.refresh()
     before, present = stored.computed, 0
+    part = part or (accelerator.process_index, accelerator.num_processes)
     for name, rows in sets.items():
         waiting: list[Example] = []
-        total, mine = _share(rows, accelerator.process_index, accelerator.num_processes)
+        total, mine = _share(rows, *part)
         with counted(f"reference log-probs of {name}", total, shown=accelerator.is_main_process) as advance:
             for examples in mine:
                 for example in examples:
@@ -206,7 +211,7 @@ def fill_store(
     share(stored, accelerator)
     counts = torch.tensor([present, stored.computed - before], device=accelerator.device)
     present, computed = accelerator.reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
-    return Filled(present, computed)
+    return StoreFill(present, computed)
 
 
 def _score(stored: StoredReference, examples: list[Example], accelerator: Accelerator) -> None:

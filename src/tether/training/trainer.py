@@ -44,6 +44,7 @@ from tether.training.algorithms.base import Algorithm, Passes
 from tether.training.budget import accumulate_only, joined
 from tether.training.callbacks import GuardCallback, MetricsFile, ThreadsCallback
 from tether.training.checkpoint import (
+    best_checkpoint,
     load_checkpoint,
     read_objective,
     refuse_second_run,
@@ -61,7 +62,7 @@ from tether.training.evaluation import (
     user_metrics,
 )
 from tether.training.health import Watch, facts_of
-from tether.training.metrics import MetricSums
+from tether.training.metrics import MetricSums, read_window, write_window
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
 from tether.training.saving.before import check_optimizer, clear_rehearsals, rehearse
@@ -70,7 +71,6 @@ from tether.training.saving.saving import Saving
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
 from tether.training.saving.where import Whereabouts
 from tether.training.saving.whole import save_whole
-from tether.training.saving.window import read_window, write_window
 from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.lora_plus import check_lora_plus, part_rates
@@ -78,7 +78,7 @@ from tether.training.setup.reference import check_start, shard_reference
 from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
-from tether.training.store import Filled, StoreCallback, fill_ahead, verify_store
+from tether.training.store import StoreCallback, StoreFill, fill_ahead, verify_store
 from tether.training.surface.described import CONFIG, described
 from tether.training.surface.members import Members
 from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
@@ -133,8 +133,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             )
             return self.accelerator
 
-        data = train_dataset, eval_dataset, processing_class
         own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
+        data = train_dataset, eval_dataset, processing_class
         more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
         given = Given(model, ref_model, args, *data, *more)
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
@@ -167,10 +167,10 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         """Whether `train` leaves the trained adapter or model in the run folder; not where nothing is to be saved."""
         return self.args.save_strategy != "no"
 
-    def precompute_reference(self) -> Filled:
+    def precompute_reference(self, part: tuple[int, int] | None = None) -> StoreFill:
         """Compute what the store lacks of the training set and every evaluation set, see `tether.training.store`."""
-        run = self.run
-        return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, self._order())
+        run, order = self.run, self._order()
+        return fill_ahead(run.stored, run.source, self.eval_dataset, self.args, self.accelerator, order, part)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -187,20 +187,20 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             raise type(error)(f"{error}{_kept_steps(self)}") from error
         if not inputs:
             return [], None
-        step = self._begun(build_step(inputs, self.run, self.accelerator, device))
+        step = self._with_context(build_step(inputs, self.run, self.accelerator, device))
         # transformers counts as many batches for every step; those that the end of a pass lacks are none.
         return [*[()] * (num_batches - len(inputs)), *step.shares], step
 
-    def _begun(self, step: Step) -> Step:
+    def _with_context(self, step: Step) -> Step:
         context = self.run.algorithm.begin_step(step, self._passes())
         self._sums.add(context.metrics)
         return replace(step, context=context)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of a batch after the other; their gradients add up."""
-        step, parts = num_items_in_batch, inputs
+        step, parts = num_items_in_batch, inputs  # as `get_batch_samples` gave them
         if not isinstance(step, Step):  # called outside the loop, with what the collator returned
-            step = self._begun(build_step([inputs], self.run, self.accelerator, self.args.device))
+            step = self._with_context(build_step([inputs], self.run, self.accelerator, self.args.device))
             (parts,) = step.shares
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
@@ -225,7 +225,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         if not isinstance(step, Step):  # called outside the loop: the batch is all of its step, and one micro-batch
             step = build_step([inputs], self.run, self.accelerator, self.args.device)
             part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(self.run.scored(batch_of(inputs)))
-            step = self._begun(replace(step, shares=((part,),)))
+            step = self._with_context(replace(step, shares=((part,),)))
         output = self._scored_loss(model, part, step.context, predictions=step.evaluates)
         if part.counts and not step.evaluates:
             self._sums.add(output.metrics)
@@ -373,7 +373,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             run.source.close()
             run.reference.flush()
 
-    def _begin(self, state: TrainerState) -> FrozenProbe | None:
+    def _before_first_step(self, state: TrainerState) -> FrozenProbe | None:
         """Before the first step: the guards, and the record in the run folder."""
         run = self.run
         engine = deepspeed_engine(self)
@@ -485,9 +485,9 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
 
     def _load_best_model(self) -> None:
         use_averages(self.optimizer)  # what is loaded are averages, and must not be taken for live weights
-        if keeps_shards(self) or not load_checkpoint(
-            cast(nn.Module, self.model), str(self.state.best_model_checkpoint)
-        ):
+        best = str(best_checkpoint(str(self.state.best_model_checkpoint), self.run_folder, self._resumed))
+        self.state.best_model_checkpoint = best
+        if keeps_shards(self) or not load_checkpoint(cast(nn.Module, self.model), best):
             super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -551,7 +551,7 @@ def _follow(trainer: TetherTrainer) -> None:
     trainer.add_callback(Watch(trainer.run_folder, lambda: facts_of(trainer.args, trainer.policy)))
     trainer.add_callback(trainer._signals)
     check = trainer.args.reference_check_steps
-    trainer.add_callback(GuardCallback(trainer.run, trainer._begin, check, trainer._prove_layout))
+    trainer.add_callback(GuardCallback(trainer.run, trainer._before_first_step, check, trainer._prove_layout))
     if trainer.args.cpu_threads == "auto" and trainer.args.computes_on_cpu():
         trainer.add_callback(ThreadsCallback())
     if trainer.args.neftune_noise_alpha is not None:

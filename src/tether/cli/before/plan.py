@@ -7,13 +7,12 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tether.cli.foreign.convert import As
-from tether.cli.run import AsJson, Debug
+from tether.cli.run import AnyRunFile, AsJson, Debug
 from tether.errors import ConfigError, TetherError
 
 if TYPE_CHECKING:
@@ -34,12 +33,7 @@ _PROBE_STEPS = 4
 
 
 def plan(
-    run_file: Annotated[
-        Path,
-        typer.Argument(
-            help="YAML run file, or a file of TRL, Axolotl or LLaMA-Factory.", metavar="RUN.YAML", show_default=False
-        ),
-    ],
+    run_file: AnyRunFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Keys to set, as in train.max_length=512.", metavar="KEY=VALUE")
     ] = None,

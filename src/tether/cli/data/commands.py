@@ -25,7 +25,11 @@ PASSED = 1
 _RUN_FILES = (".yaml", ".yml")
 Files = Annotated[
     list[str],
-    typer.Argument(help="Files, globs, folders or hub names; or one run file.", metavar="FILE", show_default=False),
+    typer.Argument(
+        help="Files, globs, folders or hub names; or one run file, with values in place of its own.",
+        metavar="FILE",
+        show_default=False,
+    ),
 ]
 TokenizerName = Annotated[
     str | None, typer.Option("--tokenizer", help="Tokenizer, for lengths in tokens: a model's name or folder.")
@@ -173,15 +177,15 @@ class _Asked:
         self.run: PreferenceConfig | None = None
         self._algorithm: type[Algorithm[Any]] | None = None
         self.truncation, self.turns, self.boundary = "keep_start", "all", "split"
-        if len(files) == 1 and Path(files[0]).suffix in _RUN_FILES:
-            self._read_run_file(files[0])
+        if Path(files[0]).suffix in _RUN_FILES and all("=" in given for given in files[1:]):
+            self._read_run_file(files[0], files[1:])
 
-    def _read_run_file(self, file: str) -> None:
+    def _read_run_file(self, file: str, overrides: list[str]) -> None:
         """All that decides how a run reads its rows, from the configuration that its trainer gets."""
         from tether.config import build, load_run_file
         from tether.config.fields import trainer_class
 
-        run = load_run_file(file)
+        run = load_run_file(file, overrides)
         self._algorithm = trainer_class(run.objective.loss).algorithm_class
         self.run, _, _ = build(run)
         self.train = run.data.train_rows

@@ -61,6 +61,8 @@ def notes(found: Check) -> list[str]:
         lines.append("scripts: " + ", ".join(f"{name} {count:,}" for name, count in found.scripts.items()))
     if found.scripts and detector() is None:
         lines.append(f"languages: {EXTRA}")
+    elif found.languages < found.rows:
+        lines.append(f"languages: read of {found.languages:,} of the rows, drawn evenly")
     lengths = found.lengths
     if lengths is None:
         return [*lines, "lengths in tokens: name a --tokenizer"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tether.compat.launcher import is_first
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +60,6 @@ def say_fates(conversion: Conversion) -> None:
     """Print what became of every key."""
     from tether.config.foreign.write import fate_lines
 
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         for line in fate_lines(conversion):
             typer.echo(line, err=True)

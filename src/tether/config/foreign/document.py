@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tether.config.document import KeyPath, missing_file, syntax_problem
+from tether.config.document import KeyPath, build_with, read_text, refuse_unfolding
 from tether.errors import ConfigError
 
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$")
@@ -54,16 +54,8 @@ def read_foreign(path: Path) -> Document:
     Raises:
         ConfigError: there is no such file, or it is not a YAML mapping with names as keys.
     """
-    if not path.is_file():
-        raise ConfigError(missing_file(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
     document = Document(path, {})
-    document.values = parse_foreign(text, str(path), document.lines, document.doubled)
+    document.values = parse_foreign(read_text(path, "utf-8-sig"), str(path), document.lines, document.doubled)
     if not isinstance(document.values, dict):
         raise ConfigError(f"{path} holds no mapping; a configuration begins with keys such as `model_name_or_path:`.")
     return document
@@ -81,20 +73,8 @@ def parse_foreign(text: str, name: str, lines: dict[KeyPath, int] | None = None,
     Raises:
         ConfigError: it is not YAML.
     """
-    loader = _Loader("")
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _look(node, (), {} if lines is None else lines, {} if doubled is None else doubled, name, ())
-        return loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(syntax_problem(error, name)) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
-    finally:
-        loader.dispose()
+    found, again = {} if lines is None else lines, {} if doubled is None else doubled
+    return build_with(_Loader, text, name, lambda node: _look(node, (), found, again, name, ()))
 
 
 def _look(
@@ -102,6 +82,7 @@ def _look(
 ) -> None:
     if id(node) in above:
         raise ConfigError(f"{name}, line {node.start_mark.line + 1}: the value contains itself.")
+    refuse_unfolding(lines, name)
     above = (*above, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):

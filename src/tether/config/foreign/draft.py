@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from tether.config.document import KeyPath
+from tether.config.document import KeyPath, beginning
 from tether.config.foreign.document import Document
 from tether.config.foreign.table import Mark
 from tether.config.problems import dotted, wrong_value
@@ -48,12 +48,10 @@ class Source:
 
     def place(self, *path: str | int) -> str:
         """Where a key was given, for messages."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.given:
-                return f"argument '{self.given[path[:length]]}'"
-            if path[:length] in self.lines:
-                return f"{self.path}, line {self.lines[path[:length]]}"
-        return str(self.path)
+        known = beginning(path, {**self.lines, **self.given})
+        if known in self.given:
+            return f"argument '{self.given[known]}'"
+        return f"{self.path}, line {self.lines[known]}" if known else str(self.path)
 
     def refuse(self, path: str | KeyPath, problem: str) -> NoReturn:
         """Stop at a key.
@@ -186,11 +184,10 @@ class Draft:
 
     def place(self, path: KeyPath) -> str:
         """Where a key of the run file comes from, for messages."""
-        for length in range(len(path), 0, -1):
-            if key := self.origins.get(path[:length]):
-                head = key.split(".")[0].split("[")[0]
-                return f"{self.source.place(head)}, `{key}`"
-        return f"{self.source.path} (as it was converted)"
+        key = self.origins.get(beginning(path, {path for path, key in self.origins.items() if key}))
+        if key is None:
+            return f"{self.source.path} (as it was converted)"
+        return f"{self.source.place(key.split('.')[0].split('[')[0])}, `{key}`"
 
 
 def as_number(value: Any) -> int | float | None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tether.config.fields import config_class, fields_under
+from tether.config.fields import config_class, configs_by_algorithm, fields_under, losses_by_algorithm
 from tether.config.keys.quick import KEYS
 from tether.config.problems import retired_hints, section_in
 from tether.config.run import RunConfig, Train
 from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sizes, Sync
 from tether.config.words import describe_type, field_types
-from tether.objectives import OBJECTIVES
 from tether.training import PreferenceConfig
 from tether.training.declared import Text, default_of
 
@@ -58,17 +57,11 @@ def run_file_page() -> str:
         doc = " ".join((section.__doc__ or "").split())
         parts += [f"\n## `{name}`\n\n{doc}\n", *_table(name, section)]
     parts += ["\n### Further keys of `train`\n\nFields of transformers' and of Tether's configuration.\n"]
-    parts += _rows_of_fields("train", {name: config for name, config in _configs().items() if name == "dpo"})
+    parts += _rows_of_fields("train", [config_class("sigmoid")])
     parts.append(_OBJECTIVE)
-    parts += _rows_of_fields("objective", _configs())
+    parts += _rows_of_fields("objective", configs_by_algorithm().values())
     parts.append(_PEFT)
     return "\n".join(parts)
-
-
-def _configs() -> dict[str, type[PreferenceConfig]]:
-    """Configuration by algorithm."""
-    keys = {name: [row.run_file_key for row in rows.values() if row.run_file_key] for name, rows in OBJECTIVES.items()}
-    return {name: config_class("sigmoid" if name == "dpo" else losses[0]) for name, losses in keys.items() if losses}
 
 
 def _table(name: str, section: type[Section]) -> Iterator[str]:
@@ -82,10 +75,10 @@ def _table(name: str, section: type[Section]) -> Iterator[str]:
 _HEADER = ("| key | allowed | default | what it does |", "|---|---|---|---|")
 
 
-def _rows_of_fields(section: str, configs: dict[str, type[PreferenceConfig]]) -> Iterator[str]:
+def _rows_of_fields(section: str, configs: Iterable[type[PreferenceConfig]]) -> Iterator[str]:
     yield from _HEADER
     seen: set[str] = set()
-    for config in configs.values():
+    for config in configs:
         types = field_types(config)
         for key, name in fields_under(section, config).items():
             if key in seen or (section == "train" and key in Train.model_fields):
@@ -116,9 +109,8 @@ def _row(key: str, allowed: str, default: str, text: str) -> str:
 def known_keys() -> dict[str, Any]:
     """What `quick` knows of keys: of the file, of its sections, and of each algorithm's configuration."""
     sections = {name: section_in(field.annotation) for name, field in RunConfig.model_fields.items()}
-    named = [name for rows in OBJECTIVES.values() for row in rows.values() if (name := row.run_file_key)]
     train = {}
-    for name, config in _configs().items():
+    for name, config in configs_by_algorithm().items():
         fields = [key for key in fields_under("train", config) if key not in Train.model_fields]
         elsewhere = [field for field in config.__dataclass_fields__ if field not in fields]
         train[name] = {"fields": fields, "said_elsewhere": elsewhere}
@@ -129,7 +121,7 @@ def known_keys() -> dict[str, Any]:
             for name, section in sections.items()
             if section is not None and _is_closed(name, section)
         },
-        "losses": {loss: config_class(loss).algorithm for loss in dict.fromkeys(named)},
+        "losses": {loss: config_class(loss).algorithm for losses in losses_by_algorithm().values() for loss in losses},
         "train": train,
         "retired": retired_hints(),
     }

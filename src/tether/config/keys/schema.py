@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-import tether.training
-from tether.config.fields import adapter_fields, config_class, fields_under
+from tether.config.fields import adapter_fields, configs_by_algorithm, fields_under, losses_by_algorithm, presets
 from tether.config.run import RunConfig
 from tether.config.sections import ADAPTERS
 from tether.config.words import field_types
@@ -20,21 +19,15 @@ from tether.training.declared import Text, Whole
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the run file: `objective` for each algorithm, and every field of their configurations."""
     schema = RunConfig.model_json_schema()
-    algorithms = {name: [row.run_file_key for row in rows.values()] for name, rows in OBJECTIVES.items()}
-    configs = {name: config_class(next(filter(None, keys))) for name, keys in algorithms.items()}
-    configs["dpo"] = config_class(["sigmoid"])
-    presets = [one for one in vars(tether.training).values() if getattr(one, "preset", None)]
-    for one in presets:
-        configs[one.preset], algorithms[one.preset] = one, [one.preset]
+    losses: dict[str, list[str]] = {**losses_by_algorithm(), **{name: [name] for name in presets()}}
+    configs: dict[str, type[PreferenceConfig]] = {**configs_by_algorithm(), **presets()}
     train = schema["$defs"]["Train"]
     for config in configs.values():
         train["properties"] = {**_properties("train", config), **train["properties"]}
     train["additionalProperties"] = False
-    of_their_own = {key for name, keys in algorithms.items() if name != "dpo" for key in keys}
-    algorithms["dpo"] = [key for key in algorithms["dpo"] if key not in of_their_own]
-    schema["$defs"]["Objective"] = {
-        "oneOf": [_objective(configs[name], [key for key in keys if key]) for name, keys in algorithms.items()]
-    }
+    of_their_own = {key for name, keys in losses.items() if name != "dpo" for key in keys}
+    losses["dpo"] = [key for key in losses["dpo"] if key not in of_their_own]
+    schema["$defs"]["Objective"] = {"oneOf": [_objective(configs[name], keys) for name, keys in losses.items()]}
     schema["$defs"]["Peft"] = {"oneOf": [_adapter(kind) for kind in ADAPTERS]}
     return schema
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.audit.lengths import Lengths, Limited, Reading, drawing, measured
 from tether.data.audit.look import look
-from tether.data.audit.seen import Looked, Seen
+from tether.data.audit.seen import Seen, TextRows
 from tether.data.prepare.report import MarkerFinder
 from tether.data.rows.columns import BATCH_ROWS
 from tether.data.text.template import text_tokenizer
@@ -76,6 +76,7 @@ class Check:
         unequal_lengths: pairs whose answers have different lengths in characters.
         markers: marker to rows that carry it.
         scripts: script to rows answered in it.
+        languages: rows, drawn evenly, whose languages were read.
         opening: the most frequent first words of preferred answers.
         characters: `prompt` and parts to lengths in characters and how often there are such, for histograms.
         lengths: in tokens; None without a tokenizer.
@@ -91,6 +92,7 @@ class Check:
     unequal_lengths: int
     markers: dict[str, int]
     scripts: dict[str, int]
+    languages: int
     opening: str
     characters: dict[str, Counter[int]] = field(repr=False)
     lengths: Lengths | None = None
@@ -141,8 +143,8 @@ def check(
     step = max(total // sample, 1) if sample else 1
     places = range(0, total, step)
     given = rows if step == 1 else rows.select(places)
-    own = Looked.of(given, kind, tokenizer, name)
-    others = [Looked.of(one, kind, tokenizer, name) for one in evaluation]
+    own = TextRows.of(given, kind, tokenizer, name)
+    others = [TextRows.of(one, kind, tokenizer, name) for one in evaluation]
     finder = MarkerFinder(None if tokenizer is None else text_tokenizer(tokenizer))
     seen, reading = Seen(own, others, places), Reading(given, step) if any(own.images) else None
     seen.read_evaluation()
@@ -167,6 +169,10 @@ def check(
 def _result(seen: Seen, kind: Kind, total: int, lengths: Lengths | None, name: str) -> Check:
     rows = len(seen.own.rows)
     findings = {key: Finding(count, count / rows, tuple(seen.rows[key])) for key, count in seen.counts.items()}
+    languages = len(range(0, rows, seen.languages_every))
+    if (found := findings.get("other_language")) is not None and languages < rows:
+        share = found.count / languages
+        findings["other_language"] = replace(found, count=round(share * rows), share=share)
     if lengths is not None and lengths.truncated is not None:
         findings["truncated"] = Finding(round(lengths.truncated * rows), lengths.truncated)
     if lengths is not None and lengths.image_cut is not None:
@@ -188,6 +194,7 @@ def _result(seen: Seen, kind: Kind, total: int, lengths: Lengths | None, name: s
         unequal_lengths=seen.unequal,
         markers=dict(seen.markers.most_common(10)),
         scripts=dict(seen.scripts.most_common()),
+        languages=languages,
         opening=seen.opening,
         characters=dict(seen.characters),
         lengths=lengths,

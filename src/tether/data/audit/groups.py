@@ -1,4 +1,4 @@
-"""Rows that share a key, found among any number of rows in bounded memory. Called by `check`.
+"""Rows that share a key, found among any number of rows in bounded memory. Called by `audit`.
 
 A record is a key and a row. Records are kept in pieces by their keys, on disk where they are many; a piece is sorted
 and its groups are looked at together, so that nothing but one piece is ever in memory.

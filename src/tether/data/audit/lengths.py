@@ -1,4 +1,4 @@
-"""How long rows are in tokens, what limits would cut, and what an epoch costs. Called by `check`."""
+"""How long rows are in tokens, what limits would cut, and what an epoch costs. Called by `audit`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one row shows by itself, and by what it is told whether others repeat or contradict it. Called by `check`."""
+"""What one row shows by itself, and by what it is told whether others repeat or contradict it. Called by `audit`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _look_at_answers(row: Preference, seen: Seen) -> None:
     question = " ".join(texts_of(row.prompt))
     spoken, answered = script(question), script(first)
     seen.note("other_script", place, bool(spoken and answered and spoken != answered))
-    if spoken and spoken == answered and detector() is not None:
+    if spoken and spoken == answered and place % seen.languages_every == 0 and detector() is not None:
         seen.note("other_language", place, is_in_another_language(first, question))
     if answered:
         seen.scripts[answered] += 1

@@ -1,4 +1,4 @@
-"""Texts that are almost alike, found by MinHash. Called by `check`.
+"""Texts that are almost alike, found by MinHash. Called by `audit`.
 
 A text is the set of its runs of three words; in scripts without spaces, of three characters. rensa hashes the runs and
 makes the signature; texts that share a band of it are compared set by set, so that what is reported is exact and only

@@ -1,4 +1,4 @@
-"""What was found so far, in one pass over the rows and then over their groups. Called by `check`.
+"""What was found so far, in one pass over the rows and then over their groups. Called by `audit`.
 
 What grows with the rows is on disk (see `groups`), but for a few bytes a row: whether it repeats, contradicts, or is in
 the evaluation sets.
@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from tether.data.audit.groups import Groups, first_own, short
+from tether.data.audit.language import LANGUAGE_ROWS
 from tether.data.audit.near_duplicates import NearDuplicates
 from tether.data.images.inputs import reads_images, require_processor
 from tether.data.images.parts import as_text, has_parts, identity, image_column, missing_file
@@ -28,7 +29,7 @@ SHOWN_ROWS, _SHOWN_FAULTS = 5, 20
 
 
 @dataclass(frozen=True)
-class Looked:
+class TextRows:
     """Rows of text; and of rows with images, what tells each one's from others and what is wrong with them."""
 
     rows: Dataset
@@ -37,7 +38,7 @@ class Looked:
     faults: list[str]
 
     @classmethod
-    def of(cls, rows: Dataset, kind: Kind, tokenizer: Any, name: str) -> Looked:
+    def of(cls, rows: Dataset, kind: Kind, tokenizer: Any, name: str) -> TextRows:
         """Take the images out of rows."""
         if tokenizer is not None:
             require_processor(rows, tokenizer, name=name)
@@ -80,9 +81,11 @@ class Seen:
         own: the rows that are looked at.
         others: the evaluation sets.
         places: of the rows in their source.
+
+    `languages_every`: of one in so many rows the languages are read.
     """
 
-    def __init__(self, own: Looked, others: Sequence[Looked], places: range) -> None:
+    def __init__(self, own: TextRows, others: Sequence[TextRows], places: range) -> None:
         self.own, self.others, self._places = own, others, places
         self.counts: Counter[str] = Counter()
         self.rows: defaultdict[str, list[int]] = defaultdict(list)
@@ -92,6 +95,7 @@ class Seen:
         self.characters: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.unequal = self.longer = 0
         self.opening = ""
+        self.languages_every = max(-(-len(own.rows) // LANGUAGE_ROWS), 1)
         self._ends = np.cumsum([0, *(len(one.rows) for one in others)]).tolist()
         expected = len(own.rows) + self._ends[-1]
         self._whole, self._prompts, self._said, self._openings = (Groups(expected) for _ in range(4))

@@ -1,5 +1,5 @@
-"""Images of rows as the data room's text code deals with them: where they are, which they are, and where they stand in
-the text. No pixel is read here. Called by `images`, `check` and `split`.
+"""Images of rows as the code for text deals with them: where they are, which they are, and where they stand in the
+text. No pixel is read here. Called by `images`, `check` and `split`.
 
 Rows have TRL's form: a column `images` (a list) or `image`, and prompts whose messages say where the images stand,
 `{"type": "image"}` among the parts of their content. Where no message says so, they stand before the first user

@@ -1,4 +1,4 @@
-"""What an iterator gives, made ahead by a thread of its own. Called by `prepared_stream`."""
+"""What an iterator gives, made ahead by a thread of its own. Called by `stream`."""
 
 from __future__ import annotations
 

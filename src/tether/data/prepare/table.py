@@ -13,6 +13,7 @@ from datasets import Dataset
 from tether.compat.datasets import arrow_table
 from tether.data.images.inputs import table_digest as images_digest
 from tether.data.rows.columns import BATCH_ROWS, VALUES
+from tether.errors import DataError
 from tether.types import Example
 
 
@@ -26,10 +27,19 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
     Returns:
         The example, with int64 ids.
 
+    Raises:
+        DataError: the row is of no prepared set.
+
     Example:
         >>> example_from_row({"prompt_ids": [1, 5], "completion_ids": [[7, 2], [2]], "source_row": 3}).source_row
         3
     """
+    if "prompt_ids" not in row:
+        raise DataError(
+            f"A row with the columns {', '.join(map(str, row))} was not prepared. A trainer prepares rows when it is "
+            "made: give them to its constructor, or to `evaluate(rows)`; what is put in the place of its data sets "
+            "later is not."
+        )
     values = {name: row[name] for name in VALUES if name in row}
     return Example.of(
         row["prompt_ids"],

@@ -1,5 +1,5 @@
 """What preparation found, added up batch by batch, so that a report can be made at any time. Called by `prepare` and
-`prepared_stream`."""
+`stream`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that prepare batches of rows, each with the job. Called by `prepare` and `prepared_stream`."""
+"""Processes that prepare batches of rows, each with the job. Called by `prepare` and `stream`."""
 
 from __future__ import annotations
 

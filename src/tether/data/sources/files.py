@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tether.data.rows.columns import BATCH_ROWS, TEXTS
+from tether.data.sources.fetched import STORES, fetched, is_in_store
 from tether.data.sources.tables import readable
 from tether.errors import DataError
 
@@ -33,8 +34,10 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 _SPLITS |= {"evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"dev": "validation"}
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-# Characters of a line of a packed file.
+# Characters of a line of a packed file; and of all of it, beyond so many, as a multiple of its bytes: text of people
+# packs to a third or a tenth, a file that is made to fill a disk to a thousandth.
 _LINE = 2**28
+_UNPACKED, TIMES = 2**28, 200
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -52,6 +55,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _parse = json.JSONDecoder(object_pairs_hook=_once).decode
 
 
+class UnpacksTooFarError(DataError):
+    """A packed file that holds far more than text packs to."""
+
+
 def expand(source: str, name: str, split: str = "train") -> list[Path]:
     """The files that a path, glob or folder stands for, sorted.
 
@@ -64,12 +71,13 @@ def expand(source: str, name: str, split: str = "train") -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    if _ADDRESS.match(source):
+    if _ADDRESS.match(source) and not is_in_store(source):
         raise DataError(
-            f"{name}: `{source}` is an address, and addresses are not read. Fetch the file and give its path; a hub "
-            "data set is read by its name, `owner/name`, with `data_files` for some of its files."
+            f"{name}: `{source}` is an address, and of addresses only those of object stores are read ({STORES[0]}://, "
+            "gs://, az://). Fetch the file and give its path; a hub data set is read by its name, `owner/name`, with "
+            "`data_files` for some of its files."
         )
-    path = Path(source).expanduser()
+    path = fetched(source, name) if is_in_store(source) else Path(source).expanduser()
     if path.is_dir():
         return _files_of(path, name, split)
     if path.exists():
@@ -397,8 +405,10 @@ def _opened(path: Path) -> Any:
 
 
 def _decoded(lines: Any, path: Path, name: str) -> Iterable[str]:
-    """Line by line; of a packed file, which may unpack to any number of bytes, none that is longer than a row is."""
-    number, most = 0, _LINE if path.suffix.lower() in COMPRESSED else -1
+    """Line by line; of a packed file, which may unpack to any number of bytes, none that is longer than a row is, and
+    not more in sum than text packs to so small a file."""
+    packed = path.suffix.lower() in COMPRESSED
+    number, most, left = 0, _LINE if packed else -1, max(_UNPACKED, TIMES * path.stat().st_size)
     try:
         while line := lines.readline(most):
             number += 1
@@ -407,10 +417,16 @@ def _decoded(lines: Any, path: Path, name: str) -> Iterable[str]:
                     f"{name}: line {number} of `{path}` unpacks to more than {_LINE:,} characters, which is not a row. "
                     "Check where the file is from; write one object a line (.jsonl)."
                 )
+            if packed and (left := left - len(line)) < 0:
+                raise UnpacksTooFarError(
+                    f"{name}: `{path}` has {path.stat().st_size:,} bytes and unpacks to more than {TIMES} times as "
+                    f"many characters, at line {number}, as files do that are made to fill a disk. If it is yours, "
+                    "unpack it and name what comes out."
+                )
             yield line
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name}: `{path}` is not UTF-8 after line {number} ({error.reason}). Save it as UTF-8."
+            f"{name}: `{path}` is not UTF-8 in line {number + 1} or soon after ({error.reason}). Save it as UTF-8."
         ) from error
     except (OSError, EOFError) as error:
         raise DataError(f"{name}: `{path}` cannot be unpacked after line {number} ({error}). Pack it again.") from error

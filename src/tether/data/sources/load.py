@@ -26,7 +26,18 @@ from tether.data.rows.conversion import convert, detected, fitting, reads
 from tether.data.rows.formats import Format
 from tether.data.rows.schema import explain_mixed_types
 from tether.data.rows.values import joined_parts
-from tether.data.sources.files import COMPRESSED, READERS, Part, expand, kind_of_file, listed, read_file, stream_file
+from tether.data.sources.files import (
+    COMPRESSED,
+    READERS,
+    TIMES,
+    Part,
+    UnpacksTooFarError,
+    expand,
+    kind_of_file,
+    listed,
+    read_file,
+    stream_file,
+)
 from tether.data.sources.functions import transform_of
 from tether.data.sources.origin import Origin, Source, by_fractions, is_origin, names_of, origins_of
 from tether.data.sources.slices import shares_of, slices_of
@@ -39,7 +50,6 @@ _FRACTION_BITS = 1 << 32
 # Bytes from which on files of these kinds become a table in pieces of so many rows.
 _LARGE, _PIECE = 2**24, 10_000
 _IN_PIECES = {".jsonl", ".ndjson", ".csv", ".parquet"}
-_PACKED = 8  # times as large as packed text is what comes out, about
 
 
 def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name: str = "data") -> Dataset:
@@ -48,8 +58,8 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
     Args:
         source: a `datasets.Dataset` or `DatasetDict`, or a streamed one, which is read whole; a list of dictionaries,
             one per row; a path, glob or folder, or a list of them, of files ending in .jsonl, .json, .csv (all three
-            also .gz, .bz2, .zst), .parquet or .arrow; the name of a hub data set, `owner/name`; or a mapping as
-            `Origin` describes, or a list of these.
+            also .gz, .bz2, .zst), .parquet or .arrow, here or in an object store (`s3://bucket/rows/*.parquet`); the
+            name of a hub data set, `owner/name`; or a mapping as `Origin` describes, or a list of these.
         kind: what the rows are to be read as; a format has other columns for each.
         split: which part of a `DatasetDict` or of a hub data set; files have no parts.
         name: what to call these rows in messages.
@@ -100,7 +110,9 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
         formats = {one: layout or (None if origin.format else detected(columns, one)) for one in KINDS}
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
         fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
-        kind = cast(Kind, read[0] if read else kind or next(fits, "pair"))
+        # One answer of two is a pair whose other column has another name, and not a prompt alone.
+        half: Kind | None = "pair" if {"chosen", "rejected"} & set(columns) else None
+        kind = cast(Kind, read[0] if read else half or kind or next(fits, "pair"))
     if is_origin(source) or len(origins_of(source, "train", name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
     return load_rows(source, kind=kind, name=name), kind
@@ -386,11 +398,13 @@ def _in_pieces(paths: list[Path], name: str) -> pa.Table | None:
     None for files that can only be read whole, and where pieces have columns of other types than the whole would have:
     they are read whole then, with the messages that belong to that.
     """
-    sizes = [path.stat().st_size * (_PACKED if path.suffix.lower() in COMPRESSED else 1) for path in paths]
+    sizes = [path.stat().st_size * (TIMES if path.suffix.lower() in COMPRESSED else 1) for path in paths]
     if not {kind_of_file(path) for path in paths} <= _IN_PIECES or sum(sizes) < _LARGE:
         return None
     try:
         return spooled(table for path in paths for table in _pieces(path, name))
+    except UnpacksTooFarError:
+        raise
     except (DataError, pa.ArrowException):
         return None
 

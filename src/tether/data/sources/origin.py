@@ -6,16 +6,20 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pydantic import Field
 
 from tether.data.rows.formats import FORMAT_NAMES, FORMATS, PATTERNED, PLAIN, Format, Wording, patterned
 from tether.data.sources.files import listed
-from tether.errors import ConfigError
+from tether.errors import Allowed, ConfigError
 
 Source = Dataset | DatasetDict | IterableDataset | IterableDatasetDict | str | Path | Mapping[str, Any] | Sequence[Any]
 _NAME_LENGTH = 200
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Text], Field(min_length=1)]
+REVISION = Allowed("text (in quotes if it looks like a number), or null")
 _KEYS = ("message_keys", "{role: speaker, content: text}")
 
 
@@ -23,47 +27,80 @@ _KEYS = ("message_keys", "{role: speaker, content: text}")
 class Origin:
     """One source of rows, as a mapping in a run file says it: `{path: pairs.jsonl, format: chatml.intel}`.
 
-    Args:
-        path: a path, glob, folder or hub name, or a list of paths; or rows in memory.
-        format: name of the layout of its rows (`tether.data.rows.formats`); None: TRL's columns, or what it plainly is.
-        fields: name of a field as the format reads it to the name of the column that holds it.
-        weight: how often each row occurs: 2 twice, 0.5 every second one, drawn by its place.
-        fraction: share of its rows among those of all sources; the first rows, and none twice; None: all rows.
-        first: only that many rows, from the first on; None: all.
-        roles: roles of messages by other names, as in {bard: assistant}.
-        message_keys: what messages call `role` and `content`, as in {role: speaker, content: text}.
-        columns: only these columns are read; None: all.
-        split: which part of a hub data set, or of a folder whose files are named after parts.
-        name: which configuration of a hub data set.
-        revision: branch, tag or commit of a hub data set.
-        data_dir: folder inside a hub data set.
-        data_files: files of a hub data set, or patterns of them.
-        transform: a function in a local file that makes of a row one with TRL's columns; see `transform_of`.
-        prompt_format: pattern of the prompt, for the format `user_defined`; so for the other parts of a row.
-        chosen_format: see `prompt_format`.
-        rejected_format: see `prompt_format`.
-        completion_format: see `prompt_format`.
+    `path` may be rows in memory too. The run file has type, text and bounds of all other keys from here.
     """
 
     path: Any
-    format: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    weight: float = 1.0
-    fraction: float | None = None
-    first: int | None = None
-    roles: Mapping[str, str] = field(default_factory=dict)
-    message_keys: Mapping[str, str] = field(default_factory=dict)
-    columns: Sequence[str] | None = None
-    split: str = "train"
-    name: str | None = None
-    revision: str | None = None
-    data_dir: str | None = None
-    data_files: Any = None
-    transform: str | None = None
-    prompt_format: str | None = None
-    chosen_format: str | None = None
-    rejected_format: str | None = None
-    completion_format: str | None = None
+    format: Annotated[
+        Text | None,
+        Field(description="How other tools lay out their rows; null: TRL's columns, or what it plainly is."),
+        Allowed("the name of a format, such as chatml.intel; see docs/data.md"),
+    ] = None
+    fields: Annotated[
+        dict[str, Text],
+        Field(description="Name of a field to the column that holds it, as in {prompt: question}."),
+    ] = field(default_factory=dict)
+    weight: Annotated[
+        float,
+        Field(description="How often each row occurs: 2 twice, 0.5 every second one.", gt=0, lt=1e6),
+        Allowed("a number above 0"),
+    ] = 1.0
+    fraction: Annotated[
+        Annotated[float, Field(gt=0, lt=1e6)] | None,
+        Field(
+            description="Share of the rows of all sources, each of which has one then; the first rows are taken, none "
+            "twice."
+        ),
+        Allowed("a number above 0, or null"),
+    ] = None
+    first: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="Only that many rows, from the first on; null: all."),
+        Allowed("a whole number from 1, or null"),
+    ] = None
+    roles: Annotated[
+        dict[str, Text],
+        Field(description="Other names of roles of messages to the usual ones, as in {bard: assistant}."),
+    ] = field(default_factory=dict)
+    message_keys: Annotated[
+        dict[Literal["role", "content"], Text],
+        Field(description="What messages call role and content, as in {role: speaker, content: text}."),
+    ] = field(default_factory=dict)
+    columns: Annotated[
+        Names | None,
+        Field(description="Only these columns are read; null: all."),
+        Allowed("a list of columns, or null"),
+    ] = None
+    split: Annotated[
+        Text,
+        Field(description="Part of the data, also with bounds: train[:1000], train[10%:20%], train+test."),
+        Allowed("a part, as in train"),
+    ] = "train"
+    name: Annotated[Text | None, Field(description="Configuration of a hub data set; null: its only one.")] = None
+    revision: Annotated[Text | None, Field(description="Branch, tag or commit of a hub data set."), REVISION] = None
+    data_dir: Annotated[Text | None, Field(description="Folder inside a hub data set; null: all of it.")] = None
+    data_files: Annotated[
+        Text | Names | None,
+        Field(description="Files of a hub data set; null: those of the split."),
+        Allowed("a path or pattern, or a list of them"),
+    ] = None
+    transform: Annotated[
+        Text | None,
+        Field(description="A function in a local file that makes of each row one with TRL's columns; the file is run."),
+        Allowed("a file and a function in it, as in rows.py:as_pair, or null"),
+    ] = None
+    prompt_format: Annotated[
+        Text | None,
+        Field(description="Pattern of the prompt, for the format user_defined; so for the keys below."),
+        Allowed("text with {prompt}, or null"),
+    ] = None
+    chosen_format: Annotated[Text | None, Field(description=""), Allowed("text with {chosen} in it, or null")] = None
+    rejected_format: Annotated[Text | None, Field(description=""), Allowed("text with {rejected} in it, or null")] = (
+        None
+    )
+    completion_format: Annotated[
+        Text | None, Field(description=""), Allowed("text with {completion} in it, or null")
+    ] = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any], name: str) -> Origin:

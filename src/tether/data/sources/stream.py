@@ -1,5 +1,5 @@
 """Rows that are read in parts, from the start as often as they are asked for, and are never all in memory. Called by
-`prepared_stream`.
+`stream`.
 
 What the parts are together is what `load_rows` returns: the same rows in the same order, with the same columns.
 """

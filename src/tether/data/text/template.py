@@ -176,8 +176,8 @@ class Writer:
                     roles = ", ".join(message["role"] for message in messages)
                     raise DataError(
                         f"{self.name}: row {record.source_row + 1}: the chat template refuses the conversation "
-                        f"({error}); its roles are {roles}. Give the messages as the template wants them, or "
-                        "set another template."
+                        f"({str(error) or type(error).__name__}); its roles are {roles}. Give the messages as the "
+                        "template wants them, or set another template."
                     ) from error
             raise DataError(f"{self.name}: the chat template failed on a batch of rows: {failure}") from failure
 

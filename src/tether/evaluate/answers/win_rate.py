@@ -171,13 +171,12 @@ def summary(
     )
 
 
-def length_controlled(scores: np.ndarray, differences: np.ndarray, *, seed: int = 0) -> Interval:
+def length_controlled(scores: np.ndarray, differences: np.ndarray) -> Interval:
     """Win rate at equal length: `sigmoid(a)` of the fit `sigmoid(a + b tanh(difference / spread))`, with an interval.
 
     Args:
         scores: float `[N]`, 1 for a win, 0.5 for a tie, 0 for a loss.
         differences: float `[N]`, length of the first answer less that of the second.
-        seed: of the bootstrap over prompts.
 
     Reference:
         Dubois et al., Length-Controlled AlpacaEval, eq. 1 without the prompts' term, arXiv:2404.04475.
@@ -192,7 +191,7 @@ def length_controlled(scores: np.ndarray, differences: np.ndarray, *, seed: int 
     value = _at_equal_length(scores, shaped)
     if len(scores) < 2:
         return value, 0.0, 1.0
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = []
     for _ in range(_RESAMPLES):
         rows = generator.integers(len(scores), size=len(scores))

@@ -207,6 +207,11 @@ class SnapshotReference(Reference):
 def _exchange(live: Tensor, kept: Tensor) -> None:
     """Swap the values of two tensors by copy: storage stays where optimizer, wrappers and hooks expect it."""
     live = live.data
+    if live.shape != kept.shape:
+        raise ReferencePolicyError(
+            f"A tensor of the policy has the shape {list(live.shape)} and had {list(kept.shape)} when the trainer was "
+            "made, so that it cannot be put back to its start. Resize the model before the trainer is made."
+        )
     current = live.clone()
     try:
         live.copy_(kept)

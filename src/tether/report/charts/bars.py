@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.report.charts.scales import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, fits
+from tether.report.charts.scales import BOTTOM, CANVAS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, fits
 from tether.report.numbers import as_number, number
 from tether.report.render import fragment
 
@@ -59,14 +59,7 @@ def histogram(
         "chart.html",
         title=title,
         description=f"{title}: " + "; ".join(_described(one, values) for one, values in shown),
-        canvas={
-            "width": WIDTH,
-            "height": HEIGHT,
-            "left": LEFT,
-            "right": WIDTH - RIGHT,
-            "top": TOP,
-            "bottom": HEIGHT - BOTTOM,
-        },
+        canvas=CANVAS,
         axes=axes(x_scale, y_scale, unit, whole=False),
         baseline=None,
         groups=(),

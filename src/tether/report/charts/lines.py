@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tether.report.charts.scales import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, fits, padded
+from tether.report.charts.scales import BOTTOM, CANVAS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, fits, padded
 from tether.report.numbers import number
 from tether.report.render import fragment
 
@@ -107,7 +107,7 @@ def line_chart(
         "chart.html",
         title=title,
         description=_description(title, shown, unit),
-        canvas=_canvas(),
+        canvas=CANVAS,
         axes=axes(x_scale, y_scale, unit, whole=True),
         baseline=_baseline(baseline, y_scale),
         groups=[(line, _shapes(line, x_scale, y_scale, _DRAWN_POINTS // math.ceil(len(shown) / 2))) for line in shown],
@@ -116,17 +116,6 @@ def line_chart(
         pointer=json.dumps(_pointer(shown, x_scale, y_scale, unit), separators=(",", ":"), ensure_ascii=False),
         note=_footnote(shown),
     )
-
-
-def _canvas() -> dict[str, int]:
-    return {
-        "width": WIDTH,
-        "height": HEIGHT,
-        "left": LEFT,
-        "right": WIDTH - RIGHT,
-        "top": TOP,
-        "bottom": HEIGHT - BOTTOM,
-    }
 
 
 def _baseline(baseline: tuple[float, str] | None, y_scale: Scale) -> tuple[float, float, str] | None:

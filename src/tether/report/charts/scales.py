@@ -9,7 +9,16 @@ from tether.report.numbers import MINUS, number
 
 WIDTH, HEIGHT = 480, 232
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 36
+CANVAS = {
+    "width": WIDTH,
+    "height": HEIGHT,
+    "left": LEFT,
+    "right": WIDTH - RIGHT,
+    "top": TOP,
+    "bottom": HEIGHT - BOTTOM,
+}
 _LARGEST = 1e30
+_TICKS = 5  # on an axis, about
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,12 @@ def padded(low: float, high: float, share: float, least: float = 0.0) -> tuple[f
     return low - margin, high + margin
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round values that divide a range.
 
     Args:
         low: start of the range.
         high: its end, above `low`.
-        count: about how many.
 
     Returns:
         Values inside the range, rising.
@@ -81,11 +89,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0, 200), [round(tick, 2) for tick in ticks(0.31, 0.72)]
     ([0.0, 50.0, 100.0, 150.0, 200.0], [0.4, 0.5, 0.6, 0.7])
     """
-    rough = (high - low) / count
+    rough = (high - low) / _TICKS
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10, 20) if factor * magnitude >= rough * 0.8)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, min(last, first + 2 * count) + 1)]
+    return [index * step for index in range(first, min(last, first + 2 * _TICKS) + 1)]
 
 
 def _tick_label(value: float, step: float) -> str:

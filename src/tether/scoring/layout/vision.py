@@ -32,7 +32,7 @@ def tree_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str, A
     for tree, images in zip(batch.forest.trees, batch.images, strict=True):
         if images is not None:
             types[0, tree.start : tree.start + tree.trunk] = images.token_types
-    found = {**inputs, **_joined(batch.images, types)}
+    found = {**inputs, **joined_images(batch.images, types)}
     if image_positions(model) is not None:
         found["position_ids"] = _packed_positions(model, batch)
     return found
@@ -47,7 +47,10 @@ def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str,
     for row, images in enumerate(repeated):
         if images is not None:
             types[row, : len(images.token_types)] = images.token_types
-    found = {**inputs, **_joined(repeated, types)}  # positions are the model's own, which it derives from the images
+    found = {
+        **inputs,
+        **joined_images(repeated, types),
+    }  # positions are the model's own, which it derives from the images
     return found
 
 
@@ -60,7 +63,7 @@ def images_alone(batch: ScoringBatch) -> list[dict[str, Tensor]]:
         types = batch.input_ids.new_zeros(1, length)
         if images is not None:
             types[0, : len(images.token_types)] = images.token_types
-        given.append(_joined([images], types))
+        given.append(joined_images([images], types))
     return given
 
 
@@ -71,8 +74,16 @@ def _for_each_sequence(batch: ScoringBatch) -> list[ImageInputs | None]:
     return [batch.images[tree] if batch.images else None for tree in trees]
 
 
-def _joined(images: Sequence[ImageInputs | None], types: Tensor) -> dict[str, Tensor]:
-    """The tensors of several prompts behind each other, in the order of their rows."""
+def joined_images(images: Sequence[ImageInputs | None], types: Tensor) -> dict[str, Tensor]:
+    """The tensors of several prompts behind each other, in the order of their rows; empty where none has images.
+
+    Args:
+        images: of each row, None for a row without.
+        types: int64 `[rows, width]`, 1 where a token stands for a part of an image.
+
+    Raises:
+        ScoringError: images of different shapes, which the processor has not made alike.
+    """
     present = [image for image in images if image is not None]
     if not present:
         return {}
@@ -99,7 +110,7 @@ def _packed_positions(model: PreTrainedModel, batch: ScoringBatch) -> Tensor:
         if images is None:
             trunk = torch.arange(tree.trunk, device=ids.device).expand(3, 1, -1)
         else:
-            trunk, _ = count(ids, **_joined([images], images.token_types[None]))
+            trunk, _ = count(ids, **joined_images([images], images.token_types[None]))
         after = trunk.amax() + 1
         branches = [after + torch.arange(length, device=ids.device).expand(3, 1, -1) for length in tree.branches]
         parts += [trunk, *branches]

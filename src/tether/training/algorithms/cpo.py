@@ -77,7 +77,8 @@ class CPO(Algorithm[Scores]):
         """What the options mean."""
         options = {**self.args.objective_options(), "cpo_alpha": self.args.cpo_alpha, "alpha": self.args.alpha}
         shown = ", ".join(f"{name} {value:g}" for name, value in options.items())
-        level = "averaged over" if self.args.loss_type in ("ipo", "simpo") else "summed over"
+        (row,) = self.args.objective_rows
+        level = "averaged over" if row.per_token else "summed over"
         return (
             f"objective: cpo, {self.args.loss_type} ({shown}): log-probs {level} completion tokens; cpo_alpha times "
             "the likelihood, averaged over the chosen tokens of a step"

@@ -83,17 +83,10 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
                 "reference",
             )
         if not combination.needs_reference:
-            self._do_without_reference()
-        super().__post_init__()
-
-    def _do_without_reference(self) -> None:
-        if self.reference not in (None, "none") or self.reference_method is not None:
-            raise ConfigError(
-                f"is {self.reference!r} (reference_method {self.reference_method!r}), and no loss among "
-                f"{', '.join(self.loss_type)} compares with one. Leave them out; none is loaded or run.",
-                "reference",
+            self.go_without_reference(
+                f"no loss among {names} compares with a reference", "reference", "reference_method"
             )
-        self.reference = "none"
+        super().__post_init__()
 
     @property
     def objective_name(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -230,8 +230,13 @@ class GRPO(Online):
         return group_advantages(total, group, cast(Any, self.args.scale_rewards))
 
 
+_ORDER = "Prompts are drawn in an order that is a function of the seed; shuffle_dataset=False keeps that of the rows"
+
+
 class OnlineTrainer(TetherTrainer):
     """What trainers of sampled completions have in common; see `GRPOTrainer` for the arguments."""
+
+    never_called: ClassVar[dict[str, str]] = dict.fromkeys(("_get_train_sampler", "_get_eval_sampler"), _ORDER)
 
     def __init__(
         self,
@@ -255,8 +260,8 @@ class OnlineTrainer(TetherTrainer):
         for name, value in (("tools", tools), ("environment_factory", environment_factory)):
             if value is not None:
                 raise ConfigError(
-                    f"{name} was given; multi-turn rollouts come from a rollout_func that returns env_mask. Leave it "
-                    "out."
+                    f"{name} was given; the trainer calls nothing itself: tools and turns are a rollout_func that "
+                    "returns env_mask, and docs/rollouts.md has one. Leave it out."
                 )
         self.algorithm_parts = {
             "reward_funcs": reward_funcs,

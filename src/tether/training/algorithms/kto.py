@@ -76,8 +76,10 @@ class KTO(Algorithm[Scores]):
 
     def __init__(self, args: KTOConfig, model_config: Any) -> None:
         super().__init__(args, model_config)
-        self._is_kto, self._is_bco = args.loss_type == "kto", args.loss_type == "bco"
-        self._branches = 2 if self._is_kto else 1
+        (row,) = args.objective_rows
+        # What the loss's baseline is a mean of: other rows' completions under each prompt, or rows of earlier steps.
+        self._by_mismatched, self._by_earlier = row.takes("mismatched_mean"), row.takes("running_mean")
+        self._branches = 2 if self._by_mismatched else 1
         self._balance_said = False
         self.load_state({})
 
@@ -90,7 +92,7 @@ class KTO(Algorithm[Scores]):
 
     def state(self) -> dict[str, float]:
         """BCO's running mean; empty for other losses."""
-        return dict(zip(("sum", "count"), self._earlier.tolist(), strict=True)) if self._is_bco else {}
+        return dict(zip(("sum", "count"), self._earlier.tolist(), strict=True)) if self._by_earlier else {}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Start, or go on with, BCO's running mean."""
@@ -100,11 +102,11 @@ class KTO(Algorithm[Scores]):
         """Say how the classes are balanced, and add the completions of the KL estimate."""
         if prepared.report.name == "train":
             self._say_balance(prepared.dataset["label"])
-        return with_mismatched(prepared, self.args.max_length) if self._is_kto else prepared
+        return with_mismatched(prepared, self.args.max_length) if self._by_mismatched else prepared
 
     def chunks(self) -> Callable[[pa.Table], pa.Table]:
         """The same of a stream, whose classes are counted in its first chunk."""
-        pairing = Mismatching(self.args.max_length, "train") if self._is_kto else None
+        pairing = Mismatching(self.args.max_length, "train") if self._by_mismatched else None
 
         def change(table: pa.Table) -> pa.Table:
             if not self._balance_said:
@@ -125,9 +127,9 @@ class KTO(Algorithm[Scores]):
 
     def begin_step(self, step: Step, passes: Passes) -> Baselines:
         """The baseline; of a step of several micro-batches, `kto` finds it by scoring all of them beforehand."""
-        if self._is_bco:
+        if self._by_earlier:
             return Baselines(baseline=self._running_mean())
-        if not self._is_kto:
+        if not self._by_mismatched:
             return Baselines(baseline=torch.zeros(()))
         if len(step.parts) == 1:
             return Baselines(total=passes.total)
@@ -137,12 +139,12 @@ class KTO(Algorithm[Scores]):
             references[part] = passes.reference(batch)
             logratios = _log_ratios_by_token(passes.policy(batch), references[part])
             if part.counts:
-                found += _mismatched(logratios)
+                found += _sum_and_count_of_mismatched(logratios)
         return Baselines(references, baseline=_mean(passes.total(found)).clamp(min=0))
 
     def begin_evaluation(self, passes: Passes) -> Baselines:
         """The running mean; `kto` knows its own baseline only at the end."""
-        baseline = self._running_mean() if self._is_bco else torch.zeros(())
+        baseline = self._running_mean() if self._by_earlier else torch.zeros(())
         return Baselines(baseline=baseline, total=passes.total, evaluating=True)
 
     def loss(self, policy: Scores, reference: Scores | None, part: MicroBatch, context: Context) -> LossOutput:
@@ -167,10 +169,10 @@ class KTO(Algorithm[Scores]):
             **self._options,
         )
         rows = torch.tensor(float(len(desirable)), device=logratios.device)
-        if self._is_bco:
+        if self._by_earlier:
             output.metrics["delta"] = (self.args.beta * baseline * rows, rows)
-        elif self._is_kto:
-            shown = tuple(_mismatched(logratios)) if context.evaluating else (baseline * rows, rows)
+        elif self._by_mismatched:
+            shown = tuple(_sum_and_count_of_mismatched(logratios)) if context.evaluating else (baseline * rows, rows)
             output.metrics["kl"] = cast(tuple[Tensor, Tensor], shown)
         return output
 
@@ -178,7 +180,7 @@ class KTO(Algorithm[Scores]):
         if context.baseline is not None:
             return context.baseline
         # A batch that does not count takes part in the sum of the others.
-        found = _mismatched(logratios)
+        found = _sum_and_count_of_mismatched(logratios)
         return _mean(context.total(found if part.counts else torch.zeros_like(found))).clamp(min=0)
 
     def _running_mean(self) -> Tensor:
@@ -187,7 +189,7 @@ class KTO(Algorithm[Scores]):
 
     def end_step(self, context: Context, passes: Passes) -> None:
         """Add the step's rows, of all processes, to BCO's running mean."""
-        if not self._is_bco:
+        if not self._by_earlier:
             return
         new = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for logratios in cast(Baselines, context).seen:
@@ -203,7 +205,7 @@ class KTO(Algorithm[Scores]):
     def end_evaluation(self, context: Context, means: dict[str, float]) -> dict[str, float]:
         """KTO's loss with the baseline of the whole set."""
         context = cast(Baselines, context)
-        if self._is_kto:
+        if self._by_mismatched:
             means["kl"] = max(0.0, means["kl"])
             rows = torch.cat([torch.zeros(0, 3, device=self.args.device), *context.seen]).double()
             loss = OBJECTIVES["kto"]["kto"]
@@ -263,8 +265,8 @@ def _log_ratios_by_token(policy: Scores, reference: Scores | None) -> Tensor:
     return policy.sum_by_completion(policy.token_logps - (0.0 if reference is None else reference.token_logps))
 
 
-def _mismatched(logratios: Tensor) -> Tensor:
-    """Sum and count, float64 `[2]`, of the log-ratios of second branches, `[2B]` all."""
+def _sum_and_count_of_mismatched(logratios: Tensor) -> Tensor:
+    """Of the log-ratios `[2B]`, sum and count, float64 `[2]`, of those of second branches."""
     others = logratios[1::2].double()
     return torch.stack([others.sum(), others.new_tensor(float(len(others)))])
 

@@ -169,6 +169,13 @@ class Health:
         )
         return self.lasting("gradient-clipped", clipped, _LATER, step, line)
 
+    def _vanished(self, logs: Logs, step: int) -> Finding | None:
+        line = (
+            f"the gradient has been exactly 0 for {_SOON} steps: nothing is learnt any more. A run that has diverged "
+            "ends so. Go back to an earlier checkpoint with a lower learning rate, or set max_grad_norm."
+        )
+        return self.lasting("gradient-zero", logs.get("grad_norm") == 0.0, _SOON, step, line)
+
     def _cut(self, logs: Logs, step: int) -> Finding | None:
         line = "every completion was cut off at max_completion_length, so that the policy ended none. Raise it."
         return self.lasting("completions-cut", logs.get("completions/clipped_ratio", 0.0) >= 1.0, 0, step, line)
@@ -237,6 +244,7 @@ _RULES: tuple[Callable[[Health, Logs, int], Finding | None], ...] = (
     Health._accuracy,
     Health._chosen,
     Health._gradient,
+    Health._vanished,
     Health._cut,
     Health._lengths,
     Health._equal,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from tether.data import text_tokenizer
-from tether.errors import ConfigError, DataError
+from tether.errors import ConfigError
 from tether.models.structure import transformers_model
 from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
 from tether.rewards import (
@@ -123,8 +123,9 @@ class Online(Algorithm[Scores]):
         self._own_fields = rollout_func is not None
         self._engine = engine if args.replay_rollouts is None else ReplayEngine(args.replay_rollouts)
         self._tokenizer: Any = None
+        self._never: tuple[int, ...] = ()  # tokens that no completion may have
         if rollout_func is not None:
-            self._engine = FunctionEngine(rollout_func, trainer, self._stops)
+            self._engine = FunctionEngine(rollout_func, trainer, self._ends)
         self._experience: Experience | None = None
         self._evaluating = False  # `complete` comes next, for an evaluation
         self.scoring = partial(score, temperature=args.temperature, wide_head=args.cast_lm_head_to_fp32)
@@ -182,14 +183,14 @@ class Online(Algorithm[Scores]):
         """Prompts whose completions are sampled on the way; reward functions are checked against their columns.
 
         Raises:
-            ConfigError: a reward function names a column that the rows lack.
-            DataError: images, which no engine samples after yet.
+            ConfigError: a reward function names a column that the rows lack; or prompts have images, and an engine is
+                asked for that does not read them.
         """
         args, raw = self.args, data.rows_of(source.rows)
         check_signatures(self.rewards, raw.column_names, further=self._own_fields)
-        if "images" in source.rows.column_names:
-            raise DataError("The prompts have images; rollouts of images are not built yet. Remove the column.")
         self._require_room(source.rows)
+        if "images" in source.rows.column_names:
+            self._read_images(data.tokenizer)
         self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))
         self._experience = Experience(self._plan(), self._decode, self._engine)
         others = [name for name in raw.column_names if name not in ("prompt", "tools", "chat_template_kwargs")]
@@ -212,8 +213,22 @@ class Online(Algorithm[Scores]):
         shown: list[TrainerCallback] = []
         if args.log_completions:
             folder = Path(str(args.output_dir))
-            shown.append(CompletionsTable(lambda: self.made.last, folder, args.num_completions_to_print))
+            shows = args.num_completions_to_print, args.log_unique_prompts
+            shown.append(CompletionsTable(lambda: self.made.last, folder, *shows))
         return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown)
+
+    def _read_images(self, processor: Any) -> None:
+        """Sample by `generate`, and never a token that stands for a part of an image."""
+        if self.args.rollout_engine in ("tree", "vllm"):
+            why = {"tree": "does not read images", "vllm": "is given token ids alone, which hold no image"}
+            raise ConfigError(
+                f"is {self.args.rollout_engine!r}, and the prompts have images: it {why[self.args.rollout_engine]}. "
+                "Leave it out, or set it to 'transformers'.",
+                "rollout_engine",
+            )
+        self._never = (int(processor.image_token_id),)
+        if self._engine is None:
+            logger.info("rollouts: the prompts have images, so that completions are sampled by transformers' generate")
 
     @property
     def made(self) -> Experience:
@@ -231,6 +246,7 @@ class Online(Algorithm[Scores]):
             "top_k",
             "min_p",
             "repetition_penalty",
+            "vllm_structured_outputs_regex",
             "max_completion_length",
             "num_generations",
             "num_iterations",
@@ -264,10 +280,12 @@ class Online(Algorithm[Scores]):
             args.min_p or 0.0,
             args.seed if args.rollout_seed is None else args.rollout_seed,
             args.repetition_penalty,
+            args.vllm_structured_outputs_regex,
+            self._never,
         )
         return Plan(
             sampling,
-            args.rollout_engine,
+            "transformers" if self._never else args.rollout_engine,
             self.rewards,
             Calling(args.reward_timeout, cast(Any, args.reward_on_error)),
             self.advantages,
@@ -309,6 +327,11 @@ class Online(Algorithm[Scores]):
         ends = getattr(self._generation, "eos_token_id", None)
         listed: Sequence[int | None] = ends if isinstance(ends, (list, tuple)) else [ends]
         return tuple(sorted({one for one in (*listed, self._tokenizer.eos_token_id) if one is not None}))
+
+    def _ends(self) -> tuple[int, ...]:
+        """After what a completion of a `rollout_func` counts as ended, where that does not say it: as in TRL."""
+        padding = self._tokenizer.pad_token_id
+        return self._stops() if padding is None else (*self._stops(), padding)
 
     def attach(self, passes: Passes) -> None:
         """Sample by the run's policy."""

@@ -16,12 +16,11 @@ _BY_FILES = "weights reach the server by files on this machine, or as an adapter
 # TRL's fields that are refused when they are set: what they must stay, and why.
 REFUSED: dict[str, tuple[Any, str]] = {
     "vllm_model_impl": ("vllm", "the server is started as vLLM has it; give one that runs otherwise by its address"),
-    "vllm_enable_sleep_mode": (False, "a server that sleeps drops its weights; lower vllm_gpu_memory_utilization"),
-    "vllm_structured_outputs_regex": (
-        None,
-        "tokens would be drawn from another distribution than the one that is trained",
+    "vllm_enable_sleep_mode": (
+        False,
+        "the server keeps its share of the device's memory between rollouts; lower vllm_gpu_memory_utilization",
     ),
-    "vllm_group_port": (51216, f"no NCCL group is formed: {_BY_FILES}"),
+    "vllm_group_port": (51216, f"no NCCL group is formed, so that there is no port to choose: {_BY_FILES}"),
     "vllm_importance_sampling_cap": (None, "TRL has renamed it; set vllm_importance_sampling_clip_max"),
     "max_tool_calling_iterations": (None, "multi-turn rollouts come from a `rollout_func` that returns `env_mask`"),
     "use_transformers_paged": (False, "the tree engine drops finished rows already"),
@@ -30,8 +29,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cache_implementation": (None, "the tree engine has no cache object"),
     "pad_to_multiple_of": ("auto", "nothing is padded"),
     "ds3_gather_for_generation": (True, "rollouts of a policy in shards are not built yet"),
-    "log_multimodal": (True, "rollouts of images are not built yet"),
-    "log_unique_prompts": (False, "it is of tables that are sent to a tracker; those of log_completions are files"),
+    "log_multimodal": (True, "completions are shown as text, with no image in any case"),
     "log_completions_hub_repo": (None, "rollouts are kept in the run folder; push that"),
     "auto_find_batch_size": (False, "a rollout holds whole groups; lower per_device_train_batch_size"),
 }
@@ -180,6 +178,12 @@ class OnlineConfig(PreferenceConfig):
     vllm_tensor_parallel_size: int = option(
         1, "Devices of a server of the run's own.", allowed=(Whole(1),), key="rollout.vllm_devices"
     )
+    vllm_structured_outputs_regex: str | None = option(
+        None,
+        "Regular expression that the server holds completions to, in the syntax that it reads; ratios correct for it "
+        "(`vllm_importance_sampling_correction`).",
+        key="rollout.vllm_regex",
+    )
     replay_rollouts: str | None = option(
         None, "Folder of an earlier run whose completions are taken in place of new ones.", key="rollout.replay"
     )
@@ -222,13 +226,12 @@ class OnlineConfig(PreferenceConfig):
     )
     vllm_model_impl: str = refused(*REFUSED["vllm_model_impl"])
     vllm_enable_sleep_mode: bool = refused(*REFUSED["vllm_enable_sleep_mode"])
-    vllm_structured_outputs_regex: str | None = refused(*REFUSED["vllm_structured_outputs_regex"])
     vllm_group_port: int = refused(*REFUSED["vllm_group_port"])
     vllm_importance_sampling_cap: float | None = refused(*REFUSED["vllm_importance_sampling_cap"])
     max_tool_calling_iterations: int | None = refused(*REFUSED["max_tool_calling_iterations"])
     use_transformers_paged: bool = refused(*REFUSED["use_transformers_paged"])
     use_transformers_continuous_batching: bool = refused(*REFUSED["use_transformers_continuous_batching"])
-    transformers_continuous_batching_config: dict[str, Any] | str | None = option(
+    transformers_continuous_batching_config: dict[str, Any] | str | None = refused(
         *REFUSED["transformers_continuous_batching_config"]
     )
     cache_implementation: str | None = refused(*REFUSED["cache_implementation"])
@@ -250,7 +253,11 @@ class OnlineConfig(PreferenceConfig):
         allowed=(None, Whole(0)),
         key="rollout.completions_to_print",
     )
-    log_unique_prompts: bool = refused(*REFUSED["log_unique_prompts"])
+    log_unique_prompts: bool = option(
+        False,
+        "Print the first completion of each prompt alone; the files have all.",
+        key="rollout.unique_prompts",
+    )
     log_completions_hub_repo: str | None = refused(*REFUSED["log_completions_hub_repo"])
 
     def __post_init__(self) -> None:
@@ -262,13 +269,14 @@ class OnlineConfig(PreferenceConfig):
         self._check_server()
         self._check_rows()
         self._check_correction()
-        if self.num_completions_to_print is not None and not self.log_completions:
-            raise ConfigError(
-                f"is {self.num_completions_to_print}, and no completions are logged. Set log_completions.",
-                "num_completions_to_print",
-            )
+        for name, unset in (("num_completions_to_print", None), ("log_unique_prompts", False)):
+            if getattr(self, name) != unset and not self.log_completions:
+                raise ConfigError(
+                    f"is {getattr(self, name)}, and no completions are logged. Set log_completions.", name
+                )
         if not self.needs_reference:
-            self._do_without_reference()
+            why = "beta is 0, so that nothing compares with a reference"
+            self.go_without_reference(why, "reference", "reference_method", "sync_ref_model")
         # Prepared rows know one limit; set twice, as in a copy of the arguments, it is the same.
         self.max_length = self.max_prompt_length
         super().__post_init__()
@@ -338,6 +346,8 @@ class OnlineConfig(PreferenceConfig):
             return
         if self.vllm_server_base_url is not None:
             self.vllm_mode = "server"
+        if self.vllm_structured_outputs_regex == "":
+            raise ConfigError("is empty; expected a regular expression. Leave it out.", "vllm_structured_outputs_regex")
         own = self.vllm_mode == "colocate"
         if own and self.vllm_python is None:
             raise ConfigError(
@@ -363,12 +373,13 @@ class OnlineConfig(PreferenceConfig):
         return self.vllm_server_base_url or f"http://{host}:{self.vllm_server_port}"
 
     def _check_correction(self) -> None:
-        if self.repetition_penalty != 1 and not self.vllm_importance_sampling_correction:
-            raise ConfigError(
-                f"is {self.repetition_penalty:g}, and vllm_importance_sampling_correction is False, so that tokens "
-                "would be trained on as if the policy itself had drawn them. Set one of the two back.",
-                "repetition_penalty",
-            )
+        for name, unset in (("repetition_penalty", 1), ("vllm_structured_outputs_regex", None)):
+            if getattr(self, name) != unset and not self.vllm_importance_sampling_correction:
+                raise ConfigError(
+                    f"is {getattr(self, name)!r}, and vllm_importance_sampling_correction is False, so that tokens "
+                    "would be trained on as if the policy itself had drawn them. Set one of the two back.",
+                    name,
+                )
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ConfigError(
@@ -388,15 +399,6 @@ class OnlineConfig(PreferenceConfig):
             return None
         mode: Mode = self.vllm_importance_sampling_mode  # type: ignore[assignment]
         return Correction(mode, self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max)
-
-    def _do_without_reference(self) -> None:
-        if self.reference not in (None, "none") or self.reference_method is not None or self.sync_ref_model:
-            raise ConfigError(
-                f"is {self.reference!r} (reference_method {self.reference_method!r}), and beta is 0, so that nothing "
-                "compares with a reference. Set beta, or leave the reference out.",
-                "reference",
-            )
-        self.reference = "none"
 
     @property
     def needs_reference(self) -> bool:

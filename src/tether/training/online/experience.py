@@ -299,9 +299,9 @@ class Experience:
             RolloutError, RewardError: see `sample`.
         """
         sample, plan = self.sample(wanted), self.plan
-        facts = torch.tensor([[one.length, one.finish == "length"] for one in sample.completions])
-        whole = self._gathered(torch.cat([sample.table.values, facts.float()], 1))
-        rewards, truncated = whole[:, :-2], whole[:, -1] > 0
+        facts = torch.tensor([[_mass(one), one.length, one.finish == "length"] for one in sample.completions])
+        whole = self._gathered(torch.cat([sample.table.values, facts], 1))
+        rewards, masses, truncated = whole[:, :-3], whole[:, -3], whole[:, -1] > 0
         weights = plan.weights
         total = weighted_sum(rewards, weights)
         kept = self._kept(total, truncated, wanted.group)
@@ -322,7 +322,9 @@ class Experience:
             **self._reward_metrics(rewards, total, kept, sample.table, wanted.group),
             **_lengths(whole[:, -2], truncated),
         }
-        tokens = float(facts[:, 0].sum())
+        if not masses.isnan().all():
+            metrics["sampling/kept_mass"] = masses.nanmean().item()
+        tokens = float(facts[:, 1].sum())
         metrics |= {**sample.figures, "rollout/seconds": sample.seconds}
         metrics |= {"rollout/tokens_per_second": tokens / max(sample.seconds, 1e-9)}
         if wanted.number == "eval":
@@ -373,7 +375,7 @@ class Experience:
                 self.plan.engine,
                 passes.model(),
                 lambda batch: passes.policy(batch).token_logps,
-                requests,
+                sorted(requests, key=lambda one: one.images is None),
                 self.plan.sampling,
                 lambda: passes.accelerator.autocast(),
                 wide_head=self.plan.wide_head,
@@ -541,8 +543,8 @@ def pairs_of(wanted: Wanted, groups: Sequence[Group], rewards: Tensor, kept: Ten
                     torch.ones(len(one), dtype=torch.bool) if mask is None else mask
                     for one, mask in zip(pair, masks, strict=True)
                 )
-            source = group.request.source_row
-            examples.append(Example(group.prompt, pair, source, {"weight": weight}, scored=scored))
+            values = {"weight": weight}
+            examples.append(replace(as_example(group), completion_ids=pair, values=values, scored=scored))
         found.append(examples)
     return found
 
@@ -567,6 +569,11 @@ def _lengths(lengths: Tensor, truncated: Tensor) -> Metrics:
         figures = {"mean": values.mean(), "min": values.min(), "max": values.max()}
         found |= {f"completions/{figure}_{name}": value.item() for figure, value in figures.items()}
     return found
+
+
+def _mass(completion: Completion) -> float:
+    """Mean probability that cuts left to draw a token from; NaN where nothing was cut."""
+    return torch.nan if completion.kept is None else completion.kept.mean().item()
 
 
 def _or_none(value: float) -> float | None:

@@ -25,14 +25,14 @@ class FunctionEngine:
     Args:
         function: the user's.
         trainer: what it is given.
-        stops: tokens that end a completion, asked for when completions have come.
+        ends: tokens that a completion which is not cut off ends in, asked for when completions have come.
     """
 
     name = "rollout_func"
     embedded = False
 
-    def __init__(self, function: Callable[..., Any], trainer: Any, stops: Callable[[], tuple[int, ...]]) -> None:
-        self._function, self._trainer, self._stops = function, trainer, stops
+    def __init__(self, function: Callable[..., Any], trainer: Any, ends: Callable[[], tuple[int, ...]]) -> None:
+        self._function, self._trainer, self._ends = function, trainer, ends
 
     def generate(self, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Group]:
         """What the function gives.
@@ -77,7 +77,7 @@ class FunctionEngine:
         written = self._numbers(found, "env_mask", number, len(ids), torch.bool)
         finish = found["finish"][number] if found.get("finish") is not None else None
         if finish is None:
-            finish = "stop" if int(ids[-1]) in self._stops() else "length"
+            finish = "stop" if int(ids[-1]) in self._ends() else "length"
         if finish not in ("stop", "length"):
             raise RolloutError(f"rollout_func returned {finish!r} in 'finish'; expected stop or length.")
         own = {name: values[number] if isinstance(values, (list, tuple)) else values for name, values in fields.items()}

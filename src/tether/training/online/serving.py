@@ -73,10 +73,12 @@ class Served:
         self, serving: Serving, passes: Passes, requests: Sequence[RolloutRequest], sampling: Sampling
     ) -> None:
         self._passes, self._own = passes, None
-        self._begun: dict[str, float] = {}
+        self._with_context: dict[str, float] = {}
         accelerator, policy = passes.accelerator, passes.model()
         self._main = accelerator.is_main_process
-        url, run = self._from_main(lambda: (serving.url or self._start(serving), f"tether-{secrets.token_hex(4)}"))
+        url, run = self._from_main(
+            lambda: (serving.url or self._start(serving, sampling), f"tether-{secrets.token_hex(4)}")
+        )
         options = RemoteOptions(
             url=url, concurrency=serving.concurrency, timeout=serving.timeout, tolerance=serving.tolerance, retries=2
         )
@@ -92,7 +94,7 @@ class Served:
                 return score_alone(policy, pack(examples).to(device))
 
         self._follows = Follows(self.engine, scored, rows, allowed)
-        self._begun = self.bring()  # the first rollout's log has it
+        self._with_context = self.bring()  # the first rollout's log has it
 
         def at_once(batch: ScoringBatch) -> torch.Tensor:
             if not sampling.penalises:
@@ -104,8 +106,11 @@ class Served:
             raise RolloutError(
                 f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
                 f"trainer's (allowed {allowed:.0e}), and those of prompts do not. Start it with --logprobs-mode "
-                "processed_logprobs, so that they are of the distribution that tokens are drawn from."
+                + ("raw_logprobs" if sampling.cuts else "processed_logprobs")
+                + ", so that they are of the distribution at the temperature, before any cut."
             )
+        if sampling.pattern is not None:
+            logger.info("rollouts: completions are held to a regular expression; ratios correct for it")
         sent = self.engine.sent[-1].kind if self.engine.sent else "weights"
         logger.info(
             f"rollouts: vllm engine at {url}, at most {found.difference:.1e} nats from the trainer's log-probs, "
@@ -123,7 +128,7 @@ class Served:
         """
         step = int(getattr(self._passes.state(), "global_step", 0))
         if step == self.engine.version:
-            begun, self._begun = self._begun, {}
+            begun, self._with_context = self._with_context, {}
             return begun
         # The main process sends before any other asks.
         self._all(lambda: self.engine.sync(self._passes.model(), step) if self._main else None)
@@ -141,7 +146,7 @@ class Served:
             self._own.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, serving: Serving) -> str:
+    def _start(self, serving: Serving, sampling: Sampling) -> str:
         policy, folder = self._passes.model(), exchange_folder()
         lora = lora_alone(policy)
         logger.info(f"rollouts: starting a vLLM server with {serving.python}; its log is {serving.log}")
@@ -155,6 +160,7 @@ class Served:
             serving.memory,
             serving.devices,
             serving.timeout,
+            sampling.cuts,
         )
         self._own, self._folder = VLLMServer(folder, options, serving.log), folder
         return self._own.url

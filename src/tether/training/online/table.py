@@ -72,10 +72,11 @@ class CompletionsTable(TrainerCallback):
         last: gives them; None where none were sampled yet.
         folder: of the run.
         shown: how many are printed, drawn by the step; None: all.
+        unique: one of each prompt is printed.
     """
 
-    def __init__(self, last: Any, folder: Path, shown: int | None) -> None:
-        self._last, self._folder, self._shown = last, folder / FOLDER, shown
+    def __init__(self, last: Any, folder: Path, shown: int | None, unique: bool = False) -> None:
+        self._last, self._folder, self._shown, self._unique = last, folder / FOLDER, shown, unique
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """One file, and one table."""
@@ -88,22 +89,25 @@ class CompletionsTable(TrainerCallback):
         about = {"rewards": json.dumps(list(found.rewards)), "group": str(found.group)}
         parquet.write_table(pa.table(found.columns(state.global_step)).replace_schema_metadata(about), whole)
         whole.replace(path)
-        table = as_table(found, state.global_step, self._shown)
+        table = as_table(found, state.global_step, self._shown, unique=self._unique)
         if table is not None:
             console().print(table)
 
 
-def as_table(found: Completions, step: int, shown: int | None = None) -> Panel | None:
+def as_table(found: Completions, step: int, shown: int | None = None, *, unique: bool = False) -> Panel | None:
     """For a terminal; text is shown as it is, without markup.
 
     Args:
         found: the completions.
         step: in the title; which are drawn is a function of it.
         shown: the most rows; None: all; 0: no table.
+        unique: of each prompt the first completion alone may be one of them.
     """
-    count = len(found.prompts)
-    places = list(range(count))
-    if shown is not None and shown < count:
+    places = list(range(len(found.prompts)))
+    if unique:
+        # From the back, so that the first stays.
+        places = sorted({text_of(found.prompts[k]): k for k in reversed(places)}.values())
+    if shown is not None and shown < len(places):
         places = sorted(random.Random(step).sample(places, shown))
     if not places:
         return None

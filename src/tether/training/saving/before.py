@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ def _check_folder(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not a folder" if not there.is_dir() else "cannot be written"
         raise ConfigError(f"is '{folder}', and '{there}' {why}. Name a folder that results can go to.", "output_dir")
+    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    try:
+        for place in missing[-1:]:
+            place.mkdir(exist_ok=True)
+            with suppress(OSError):  # another process of the run may be at it, too
+                place.rmdir()
+    except OSError as error:
+        why = f"it cannot be made: {error.strerror}"
+        raise ConfigError(f"is '{folder}', and {why}. Name a folder that results can go to.", "output_dir") from error
 
 
 def _check_hub(args: TrainingArguments) -> None:

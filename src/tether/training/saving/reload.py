@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.compute.cpu_matmul import compute_by_products
-from tether.compute.memory import room_for_another
+from tether.compute.memory import give_back, room_for_another
 from tether.errors import ConfigError, TetherError
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.adapting.rewritten import is_rewritten
 from tether.models.load import is_adapter
 from tether.models.spec import ModelSpec
@@ -74,6 +74,7 @@ class ReloadProof:
         Raises:
             TetherError: they are different models, or the folder cannot be loaded.
         """
+        give_back()
         place, reason = _place(policy, folder), reason or _no_room(policy)
         with torch.random.fork_rng(devices=[]):  # a random head that is loaded over
             base = None if reason else self._base(policy, place)
@@ -116,7 +117,7 @@ class ReloadProof:
             return None
         if not is_adapter(place):
             return "no adapter lies in the folder itself: several have names of their own"
-        config = PeftConfig.from_pretrained(str(place))
+        config = adapter_config(place)
         if not config.base_model_name_or_path:
             return "the base of the adapter was made in memory and has no name"
         try:

@@ -34,13 +34,14 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
         main: whether this process writes there; the others hold nothing.
 
     Raises:
-        ConfigError: another run has it.
+        ConfigError: another run has it, or a file in it is a link.
     """
     place = folder.resolve()
     if not main or place in _HELD:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_links(folder)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,6 +60,16 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
         finally:
             _HELD.discard(place)
             file.truncate(0)
+
+
+def _refuse_links(folder: Path) -> None:
+    """What a run writes replaces its own files; a link among them would have it write elsewhere."""
+    links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.is_dir())
+    if links:
+        raise ConfigError(
+            f"{links[0]} is a link to {links[0].readlink()}, and a run that writes there would change what it leads "
+            "to. Remove the link, or write to another folder."
+        )
 
 
 class StoppedError(TetherError):

@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 # Beside the checkpoints, on their file system, so that a rename is one operation.
 _BESIDE = ".writing"
 _NAME = re.compile(r"checkpoint-\d+")
+# Endings of files that libraries look for in a checkpoint, in place of those that they wrote.
+_READ = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".index.json")
 # Seconds between attempts to save on a full disk, where somebody may free some.
 _PAUSES = (5.0, 20.0, 60.0)
 _READERS = 4
@@ -134,18 +136,24 @@ def damage(folder: Path) -> str:
     try:
         files: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["files"]
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"has a {MANIFEST} that cannot be read"
+    inside = folder.resolve()
     for name, (size, _) in sorted(listed.items()):
         file = folder / name
         if not file.is_file():
             return f"lacks {name}"
+        if inside not in file.resolve().parents:
+            return f"has {name}, which is not in it but at {file.resolve()}"
         if file.stat().st_size != size:
             return f"has {file.stat().st_size} bytes in {name} where {size} were written"
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: _digest(folder / name), sorted(listed))
         different = [name for name, digest in zip(sorted(listed), found, strict=True) if digest != listed[name][1]]
-    return f"has other bytes in {different[0]} than were written" if different else ""
+    if different:
+        return f"has other bytes in {different[0]} than were written"
+    foreign = [name for name in _names(folder) if name not in listed and name.endswith(_READ)]
+    return f"has {foreign[0]}, which was not written with it, and which a library may read" if foreign else ""
 
 
 def require_whole(folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from tether.compat.messages import EMBEDDINGS_SAVED
 from tether.errors import TetherError
+from tether.masking import masked_values
 from tether.models.adapters import write_active
 from tether.models.adapting.beside import shared_by_hand, write_beside
 from tether.models.adapting.rewritten import write_plain
@@ -48,12 +49,9 @@ def whole_save(
     with warnings.catch_warnings(), settings.in_place(), generation_as_it_is(model, folder, write=args.should_save):
         # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
         warnings.filterwarnings("ignore", EMBEDDINGS_SAVED)
-        # transformers writes its arguments beside the model, the login to the hub among them.
-        token, args.hub_token = args.hub_token, None
-        try:
+        # transformers writes its arguments beside the model.
+        with without_secrets(args):
             yield _with_shared(model, state)
-        finally:
-            args.hub_token = token
     if not args.should_save:
         return
     write_active(model, folder)
@@ -62,6 +60,17 @@ def whole_save(
         write_plain(model, folder)
     elif state != {}:
         require_written(model, folder)
+
+
+@contextmanager
+def without_secrets(args: TrainingArguments) -> Iterator[None]:
+    """Inside, arguments have no login to the hub, and no name, password or key in addresses."""
+    given = vars(args).copy()
+    vars(args).update(masked_values(given))
+    try:
+        yield
+    finally:
+        vars(args).update(given)
 
 
 def _with_shared(model: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

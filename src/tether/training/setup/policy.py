@@ -1,9 +1,8 @@
-"""What a trainer's constructor asks before and while it loads: arguments, meaning, sources, adapters."""
+"""What a trainer's constructor asks before and while it loads: arguments, sources, adapters."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -16,7 +15,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tether.compat.accelerate import SIZES
+from tether.compat.launcher import SIZES, number
 from tether.data import text_tokenizer
 from tether.data.images.sizes import use_sizes
 from tether.errors import ConfigError, ScoringError
@@ -88,9 +87,9 @@ def default_arguments(model: str | Path | nn.Module, wanted: type[PreferenceConf
 
 def _require_one_run(args: PreferenceConfig) -> None:
     """Several processes that a launcher started must be one run, or each trains alone and writes the same folder."""
-    started = max((int(os.environ[name]) for name in _PROCESSES if os.environ.get(name, "").isdigit()), default=1)
+    started = max(number(name, 1) for name in _PROCESSES)
     if started > 1 and args.world_size == 1:
-        name = next(name for name in _PROCESSES if os.environ.get(name, "") == str(started))
+        name = next(name for name in _PROCESSES if number(name, 1) == started)
         raise ConfigError(
             f"{started} processes were started ({name}), and each would be a run of its own that writes the folder "
             f"{args.output_dir!r}. Start them with `torchrun --nproc_per_node {started}` or `accelerate launch`, or "
@@ -216,6 +215,7 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
             _refuse_second_adapter(model)
         return
     spec = policy_spec(model, args)
+    spec.require_device()
     if args.reference is None and ref_model is None:
         for folder in (model, spec.adapter):
             if folder is not None:

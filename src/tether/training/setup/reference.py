@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from tether.compat.deepspeed import inference_engine
 from tether.compat.transformers import commit_of
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy, load_tokenizer
-from tether.models.adapters import in_one_way
+from tether.models.adapters import adapter_config, in_one_way
 from tether.models.adapting.beside import refuse_brought
 from tether.models.fingerprint import model_fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
@@ -74,6 +74,8 @@ def declared_meaning(args: PreferenceConfig, ref_model: Any) -> Meaning:
         raise ConfigError(
             "ref_model_init_kwargs was given without a ref_model that is named by a string. Leave them out."
         )
+    if not args.needs_reference:
+        return "none"
     return args.reference or ("start" if ref_model is None else "model")
 
 
@@ -206,7 +208,7 @@ def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module 
 
 def _require_same_base(folder: Path, policy: nn.Module) -> None:
     """Say so when an adapter was made for another model than the policy's; a moved folder is no proof of it."""
-    theirs = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    theirs = adapter_config(folder).base_model_name_or_path
     ours = source_of(policy)
     if theirs and theirs != ours:
         logger.warning(f"reference: the adapter {folder} was made on {theirs!r} and the policy comes from {ours!r}")

@@ -82,6 +82,11 @@ class Given:
     data_collator: Any = None
     given_optimizer: bool = False
 
+    @property
+    def source_name(self) -> str:
+        """Where the policy comes from."""
+        return str(self.model) if isinstance(self.model, (str, Path)) else source_of(self.model)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -149,8 +154,7 @@ def build_run(
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
     args = _arguments(given, algorithm_class.config)
-    model, ref_model = given.model, given.ref_model
-    source_name = str(model) if isinstance(model, (str, Path)) else source_of(model)
+    model, ref_model, source_name = given.model, given.ref_model, given.source_name
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
     check_policy(model, ref_model, args, given.peft_config)
     meaning = declared_meaning(args, ref_model)
@@ -169,10 +173,9 @@ def build_run(
     prove = _Prover(algorithm, args, source, accelerator)
     layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
     router = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
-    padded, whole = layout != "tree", algorithm.needs.whole_batch
-    budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=padded)
-    if args.disable_dropout:
-        prove.determinism(policy, probe)
+    whole = algorithm.needs.whole_batch
+    budget = choose_budget(args.max_tokens_per_forward, args, policy, coupled=whole, padded=layout != "tree")
+    prove.determinism(policy, probe)
     spec = reference_spec(args, meaning, ref_model, policy, source_name, text_tokenizer(tokenizer), before)
     with working("proving the reference"):
         resolved = resolve(spec, policy, probe, scorer, lambda other: prove(other, "reference ")[1])
@@ -180,8 +183,20 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    more = reference, line, stored, FrozenProbe.of(reference, probe), proof, settings, prove.again
-    return Run(algorithm, data, source, probe, layout, scorer, prove.exact, budget, router, *more)
+    scoring = probe, layout, scorer, prove.exact, budget, router
+    return Run(
+        algorithm,
+        data,
+        source,
+        *scoring,
+        reference=reference,
+        line=line,
+        stored=stored,
+        as_made=FrozenProbe.of(reference, probe),
+        proof=proof,
+        settings=settings,
+        prove_again=prove.again,
+    )
 
 
 def _rows(
@@ -290,11 +305,13 @@ class _Prover:
         return self._accelerator.autocast() if self._args.attention_backend in HALF else nullcontext()
 
     def determinism(self, policy: nn.Module, probe: ScoringBatch) -> None:
-        """With dropout disabled, training mode must compute what evaluation mode does.
+        """Where dropout is disabled, training mode must compute what evaluation mode does.
 
         Raises:
             ConfigError: it does not.
         """
+        if not self._args.disable_dropout:
+            return
         packed = self._algorithm.measures.packed
         with torch.no_grad(), self._accelerator.autocast():
             policy.train()

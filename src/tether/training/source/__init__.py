@@ -1,4 +1,4 @@
-"""Where the batches of a run come from: rows in memory, or a stream of them."""
+"""Where the batches of a run come from: rows in memory, a stream of them, or rollouts."""
 
 from tether.training.source.base import Source
 from tether.training.source.rows import RowSource

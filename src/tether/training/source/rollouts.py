@@ -134,7 +134,8 @@ class RolloutSource(Source):
         if longest:
             lengths = torch.tensor([len(ids) for ids in self.rows["prompt_ids"]])
             found.insert(0, example_from_row(self.rows[int(lengths.argmax())]))
-        seen = torch.cat([example.prompt_ids for example in found])
+        # A token that stands for a part of an image would ask for one.
+        seen = torch.cat([_text_ids(example) for example in found])
         generator = torch.Generator().manual_seed(0)
 
         def drawn() -> Tensor:
@@ -143,7 +144,7 @@ class RolloutSource(Source):
 
         values = {"advantage": torch.zeros(2), "weight": torch.ones(2)}
         return [
-            Example(one.prompt_ids, (drawn(), drawn()), one.source_row, completion_values=values)
+            Example(one.prompt_ids, (drawn(), drawn()), one.source_row, images=one.images, completion_values=values)
             for one in found[:count]
         ]
 
@@ -193,7 +194,7 @@ class RolloutSource(Source):
         def request(place: int, branches: range) -> RolloutRequest:
             prepared = example_from_row(rows[place])
             row = raw[prepared.source_row]
-            return RolloutRequest(prepared.prompt_ids, prepared.source_row, branches, number, row)
+            return RolloutRequest(prepared.prompt_ids, prepared.source_row, branches, number, row, prepared.images)
 
         requests = tuple(tuple(request(*one) for one in share) for share in shares)
         return Wanted(requests, number, group, conversational)
@@ -269,8 +270,20 @@ class RolloutSource(Source):
             path = folder / f"rollout-{self._shape.process}.safetensors"
             if not path.is_file():
                 raise ConfigError(f"{folder} lacks {path.name}: resume with as many processes as the run had.")
-            self._held = self.epoch * (len(self) // self._shape.rounds) + number, _examples(load_file(path))
+            examples = [self._with_images(batch) for batch in _examples(load_file(path))]
+            self._held = self.epoch * (len(self) // self._shape.rounds) + number, examples
         return self.epoch
+
+    def _with_images(self, batch: list[Example]) -> list[Example]:
+        """Images are in no checkpoint: they are read again from the rows."""
+        if "images" not in self.rows.column_names:
+            return batch
+        places = {source: place for place, source in enumerate(self.rows["source_row"])}
+        return [replace(one, images=example_from_row(self.rows[places[one.source_row]]).images) for one in batch]
+
+
+def _text_ids(example: Example) -> Tensor:
+    return example.prompt_ids if example.images is None else example.prompt_ids[example.images.token_types == 0]
 
 
 class _Loader:

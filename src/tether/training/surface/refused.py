@@ -26,11 +26,13 @@ _REFERENCE = (
 )
 _METRICS = "Pass `compute_metrics`, or return further metrics in the `LossOutput` of an algorithm's `loss`"
 _GENERATION = "Generate in a callback (`tether.trl.LogCompletionsCallback` does), or with `tether.evaluate`"
+_ROLLOUT = "Sample in a `rollout_func`, or give an `engine` of your own; docs/rollouts.md has both"
+_REWARDS = "Pass `reward_funcs`, which may name `log_metric` and `log_extra`; docs/rewards.md shows what they are given"
 _LABELS = "There are no labels and no padding; see `tether.types.ScoringBatch` for what a batch holds"
 
-# Methods that TRL's trainers of pairs, labels, texts and rewards call, in 1.16 and in earlier versions, and that
-# transformers calls where `evaluation_loop` and `training_step` are its own. A subclass that has one of them expects to
-# be called.
+# Methods that TRL's trainers of pairs, labels, texts, rewards and sampled completions call, in 1.16 and in earlier
+# versions, and that transformers calls where `evaluation_loop` and `training_step` are its own. A subclass that has one
+# of them expects to be called.
 NEVER_CALLED: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -47,6 +49,9 @@ NEVER_CALLED: dict[str, str] = {
             "simpo_loss",
             "get_batch_metrics",
             "_compute_reward",
+            "get_gamma_weights",
+            "get_high_entropy_mask",
+            "get_off_policy_mask",
         ),
         _LOSS,
     ),
@@ -57,6 +62,7 @@ NEVER_CALLED: dict[str, str] = {
             "_get_batch_logps",
             "_concatenated_forward",
             "_forward",
+            "_get_per_token_logps_and_entropies",
             "concatenated_forward",
             "concatenated_inputs",
             "compute_logps",
@@ -72,6 +78,7 @@ NEVER_CALLED: dict[str, str] = {
             "_prepare_non_packed_dataloader",
             "_prepare_packed_dataloader",
             "_tokenize",
+            "_tokenize_prompts",
             "build_tokenized_answer",
             "process_row",
             "tokenize_row",
@@ -85,18 +92,32 @@ NEVER_CALLED: dict[str, str] = {
     **dict.fromkeys(
         (
             "_precompute_ref_logps",
+            "compute_ref_log_probs",
             "compute_reference_log_probs",
             "get_reference_log_probs",
             "null_ref_context",
         ),
         _REFERENCE,
     ),
+    **dict.fromkeys(
+        (
+            "_generate",
+            "_generate_and_score_completions",
+            "_generate_single_turn",
+            "_get_tool_suffix_ids",
+            "_tool_call_loop",
+        ),
+        _ROLLOUT,
+    ),
+    **dict.fromkeys(("_calculate_rewards", "_log_completion_extra", "_log_metric"), _REWARDS),
     **dict.fromkeys(("store_metrics", "prediction_step", "preprocess_logits_for_metrics"), _METRICS),
     **dict.fromkeys(
         ("generate_from_model", "generate_from_model_and_ref", "get_batch_samples_and_generate"), _GENERATION
     ),
     **dict.fromkeys(("_shift_right", "_pad_across_processes", "_nested_gather"), _LABELS),
 }
+
+_MEMBERS = "tether.training.surface.members"
 
 # Arguments of TRL's and transformers' trainers, in 1.16 and before, that have no place here.
 _CONFIGURATION = "it is a field of the configuration: {config}({name}=…)"
@@ -147,20 +168,21 @@ _PASSED_ON = ("optimizer_cls_and_kwargs",)
 
 def refuse_overrides(trainer: object) -> None:
     """Refuse a method that its author expects to be called and that never is: of a subclass, or put on a trainer or a
-    class of this package from outside.
+    class of this package from outside. A trainer's class may know further ones (`never_called`).
 
     Raises:
         ConfigError: with the method and the way to do it here.
     """
+    never = {**NEVER_CALLED, **getattr(type(trainer), "never_called", {})}
     for owner in (trainer, *type(trainer).__mro__):
         if owner is Trainer:
             return
         for name, value in vars(owner).items():
-            if name in NEVER_CALLED and value is not None:
+            # What Tether has under that name is there for a script to call.
+            if name in never and value is not None and getattr(value, "__module__", None) != _MEMBERS:
                 kind = owner if isinstance(owner, type) else type(owner)
                 raise ConfigError(
-                    f"{kind.__name__}.{name} would never be called, since Tether has no such step. "
-                    f"{NEVER_CALLED[name]}."
+                    f"{kind.__name__}.{name} would never be called, since Tether has no such step. {never[name]}."
                 )
 
 
