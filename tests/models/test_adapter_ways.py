@@ -133,14 +133,15 @@ def test_a_base_is_compared_whatever_wrote_into_it(tmp_path):
     assert base_fingerprint(with_lora(), None) is None
 
 
-def test_a_zero_adapter_is_told_by_its_layers():
+@pytest.mark.parametrize(("dtype", "held"), [(torch.float32, 1e-3), (torch.bfloat16, 5.0)])
+def test_a_zero_adapter_is_told_by_its_layers(dtype, held):
     """A layer that holds something on tokens that no probe has, or that acts by more than it is given alone."""
-    policy = with_lora()
+    policy = with_lora().to(dtype)
     assert acting_layer(policy) == ""
     with torch.no_grad():
-        next(p for name, p in policy.named_parameters() if "lora_B" in name)[0, 0] = 1e-3
+        next(p for name, p in policy.named_parameters() if "lora_B" in name)[0, 0] = held
     assert "q_proj' already holds something" in acting_layer(policy)
-    activated = with_lora(alora_invocation_tokens=[5, 6])
+    activated = with_lora(alora_invocation_tokens=[5, 6]).to(dtype)
     assert "acts by what is in a row" in acting_layer(activated)
     assert acting_layer(tiny_model()) == ""
     with pytest.raises(ReferencePolicyError, match="acts by what is in a row"):

@@ -24,8 +24,11 @@ from tether.models.structure import (
 
 # Tokens that a layer is called with by itself.
 _FEW = 8
-# Roundings by which two right computations of a layer may differ: a rotation by the identity is not exact.
-_ROUNDINGS = 64
+# Roundings by which two right computations of a layer may differ: a rotation by the identity is not exact. In half
+# precision that many would be half of an output.
+_ROUNDINGS, _OF_HALF = 64, 8
+# How much stronger noise must be there to be seen above them.
+_LOUDER = 100.0
 
 
 def learnt_for_some_tokens(policy: nn.Module) -> str:
@@ -53,7 +56,7 @@ def acting_layer(policy: nn.Module) -> str:
         now = {path: _output(layer, inputs[path]) for path, layer in layers.items()}
         with adapters_off(policy):
             without = {path: _output(layer, inputs[path]) for path, layer in layers.items()}
-        with perturbed(policy):
+        with perturbed(policy, _LOUDER if _is_half(dtype_of(policy)) else 1.0):
             moved = {path: _output(layer, inputs[path]) for path, layer in layers.items()}
     unmoved = ""
     for path, layer in layers.items():
@@ -104,8 +107,12 @@ def _differ(first: Tensor, second: Tensor) -> bool:
     """Whether two outputs differ by more than a different order of the same sums explains."""
     if first.shape != second.shape:
         return True
-    size = second.abs().max().item()
-    return not (first - second).abs().max().item() <= _ROUNDINGS * torch.finfo(second.dtype).eps * max(size, 1e-30)
+    size, roundings = second.abs().max().item(), _OF_HALF if _is_half(second.dtype) else _ROUNDINGS
+    return not (first - second).abs().max().item() <= roundings * torch.finfo(second.dtype).eps * max(size, 1e-30)
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return torch.finfo(dtype).bits < 32
 
 
 def _adds_nothing(layer: Any) -> bool:
