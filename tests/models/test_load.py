@@ -165,6 +165,16 @@ def test_a_source_is_checked_without_loading(folder: Path):
         check_source("../gpt2")
 
 
+def test_kernels_that_a_configuration_names_are_not_fetched(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for own in ({"attn_implementation": "kernels-community/x"}, {"text_config": {"_attn_implementation": "a/b"}}):
+        (folder / "config.json").write_text(json.dumps({**config, **own}))
+        with pytest.raises(ConfigError, match=r"names kernels of a repository .*code that would be fetched and run"):
+            load_policy(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    assert load_policy(folder).config.num_hidden_layers == config["num_hidden_layers"]
+
+
 def test_tensors_of_other_shapes_and_pointers_of_git_lfs_are_named(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2 * config["hidden_size"]}))

@@ -116,6 +116,8 @@ def load_policy(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, attn=attn_implementation, **model_kwargs
         )
     try:
+        if not trust_remote_code:
+            _refuse_named_kernels(source, PreTrainedConfig.get_config_dict(folder, revision=revision)[0])
         config = AutoConfig.from_pretrained(folder, **options)
         _check_head(source, config.architectures)
         if attn_implementation is not None:
@@ -139,6 +141,23 @@ def load_policy(
     model, report = loaded
     _check_complete(source, report["missing_keys"])
     return model
+
+
+def _refuse_named_kernels(source: str | Path, values: dict[str, Any]) -> None:
+    """A model's configuration may name a repository of kernels, which transformers would fetch and run.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _refuse_named_kernels(source, value)
+        elif name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise ConfigError(
+                f"The configuration of '{source}' names kernels of a repository (`{name}`: {value!r}), code that would "
+                "be fetched and run. Take the line out, or, if you trust it, set trust_remote_code (in a run file "
+                "`model.trust_remote_code: true`)."
+            )
 
 
 @contextmanager
