@@ -82,10 +82,10 @@ def test_the_first_epoch_fills_the_store_and_later_ones_run_no_reference(kind, t
         scored = live.score
         live.score = lambda batch, scored=scored, calls=calls: calls.append(batch) or scored(batch)
         run.train()
-        # The start check and the frozen probe each score the live reference once.
+        # The check that it is as it was made, the start check and the frozen probe score the live reference once each.
         counts.append((run.run.reference.forwards, run.run.reference.computed, len(calls)))
         losses.append(step_logs(run))
-    assert counts == [(4, 28, 6), (0, 0, 2)]
+    assert counts == [(4, 28, 7), (0, 0, 3)]
     np.testing.assert_allclose(losses[0], step_logs(plain), atol=1e-6)
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-6)
     assert losses[0][0] == pytest.approx(math.log(2), abs=1e-5)

@@ -127,7 +127,7 @@ def test_images_that_reach_another_row_are_caught(family, monkeypatch):
     examples = [examples[0], replace(examples[0], images=other_image(examples[0].images))]
     with torch.no_grad():
         right = score(model, pack(examples)).token_logps
-        monkeypatch.setattr(vision, "_joined", _images_in_another_order(vision._joined))
+        monkeypatch.setattr(vision, "joined_images", _images_in_another_order(vision.joined_images))
         wrong = score(model, pack(examples)).token_logps
     assert (right - wrong).abs().max() > 1e-2
     with pytest.raises(ScoringError, match=r"tree layout.* refused"):

@@ -109,7 +109,8 @@ def test_an_own_loss_that_returns_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(NEVER_CALLED))
 def test_a_method_that_is_never_called_is_refused(name, tmp_path):
-    assert not hasattr(DPOTrainer, name) or hasattr(transformers.Trainer, name)
+    # One is there for a script to call, and no run calls it.
+    assert not hasattr(DPOTrainer, name) or hasattr(transformers.Trainer, name) or name == "compute_ref_log_probs"
     own = type("Own", (DPOTrainer,), {name: lambda self, *args: None})
     below = type("Below", (own,), {})
     for kind in (own, below):
