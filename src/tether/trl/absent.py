@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -62,21 +64,27 @@ def refuse_name(module: str, name: str) -> Exception:
     return AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
-class _AbsentModules(MetaPathFinder):
+class _AbsentModules(MetaPathFinder, Loader):
     """Says of a module of TRL that is not here where its names are; asked last, when nobody has found it."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Refuse it.
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Of a module of this package, one whose import is refused; who only looks for it gets no error."""
+        return ModuleSpec(fullname, self) if fullname.startswith(f"{_PACKAGE}.") else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Refuse the import.
 
         Raises:
-            ModuleNotFoundError: it would be one of this package.
+            ModuleNotFoundError: always.
         """
-        if fullname.startswith(f"{_PACKAGE}."):
-            raise ModuleNotFoundError(
-                f"There is no module {fullname}. TRL's names are in one place here, `from {_PACKAGE} import …`, its "
-                f"rewards in {_PACKAGE}.rewards; of its experimental trainers there are cpo, kto, online_dpo and orpo.",
-                name=fullname,
-            )
+        raise ModuleNotFoundError(
+            f"There is no module {spec.name}. TRL's names are in one place here, `from {_PACKAGE} import …`, its "
+            f"rewards in {_PACKAGE}.rewards; of its experimental trainers there are cpo, kto, online_dpo and orpo.",
+            name=spec.name,
+        )
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Never called."""
 
 
 sys.meta_path.append(_AbsentModules())
