@@ -54,7 +54,7 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 def test_each_kind_of_adapter_trains_and_loads_in_plain_peft(kind: str, workplace: Any, tether: Tether) -> None:
     """INV-1, 5, 38."""
     section, written, method = KINDS[kind]

@@ -263,7 +263,7 @@ def made(name, folder, url, **changes):
     ("store", "checkpointing"), [(False, True), (True, False)], ids=["live-checkpointing", "store-plain"]
 )
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(2)
 def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing, tmp_path):
     """INV-2, 15: by every method, also when a full store let the weights go; nothing else that a run does moves it."""
     late = Dataset.from_list(pair_rows(30)[20:])

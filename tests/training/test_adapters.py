@@ -93,7 +93,7 @@ def require_same_scores(run, again):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT, of every norm that is not torch's
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(2)
 def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, tmp_path):
     """INV-1, 2, 4, 5, 38: in plain peft on the base from disk."""
     policy().save_pretrained(tmp_path / "base")

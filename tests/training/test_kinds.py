@@ -35,7 +35,7 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else nam
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(1)
 def test_one_gradient_for_every_split_of_a_step(kind, tmp_path):
     """INV-25, 41: 8 x 1 equals 4 x 2 and 1 x 8, with uneven lengths and a last step that is not full."""
     runs = []
@@ -61,7 +61,7 @@ def test_one_gradient_for_every_split_of_a_step(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 def test_a_token_budget_changes_nothing(kind, tmp_path):
     """INV-25: a batch of 8 in one forward, and split into several of at most 150 tokens."""
     runs = []

@@ -78,7 +78,7 @@ def _wanted(made):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_it_trains_resumes_and_replays(loss, tmp_path):
     settings = {"rewards": sometimes, "loss_type": loss, "num_generations": 4, "num_iterations": 2, "max_steps": 4}
     settings |= {"save_strategy": "steps", "save_steps": 1}

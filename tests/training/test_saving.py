@@ -81,7 +81,7 @@ def require_same(model, run, atol=1e-5):
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", ["lora", "dora_bias", "prefix"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_what_trains_beside_an_adapter_is_saved_resumed_continued_and_merged(kind, base, tmp_path, caplog):
     """By plain PEFT, by Tether's loader, from a checkpoint, and again when the adapter is continued without it."""
     config = {
@@ -218,7 +218,7 @@ REWRITING = {
 
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA:UserWarning")  # PEFT's own conversion cannot do it
 @pytest.mark.parametrize("kind", REWRITING)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_an_adapter_that_rewrote_its_base_is_saved_as_plain_lora(kind, base, tmp_path):
     """It loads on the base as it was, whatever is drawn meanwhile; and a run goes on from it exactly."""
     run = trainer(

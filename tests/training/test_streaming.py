@@ -93,7 +93,7 @@ def trained(trainer, **resume):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 def test_a_stream_gives_the_batches_of_a_set_in_memory(kind, tmp_path):
     """INV-34: with an unusable row among them, the last step of a pass not full, and a second pass."""
     in_memory = trained(trainer_of(tmp_path / "memory", kind, stream=False))

@@ -59,7 +59,7 @@ def losses(run):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("adapter", "method"), [(False, "snapshot"), (True, "adapter_off"), (True, "snapshot")])
 @pytest.mark.parametrize("family", VISION)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpointing, tmp_path):
     """INV-1, 2, 5, 15: ln 2 at step 1 in the tree layout, with one image, two, and images of several sizes."""
     run = trainer(
