@@ -158,6 +158,16 @@ def test_noise_in_a_packed_row_is_refused(tmp_path):
         trainer(tmp_path, tiny_model("llama", **SIZES), neftune_noise_alpha=5.0, scoring_layout="tree")
 
 
+def test_a_policy_in_a_data_parallel_is_named_as_that(tmp_path):
+    with pytest.raises(ConfigError, match=r"in a torch\.nn\.DataParallel.*torchrun"):
+        DPOTrainer(
+            torch.nn.DataParallel(tiny_model()),
+            args=DPOConfig(output_dir=str(tmp_path), **QUIET),
+            train_dataset=pair_rows(4),
+            processing_class=tiny_tokenizer(),
+        )
+
+
 @pytest.mark.parametrize("device", ["cuda:7", "mps", "xla", "hpu"])
 def test_a_device_that_is_not_here_is_named_before_weights_are_read(device, tmp_path):
     if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == device.partition(":")[0]:

@@ -206,6 +206,11 @@ def processing_of(source: str | Path, args: PreferenceConfig, given: Any = None)
 def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config: PeftConfig | None) -> None:
     """Refuse, before weights are read, a policy that cannot be loaded as is said, or in which nothing could train."""
     if not isinstance(model, (str, Path)):
+        if isinstance(model, nn.DataParallel):
+            raise ConfigError(
+                "The policy is in a torch.nn.DataParallel, whose copies nothing here could prove. Give the model "
+                "itself (`model.module`), and start a process for each device: `torchrun --nproc_per_node N`."
+            )
         if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
             raise ConfigError(
                 "model_init_kwargs or a quantization_config was given with models in memory, which they cannot change. "
