@@ -132,11 +132,9 @@ def load_policy(
                 **options,
                 **model_kwargs,
             )
-    except _LOADING_ERRORS as error:
-        raise _loading_error("model", source, error) from error
-    except RuntimeError as error:  # memory that is full is one, too
-        if _OTHER_SHAPES not in str(error):
-            raise
+    except (*_LOADING_ERRORS, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _OTHER_SHAPES not in str(error):
+            raise  # such as memory that is full
         raise _loading_error("model", source, error) from error
     model, report = loaded
     _check_complete(source, report["missing_keys"])
