@@ -336,7 +336,7 @@ def test_no_reference_runs_no_reference(tmp_path, monkeypatch):
     run = trainer(tmp_path, max_steps=2, reference_check_steps=0)
     calls.clear()
     run.train()
-    assert len(calls) == 4 + 4  # two steps with a reference, and the guards before the first
+    assert len(calls) == 4 + 3  # two steps with a reference, and the guards before the first
 
 
 @pytest.mark.sweep(1)

@@ -351,7 +351,14 @@ def _check_folder(path: Path) -> None:
         _check_head(path, json.loads(config.read_text(encoding="utf-8")).get("architectures"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"'{config}' is not JSON ({error}). Copy the model's config.json again.") from error
-    if any(path.glob("*.safetensors")):
+    weights = sorted(path.glob("*.safetensors"))
+    for file in weights:
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS)) == _LFS:
+                raise ConfigError(
+                    f"'{file}' is a pointer of Git LFS and not the weights. Get them there with `git lfs pull`."
+                )
+    if weights:
         return
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     raise ConfigError(
@@ -424,14 +431,7 @@ def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigErr
         )
     if _OTHER_SHAPES in str(error):
         reason = "tensors in its files have other shapes than its config.json says (they are listed above)."
-    folder = Path(source).expanduser()
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            if opened.read(len(_LFS)) == _LFS:
-                return ConfigError(
-                    f"'{file}' is a pointer of Git LFS and not the weights. Get them there with `git lfs pull`."
-                )
-    if folder.exists():
+    if Path(source).expanduser().exists():
         return ConfigError(f"The {kind} in '{source}' cannot be loaded: {reason} Allowed: {ALLOWED}.")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     advice = (

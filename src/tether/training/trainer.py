@@ -133,8 +133,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             )
             return self.accelerator
 
-        own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
         data = train_dataset, eval_dataset, processing_class
+        own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
         more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
         given = Given(model, ref_model, args, *data, *more)
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
@@ -383,16 +383,18 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         shard_reference(run.reference.live, self.accelerator)
         if self._resumed is not None and state.global_step < state.max_steps:
             read_window(self, self._resumed, self._sums)
+        # Weights that were cut into shards since then may also have been given another dtype.
+        fresh = state.global_step == 0 and not run.proof.updates and engine is None and not is_sharded(self.policy)
+        unmoved = run.as_made if fresh else None
+        if unmoved is not None:
+            unmoved.check(0)
         if state.global_step == 0:
             updates = run.proof.updates
-            # Weights that were cut into shards since then may also have been given another dtype.
-            if run.as_made is not None and not updates and engine is None and not is_sharded(self.policy):
-                run.as_made.check(0)
             self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
         if self.is_world_process_zero():
             write_reports(self.run_folder, run.data.reports)
-        return FrozenProbe.of(run.reference, run.probe)
+        return unmoved or FrozenProbe.of(run.reference, run.probe)
 
     def _prove_layout(self, updates: int) -> None:
         self.run.prove_again(self.policy, updates)

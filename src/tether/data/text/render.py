@@ -126,17 +126,18 @@ def render(
 def _require_steady(records: Sequence[Preference], rows: Sequence[Rendered], write: Writer) -> None:
     """Refuse a template that writes a prompt in another way each time, such as one with the time of day: no text then
     begins with its prompt. The first row of that kind decides."""
-    for record, row in zip(records, rows, strict=True):
-        if not row.round_trips:
-            again = write([(record, cast(Messages, record.prompt), opening(record))])[0]
-            if again != row.prompt:
-                place = shared_length(row.prompt, again)
-                raise DataError(
-                    f"{write.name}: row {row.source_row + 1}: the chat template wrote the prompt twice in two ways "
-                    f"({row.prompt[place : place + 20]!r} and {again[place : place + 20]!r}), so no answer can be told "
-                    "from its prompt. Set a template that writes neither the time of day nor anything random."
-                )
-            return
+    odd = next((pair for pair in zip(records, rows, strict=True) if not pair[1].round_trips), None)
+    if odd is None:
+        return
+    record, row = odd
+    again = write([(record, cast(Messages, record.prompt), opening(record))])[0]
+    if again != row.prompt:
+        place = shared_length(row.prompt, again)
+        raise DataError(
+            f"{write.name}: row {row.source_row + 1}: the chat template wrote the prompt twice in two ways "
+            f"({row.prompt[place : place + 20]!r} and {again[place : place + 20]!r}), so no answer can be told from "
+            "its prompt. Set a template that writes neither the time of day nor anything random."
+        )
 
 
 def _with_turns(row: Rendered, own: Sequence[_Text], write: Writer, closings: Closings, turns: Turns) -> Rendered:

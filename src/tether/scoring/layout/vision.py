@@ -47,11 +47,8 @@ def padded_images(model: PreTrainedModel, batch: ScoringBatch, inputs: dict[str,
     for row, images in enumerate(repeated):
         if images is not None:
             types[row, : len(images.token_types)] = images.token_types
-    found = {
-        **inputs,
-        **joined_images(repeated, types),
-    }  # positions are the model's own, which it derives from the images
-    return found
+    # Positions are the model's own, which it derives from the images.
+    return {**inputs, **joined_images(repeated, types)}
 
 
 def images_alone(batch: ScoringBatch) -> list[dict[str, Tensor]]:

@@ -73,7 +73,7 @@ class Served:
         self, serving: Serving, passes: Passes, requests: Sequence[RolloutRequest], sampling: Sampling
     ) -> None:
         self._passes, self._own = passes, None
-        self._with_context: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
         accelerator, policy = passes.accelerator, passes.model()
         self._main = accelerator.is_main_process
         url, run = self._from_main(
@@ -94,7 +94,7 @@ class Served:
                 return score_alone(policy, pack(examples).to(device))
 
         self._follows = Follows(self.engine, scored, rows, allowed)
-        self._with_context = self.bring()  # the first rollout's log has it
+        self._begun = self.bring()  # the first rollout's log has it
 
         def at_once(batch: ScoringBatch) -> torch.Tensor:
             if not sampling.penalises:
@@ -128,7 +128,7 @@ class Served:
         """
         step = int(getattr(self._passes.state(), "global_step", 0))
         if step == self.engine.version:
-            begun, self._with_context = self._with_context, {}
+            begun, self._begun = self._begun, {}
             return begun
         # The main process sends before any other asks.
         self._all(lambda: self.engine.sync(self._passes.model(), step) if self._main else None)

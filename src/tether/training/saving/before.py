@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,18 @@ def _rewrites(policy: nn.Module) -> bool:
 
 
 def _check_folder(folder: Path) -> None:
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    places = [folder.absolute(), *folder.absolute().parents]
+    missing = list(takewhile(lambda place: not place.exists(), places))
+    there = places[len(missing)]
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not a folder" if not there.is_dir() else "cannot be written"
         raise ConfigError(f"is '{folder}', and '{there}' {why}. Name a folder that results can go to.", "output_dir")
-    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    if not missing:
+        return
     try:
-        for place in missing[-1:]:
-            place.mkdir(exist_ok=True)
-            with suppress(OSError):  # another process of the run may be at it, too
-                place.rmdir()
+        missing[-1].mkdir(exist_ok=True)
+        with suppress(OSError):  # another process of the run may be at it, too
+            missing[-1].rmdir()
     except OSError as error:
         why = f"it cannot be made: {error.strerror}"
         raise ConfigError(f"is '{folder}', and {why}. Name a folder that results can go to.", "output_dir") from error

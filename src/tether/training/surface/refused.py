@@ -117,8 +117,6 @@ NEVER_CALLED: dict[str, str] = {
     **dict.fromkeys(("_shift_right", "_pad_across_processes", "_nested_gather"), _LABELS),
 }
 
-_MEMBERS = "tether.training.surface.members"
-
 # Arguments of TRL's and transformers' trainers, in 1.16 and before, that have no place here.
 _CONFIGURATION = "it is a field of the configuration: {config}({name}=…)"
 REFUSED_ARGUMENTS: dict[str, str] = {
@@ -178,8 +176,9 @@ def refuse_overrides(trainer: object) -> None:
         if owner is Trainer:
             return
         for name, value in vars(owner).items():
-            # What Tether has under that name is there for a script to call.
-            if name in never and value is not None and getattr(value, "__module__", None) != _MEMBERS:
+            # What Tether itself has under such a name is there for a script to call.
+            own = (getattr(value, "__module__", None) or "").startswith("tether.")
+            if name in never and value is not None and not own:
                 kind = owner if isinstance(owner, type) else type(owner)
                 raise ConfigError(
                     f"{kind.__name__}.{name} would never be called, since Tether has no such step. {never[name]}."
