@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv, and installs again only when pyproject.toml or requirements.lock change.
 #
-#   make demo       tune a real language model on preferences and write its report (about 10 minutes on 2 cores)
+#   make demo       tune a real language model on preferences and write its report (4 to 20 minutes on 2 cores)
 #   make demo-grpo  GRPO on sums of two digits, with a reward that can be verified (about a minute)
 #   make test       tests and doctests            make check      format, lint, types, architecture
 #   make test-slow  the tests that take minutes   make parity     the comparison with TRL
