@@ -272,7 +272,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
     def _take_part(self, model: nn.Module) -> None:
         """Make the forwards of a micro-batch whose outcome nobody reads, for the others' sake."""
         batch = self.run.scored(self.run.probe)
-        self.run.reference.score(batch)
+        if self.run.algorithm.scores_reference:
+            self.run.reference.score(batch)
         self.run.scorer(model, batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -587,4 +588,4 @@ def _kept_steps(trainer: TetherTrainer) -> str:
     if not folder.is_dir():
         save_checkpoint(trainer)
     steps = trainer.state.global_step
-    return f" The {steps} steps before it are kept in {folder}: correct the row and resume from there."
+    return f" The {steps} steps before it are kept in {folder}: correct it and resume from there."
