@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tether.cli.heap import WITHOUT_CACHES
 
 # hidden size, layers, vocabulary, further keys of the run file
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -65,14 +68,14 @@ def write_case(folder: Path, name: str, *, weights: bool = True) -> Path:
 
 
 def measured_peak(run_file: Path) -> int:
-    """Bytes that a process held at most while it trained the run."""
+    """Bytes that a process held at most while it trained the run, with the heap that `tether train` begins with."""
     code = (
         "import sys; from pathlib import Path; from tether.cli.main import main; assert main(sys.argv[1:]) == 0; "
         "print([l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')][0].split()[1])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(run_file)], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, "train", str(run_file)]
+    environment = {**os.environ, "GLIBC_TUNABLES": WITHOUT_CACHES}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.split()[-1]) * 1024
 
 
