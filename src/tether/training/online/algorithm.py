@@ -36,7 +36,7 @@ from tether.training.online.config import OnlineConfig
 from tether.training.online.entropy import EntropyBonus, OnlineContext, highest_of
 from tether.training.online.experience import GIVEN, Experience, Plan, means_of
 from tether.training.online.function import FunctionEngine
-from tether.training.online.gain import standard_error
+from tether.training.online.reward_gain import standard_error
 from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData

@@ -10,7 +10,7 @@ from tether.errors import ConfigError
 from tether.objectives import Range
 from tether.objectives.online.correction import MODES, Correction, Mode
 from tether.training.config import PreferenceConfig
-from tether.training.declared import Whole, keywords, option, refused
+from tether.training.declaration import Whole, keywords, option, refused
 
 _BY_FILES = "weights reach the server by files on this machine, or as an adapter"
 # TRL's fields that are refused when they are set: what they must stay, and why.

@@ -23,7 +23,7 @@ from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
 from tether.training.algorithms.base import Passes
-from tether.training.online.gain import Progress, group_means
+from tether.training.online.reward_gain import Progress, group_means
 from tether.training.online.serving import Served, Serving
 from tether.training.online.table import Completions
 from tether.types import Example, ScoringBatch
