@@ -80,6 +80,17 @@ def test_a_reward_that_raises_is_named_and_the_run_goes_on_after_repair(sums: An
     assert "trained 3 steps" in err or (sums.path / "out" / "model.safetensors").is_file()
 
 
+def test_a_plan_has_the_whole_policy_while_shards_sample(sums: Any, tether: Tether) -> None:
+    def memory(*more: str) -> dict[str, int]:
+        code, out, err = tether("plan", "run.yaml", "--gpu", "80GiB", "--json", *more)
+        assert code == 0, err
+        return json.loads(out)["memory"]
+
+    one, cut = memory(), memory("--gpus", "2", "--fsdp")
+    assert cut["weights"] == one["weights"] // 2
+    assert cut["rollouts"] == one["rollouts"] + one["weights"]
+
+
 def test_a_wrong_signature_is_known_before_weights_load(sums: Any, tether: Tether) -> None:
     (sums.path / "mine.py").write_text("def short(completions, gold):\n    return []\n", encoding="utf-8")
     (sums.path / "model" / "model.safetensors").write_bytes(b"no weights")

@@ -22,6 +22,7 @@ from tether.rollout.proof import as_example, choose_engine, compare, with_penalt
 from tether.rollout.records import as_ids
 from tether.rollout.sample import draw, uniform
 from tether.scoring import pack, score, score_alone
+from tether.training.online.function import FunctionEngine
 from tiny import CONFIGS, FALLBACK, tiny_model
 from tiny_seq2seq import SEQ2SEQ, tiny_seq2seq
 
@@ -151,13 +152,27 @@ def test_a_policy_in_shards_is_whole_while_it_samples(process, engine, gives_up)
             found = shards.get(within, shards.get(within.replace("_proj.", "_proj.base_layer.")))
             found.to_local().copy_(value)
     assert ids_of(engine.generate(policy, requests(), SAMPLING)) == expected[1]
-    with gathered(policy), gathered(policy):
-        pass
+    with gathered(policy):
+        with gathered(policy):
+            pass
+        assert _cut(policy) == 0, "the inner one gives nothing up"
+    FunctionEngine(_writes_while(lambda: _cut(policy) == 0), None, tuple).generate(policy, requests(), SAMPLING)
     assert sampled > 8
     assert all(whole[:sampled]), "every weight is whole after every forward of a rollout"
     assert _cut(policy) == len(list(policy.parameters())), "and in shards again"
     after = [[group.post_forward_mesh_info for group in state._fsdp_param_groups] for state in states]
     assert after[1:] == held[1:], "the outermost one alone is changed by torch, at its first forward"
+
+
+def _writes_while(holds):
+    """A `rollout_func` of one token a completion."""
+
+    def function(prompts, trainer):
+        assert holds()
+        ids = [list(prompt) for prompt in PROMPTS for _ in range(4)]
+        return {"prompt_ids": ids, "completion_ids": [[2]] * len(ids), "logprobs": None}
+
+    return function
 
 
 def _cut(policy):

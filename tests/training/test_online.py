@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -796,6 +798,25 @@ def test_the_error_of_one_process_reaches_all():
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "second", "said"),
+    [
+        ("auto", "FSDP", False, "shards of FSDP's first version"),
+        ("vllm", "FSDP", True, "A vLLM server is sent whole weights"),
+        ("vllm", "DEEPSPEED", True, "A vLLM server is sent whole weights"),
+        ("auto", "FSDP", True, None),
+        ("auto", "DEEPSPEED", True, None),
+        ("vllm", "MULTI_GPU", False, None),
+    ],
+)
+def test_shards_that_nothing_could_gather_are_refused(engine, kind, second, said):
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=second, state=state)
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        tether.training.online.algorithm._check_shards(accelerator, engine)
 
 
 def test_an_evaluation_set_that_processes_cannot_share_evenly():

@@ -270,7 +270,9 @@ def _spread(memory: dict[str, int], policy: Sketch, place: Machine) -> dict[str,
         return {**memory, "gradients": 2 * memory["gradients"]}
     layers = max(getattr(transformers_model(policy.model).config.get_text_config(), "num_hidden_layers", 1), 1)
     shards = {name: -(-memory[name] // place.devices) for name in ("weights", "optimizer", "gradients", "reference")}
-    return {**memory, **shards, "gathered layers": 2 * policy.weights // layers}
+    # Each device has all weights while it samples, see `tether.reference.methods.shards.gathered`.
+    sampling = {"rollouts": memory["rollouts"] + policy.weights} if "rollouts" in memory else {}
+    return {**memory, **shards, **sampling, "gathered layers": 2 * policy.weights // layers}
 
 
 def _peak(memory: dict[str, int], place: Machine) -> int:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
+from tether.compat.accelerate import stage3_settings, uses_fsdp2
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
 from tether.models.structure import transformers_model
@@ -338,8 +341,13 @@ class Online(Algorithm[Scores]):
         return self._stops() if padding is None else (*self._stops(), padding)
 
     def attach(self, passes: Passes) -> None:
-        """Sample by the run's policy."""
+        """Sample by the run's policy.
+
+        Raises:
+            ConfigError: its weights will be in shards that cannot be gathered for what samples.
+        """
         assert self._experience is not None
+        _check_shards(passes.accelerator, self.args.rollout_engine)
         self._generation = transformers_model(passes.model()).generation_config
         plan = self._experience.plan
         self._experience.plan = replace(plan, sampling=replace(plan.sampling, stop_ids=self._stops()))
@@ -434,6 +442,21 @@ class Online(Algorithm[Scores]):
         names = ", ".join(one.name for one in self.rewards) or GIVEN
         said = f"{objective.row.name} ({options or 'no options'}): {objective.row.convention}"
         return f"objective: {said}; {kl}; rewards: {names}"
+
+
+def _check_shards(accelerator: Accelerator, engine: str) -> None:
+    by_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if by_fsdp and not uses_fsdp2(accelerator):
+        raise ConfigError(
+            "The policy would be in shards of FSDP's first version, which nothing gathers for sampling. Set "
+            "`version: 2` in `fsdp_config`, or `fsdp_version: 2` in accelerate's configuration."
+        )
+    by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if engine == "vllm" and (by_fsdp or (by_deepspeed and stage3_settings(accelerator) is not None)):
+        raise ConfigError(
+            "A vLLM server is sent whole weights, and no process has all of the policy's, which will be in shards "
+            "(FSDP, ZeRO-3). Sample with the engine auto, or train by DDP."
+        )
 
 
 def _reference(batch: ScoringBatch) -> Scores | None:

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from tether.errors import RolloutError
 from tether.models.structure import dtype_of, transformers_model
 from tether.reference import RemoteOptions
-from tether.reference.methods.shards import is_sharded
 from tether.rollout import RolloutRequest, Sampling
 from tether.rollout.proof import compare, with_penalty
 from tether.rollout.vllm_engine import Follows, VLLMEngine, proof_rows, told
@@ -76,11 +75,6 @@ class Served:
         self._passes, self._own = passes, None
         self._begun: dict[str, float] = {}
         accelerator, policy = passes.accelerator, passes.model()
-        if is_sharded(policy):
-            raise RolloutError(
-                "A vLLM server is sent whole weights, and no process has all of the policy's, which are in shards "
-                "(FSDP, ZeRO-3). Sample with the engine auto, or train by DDP."
-            )
         self._main = accelerator.is_main_process
         url, run = self._from_main(
             lambda: (serving.url or self._start(serving, sampling), f"tether-{secrets.token_hex(4)}")
