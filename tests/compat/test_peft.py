@@ -90,7 +90,8 @@ def test_what_set_peft_model_state_dict_would_set_is_listed_and_nothing_is_set(c
     model = get_peft_model(tiny_model(), config)
     saved = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = places.restored_tensors(model, saved, "default")
+    found, lost = places.restored_tensors(model, saved, "default")
+    assert lost == []
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     assert set(found) == trained
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

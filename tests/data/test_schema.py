@@ -64,10 +64,10 @@ def test_source_rows_count_from_0_and_parts_can_be_read() -> None:
 
 
 def test_columns_and_message_fields_that_are_not_read_are_listed() -> None:
-    named = {**assistant("A"), "weight": 2}
+    named = {**assistant("A"), "name": "Ann"}
     schema = check([pair([user("Hi")], [named], [assistant("B")], score=3, origin="web")])
     assert schema.unused_columns == ("score", "origin")
-    assert schema.message_fields == ("weight",)
+    assert schema.message_fields == ("name",)
 
 
 def test_a_missing_column_lists_what_was_found() -> None:

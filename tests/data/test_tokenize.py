@@ -22,7 +22,17 @@ from data.samples import (
     pair,
     user,
 )
-from tether.data import Encoder, Tokenized, chat_template, load_rows, preferences, read_preferences, render, tokenize
+from tether.data import (
+    Encoder,
+    Tokenized,
+    chat_template,
+    load_rows,
+    preferences,
+    prepare,
+    read_preferences,
+    render,
+    tokenize,
+)
 from tether.data.text import template_sandbox
 from tether.errors import DataError
 
@@ -92,6 +102,71 @@ def test_a_template_that_renders_the_prompt_otherwise_alone_ends_it_where_they_p
     assert text(tokenizer, ids.completion_ids[0]) == "I am a model.<|im_end|>"
     with pytest.raises(DataError, match="the template writes the prompt alone differently"):
         run(tokenizer, chat(), boundary="error")
+
+
+OPEN_END = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if not CLOSED %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ OPENING }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("left_open", "opening"),
+    [
+        ("loop.last", "'\n<|im_start|>assistant\n'"),
+        ("(loop.last and m['role'] == 'assistant')", "'<|im_start|>assistant\n'"),
+    ],
+    ids=["every last turn", "the last answer"],
+)
+def test_a_template_that_leaves_the_last_turn_open_is_scored_on_answers_alone(left_open: str, opening: str) -> None:
+    """What closes the question and opens the answer is the prompt's, and an answer ends as the others do."""
+    tokenizer = chat_tokenizer(OPEN_END.replace("CLOSED", left_open).replace("OPENING", opening))
+    [ids] = run(tokenizer, {"prompt": [user("Hi")], "chosen": [assistant("Yes")], "rejected": [assistant("No")]})
+    assert text(tokenizer, ids.prompt_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert [text(tokenizer, one) for one in ids.completion_ids] == ["Yes<|im_end|>", "No<|im_end|>"]
+    assert scored(tokenizer, TALK) == "One<|im_end|>Two<|im_end|>"
+
+
+TALK = [user("Hi"), assistant("One"), user("And"), assistant("Two")]
+
+
+def scored(tokenizer: PreTrainedTokenizerFast, talk: list[dict], turns: str = "assistant") -> str:
+    """The scored tokens of a conversation, as text."""
+    row = prepare([{"messages": talk}], tokenizer, kind="completion", turns=turns, max_length=None).dataset.with_format(
+        None
+    )[0]
+    pairs = zip(row["completion_ids"][0], row["scored"][0], strict=True)
+    return text(tokenizer, [one for one, told in pairs if told])
+
+
+def test_marks_that_leave_out_the_end_of_a_turn_leave_it_scored() -> None:
+    """A model that learns the words alone never stops."""
+    words = "{% generation %}{{ message['content'] }}{% endgeneration %}"
+    asked = "{% if message['role'] == 'assistant' %}" + words + "{% else %}{{ message['content'] }}{% endif %}"
+    marks = CHATML.replace("message['content'] + ", "}}" + asked + "{{ ").replace("+ }}", "}}")
+    tokenizer = chat_tokenizer(marks)
+    written = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert written == chat_tokenizer(CHATML).apply_chat_template(TALK, tokenize=False)
+    assert scored(tokenizer, TALK) == "One<|im_end|>Two<|im_end|>"
+
+
+@pytest.mark.parametrize(("flag", "off"), [("weight", 0), ("train", False), ("loss", False)])
+def test_a_message_that_is_not_trained_on_is_not(flag: str, off: object) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    talk = [TALK[0], {**TALK[1], flag: off}, *TALK[2:]]
+    assert scored(tokenizer, talk) == scored(tokenizer, TALK, "last") == "Two<|im_end|>"
+    with pytest.raises(DataError, match=rf"says that it is not trained on \(`{flag}`\).* set `turns` to `assistant`"):
+        prepare([{"messages": talk}], tokenizer, kind="completion", max_length=None)
+    alone = [talk[0], talk[1]]
+    with pytest.raises(DataError, match="every answer of `messages` says that it is not trained on"):
+        prepare([{"messages": alone}], tokenizer, kind="completion", turns="assistant", max_length=None)
+
+
+def test_a_share_of_a_turn_is_refused() -> None:
+    talk = [TALK[0], {**TALK[1], "weight": 0.5}]
+    with pytest.raises(DataError, match=r"has the weight 0.5; a turn is scored or not"):
+        prepare([{"messages": talk}], chat_tokenizer(CHATML), kind="completion", turns="assistant", max_length=None)
 
 
 # -- BOS and end of turn (INV-30) --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from policies import resolved, with_lora
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import model_fingerprint
-from tether.models.adapters import in_one_way, refuse_nameless_layers, rewrites_base
+from tether.models.adapters import continue_adapter, in_one_way, refuse_nameless_layers, rewrites_base, taken_out
 from tether.models.fingerprint import base_tensors, fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.structure import adapter_tensors, adapters_off
@@ -96,6 +97,32 @@ def test_layers_of_an_adapter_that_nothing_describes_are_refused():
     model = inject_adapter_in_model(lora(), tiny_model())
     with pytest.raises(ConfigError, match=r"layers of an adapter, such as model\.layers\.0\.self_attn\.q_proj, and no"):
         refuse_nameless_layers(model)
+
+
+def test_a_file_with_more_than_has_a_place_is_refused(tmp_path):
+    """PEFT passes over it silently: the adapter would be another one than was trained."""
+    in_one_way(injected("default")).save_pretrained(tmp_path)
+    whole = continue_adapter(tiny_model(), tmp_path)
+    assert isinstance(whole, PeftModel)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "target_modules": config["target_modules"][:1]}))
+    with pytest.raises(ConfigError, match=r"holds \d+ tensors that have no place in this model"):
+        continue_adapter(tiny_model(), tmp_path)
+
+
+def test_an_adapter_that_was_merged_into_its_base_is_beside_it_again():
+    model = in_one_way(injected("default"))
+    before, told = alone(model), dict(model.named_parameters())
+    values = {name: parameter.detach().clone() for name, parameter in told.items()}
+    model.merge_adapter()
+    assert any(not torch.equal(parameter, values[name]) for name, parameter in told.items())
+    assert taken_out(model) is model
+    torch.testing.assert_close(alone(model), before)
+    for name, parameter in told.items():
+        torch.testing.assert_close(parameter.detach(), values[name])
+    score_alone(model, BATCH).sum().backward()
+    assert all(parameter.grad is not None for parameter in told.values() if parameter.requires_grad)
 
 
 def test_adapters_of_two_kinds_are_refused():

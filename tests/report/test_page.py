@@ -320,6 +320,27 @@ def test_an_accuracy_that_misleads_is_no_good_verdict(last: dict[str, Any], verd
     assert _judged(tmp_path, **last).startswith(verdict)
 
 
+def test_an_accuracy_that_training_did_not_make_is_no_good_verdict(tmp_path: Path) -> None:
+    """On rows that were trained on; or, where nothing is compared with, as high as it was before."""
+    told = {"eval": {"kept": 64, "overlap": {"rows": 3, "prompts": 3, "train_rows": 100}}}
+    (tmp_path / "data.json").write_text(json.dumps(told))
+    assert _judged(tmp_path) == "good Above chance"
+    told["eval"]["overlap"]["rows"] = 100
+    (tmp_path / "data.json").write_text(json.dumps(told))
+    assert _judged(tmp_path) == "open Above chance, but 64 of its 64 rows were trained on"
+    (tmp_path / "data.json").unlink()
+    (tmp_path / "reference.json").write_text(json.dumps({"identity": {"meaning": "none"}}))
+    assert _judged(tmp_path) == "good Above chance"
+    (tmp_path / "evaluation.json").write_text("{}")
+    high = {"rewards/accuracies": 1.0}
+    lines = [{**STEP, "mean_token_accuracy": 0.4, **high}, {**STEP, "step": 40, **high}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = {"reward_accuracy": {"value": 0.95, "low": 0.9, "high": 1.0, "n": 64}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Above chance, but it was 1.000 in the first log already" in source
+
+
 def test_so_many_rows_tell_a_good_model_from_chance() -> None:
     """The measured basis of the limit on rows: how often an accuracy has an interval above one half, exactly."""
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Llama4TextConfig, TrainerCallback
 
 import tether.models.spec as specs
-from tether import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from tether import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from tether.errors import ConfigError, DataError
 from tether.models.before.limits import Limits, rotary_limit
 from tether.training.noise import sequence_noise
@@ -20,7 +21,18 @@ SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eo
 LONG = [{"prompt": "the film was good " * 12, "chosen": " good", "rejected": " bad"}]
 
 
-def trainer(folder, model, *, kind=DPOTrainer, config=DPOConfig, rows=None, evaluation=None, callbacks=None, **changes):
+def trainer(
+    folder,
+    model,
+    *,
+    kind=DPOTrainer,
+    config=DPOConfig,
+    rows=None,
+    evaluation=None,
+    callbacks=None,
+    reference_model=None,
+    **changes,
+):
     settings = {"max_steps": 1, **QUIET, "gradient_checkpointing": False, "dataset_cache": None, **changes}
     return kind(
         model=model if isinstance(model, torch.nn.Module) else str(model),
@@ -29,6 +41,7 @@ def trainer(folder, model, *, kind=DPOTrainer, config=DPOConfig, rows=None, eval
         eval_dataset=evaluation,
         processing_class=TOKENIZER,
         callbacks=callbacks,
+        **({} if reference_model is None else {"ref_model": reference_model}),
     )
 
 
@@ -58,6 +71,40 @@ def test_a_table_of_positions_is_a_limit_of_all_rows(where, saved, tmp_path):
 def test_ids_that_a_model_lacks_are_known_before_it_is_loaded(saved, tmp_path):
     with pytest.raises(DataError, match=r"the rows have the token id \d+, and Llama has 50 embeddings"):
         trainer(tmp_path / "run", saved("llama", vocab_size=50))
+
+
+def test_a_prompt_with_the_completion_of_another_row_is_a_row_too(saved, tmp_path):
+    """KTO's estimate of the KL divergence puts them together; neither row alone is too long."""
+    long, short = "the film was good " * 5, "the film "
+    rows = [
+        {"prompt": long, "completion": " good", "label": True},
+        {"prompt": short, "completion": " " + long.strip(), "label": False},
+    ]
+    folder = saved("gpt2", n_positions=30)
+    with pytest.raises(DataError, match=r"the longest sequence has 4\d tokens, and GPT2 has a table of 30 positions"):
+        trainer(tmp_path / "run", folder, kind=KTOTrainer, config=KTOConfig, rows=rows * 2)
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        trainer(tmp_path / "run", folder, kind=KTOTrainer, config=KTOConfig, rows=rows * 2, max_length=30)
+
+
+def test_another_model_that_is_the_reference_has_limits_of_its_own(saved, tmp_path):
+    policy = saved("gpt2", n_positions=128)
+    tiny_model("gpt2", **SIZES, n_positions=8).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match=r"for the reference model, .* GPT2 has a table of 8 positions"):
+        trainer(tmp_path / "run", policy, reference_model=str(tmp_path / "other"))
+    with pytest.raises(DataError, match=r"for the reference model, .* and Llama has 20 embeddings"):
+        trainer(tmp_path / "run", policy, reference_model=tiny_model("llama", **{**SIZES, "vocab_size": 20}))
+
+
+def test_virtual_tokens_of_an_adapter_that_is_continued_take_places(saved, tmp_path):
+    model = tiny_model("gpt2", **SIZES, n_positions=30)
+    saved("gpt2", n_positions=30)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=25)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DataError, match="tokens and 25 virtual ones before them, and GPT2 has a table of 30 positions"):
+        trainer(tmp_path / "run", tmp_path / "adapter", reference="start")
 
 
 def test_a_rotary_embedding_by_length_is_a_limit_wherever_it_is_said():

@@ -123,7 +123,8 @@ def test_peft_is_asked_what_it_would_restore_and_restores_nothing(base):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     file = {name: torch.full_like(tensor, 7.0) for name, tensor in get_peft_model_state_dict(model).items()}
     file[NORM], file["base_model.model.no.such.weight"] = torch.zeros(32), torch.zeros(1)
-    found = restored_tensors(model, file, "default")
+    found, lost = restored_tensors(model, file, "default")
+    assert lost == ["base_model.model.no.such.weight"]
     assert sorted(found) == sorted([NORM, *trainable_tensors(model)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     set_peft_model_state_dict(model, file, "default")

@@ -456,10 +456,11 @@ def test_a_retired_name_is_taken_or_refused(name, tmp_path, caplog):
     values |= {"ref_model_init_kwargs": {"dtype": "float32"}, "hub_model_id": "a/b"}
     if old.becomes is not None:
         value = values.get(old.becomes, 2)
-        assert getattr(DPOConfig(output_dir=str(tmp_path), **{name: value}), old.becomes) == value
+        kind = DPOConfig if old.becomes in DPOConfig.__dataclass_fields__ else tether.OnlineDPOConfig
+        assert getattr(kind(output_dir=str(tmp_path), **{name: value}), old.becomes) == value
         assert f"{name}: taken as {old.becomes}" in caplog.text
         with pytest.raises(ConfigError, match=f"{name} is the older name of {old.becomes}, which was given too"):
-            DPOConfig(output_dir=str(tmp_path), **{name: value, old.becomes: value})
+            kind(output_dir=str(tmp_path), **{name: value, old.becomes: value})
     elif old.advice:
         DPOConfig(output_dir=str(tmp_path), **{name: old.harmless})
         with pytest.raises(ConfigError, match=f"^{name} is 'something', and there is no such option any more: "):
@@ -485,6 +486,8 @@ def test_columns_that_change_the_loss_are_announced(name, tmp_path, caplog):
     line = next(line for line in caplog.messages if line.startswith("column"))
     assert line.startswith(f"column `{name}`: used; it ")
     assert "from 1 to 2, mean 1.5" in line
+    # Of held-out rows too, whose loss it changes as well.
+    assert any(line.startswith(f"eval: column `{name}`: used; it ") for line in caplog.messages)
     caplog.clear()
     trainer(tmp_path / "without")
     assert not any(line.startswith("column") for line in caplog.messages)
@@ -528,7 +531,9 @@ def test_processes_of_a_launcher_on_cpus_are_one_run(tmp_path):
     assert [(tmp_path / rank).read_text(encoding="utf-8") for rank in ("0", "1")] == ["2", "2"]
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize(
+    "name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"]
+)
 def test_processes_that_are_not_one_run_are_refused(name, tmp_path, monkeypatch):
     args = settings(tmp_path)
     assert args.world_size == 1
@@ -552,6 +557,9 @@ def test_processes_that_are_not_one_run_are_refused(name, tmp_path, monkeypatch)
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"}, "RANK is 2 .* the last one is 1"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2 and RANK is 1 .* MASTER_ADDR, where the processes meet"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE is 2 .* MASTER_ADDR"),
+        ({"RANK": "1"}, "RANK is 1 .* no variable such as WORLD_SIZE says how many: each would be a run of its own"),
+        ({"PMIX_RANK": "3"}, "PMIX_RANK is 3 .* other processes were started"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "LOCAL_RANK is 0 .* MASTER_ADDR, .* not set. Unset"),
     ],
 )
 def test_a_number_of_processes_that_no_launcher_set_is_told_as_that(variables, message, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
+from tether.training.saving.preflight import check_before_loading
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -88,8 +89,8 @@ TABLE: dict[str, Honoured | Refused | Elsewhere | Idle] = {
     "activation_checkpointing_kwargs": Honoured({"use_reentrant": False}, {"activation_checkpointing": True}),
     "gradient_checkpointing": Honoured(True),
     "gradient_checkpointing_kwargs": Honoured({"use_reentrant": False}, {"gradient_checkpointing": True}),
-    "torch_compile": Elsewhere("it needs a C++ compiler; tried on a GPU"),
-    "torch_compile_backend": Elsewhere("see torch_compile"),
+    "torch_compile": Honoured(True, {"torch_compile_backend": "aot_eager"}),  # inductor needs a C++ compiler
+    "torch_compile_backend": Honoured("aot_eager"),
     "torch_compile_mode": Elsewhere("see torch_compile"),
     "use_liger_kernel": Refused(True, "replace the model's forward"),
     "liger_kernel_config": Refused({"rope": True}, "replace the model's forward"),
@@ -239,6 +240,7 @@ def test_what_is_honoured_is_kept(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at what it traces
 @pytest.mark.parametrize("name", OF_KIND[Honoured])
 def test_what_is_honoured_trains(name, tmp_path):
     row = TABLE[name]
@@ -246,6 +248,23 @@ def test_what_is_honoured_trains(name, tmp_path):
     losses = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert run.state.global_step >= 1
     assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's compiler looks at what it traces
+def test_a_compiled_run_is_the_same_run(tmp_path):
+    """In training and in an evaluation, which traces other code. By a backend that needs no C++ compiler."""
+    plain, compiled = (
+        train(tmp_path / name, max_steps=2, **options)
+        for name, options in (("plain", {}), ("compiled", {"torch_compile_backend": "aot_eager"}))
+    )
+    assert compiled.args.torch_compile
+    for run in (plain, compiled):
+        run.evaluate()
+    names = ("loss", "grad_norm", "eval_loss", "eval_rewards/margins")
+    found = [[log[name] for log in run.state.log_history for name in names if name in log] for run in (plain, compiled)]
+    assert len(found[0]) == 6
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_KIND[Idle])
@@ -271,6 +290,45 @@ def test_the_newer_name_of_checkpointing_decides(tmp_path):
     assert (off.activation_checkpointing, off.gradient_checkpointing) == (False, False)
     on = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
     assert (on.activation_checkpointing, on.gradient_checkpointing) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1", "0.5"),
+        ({"optim": "adafactor", "adam_epsilon": 1e-6}, "adam_epsilon", "1e-06"),
+        ({"optim_target_modules": ["q_proj"]}, "optim_target_modules", "adamw"),
+        ({"optim_args": "momentum=0.9"}, "optim_args", "'momentum=0.9'"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,betas=2"}, "optim_args", "'betas=2'"),
+    ],
+)
+def test_options_that_the_optimizer_does_not_read_are_refused(options, field, words, tmp_path):
+    """Measured: with and without them the optimizer is made of the same."""
+    with pytest.raises(ConfigError, match=rf"{field} .*{words}.*does not read"):
+        check_before_loading(configuration(tmp_path, **options))
+    used = {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"}
+    for read in (used, {"adam_beta1": 0.5, "adam_epsilon": 1e-6}):
+        check_before_loading(configuration(tmp_path, **read))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("weight_decay", -0.1),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("adam_beta2", 1.0),
+        ("num_train_epochs", math.nan),
+        ("max_steps", 0),
+    ],
+)
+def test_numbers_that_would_train_otherwise_or_fail_late_are_refused(name, value, tmp_path):
+    """transformers grows weights by a decay below 0, and trains all epochs for 0 steps."""
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        configuration(tmp_path, **{name: value})
 
 
 def test_dispatching_batches_is_refused_and_other_settings_are_not(tmp_path):

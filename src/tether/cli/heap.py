@@ -17,7 +17,9 @@ from typing import Any
 
 WITHOUT_CACHES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 # The commands that train, or compute as much as that.
-TRAINS = frozenset(["train", "demo", "precompute", "sample", "dpo", "kto", "orpo", "cpo", "sft", "reward", "grpo", "rloo"])
+TRAINS = frozenset(
+    ["train", "demo", "precompute", "sample", "dpo", "kto", "orpo", "cpo", "sft", "reward", "grpo", "rloo"]
+)
 _SETTING, _BEGUN = "GLIBC_TUNABLES", "TETHER_HEAP_IS_SET"
 # Whoever sets one of these has chosen how memory is held.
 _CHOSEN = (_SETTING, "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")

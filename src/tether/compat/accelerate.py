@@ -15,7 +15,7 @@ from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
-from tether.compat.launcher import RANKS, SIZES, number, processes, require_numbers
+from tether.compat.launcher import OTHER_RANKS, OTHER_SIZES, RANKS, SIZES, number, processes, require_numbers
 from tether.errors import ConfigError
 
 
@@ -73,7 +73,10 @@ def require_launcher() -> None:
     """
     require_numbers()
     size = next((name for name in SIZES if number(name, 1) > 1), None)
-    if size is None or dist.is_initialized():
+    if dist.is_initialized():
+        return
+    if size is None:
+        _refuse_half()
         return
     count, rank = number(size, 1), next((name for name in RANKS if name in os.environ), None)
     start = "`torchrun --nproc_per_node N` or `accelerate launch`"
@@ -91,6 +94,23 @@ def require_launcher() -> None:
         raise ConfigError(
             f"{size} is {count} and {rank} is {os.environ[rank]} in the environment, and MASTER_ADDR, where the "
             f"processes meet, is not set. Start them with {start}, or set it; for a run of one process, unset {size}."
+        )
+
+
+def _refuse_half() -> None:
+    """Refuse what a launcher sets beside a number of processes where that number is missing or 1."""
+    above = next((name for name in (*RANKS, "LOCAL_RANK", *OTHER_RANKS) if number(name, 0) > 0), None)
+    counted = any(number(name, 1) > 1 for name in OTHER_SIZES)
+    if above is not None and not counted:
+        raise ConfigError(
+            f"{above} is {number(above, 0)} in the environment, so that other processes were started, and no variable "
+            "such as WORLD_SIZE says how many: each would be a run of its own. Start them with `torchrun "
+            f"--nproc_per_node N` or `accelerate launch`; for a run of one process, unset {above}."
+        )
+    if number("LOCAL_RANK", -1) >= 0 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            "LOCAL_RANK is 0 in the environment, as a launcher sets it, and MASTER_ADDR, where processes meet, is not "
+            "set. Unset LOCAL_RANK for a run of one process, or start it with `torchrun --nproc_per_node 1`."
         )
 
 

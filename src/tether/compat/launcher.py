@@ -9,14 +9,17 @@ import os
 
 from tether.errors import ConfigError
 
-# Where launchers say how many processes they started, and which one this is: as accelerate looks for them.
+# Where launchers say how many processes they started, and which one this is: as accelerate looks for them; and where
+# others do, which nothing here joins to one run: Slurm, Flux and IBM's jsrun, PMIx and Cray's PALS.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+OTHER_SIZES = ("SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
+OTHER_RANKS = ("PMIX_RANK", "PALS_RANKID", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # Numbers, of which torch, accelerate and transformers take most for such without asking, and the least each may be. A
 # rank of -1 is none.
 _LEAST = {
-    **dict.fromkeys((*SIZES, "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), 1),
-    **dict.fromkeys((*RANKS, "LOCAL_RANK"), -1),
+    **dict.fromkeys((*SIZES, "LOCAL_WORLD_SIZE", *OTHER_SIZES), 1),
+    **dict.fromkeys((*RANKS, "LOCAL_RANK", *OTHER_RANKS), -1),
     "MASTER_PORT": 0,
 }
 

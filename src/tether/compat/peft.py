@@ -156,8 +156,9 @@ def _without_injection(tuner: Any) -> Iterator[None]:
             del tuner.inject_adapter
 
 
-def restored_tensors(model: PeftModel, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
-    """Names of the model's tensors that PEFT would set from an adapter's file; nothing is set.
+def restored_tensors(model: PeftModel, tensors: Mapping[str, Tensor], adapter: str) -> tuple[list[str], list[str]]:
+    """Names of the model's tensors that PEFT would set from an adapter's file, and names that it would find no place
+    for and pass over; nothing is set.
 
     PEFT gives keys other names by rules of each kind of adapter and hands the result to `load_state_dict`, which is
     listened to here.
@@ -181,4 +182,5 @@ def restored_tensors(model: PeftModel, tensors: Mapping[str, Tensor], adapter: s
             del encoder.load_state_dict
     known = model.state_dict()
     virtual = [f"prompt_encoder.{adapter}.embedding.weight"] * ("prompt_embeddings" in found)
-    return [*(name for name in found if name in known), *virtual]
+    placed = [name for name in found if name in known]
+    return [*placed, *virtual], [name for name in found if name not in known and name != "prompt_embeddings"]

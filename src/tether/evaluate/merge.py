@@ -189,7 +189,7 @@ def _merged(model: PeftModel, named: NamedModel) -> nn.Module:
         with warnings.catch_warnings():
             # That embeddings are tied is taken care of above.
             warnings.filterwarnings("ignore", message=".*tie.*")
-            return tuner.merge_and_unload(safe_merge=True, adapter_names=list(model.active_adapters))
+            return _with_own_tensors(tuner.merge_and_unload(safe_merge=True, adapter_names=list(model.active_adapters)))
     except _REFUSALS as error:
         raise ConfigError(
             f"The adapter of '{named.name}' ({kind}) cannot be merged: {' '.join(str(error).split())}"
@@ -213,6 +213,19 @@ def _untie(model: PeftModel) -> None:
     if untied:
         for config in (base.config, base.config.get_text_config()):
             config.tie_word_embeddings = False
+
+
+def _with_own_tensors(model: Any) -> nn.Module:
+    """A model of which no layer shares a tensor with another, as replicated layers do, but where its class ties them:
+    such tensors cannot be written."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    kept, seen = {*tied, *tied.values()}, set[int]()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen and f"{path}.{name}" not in kept:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
+    return model
 
 
 def _write(

@@ -91,6 +91,17 @@ def in_one_way(model: nn.Module) -> nn.Module:
     return policy
 
 
+def taken_out(model: nn.Module) -> nn.Module:
+    """The model with adapters that were merged into their base (`merge_adapter`) beside it again: merged, they would
+    not train, while what is switched off and on would."""
+    merged = [layer for _, layer in tuner_layers(model) if getattr(layer, "merged", False)]
+    for layer in merged:
+        layer.unmerge()
+    if merged:
+        logger.info(f"adapter: was merged into its base in {len(merged)} layers, and is beside it again")
+    return model
+
+
 def refuse_nameless_layers(model: nn.Module) -> None:
     """Refuse a policy with layers of an adapter of which nothing says what it is, as it could never be loaded again.
 

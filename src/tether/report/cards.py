@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,8 @@ _FEW_STEPS = 10
 # Rows below which it is said that they are few: from 29 on, an accuracy that is three quarters in truth is told from
 # chance in at least four sets of five. By chance one is in at most 4 % of sets, whatever their size.
 _FEW_ROWS = 30
+# Share of held-out rows above which it is said that they were trained on: an accuracy is then too good by as much.
+_SHARED = 0.05
 
 
 def doubts_about(run: Run) -> list[tuple[str, str]]:
@@ -113,7 +116,23 @@ def doubts_about(run: Run) -> list[tuple[str, str]]:
     rows = as_number(result.get("n")) if isinstance(result, dict) else math.nan
     if rows < _FEW_ROWS:
         found.append((f"{number(rows)} rows are too few to tell", "open"))
-    return found
+    return [*found, *_known_before(run)]
+
+
+def _known_before(run: Run) -> Iterator[tuple[str, str]]:
+    """Why a result is none of training, or none of rows that were held out."""
+    for part in (part for name, part in run.data.items() if name.startswith("eval") and isinstance(part, dict)):
+        overlap, kept = part.get("overlap"), as_number(part.get("kept"))
+        shared = min(as_number(overlap.get("rows")), kept) if isinstance(overlap, dict) else math.nan
+        if shared > _SHARED * kept:
+            yield f"{number(shared)} of its {number(kept)} rows were trained on", "open"
+    identity = run.reference.get("identity")
+    if isinstance(identity, dict) and identity.get("meaning") == "none":  # else it begins with equal rewards
+        result = run.evaluation.get("reward_accuracy")
+        value = as_number(result.get("value")) if isinstance(result, dict) else run.last("eval_rewards/accuracies")
+        first = run.first("rewards/accuracies")
+        if first >= value:
+            yield f"it was {number(first, 3)} in the first log already", "open"
 
 
 def _value_card(run: Run, name: str, result: dict[str, Any]) -> Card:

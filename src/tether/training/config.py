@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,6 +57,12 @@ _DEBUG = (
     "transformers' detector stops at the output of the head, which is empty here since logits are never built; a loss "
     "or gradient that is not finite stops a run in any case. Leave it out"
 )
+# The least that numbers of TrainingArguments may be, of which transformers checks few, and those at odd places.
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
+    "num_train_epochs": 0,
+}
 # Fields of TrainingArguments that take a mapping, or one as JSON text.
 _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
 
@@ -444,11 +451,23 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             if isinstance(value := getattr(self, name, None), str) and value.startswith("{"):
                 setattr(self, name, keywords(name, value))
         self.remove_unused_columns = False
+        self._check_numbers()
         self._check_machine()
         require_launcher()
         if self.use_cpu and self.ddp_backend in (None, "gloo"):
             begin_group_on_cpu(self.ddp_timeout)
         super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise ConfigError(f"is {value!r}; it must be a number from {least} on.", name)
+        for name in ("adam_beta1", "adam_beta2"):
+            if isinstance(value := getattr(self, name), (int, float)) and value >= 1:
+                raise ConfigError(f"is {value!r}; it must be below 1.", name)
+        if self.max_steps == 0:
+            raise ConfigError("is 0, by which all epochs would be trained. Give -1, or 1 or more.", "max_steps")
 
     def _check_machine(self) -> None:
         """Refuse what cannot work, before transformers fails at it later or calls it by another name."""

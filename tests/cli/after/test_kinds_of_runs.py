@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cli.after.runs import Run
 from tether.cli.main import main
 from tether.config.model_names import named_model
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 EVAL = ("eval", "out", "--data", "held_out.jsonl", "--json")
 Ask = Callable[..., Any]
@@ -133,6 +133,23 @@ def test_tied_weights_that_an_adapter_writes_into_are_untied(trained: Any) -> No
     assert whole.config.tie_word_embeddings is False
     kept, before = (one.state_dict()["model.embed_tokens.weight"] for one in (whole, model))
     assert torch.equal(kept, before)
+
+
+def test_replicated_layers_are_merged_into_layers_of_their_own(tmp_path: Path) -> None:
+    """They share what they are copies of, which no file can hold."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    twice = LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM")
+    twice.init_lora_weights = False
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), twice).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "whole")]) == 0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert whole.config.num_hidden_layers == 3
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, adapted(ids).logits)
 
 
 def test_virtual_tokens_cannot_be_merged(trained: Any) -> None:

@@ -23,7 +23,7 @@ from datasets import Dataset
 
 from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, KINDS, TEXTS, VALUES, columns_to_read
 from tether.data.rows.conversion import fitting
-from tether.data.rows.shared import split_prompt, told
+from tether.data.rows.shared import split_prompt, told, untrained_by
 from tether.data.rows.values import (
     Faults,
     Form,
@@ -361,6 +361,8 @@ def _first_answer(messages: Messages) -> int:
 
 def _joint_faults(row: Mapping[str, Any], schema: Schema, turns: Turns) -> Iterator[str]:
     """Faults that show only when the fields of a row, each well formed, are seen together."""
+    if schema.form == "conversational":
+        yield from _flag_faults(row, schema, turns)
     if schema.whole:
         if turns != "all" and _first_answer(row["messages"]) in (0, len(row["messages"])):
             what = "begins with an" if row["messages"][0]["role"] == "assistant" else "has no"
@@ -373,6 +375,26 @@ def _joint_faults(row: Mapping[str, Any], schema: Schema, turns: Turns) -> Itera
         for part in parts if column == "completions" else (parts,):
             if isinstance(part, list) and part[-1]["role"] in ("user", "system", "tool"):
                 yield f"the last message of `{column}` is from the {part[-1]['role']}; it must be an answer"
+
+
+def _flag_faults(row: Mapping[str, Any], schema: Schema, turns: Turns) -> Iterator[str]:
+    """What messages say of themselves, that they are not trained on, where something else would be done."""
+    for column in ("messages",) if schema.whole else ("chosen", "rejected", "completion", "completions"):
+        parts = row.get(column, ())
+        for messages in parts if column == "completions" else (parts,):
+            own = [message for message in messages if message["role"] == "assistant"]
+            odd = [message["weight"] for message in own if message.get("weight") not in (None, 0, 1)]
+            if odd:
+                yield f"a message of `{column}` has the weight {odd[0]!r}; a turn is scored or not, which is 1 or 0"
+            flags = [flag for flag in map(untrained_by, own) if flag]
+            # Of pairs without a prompt, what both begin with is the prompt, which is not scored in any case.
+            if flags and turns == "all" and not schema.shared_prompt:
+                yield (
+                    f"a message of `{column}` says that it is not trained on (`{flags[0]}`), and all of it is scored; "
+                    "set `turns` to `assistant`, which leaves such messages out, or take the field away"
+                )
+            elif flags and len(flags) == len(own) and turns != "all":
+                yield f"every answer of `{column}` says that it is not trained on (`{flags[0]}`)"
 
 
 def _pair_faults(row: Mapping[str, Any], schema: Schema) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""What two completions begin with together, which is their prompt where rows have none. Called by `schema`."""
+"""What two completions begin with together, which is their prompt where rows have none; and what messages say of
+themselves. Called by `schema` and `turns`."""
 
 from __future__ import annotations
 
@@ -50,3 +51,18 @@ def _called(message: Mapping[str, Any]) -> list[Any]:
     if not isinstance(calls, list):  # of a row that is not checked yet
         return [calls]
     return [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]
+
+
+def untrained_by(message: Mapping[str, Any]) -> str:
+    """The field by which a message says of itself that it is not trained on; empty where it does not.
+
+    In the data of OpenAI it is `weight`, of Axolotl `train` or `training`, of ms-swift `loss`.
+
+    Example:
+        >>> untrained_by({"role": "assistant", "weight": 0}), untrained_by({"role": "assistant", "train": True})
+        ('weight', '')
+    """
+    weight, flags = message.get("weight"), ("train", "training", "loss")
+    if weight is not None and weight == 0:
+        return "weight"
+    return next((name for name in flags if message.get(name) is False), "")

@@ -121,7 +121,9 @@ class Closings:
         if ends:
             return Closing(tail, ends[-1], ends[-1])
         first = [self._first(text, passed) for text in (tail, inside)]
-        return Closing(tail, first[0], first[1] if first[0] else "", len(tail) if inside.startswith(tail) else 0)
+        # What only the next turn has may be its opening (GLM), or the end of this one, which the last one lacks.
+        open_ended = not first[0] and ("tool_calls" in answer or first[1] in self._openings(record))
+        return Closing(tail, first[0], "" if open_ended else first[1], len(tail) if inside.startswith(tail) else 0)
 
     def _first(self, text: str, passed: set[str]) -> str:
         return next((found.group() for found in self._controls.finditer(text) if found.group() not in passed), "")
@@ -143,7 +145,12 @@ class Closings:
         texts = [marked(self._write, record, [_ASK], opened) for opened in ("", "add_generation_prompt")]
         if texts[0] is None or texts[1] is None or texts[0].text != texts[1].text:
             return set()
-        heads = [*texts, marked(self._write, record, [{"role": "system", "content": "Be kind"}, _ASK])]
+        return self._openings(record)
+
+    def _openings(self, record: Preference) -> set[str]:
+        """Control tokens before the first text of a conversation."""
+        asked = [[_ASK], [{"role": "system", "content": "Be kind"}, _ASK]]
+        heads = [marked(self._write, record, messages) for messages in asked]
         before = [head.text[: _first_place(head)] for head in heads if head is not None and head.places]
         return set(self._controls.findall(min(before, key=len, default="")))
 

@@ -19,6 +19,7 @@ from tether.types import Messages, Preference
 
 Given = tuple[str, int, int]
 _MARK = re.compile("\ue010([0-9]+)\ue011")
+_WORD = re.compile(r"\w{2,}")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT_TAGS = re.compile(r"\s*</?think>\s*")
 # An answer without these is another one than was given.
@@ -102,6 +103,66 @@ def marked(
             found.places[int(mark)].append(length)
     found.text = "".join(pieces)
     return found
+
+
+def answer_start(
+    write: Writer,
+    record: Preference,
+    messages: Messages,
+    place: int,
+    text: str,
+    found: Marked | None = None,
+) -> int | None:
+    """Where in a rendered conversation an answer begins: where the prompt that asks for it ends.
+
+    Args:
+        write: the template.
+        record: the row.
+        messages: the conversation.
+        place: of the answer in it.
+        text: the conversation as it was written.
+        found: the same with marks, where it is there already.
+
+    Returns:
+        None where it cannot be told.
+    """
+    asked = write.attempt(record, messages[:place], "add_generation_prompt")
+    if asked is not None and text.startswith(asked):
+        return len(asked)
+    before = marked(write, record, messages[:place], "add_generation_prompt")
+    found = found or marked(write, record, messages)
+    if before is None or before.text != asked or found is None or found.text != text:
+        return None
+    # Earlier turns are written otherwise in the prompt; what follows the last of them is compared.
+    whole, prompt = found.end_before(place), before.end_before(place)
+    return whole + opening_length(text[whole : found.end(place)], before.text[prompt:], messages[place])
+
+
+def opening_length(between: str, asked: str, answer: Mapping[str, Any]) -> int:
+    """How much of what follows the last text before an answer opens it.
+
+    Args:
+        between: what the conversation has from there on, up to the end of the answer's own text or further.
+        asked: what the prompt has there.
+        answer: the message.
+
+    Example:
+        >>> opening_length("<end>\\nassistant: Yes", "\\nassistant: ", {"content": "Yes"})
+        17
+    """
+    shared = shared_length(between, asked)
+    if shared == len(asked):
+        return shared
+    # The turn before is closed otherwise, or not at all, in the prompt: its opening of the answer is looked for.
+    content = answer.get("content")
+    limit = between.rfind(content.strip()) if isinstance(content, str) and content.strip() else -1
+    limit = len(between) if limit < 0 else limit
+    for cut in range(len(asked)):
+        ending = asked[cut:]
+        inside_a_word = cut and asked[cut - 1].isalnum() and asked[cut].isalnum()
+        if not inside_a_word and _WORD.search(ending) and (at := between.find(ending, 0, limit)) >= 0:
+            return max(at + len(ending), shared)
+    return shared
 
 
 def lost_texts(messages: Messages, text: str) -> list[tuple[str, int]]:

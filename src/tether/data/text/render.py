@@ -10,17 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows.schema import Turns
 from tether.data.text.answer_end import Closings, cut_of, is_plainly_closed
-from tether.data.text.marks import UNUSABLE, lost_texts, marked, needs_marks, shared_length
+from tether.data.text.marks import (
+    UNUSABLE,
+    answer_start,
+    lost_texts,
+    marked,
+    needs_marks,
+    opening_length,
+    shared_length,
+)
 from tether.data.text.template import Writer, conversation, opening
 from tether.data.text.turns import Written, scored_spans
 from tether.errors import DataError
 from tether.types import Messages, Preference
+
+# What was asked of the template, and what it wrote.
+_Conversation = tuple[tuple[Preference, Messages, str], str]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Rendered:
         closed: for each text, whether the template ended it with an end-of-turn token; empty without a template.
         lost: what the row gives and the template does not write, see `marks`.
         fault: why the row cannot be used: a completion that is not written, or turns that cannot be told apart.
+        moved: the template writes the prompt otherwise alone, so that it is what the conversation has up to the answer.
     """
 
     prompt: str
@@ -52,15 +65,11 @@ class Rendered:
     closed: tuple[bool, ...] = ()
     lost: tuple[str, ...] = ()
     fault: Literal["unwritten", "turns"] | None = None
-
-    @property
-    def round_trips(self) -> bool:
-        """Whether every text begins with the prompt; templates that render it otherwise in a conversation exist."""
-        return all(text.startswith(self.prompt) for text in self.texts)
+    moved: bool = False
 
     @property
     def completions(self) -> tuple[str, ...]:
-        """What follows the prompt in each text; has a meaning only where `round_trips`."""
+        """What follows the prompt in each text; has a meaning only where they begin with it."""
         return tuple(text[len(self.prompt) :] for text in self.texts)
 
 
@@ -101,43 +110,71 @@ def render(
     closings = Closings(write)
     prompts = write([(r, cast(Messages, r.prompt), opening(r)) for r in records])
     whole = [(r, conversation(r, k), "") for r in records for k in range(len(r.completions))]
-    written = zip(whole, write(whole), strict=True)
-    rows = []
-    for record, prompt in zip(records, prompts, strict=True):
-        own = [_Text.of(record, next(written), prompt, write, closings) for _ in record.completions]
-        lost = {name for one in own for name in one.lost} if own else _lost(record, prompt, write)
-        row = Rendered(
-            prompt,
-            tuple(one.text for one in own),
-            record.source_row,
-            True,
-            True,
-            _whole(record),
-            record.values,
-            closed=tuple(one.closed for one in own),
-            lost=tuple(sorted(lost)),
-            fault="unwritten" if any(one.unwritten for one in own) else None,
-        )
-        rows.append(row if turns == "all" or row.fault else _with_turns(row, own, write, closings, turns))
-    _require_steady(records, rows, write)
+    written = iter(zip(whole, write(whole), strict=True))
+    rows: list[Rendered] = []
+    for record, alone in zip(records, prompts, strict=True):
+        texts = list(islice(written, len(record.completions)))
+        if not all(text.startswith(alone) for _, text in texts) and not any(row.moved for row in rows):
+            _require_steady(record, alone, write)
+        rows.append(_rendered(record, alone, texts, write, closings, turns))
     return rows
 
 
-def _require_steady(records: Sequence[Preference], rows: Sequence[Rendered], write: Writer) -> None:
+def _rendered(
+    record: Preference, alone: str, texts: Sequence[_Conversation], write: Writer, closings: Closings, turns: Turns
+) -> Rendered:
+    """One row, of its prompt as it is written alone and of its conversations."""
+    moved = not all(text.startswith(alone) for _, text in texts)
+    prompt = _prompt_within(texts, alone, write) if moved else alone
+    own = [_Text.of(record, text, prompt, write, closings) for text in texts]
+    lost = {name for one in own for name in one.lost} if own else _lost(record, prompt, write)
+    row = Rendered(
+        prompt,
+        tuple(one.text for one in own),
+        record.source_row,
+        True,
+        True,
+        _whole(record),
+        record.values,
+        closed=tuple(one.closed for one in own),
+        lost=tuple(sorted(name for name in lost if name.removeprefix("parts of ") not in lost - {name})),
+        fault="unwritten" if any(one.unwritten for one in own) else None,
+        moved=moved,
+    )
+    return row if turns == "all" or row.fault else _with_turns(row, own, write, closings, turns)
+
+
+def _require_steady(record: Preference, prompt: str, write: Writer) -> None:
     """Refuse a template that writes a prompt in another way each time, such as one with the time of day: no text then
-    begins with its prompt. The first row of that kind decides."""
-    odd = next((pair for pair in zip(records, rows, strict=True) if not pair[1].round_trips), None)
-    if odd is None:
-        return
-    record, row = odd
+    begins with its prompt."""
     again = write([(record, cast(Messages, record.prompt), opening(record))])[0]
-    if again != row.prompt:
-        place = shared_length(row.prompt, again)
+    if again != prompt:
+        place = shared_length(prompt, again)
         raise DataError(
-            f"{write.name}: row {row.source_row + 1}: the chat template wrote the prompt twice in two ways "
-            f"({row.prompt[place : place + 20]!r} and {again[place : place + 20]!r}), so no answer can be told from "
+            f"{write.name}: row {record.source_row + 1}: the chat template wrote the prompt twice in two ways "
+            f"({prompt[place : place + 20]!r} and {again[place : place + 20]!r}), so no answer can be told from "
             "its prompt. Set a template that writes neither the time of day nor anything random."
         )
+
+
+def _prompt_within(texts: Sequence[_Conversation], alone: str, write: Writer) -> str:
+    """The prompt of conversations that do not begin with it as it is written alone: what they have up to the answer, so
+    that nothing which others say, and no opening of a turn, counts as the answer. As it is where that is not found."""
+    if opening(texts[0][0][0]) != "add_generation_prompt":
+        return alone
+    found = set()
+    for (record, messages, _), text in texts:
+        place = len(record.prompt)
+        given = messages[place - 1]["content"]
+        said = given.strip() if isinstance(given, str) else ""
+        asked = alone.rfind(said) + len(said) if said else 0
+        if said in alone and asked and text.startswith(alone[:asked]):  # only what opens the answer is another
+            start = asked + opening_length(text[asked:], alone[asked:], messages[place])
+        else:
+            start = answer_start(write, record, messages, place, text)
+        found.add(None if start is None else text[:start])
+    (prompt,) = found if len(found) == 1 else (None,)
+    return alone if prompt is None else prompt
 
 
 def _with_turns(row: Rendered, own: Sequence[_Text], write: Writer, closings: Closings, turns: Turns) -> Rendered:
@@ -162,7 +199,7 @@ class _Text:
     def of(
         cls,
         record: Preference,
-        rendered: tuple[tuple[Preference, Messages, str], str],
+        rendered: _Conversation,
         prompt: str,
         write: Writer,
         closings: Closings,

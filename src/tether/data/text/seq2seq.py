@@ -48,14 +48,14 @@ def tokenize_seq2seq(rows: Sequence[Rendered], encoder: Encoder) -> list[Tokeniz
     for row, own in zip(rows, completions, strict=True):
         prompt = _between(ids[row.prompt], source)
         ended = encoder.all_ended(row, [_between(ids[text], (target[0], [])) for text in own])
-        dropped = None if row.round_trips else "boundary"
+        dropped = "boundary" if row.moved else None
         kind = "exact" if row.given_boundary else "shared"
         found.append(
             Tokenized(
                 prompt,
                 [completion for completion, _ in ended],
                 row.source_row,
-                kind if row.round_trips else "template",
+                "template" if row.moved else kind,
                 sum(added for _, added in ended),
                 dropped if prompt else "empty_prompt",
             )

@@ -159,7 +159,9 @@ class Encoder:
         return full[:1] if full[:1] == [self.tokenizer.bos_token_id] else []
 
     def _learned_end(self, template: str | None) -> int:
-        end = "" if template is None else Closings(Writer(self.tokenizer, template, self.name)).said.end
+        said = None if template is None else Closings(Writer(self.tokenizer, template, self.name)).said
+        # Of a template that leaves the last answer open, what ends the others.
+        end = "" if said is None else said.end or said.inside
         if end:
             return self.encode([end])[0][-1]
         eos = self.tokenizer.eos_token_id
@@ -206,8 +208,8 @@ def _row(
     kind: Literal["exact", "split", "shared", "template"] = "exact"
     if not row.given_boundary:
         kind, prompt = "shared", prompt[:shared]
-    elif shared < len(prompt):
-        kind = "split" if row.round_trips else "template"
+    elif shared < len(prompt) or row.moved:
+        kind = "template" if row.moved else "split"
         if boundary == "error":
             raise DataError(_boundary_message(row, prompt, shared, encoder))
         if boundary == "drop":
@@ -278,7 +280,7 @@ def _boundary_message(row: Rendered, prompt: list[int], shared: int, encoder: En
     end = encoder.tokenizer.decode(prompt[shared:])
     cause = (
         "tokens merge across the boundary; end the prompt where a token ends (move a trailing space to the completions)"
-        if row.round_trips
+        if not row.moved
         else "the template writes the prompt alone differently than in a conversation; set a template that does not"
     )
     return (

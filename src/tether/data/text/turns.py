@@ -3,7 +3,8 @@
 The conversation is rendered with marks behind every text, and up to each answer as the model is asked for it: an
 answer begins where that prompt ends, and ends with the end-of-turn token behind its own last text. The result is proved
 for every turn: it must hold all marks of its message and none of another one, or the row is not used. Of a template
-that marks itself what the assistant says (`{% generation %}`), only what it marks is scored.
+that marks itself what the assistant says (`{% generation %}`), only what it marks is scored, and the end behind it. A
+message that says that it is not trained on (`weight: 0`, `train: false`) is not scored.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tether.data.rows.schema import Turns
+from tether.data.rows.shared import untrained_by
 from tether.data.text.answer_end import Closings
-from tether.data.text.marks import Marked, marked, shared_length
+from tether.data.text.marks import Marked, answer_start, marked, shared_length
 from tether.data.text.template import Writer, opening
 from tether.types import Messages, Preference
 
@@ -65,6 +67,7 @@ class _Turns:
         """Of the scored turns; none where they cannot be told."""
         one = self.one
         places = [k for k, message in enumerate(one.messages) if message["role"] == "assistant" and k >= self.first]
+        places = [k for k in places if not untrained_by(one.messages[k])]
         places = places[-1:] if turns == "last" else places
         found = self._marked(places)
         if found is None:
@@ -76,7 +79,7 @@ class _Turns:
                 return ()
             spans.append(span)
         own = self.write.generated(one.record, one.messages)
-        return tuple(spans) if own is None else _within(own, spans)
+        return tuple(spans) if own is None else _within(own, spans, found)
 
     def _marked(self, places: Sequence[int]) -> Marked | None:
         """The conversation with its marks; with the fewest that tell, where all of them change what is written."""
@@ -109,18 +112,14 @@ class _Turns:
         if place == self.first:
             # It begins where the row's prompt ends, which may be inside a turn.
             return shared_length(one.prompt, one.text)
-        asked = self.write.attempt(one.record, one.messages[:place], "add_generation_prompt")
-        if asked is not None and one.text.startswith(asked):
-            return len(asked)
-        before = marked(self.write, one.record, one.messages[:place], "add_generation_prompt")
-        if before is None or before.text != asked:
-            return None
-        # Earlier turns are written otherwise in the prompt; what follows the last of them is compared.
-        whole, prompt = found.end_before(place), before.end_before(place)
-        return whole + shared_length(one.text[whole:], before.text[prompt:])
+        return answer_start(self.write, one.record, one.messages, place, one.text, found)
 
 
-def _within(parts: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Spans:
-    """What lies in both."""
-    both = ((max(part[0], span[0]), min(part[1], span[1])) for span in spans for part in parts)
+def _within(parts: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], found: Marked) -> Spans:
+    """What lies in both; up to its end of turn where marks hold a turn to its last word, as none is learnt without."""
+    texts = {place for places in found.places.values() for place in places}
+    both = []
+    for first, last in spans:
+        words = max((place for place in texts if first < place <= last), default=last)
+        both += [(max(start, first), last if words <= end < last else min(end, last)) for start, end in parts]
     return tuple((start, end) for start, end in both if end > start)

@@ -31,9 +31,32 @@ _BROUGHT: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictio
 
 
 def remember_brought(model: PeftModel, folder: Path, adapter: str) -> None:
-    """Keep in mind which tensors of the base an adapter has just brought with it, so that they are saved again."""
-    found = {name for name in _restored(model, folder, adapter) if name in _of_base(model)}
+    """Keep in mind which tensors of the base an adapter has just brought with it, so that they are saved again.
+
+    Raises:
+        ConfigError: see `refuse_lost`.
+    """
+    found = {name for name in refuse_lost(model, folder, adapter) if name in _of_base(model)}
     _BROUGHT[model] = _BROUGHT.get(model, set()) | found
+
+
+def refuse_lost(model: PeftModel, folder: Path, adapter: str) -> list[str]:
+    """Refuse an adapter that has just been loaded where its file holds tensors that PEFT has passed over.
+
+    Returns:
+        Names of the model's tensors that came from the file.
+
+    Raises:
+        ConfigError: there are such tensors: what was trained is not what was loaded.
+    """
+    placed, lost = restored_tensors(model, load_file(folder / WEIGHTS), adapter)
+    if lost:
+        raise ConfigError(
+            f"The adapter '{folder}' holds {len(lost)} tensors that have no place in this model, such as {lost[0]!r}: "
+            "what is loaded would be another adapter than was trained. Correct its adapter_config.json (such as "
+            "target_modules or modules_to_save), or name the base that it was made on."
+        )
+    return placed
 
 
 def refuse_brought(model: PeftModel, folder: Path) -> None:
@@ -124,7 +147,7 @@ def _lost(model: PeftModel, wanted: Mapping[str, Tensor], places: Mapping[str, P
 
 def _restored(model: PeftModel, folder: Path, adapter: str) -> list[str]:
     path = folder / WEIGHTS
-    return restored_tensors(model, load_file(path), adapter) if path.is_file() else []
+    return restored_tensors(model, load_file(path), adapter)[0] if path.is_file() else []
 
 
 def _brought(model: PeftModel) -> dict[str, Tensor]:

@@ -40,9 +40,22 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: flo
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # The backward runs outside autocast, so what autocast would do to each product is done here once.
     with torch.autocast(kind, enabled=False):
+        if torch.compiler.is_compiling():
+            return _traced(query.to(dtype), key.to(dtype), value.to(dtype), scaling, window)
         rows: Tensor = _Blocked.apply(query.to(dtype), key.to(dtype), value.to(dtype), scaling, window)  # type: ignore
     # Outside, as a view that a function of its own returns may not be changed in place by a model.
     return _as_heads(rows, query.shape[1] // key.shape[1])
+
+
+def _traced(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> Tensor:
+    """The same over the whole square: torch's compiler follows no tensor that is written into in parts."""
+    heads, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = (one.repeat_interleave(heads, 1) for one in (key, value))
+    places = torch.arange(keys, device=query.device)
+    distance = places[keys - queries :, None] - places
+    unseen = (distance < 0) | (distance >= window) if window else distance < 0
+    scores = (query * scaling) @ key.transpose(2, 3)
+    return scores.masked_fill(unseen, -torch.inf).softmax(-1) @ value
 
 
 class _Blocked(torch.autograd.Function):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
@@ -192,7 +193,7 @@ class Online(Algorithm[Scores]):
         """
         args, raw = self.args, data.rows_of(source.rows)
         check_signatures(self.rewards, raw.column_names, further=self._own_fields)
-        self._require_room(source.rows)
+        most = self._require_room([rows for rows, _ in data.sets])
         for name, (rows, _) in zip(data.reports, data.sets, strict=True):
             if rows is not source.rows:
                 require_even(name, len(rows), args.world_size)
@@ -222,7 +223,9 @@ class Online(Algorithm[Scores]):
             folder = Path(str(args.output_dir))
             shows = args.num_completions_to_print, args.log_unique_prompts
             shown.append(CompletionsTable(lambda: self.made.last, folder, *shows))
-        return RolloutSource(source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown)
+        return RolloutSource(
+            source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown, most
+        )
 
     def _read_images(self, processor: Any) -> None:
         """Sample by `generate`, and never a token that stands for a part of an image."""
@@ -263,10 +266,12 @@ class Online(Algorithm[Scores]):
         known = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
         return known | {"rewards": rewards, "rollout_seed": seed}
 
-    def _require_room(self, rows: Any) -> None:
-        """Refuse prompts after which the model has no place for a whole completion, before any weights load."""
+    def _require_room(self, sets: Sequence[Dataset]) -> int:
+        """Refuse prompts, of an evaluation too, after which the model has no place for a whole completion, before any
+        weights load; how long a completion may be."""
         context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
-        longest, most = max(map(len, rows["prompt_ids"])), self.args.max_completion_length
+        longest = max(len(ids) for rows in sets for ids in rows["prompt_ids"])
+        most = self.args.max_completion_length
         self._longest = longest
         if isinstance(context, int) and not self.model_config.is_encoder_decoder and longest + most > context:
             fits = f"max_prompt_length to {context - most} or less, or " if context - most > 1 else ""
@@ -275,6 +280,7 @@ class Online(Algorithm[Scores]):
                 f"{context} that the model has places for. Set {fits}max_completion_length to "
                 f"{max(1, context - longest)} or less."
             )
+        return most
 
     def _plan(self) -> Plan:
         args = self.args

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from yaml import YAMLError
 
 from tether.compat.trainer import steps_in_backward
@@ -33,6 +34,7 @@ from tether.training.saving.model_settings import invalid_generation
 logger = logging.getLogger("tether")
 _CARD = "README.md"
 _REHEARSAL = ".rehearsal-"
+_IDLE = "Leave it out, or take an optimizer that does."
 _BACKWARD = (
     "Such an optimizer steps inside the backward of each forward, and here a step is several forwards whose gradients "
     "add up (`max_tokens_per_forward`), is clipped, and is looked at before the update. Take an optimizer that steps "
@@ -47,6 +49,7 @@ def check_before_loading(args: TrainingArguments) -> None:
         ConfigError: the output folder cannot be written, or the hub cannot be pushed to; see also `check_optimizer`.
     """
     check_optimizer(args)
+    _refuse_idle(args)
     if args.should_save:
         _check_folder(Path(str(args.output_dir)))
     if args.push_to_hub:
@@ -68,6 +71,37 @@ def check_optimizer(args: TrainingArguments, optimizer: Any = None) -> None:
         raise ConfigError(f"is {name!r}. {_BACKWARD}", "optim")
     if steps_in_backward(optimizer):
         raise ConfigError(f"optimizers: a layer-wise optimizer was given, by hooks on the parameters. {_BACKWARD}")
+
+
+def _refuse_idle(args: TrainingArguments) -> None:
+    """Refuse options of an optimizer that the one of the run does not read: with and without them it is the same.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    whole = _optimizer(args)
+    if whole is None:
+        return
+    name = str(getattr(args.optim, "value", args.optim))
+    for field in ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules"):
+        usual = type(args).__dataclass_fields__[field].default
+        if getattr(args, field) != usual and _optimizer(args, field, usual) == whole:
+            raise ConfigError(f"is {getattr(args, field)!r}, which the optimizer {name} does not read. {_IDLE}", field)
+    given = str(args.optim_args or "").split(",") if args.optim_args else []
+    for one in given:
+        if _optimizer(args, "optim_args", ",".join(other for other in given if other != one)) == whole:
+            raise ConfigError(f"has {one.strip()!r}, which the optimizer {name} does not read. {_IDLE}", "optim_args")
+
+
+def _optimizer(args: TrainingArguments, field: str = "", value: Any = None) -> Any:
+    """What the run's optimizer is made of, with one option changed; None where only the model tells."""
+    changed = copy(args)
+    if field:
+        setattr(changed, field, value)
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(changed)
+    except (ValueError, TypeError, ImportError, RuntimeError):
+        return None
 
 
 def rehearse(

@@ -113,8 +113,8 @@ class RunData:
             **{name: value for name, value in self._of_conversations().items() if value is not None},
             name=name,
         )
+        prepared = self.arrange(prepared)  # rows may be longer by it, as KTO's get another row's completion
         self.check(name, arrow_table(prepared.dataset))
-        prepared = self.arrange(prepared)
         self.sets.append((prepared.dataset, data))
         self.reports[name] = {**prepared.report.to_dict(), "lines": prepared.report.lines()}
         self._loaded[name] = data
@@ -149,8 +149,9 @@ class RunData:
             arrange = self.arrange_chunks()
 
             def checked(table: pa.Table) -> pa.Table:
+                table = arrange(table)
                 self.check(name, table)
-                return arrange(table)
+                return table
 
             return checked
 

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from tether.compat.launcher import SIZES, number
+from tether.compat.launcher import OTHER_SIZES, SIZES, number
 from tether.data import text_tokenizer
 from tether.data.images.sizes import use_sizes
 from tether.errors import ConfigError, ScoringError
@@ -41,7 +41,7 @@ from tether.training.step import batch_of
 logger = logging.getLogger("tether")
 _IN_MEMORY = "object in memory"
 # Where launchers say how many processes they started.
-_PROCESSES = (*SIZES, "SLURM_STEP_NUM_TASKS")
+_PROCESSES = (*SIZES, *OTHER_SIZES)
 _NOTHING_TRAINS = (
     "The policy's weights are quantised and there is no adapter, so nothing could train. Add one (`peft_config`, in a "
     "run file `lora:` or `peft:`), or leave the quantisation out."
@@ -166,16 +166,26 @@ _EFFECTS = {
 }
 
 
-def announce_columns(columns: tuple[str, ...], rows: Dataset, *, complete: bool) -> None:
-    """Say which columns of numbers change the loss; they may have come with the data for another purpose."""
-    for name in columns:
-        if name in _EFFECTS and name in rows.column_names:
-            values = rows.with_format(None)[name][:]
-            logger.info(
-                f"column `{name}`: used; it {_EFFECTS[name]}; from {min(values):g} to {max(values):g}, mean "
-                f"{sum(values) / len(values):g}{'' if complete else ', in the first rows'}. Remove it where that is "
-                "not meant."
-            )
+def announce_columns(columns: tuple[str, ...], train: Dataset, evaluation: Any, *, complete: bool) -> None:
+    """Say which columns of numbers change the loss; they may have come with the data for another purpose.
+
+    Args:
+        columns: that the algorithm reads.
+        train: the training rows, or the first ones of a stream.
+        evaluation: the evaluation rows, a dictionary of them, or None.
+        complete: whether `train` is all training rows.
+    """
+    named = evaluation if isinstance(evaluation, dict) else {} if evaluation is None else {"": evaluation}
+    sets = {"": train, **{f"eval_{name}: " if name else "eval: ": rows for name, rows in named.items()}}
+    for prefix, rows in sets.items():
+        for column in columns:
+            if column in _EFFECTS and column in rows.column_names:
+                values = rows.with_format(None)[column][:]
+                part = "" if complete or prefix else ", in the first rows"
+                logger.info(
+                    f"{prefix}column `{column}`: used; it {_EFFECTS[column]}; from {min(values):g} to {max(values):g}, "
+                    f"mean {sum(values) / len(values):g}{part}. Remove it where that is not meant."
+                )
 
 
 def policy_spec(source: str | Path, args: PreferenceConfig) -> ModelSpec:

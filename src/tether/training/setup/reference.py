@@ -19,8 +19,8 @@ from tether.compat.deepspeed import inference_engine
 from tether.compat.transformers import commit_of
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy, load_tokenizer
-from tether.models.adapters import adapter_config, in_one_way
-from tether.models.adapting.extra_tensors import refuse_brought
+from tether.models.adapters import adapter_config, continue_adapter, in_one_way
+from tether.models.adapting.extra_tensors import refuse_brought, refuse_lost
 from tether.models.fingerprint import model_fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.load import check_source
@@ -181,8 +181,8 @@ def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module 
     check_source(folder)
     _require_same_base(folder, inner)
     if not isinstance(inner, PeftModel):
-        twin = copy.deepcopy(inner)
-        return named, PeftModel.from_pretrained(twin, str(folder), is_trainable=False).to(args.device)
+        twin = continue_adapter(copy.deepcopy(inner), folder)
+        return named, twin.requires_grad_(False).to(args.device)
     if _ADAPTER in loaded:
         raise ConfigError(
             f"The policy already has an adapter called {_ADAPTER!r}, the name that one loaded from a folder gets. "
@@ -205,6 +205,7 @@ def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module 
             f"The adapter {named!r} lacks {len(lacking)} tensors that its configuration asks for, such as "
             f"{lacking[0]!r}; they would be random. Give a complete adapter."
         )
+    refuse_lost(inner, folder, _ADAPTER)
     return _ADAPTER, None
 
 

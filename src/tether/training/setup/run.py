@@ -21,7 +21,7 @@ from tether.compute.precision import choose_precision
 from tether.compute.threads import choose_threads
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
-from tether.models.adapters import in_one_way, refuse_nameless_layers
+from tether.models.adapters import in_one_way, refuse_nameless_layers, taken_out
 from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
@@ -39,7 +39,7 @@ from tether.training.config import PreferenceConfig
 from tether.training.noise import layout_for_noise
 from tether.training.saving.model_settings import OwnSettings
 from tether.training.setup.data import Rows, RunData
-from tether.training.setup.limits import checked, limits_of
+from tether.training.setup.limits import checked, limits_of, reference_limits
 from tether.training.setup.policy import (
     announce_columns,
     at_the_start,
@@ -169,7 +169,7 @@ def build_run(
     # Proofs on real rows: the layout, then the reference by that layout.
     probe = pack(source.probe(_PROBE_ROWS)).to(args.device)
     algorithm.check_rows(probe)
-    announce_columns(algorithm.needs.columns, source.known, complete=source.complete)
+    announce_columns(algorithm.needs.columns, source.known, evaluation, complete=source.complete)
     prove = _Prover(algorithm, args, source, accelerator)
     layout, scorer = prove(policy, "", requested=layout_for_noise(args, policy))
     router = router_coefficient(args, policy, lambda: scorer(policy, probe, outputs=("aux_loss",)))
@@ -205,10 +205,11 @@ def _rows(
     """The rows of a run, prepared and found to fit the model: training rows and evaluation rows."""
     apart = bool(algorithm.model_config.is_encoder_decoder)
     limits = limits_of(given.model, algorithm.model_config, args, new_tokens, given.peft_config)
+    check = checked(limits, reference_limits(given.ref_model, args), apart=apart)
     check_router(args, limits)
     if given.peft_config is not None and not isinstance(given.model, nn.Module):
         rehearse(given.peft_config, algorithm.model_config)
-    data = RunData(tokenizer, args, algorithm.rows, apart, checked(limits, apart=apart), algorithm.chunks)
+    data = RunData(tokenizer, args, algorithm.rows, apart, check, algorithm.chunks)
     use_pad_token(text_tokenizer(tokenizer), args.pad_token)
     source, evaluation = data.prepare_all(cast(Rows, given.train_dataset), given.eval_dataset)
     check_collator(given.data_collator, source.known)
@@ -228,7 +229,7 @@ def _policy(
     With it, its own settings, and the fingerprint of what it was before this run put an adapter on it.
     """
     model = given.model
-    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else in_one_way(model)
+    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else taken_out(in_one_way(model))
     refuse_nameless_layers(policy)
     settings = OwnSettings(policy)
     embed_tokens(policy, new_tokens)

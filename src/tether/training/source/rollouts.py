@@ -99,6 +99,7 @@ class RolloutSource(Source):
         raw_of: the rows that an evaluation set was made of.
         identity: what a resumed run must have as it was, by name.
         shown: what shows the run's completions and figures.
+        most: tokens that a completion may have.
     """
 
     complete = True
@@ -113,7 +114,9 @@ class RolloutSource(Source):
         raw_of: Callable[[Any], Dataset],
         identity: dict[str, Any],
         shown: Sequence[TrainerCallback] = (),
+        most: int = _PROBE_TOKENS[1],
     ) -> None:
+        self._most = most
         self.rows = self.known = rows
         self._raw, self._shape, self._make, self._raw_of = raw, shape, make, raw_of
         self._identity = {**identity, "prompts": shape.prompts, "batches": shape.batches, "seed": shape.seed}
@@ -139,7 +142,7 @@ class RolloutSource(Source):
         generator = torch.Generator().manual_seed(0)
 
         def drawn() -> Tensor:
-            length = int(torch.randint(*_PROBE_TOKENS, (), generator=generator))
+            length = min(int(torch.randint(*_PROBE_TOKENS, (), generator=generator)), self._most)
             return seen[torch.randint(len(seen), (length,), generator=generator)]
 
         values = {"advantage": torch.zeros(2), "weight": torch.ones(2)}

@@ -50,6 +50,10 @@ RETIRED: dict[str, Retired] = {
     "max_completion_length": _gone(None, _LENGTH),
     "max_target_length": _gone(None, _LENGTH),
     "max_seq_length": Retired("max_length"),
+    # of TRL's OnlineDPOConfig
+    "max_new_tokens": Retired("max_completion_length"),
+    "missing_eos_penalty": _gone(None, "take it off in a reward function of your own, which is given the completions"),
+    "reward_model_path": _gone(None, "name that model in reward_funcs"),
     "rpo_alpha": _gone(None, "set loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha]"),
     "reference_free": _gone(False, "set reference='none'"),
     "force_use_ref_model": _gone(),
