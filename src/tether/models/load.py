@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -79,6 +79,25 @@ def check_source(source: str | Path) -> None:
         )
 
 
+# Keywords of `from_pretrained` that cut a model over processes while it is read.
+_CUTTING = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+
+
+def refuse_cutting(options: Mapping[str, Any]) -> None:
+    """Refuse keywords by which transformers would cut a model over processes, before anything is read.
+
+    Raises:
+        ConfigError: which one, and what to do.
+    """
+    for name in _CUTTING:
+        if options.get(name) is not None:
+            raise ConfigError(
+                f"{name} is {options[name]!r}, with which transformers cuts weights over processes as it reads them "
+                "(tensor, pipeline or expert parallelism); these processes must compute the same rows, and here each "
+                "has its own. Leave it out; FSDP and DeepSpeed's ZeRO cut weights when training begins."
+            )
+
+
 def load_policy(
     source: str | Path,
     *,
@@ -108,8 +127,8 @@ def load_policy(
     Raises:
         ConfigError: the source is missing, incomplete, not a causal language model, or holds only pickles.
     """
-    chosen = _dtype(dtype)
-    folder = _local(source, revision)
+    refuse_cutting(model_kwargs)
+    chosen, folder = _dtype(dtype), _local(source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(folder):
         return _load_adapter(
