@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -18,10 +19,13 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import ConfigError, TetherError
+from tether.training.saving.atomic_checkpoint import BESIDE
 
 logger = logging.getLogger("tether")
 LOCK = ".run.lock"
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+# What is said of a lock by file systems without one (some over a network or in user space).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _HELD: set[Path] = set()  # folders that this process has the lock of
 
 
@@ -51,6 +55,10 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
                 f"Another run trains in {folder} now: {file.read().strip() or 'it did not say which'}. Wait for it, "
                 "stop it, or write elsewhere."
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(f"{folder}: its file system has no locks ({error.strerror}); start no second run in it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -64,7 +72,9 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
 
 def _refuse_links(folder: Path) -> None:
     """What a run writes replaces its own files; a link among them would have it write elsewhere."""
-    links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.is_dir())
+    links = sorted(
+        path for path in folder.iterdir() if path.is_symlink() and (path.name == BESIDE or not path.is_dir())
+    )
     if links:
         raise ConfigError(
             f"{links[0]} is a link to {links[0].readlink()}, and a run that writes there would change what it leads "
