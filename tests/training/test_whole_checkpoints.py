@@ -332,6 +332,10 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"\.writing is a link to "):
         trainer.train()
     (tmp_path / ".writing").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is a pipe, a socket or a device, at which a run would wait"):
+        trainer.train()
+    (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "latest").symlink_to(tmp_path)  # of a folder: nothing is written to it
     trainer.train()  # the lock of a run that ended, however it ended, is none
     assert trainer.state.global_step == 1

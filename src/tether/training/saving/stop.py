@@ -45,7 +45,7 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_links(folder)
+    _refuse_foreign_files(folder)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,8 +70,8 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
             file.truncate(0)
 
 
-def _refuse_links(folder: Path) -> None:
-    """What a run writes replaces its own files; a link among them would have it write elsewhere."""
+def _refuse_foreign_files(folder: Path) -> None:
+    """What a run writes replaces its own files; a link would have it write elsewhere, and at a pipe it would wait."""
     links = sorted(
         path for path in folder.iterdir() if path.is_symlink() and (path.name == BESIDE or not path.is_dir())
     )
@@ -80,6 +80,12 @@ def _refuse_links(folder: Path) -> None:
             f"{links[0]} is a link to {links[0].readlink()}, and a run that writes there would change what it leads "
             "to. Remove the link, or write to another folder."
         )
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise ConfigError(
+                f"{path} is a pipe, a socket or a device, at which a run would wait. Remove it, or write to another "
+                "folder."
+            )
 
 
 class StoppedError(TetherError):
