@@ -9,6 +9,8 @@ from pathlib import Path
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What is said of `fsync` by file systems without one: some over a network or in user space, many for folders.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # What libraries say of a full disk whose errors have no number; torch says the last two of any write that failed.
 _FULL_WORDS = (
     "No space left on device",
@@ -27,7 +29,7 @@ def write_whole(path: Path, text: str) -> None:
         with part.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            sync_open(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -69,6 +71,15 @@ def sync(path: Path) -> None:
     """Bring a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync_open(handle)
     finally:
         os.close(handle)
+
+
+def sync_open(handle: int) -> None:
+    """Bring an open file to the disk, where its file system knows how to be asked for that."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise

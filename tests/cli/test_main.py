@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,9 +101,12 @@ def test_help_of_the_module_waits_for_no_library() -> None:
         (typer.Abort(), 130, "Stopped."),
         (typer.BadParameter("no good"), 2, "no good. `tether --help` lists what there is."),
         (OSError(errno.ENOSPC, "No space left", "out/x"), 1, "There is no space left on the disk for 'out/x'."),
-        (OSError(errno.ENOSPC, "No space left"), 1, "There is no space left on the disk for the run."),
+        (OSError(errno.ENOSPC, "No space left"), 1, "There is no space left on the disk for what was written last"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "No permission for 'out': Permission denied."),
         (OSError(errno.EIO, "Input/output error", "x"), 1, "The system refused 'x': Input/output error."),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "The system refused 'x': File name too long."),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/t']"), 2, "Set TMPDIR to a folder"),
+        (ValueError("embedded null byte"), 2, "has a null character, which no system allows"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "The memory is full: CUDA out of memory. Lower"),
         (RuntimeError("shapes differ\nsecond line"), 1, "RuntimeError: shapes differ. This is a bug in Tether or in a"),
         (ZeroDivisionError(), 1, "ZeroDivisionError: without a message. This is a bug"),
@@ -114,6 +119,27 @@ def test_every_error_is_one_paragraph_with_its_code(error: BaseException, code: 
     assert found == code
     assert message in paragraph
     assert "\n" not in paragraph
+
+
+@pytest.mark.slow
+def test_a_process_without_standard_streams_writes_its_output_and_nothing_else(tmp_path: Path) -> None:
+    """`>&-`: the files that are opened next would get the numbers of the streams."""
+    page = tmp_path / "page.html"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 20)
+    command = [sys.executable, "-m", "tether", "data", "check", str(tmp_path / "rows.jsonl"), "--html", str(page)]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(shell, check=False, cwd=tmp_path).returncode == 0
+    assert page.read_text().startswith("<!doctype html>")
+    (tmp_path / "ü世界.jsonl").write_text('{"prompt": "ü", "chosen": "世界", "rejected": "c"}\n' * 20)
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    shown = [*command[:-3], "ü世界.jsonl"]
+    said = subprocess.run(shown, check=False, cwd=tmp_path, env=narrow, capture_output=True)
+    assert said.returncode == 0, said.stderr
+    assert b"\\u4e16\\u754c" in said.stdout
+    with open("/dev/full", "w") as nowhere:
+        full = subprocess.run(command, check=False, stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    assert full.returncode == 1
+    assert "There is no space left on the disk for what was written last" in full.stderr
 
 
 def test_an_error_that_nobody_expected_shows_its_traceback_only_on_request(

@@ -179,7 +179,7 @@ def test_what_is_written_is_what_is_meant(load: Load, text: str, path: str, valu
         ("train: {eval_strategy: stps}", "'stps' (text); allowed is no, steps, epoch (did you mean steps?)."),
         ("train: {optim: adam}", "(did you mean adamw_torch?)."),
         ("train: {optim_target_modules: 3}", "is 3 (a whole number); allowed is null or text or a list."),
-        ("train: {parallelism_config: {}}", "allowed is an object that only a script can give or null."),
+        ("train: {parallelism_config: 3}", "`train.parallelism_config` is 3 (a whole number); allowed is a mapping or"),
         ("lora: true", "`lora` is true (a switch); allowed is a mapping with the keys r, alpha, target"),
         ("lora: {target: []}", "`lora.target` is [] (a list); allowed is all-linear, or a list of module names"),
         ("lora: {init: eva}", "`lora.init` is 'eva' (text); allowed is true, false, gaussian"),

@@ -20,7 +20,7 @@ from tether.data.audit.audit import FINDINGS, check
 from tether.data.audit.language import is_in_another_language, language, script
 from tether.data.audit.lengths import Limited, measured
 from tether.data.audit.limits import check_limits, passed
-from tether.data.audit.near_duplicates import NearDuplicates, jaccard, words_of
+from tether.data.audit.near_duplicates import HASHES, NearDuplicates, jaccard, signed, words_of
 from tether.data.rows.schema import preferences, read_preferences
 from tether.errors import ConfigError
 
@@ -286,6 +286,29 @@ def test_near_duplicates_are_exactly_those_of_comparing_all_with_all() -> None:
     assert near_duplicates(texts) == pairwise
 
 
+def test_signatures_agree_as_often_as_texts_are_alike() -> None:
+    """Of 64 places the share that agrees is the similarity of two sets, with the spread of 64 independent draws."""
+    import random
+
+    generator, differences = random.Random(1), []
+    for _ in range(150):
+        words = [f"w{generator.randrange(10**6)}" for _ in range(generator.choice([12, 60, 300]))]
+        other = [word if generator.random() < 0.93 else "x" + word for word in words]
+        one, two = (frozenset(zip(text, text[1:], text[2:], strict=False)) for text in (words, other))
+        expected = len(one & two) / len(one | two)
+        signatures = signed([(" ".join(words), ""), (" ".join(other), "")])
+        spread = max((expected * (1 - expected) / HASHES) ** 0.5, 1e-9)
+        differences.append(((signatures[0] == signatures[1]).mean() - expected) / spread)
+    assert abs(np.mean(differences)) < 0.3
+    assert 0.8 < np.std(differences) < 1.25
+    [one, two, other] = signed([("a b c d e", ""), ("a b c d e", ""), ("a b c d e", "image")])
+    assert (one == two).all()
+    assert (one == other).mean() < 0.1
+    long = [" ".join(f"{n}" for n in range(10_000)), " ".join(f"{n}" for n in range(10_000, 0, -1))]
+    assert (signed([(long[0], "")]) == signed([(long[0], "")])).all()
+    assert (signed([(long[0], "")])[0] == signed([(long[1], "")])[0]).mean() < 0.1
+
+
 @pytest.mark.parametrize(
     "spoken", ["天空是蓝色的因为空气散射光线而大海是绿色的", "ท้องฟ้าเป็นสีฟ้าเพราะอากาศกระจายแสงและทะเลเป็นสีเขียว"]
 )
@@ -326,7 +349,13 @@ def test_a_check_in_pieces_on_disk_finds_what_one_in_memory_finds(tmp_path, monk
     rows += [pair(f"{words[9]} 9 more", f" yes {words[9]}", " no 9"), pair(words[11], None, " broken")]
     held = [rows[1], pair(f"{words[2]} 2 else", f" yes {words[2]}", " no 2"), pair(rows[4]["prompt"], " p", " q")]
     whole = check(load_rows(rows), evaluation=[load_rows(held[:1]), load_rows(held[1:])])
-    for name in ("PIECE", "_WAITING", "_SINGLE"):
+    # The same by two processes, in batches of a few rows.
+    monkeypatch.setattr("tether.data.audit.collector.BATCH_ROWS", 4)
+    monkeypatch.setattr("tether.data.audit.audit._BATCHES_OF_A_PROCESS", 1)
+    for processes in (1, 2):
+        shared = check(load_rows(rows), evaluation=[load_rows(held[:1]), load_rows(held[1:])], processes=processes)
+        assert shared.to_dict() == whole.to_dict()
+    for name in ("PIECE", "_WAITING"):
         monkeypatch.setattr(groups, name, 7)
     monkeypatch.setattr(near, "_PAIRS", 3)
     monkeypatch.setattr(near, "_READ", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from tether.errors import ConfigError
+from tether.models.before.blueprint import blueprint
 from tether.models.fingerprint import model_fingerprint
-from tether.models.load import check_source, ensure_pad_token, load_policy, load_tokenizer
+from tether.models.load import check_source, ensure_pad_token, load_config, load_policy, load_tokenizer
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -173,6 +175,40 @@ def test_kernels_that_a_configuration_names_are_not_fetched(folder: Path) -> Non
             load_policy(folder)
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
     assert load_policy(folder).config.num_hidden_layers == config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": -64},
+        {"hidden_size": "64"},
+        {"model_type": ["llama"]},
+        {"rope_parameters": {"rope_type": "__class__"}},
+        {"dtype": "__import__('os')"},
+        {"pad_token_id": 10**9},
+        {"architectures": [{"a": 1}]},
+        {"num_hidden_layers": 10**9},
+        {"n": 1, "nested": {"num_experts": 10**9}},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_values_that_make_no_model_is_named(folder: Path, own: dict[str, Any]) -> None:
+    """Whatever the code of a model makes of them: errors of numbers, types and names, or building without end."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    said = r"cannot be loaded: |describes none that can be built: |allowed is at most"
+    with pytest.raises(ConfigError, match=said):
+        (blueprint(load_config(folder)), load_policy(folder))
+
+
+def test_files_beside_a_model_that_hold_something_else_are_named(folder: Path) -> None:
+    for name, read in (("generation_config.json", load_policy), ("tokenizer_config.json", load_tokenizer)):
+        kept = (folder / name).read_text()
+        (folder / name).write_text("[1]")
+        with pytest.raises(ConfigError, match="cannot be loaded: "):
+            read(folder)
+        (folder / name).write_text(kept)
 
 
 def test_tensors_of_other_shapes_and_pointers_of_git_lfs_are_named(folder: Path) -> None:

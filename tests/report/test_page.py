@@ -20,7 +20,20 @@ from tether.evaluate.intervals import wilson_interval
 from tether.report import write_report
 from tether.report.cards import _FEW_ROWS
 from tether.report.page import LARGEST_PAGE
+from tether.report.read import read_run
 from tether.report.sections.data import _FINDINGS
+from tether.training.surface.resolved_config import recorded
+
+
+def test_a_configuration_that_cannot_be_read_is_shown_as_it_is(tmp_path: Path) -> None:
+    """A number of 5,000 digits and a day that does not exist are no YAML for Python, and no error of YAML."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    for text in ("seed: " + "9" * 5000, "day: 2024-99-99", "a: ["):
+        (tmp_path / "config.yaml").write_text(text)
+        read = read_run(tmp_path)
+        assert (read.config, read.config_text) == ({}, text)
+        with pytest.raises(ConfigError, match=r"config\.yaml is not YAML: "):
+            recorded(tmp_path / "config.yaml")
 
 
 def test_a_full_run_is_told_in_words_and_numbers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ One table. A version of transformers with an option that is not in it fails here
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import re
@@ -15,11 +16,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
+from tether.models.load import load_policy
 from tether.training.saving.preflight import check_before_loading
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
@@ -149,7 +153,7 @@ TABLE: dict[str, Honoured | Refused | Elsewhere | Idle] = {
     "data_seed": Honoured(7),
     "use_cpu": Honoured(True),
     "accelerator_config": Honoured({"split_batches": True}),
-    "parallelism_config": Refused(object(), "cannot be cut over devices"),
+    "parallelism_config": Refused(ParallelismConfig(cp_size=2), "which is context parallelism"),
     "dataloader_drop_last": Honoured(True),
     "dataloader_num_workers": Honoured(1),
     "dataloader_pin_memory": Honoured(False),
@@ -337,6 +341,88 @@ def test_dispatching_batches_is_refused_and_other_settings_are_not(tmp_path):
     with pytest.raises(ConfigError, match="dispatch_batches"):
         configuration(tmp_path, accelerator_config='{"dispatch_batches": true}')
     assert configuration(tmp_path, accelerator_config={"dispatch_batches": False}) is not None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"cp_size": 2}, "has cp_size 2, which is context parallelism: each process would get a piece of every row"),
+        ({"sp_size": 2}, "has sp_size 2, which is sequence parallelism: each process would get a piece of every row"),
+        (
+            {"tp_size": 4},
+            "has tp_size 4, which is tensor parallelism: each process would get a piece of single weights",
+        ),
+        (
+            {"dp_replicate_size": 2, "dp_shard_size": 2},
+            "has dp_replicate_size 2, dp_shard_size 2: processes that share",
+        ),
+        ({"dp_shard_size": 2}, "has dp_shard_size 2: processes"),
+    ],
+    ids=str,
+)
+def test_rows_that_several_processes_would_compute_together_are_refused_wherever_they_are_asked_for(
+    sizes, words, tmp_path, monkeypatch
+):
+    """In Python, as plain values, by the launcher of accelerate, and by an accelerator that a script made before."""
+    made = ParallelismConfig(**sizes)
+    for given in (made, dict(sizes)):
+        with pytest.raises(ConfigError, match=f"^parallelism_config {words}"):
+            configuration(tmp_path, parallelism_config=given)
+    with monkeypatch.context() as patch:
+        patch.setitem(AcceleratorState._shared_state, "parallelism_config", made)
+        with pytest.raises(ConfigError, match=f"^The Accelerator that this script made before {words}"):
+            configuration(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"):
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+    configuration(tmp_path)  # the launcher sets them all, 1 where nothing was asked for
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", str(size))
+    with pytest.raises(ConfigError, match=f"^The environment .* {words}"):
+        configuration(tmp_path)
+
+
+def test_other_tools_for_splitting_a_model_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="parallelism_config has no size above 1"):
+        configuration(tmp_path, parallelism_config=ParallelismConfig())
+    for settings, what in (
+        ({"tensor_parallel": {"autotp_size": 2}}, "tp_size 2, which is tensor"),
+        ({"sequence_parallel_size": 2}, "sp_size 2, which is sequence"),
+        ({"pipeline": {"stages": 2}}, "pp_size 2, which is pipeline"),
+    ):
+        written = tmp_path / "deepspeed.json"
+        written.write_text(json.dumps(settings))
+        for given in (settings, str(written)):
+            with pytest.raises(ConfigError, match=f"^DeepSpeed's configuration has {what} parallelism"):
+                configuration(tmp_path, deepspeed=given)
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(ConfigError, match="Megatron-LM"):
+        configuration(tmp_path)
+
+
+def test_a_model_that_would_be_cut_or_spread_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("tether.models.load.loading", lambda source: pytest.fail("weights are read"))
+
+    def begin(**keywords):
+        args = configuration(tmp_path, model_init_kwargs=keywords)
+        DPOTrainer(model=str(tmp_path / "model"), args=args, train_dataset=ROWS, processing_class=TOKENIZER)
+
+    tiny_model(vocab_size=len(TOKENIZER)).save_pretrained(tmp_path / "model")
+    for name, value in (("tp_plan", "auto"), ("tp_size", 2), ("distributed_config", {"tp_size": 2})):
+        with pytest.raises(ConfigError, match=f"{name} is .*with which transformers cuts weights over processes"):
+            begin(**{name: value})
+        with pytest.raises(ConfigError, match=f"{name} is .*with which transformers cuts"):
+            load_policy(tmp_path / "model", **{name: value})
+    with pytest.raises(ConfigError, match="device_map puts a part of the model on disk"):
+        begin(device_map={"model": "cpu", "lm_head": "disk"})
+    monkeypatch.setattr("tether.training.config.PreferenceConfig.world_size", 2)
+    for spread in ("auto", {"model": "cpu", "lm_head": "cuda:0"}):
+        with pytest.raises(ConfigError, match="spreads the model over several devices, and the run has 2 processes"):
+            begin(device_map=spread)
+    cut = tiny_model(vocab_size=len(TOKENIZER))
+    cut._tp_size = 2
+    with pytest.raises(ConfigError, match="weights were cut into 2 parts"):
+        DPOTrainer(model=cut, args=configuration(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER)
 
 
 def test_what_trl_has_for_padding_is_taken_and_said(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,11 +26,12 @@ from transformers import TrainerCallback
 from tether import DPOConfig, DPOTrainer
 from tether.compat.accelerate import rows_of_last_round
 from tether.errors import ConfigError, TetherError
+from tether.files import write_whole
 from tether.training.checkpoint import best_checkpoint, last_checkpoint
 from tether.training.saving import atomic_checkpoint
 from tether.training.saving.atomic_checkpoint import MANIFEST, damage
 from tether.training.saving.resume_check import IDENTITY
-from tether.training.saving.stop import LOCK
+from tether.training.saving.stop import LOCK, one_run_at_a_time
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -324,9 +326,46 @@ def test_a_second_run_on_a_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics.jsonl is a link to /nowhere/metrics.jsonl, and a run that writes"):
         trainer.train()
     (tmp_path / "metrics.jsonl").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".writing").symlink_to(elsewhere)  # checkpoints would be written there, and removed
+    with pytest.raises(ConfigError, match=r"\.writing is a link to "):
+        trainer.train()
+    (tmp_path / ".writing").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl is a pipe, a socket or a device, at which a run would wait"):
+        trainer.train()
+    (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "latest").symlink_to(tmp_path)  # of a folder: nothing is written to it
     trainer.train()  # the lock of a run that ended, however it ended, is none
     assert trainer.state.global_step == 1
+
+
+def test_a_file_system_without_locks_or_sync_is_trained_on(tmp_path, monkeypatch, caplog):
+    """Some over a network or in user space; an error that is one ends the write, and nothing has the name."""
+
+    def refusing(number):
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        return refuse
+
+    for number in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+        monkeypatch.setattr(fcntl, "flock", refusing(number))
+        with one_run_at_a_time(tmp_path, main=True):
+            assert "its file system has no locks" in caplog.text
+        caplog.clear()
+    for number in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        monkeypatch.setattr(os, "fsync", refusing(number))
+        write_whole(tmp_path / "config.yaml", f"{number}")
+        assert (tmp_path / "config.yaml").read_text() == f"{number}"
+    monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(tmp_path / "config.yaml", "half")
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), one_run_at_a_time(tmp_path, main=True):
+        pytest.fail("the lock was refused")
+    assert (tmp_path / "config.yaml").read_text() == f"{errno.ENOSYS}"
 
 
 class Signals(TrainerCallback):

@@ -19,6 +19,8 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
 
 
+# What the system says of a name that was given, and not of the run.
+_GIVEN_WRONG = (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _TRACEBACK = "With --debug there is a traceback."
 # What libraries say of a machine that lacks what was asked for, and what to do.
 _MACHINE = {
@@ -63,7 +65,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if (worker := _killed_worker(error)) is not None:
         return worker, 1
     if isinstance(error, OSError) and error.errno is not None:
-        return _explain_system(error), 2 if error.errno == errno.ENOENT else 1
+        return _explain_system(error), 2 if error.errno in _GIVEN_WRONG else 1
     package = error.name if isinstance(error, ImportError) else None
     is_own = package is not None and package.partition(".")[0] == "tether"
     missing = isinstance(error, ImportError) and not is_own
@@ -81,6 +83,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, RecursionError):
         return f"A file that was given nests its values deeper than can be read; correct it. {_TRACEBACK}", 2
     said = _first_line(error)
+    if isinstance(error, ValueError) and "embedded null" in said:
+        return "A name of a file or folder that was given has a null character, which no system allows; correct it.", 2
     for mark, advice in _MACHINE.items():
         if mark in said:
             return f"{said} {advice}", 2
@@ -117,8 +121,9 @@ def print_error(paragraph: str) -> None:
 
 def _explain_full(error: BaseException) -> str:
     name = getattr(error, "filename", None)
+    place = repr(str(name)) if name else "what was written last (a file of the run, or where its output goes)"
     return (
-        f"There is no space left on the disk for {repr(str(name)) if name else 'the run'}. Free some (old checkpoint-* "
+        f"There is no space left on the disk for {place}. Free some (old checkpoint-* "
         "folders are the largest) and go on with --resume, or write elsewhere with `output=FOLDER`; "
         "`train.save_total_limit` keeps fewer checkpoints. Checkpoints that were whole still are."
     )
@@ -137,6 +142,8 @@ def _killed_worker(error: BaseException) -> str | None:
 
 def _explain_system(error: OSError) -> str:
     place = f" '{error.filename}'" if error.filename else ""
+    if error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
+        return f"{_sentence(str(error.strerror))} Set TMPDIR to a folder that can be written."
     if error.errno == errno.ENOENT:
         return (
             f"The file{place} is missing. Where it belongs to a checkpoint, that was not written whole or was changed "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for bad input, 1 for a failed run, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    _open_streams()
     try:
         # With standalone_mode off, errors arrive here, and the code of an early exit (--help) is returned.
         return in_words(typer.main.get_command(app))(args=arguments, prog_name="tether", standalone_mode=False) or 0
@@ -78,6 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         paragraph, code = explain(error)
         print_error(paragraph)
         return code
+
+
+def _open_streams() -> None:
+    """A process that was started without standard streams (`>&-`, some schedulers) has them lead nowhere: the next
+    files that are opened would get their numbers, and what libraries print would be written into these."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - stays open
+    # A character that a terminal's encoding lacks, or half of one in a file's name, is no reason to fail.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _print_version(wanted: bool) -> None:

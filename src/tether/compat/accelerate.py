@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import SkipBatchSampler
+from accelerate.state import AcceleratorState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 
@@ -112,6 +114,91 @@ def _refuse_half() -> None:
             "LOCAL_RANK is 0 in the environment, as a launcher sets it, and MASTER_ADDR, where processes meet, is not "
             "set. Unset LOCAL_RANK for a run of one process, or start it with `torchrun --nproc_per_node 1`."
         )
+
+
+# Ways of having several processes compute the same rows, by accelerate's names of their sizes, and why none works here.
+_ROW_IS_PACKED = (
+    "each process would get a piece of every row, and attention over the pieces knows the mask of one text from left "
+    "to right; a packed row has a mask of its own, in which a completion sees its prompt and itself"
+)
+_WEIGHTS_ARE_CUT = (
+    "each process would get a piece of single weights and must then compute the same rows as the others, and here "
+    "every process has rows of its own and reads the output layer whole for log-probs"
+)
+_SPLITS = {
+    "cp_size": ("context parallelism", _ROW_IS_PACKED),
+    "sp_size": ("sequence parallelism", _ROW_IS_PACKED),
+    "tp_size": ("tensor parallelism", _WEIGHTS_ARE_CUT),
+    "pp_size": ("pipeline parallelism", _WEIGHTS_ARE_CUT),
+}
+_MESHES = ("dp_replicate_size", "dp_shard_size")
+_INSTEAD = (
+    "Leave it out: FSDP or DeepSpeed's ZeRO cut weights over the processes, activation_checkpointing and "
+    "max_tokens_per_forward make long rows fit"
+)
+
+
+def require_whole_rows(given: Any, deepspeed: Any) -> None:
+    """Refuse what has several processes compute one row together, wherever it is said.
+
+    Args:
+        given: `parallelism_config`, also as plain values.
+        deepspeed: DeepSpeed's configuration, or the path of it.
+
+    Raises:
+        ConfigError: what was asked for, where, and why a run cannot do it.
+    """
+    for place, sizes in _said_of_splitting(given, deepspeed):
+        own = place == "parallelism_config"
+        field, whose = ("parallelism_config", "") if own else (None, f"{place} ")
+        for name, size in sizes.items():
+            if name in _SPLITS and size is not None and int(size) > 1:
+                what, reason = _SPLITS[name]
+                raise ConfigError(f"{whose}has {name} {size}, which is {what}: {reason}. {_INSTEAD}.", field)
+        if mesh := [f"{name} {sizes[name]}" for name in _MESHES if str(sizes.get(name) or 1) != "1"]:
+            raise ConfigError(
+                f"{whose}has {', '.join(mesh)}: processes that share weights in groups were never proved here to give "
+                "the numbers of one. Leave it out: FSDP then shards over all processes, and DDP copies to all.",
+                field,
+            )
+        if own:
+            raise ConfigError("has no size above 1, so that it would do nothing. Leave it out.", field)
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
+        raise ConfigError(
+            "accelerate was told to use Megatron-LM (ACCELERATE_USE_MEGATRON_LM), which has a training loop and models "
+            "of its own. Launch with FSDP or DeepSpeed, or with neither."
+        )
+
+
+def _said_of_splitting(given: Any, deepspeed: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places that may ask for it, each with sizes by accelerate's names."""
+    if given is not None:
+        yield "parallelism_config", given if isinstance(given, dict) else vars(given)
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        names = (*_SPLITS, *_MESHES)
+        said = {name: os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}") for name in names}
+        yield "The environment (PARALLELISM_CONFIG_…, which accelerate's launcher sets)", said
+    made = AcceleratorState._shared_state.get("parallelism_config")
+    if made is not None:
+        yield "The Accelerator that this script made before", vars(made)
+    yield from _said_by_deepspeed(deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+
+
+def _said_by_deepspeed(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(config, (str, os.PathLike)) and os.path.isfile(config):
+        try:
+            with open(config, encoding="utf-8") as file:
+                config = json.load(file)
+        except (ValueError, RecursionError):  # said by transformers, with the place of the mistake
+            return
+    if not isinstance(config, dict):
+        return
+    tensor = config.get("tensor_parallel") or {}
+    inference = (config.get("inference") or {}).get("tensor_parallel") or {}
+    tp = max(tensor.get("autotp_size") or 1, inference.get("tp_size") or 1)
+    stages = (config.get("pipeline") or {}).get("stages")
+    pp = stages if isinstance(stages, int) else 1
+    yield "DeepSpeed's configuration", {"tp_size": tp, "sp_size": config.get("sequence_parallel_size"), "pp_size": pp}
 
 
 def begin_group_on_cpu(seconds: float) -> None:

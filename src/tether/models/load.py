@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tether.compat.transformers import without_bars
-from tether.errors import ConfigError
+from tether.errors import ConfigError, TetherError
 from tether.models.adapters import adapter_config, continue_adapter
 from tether.models.gguf import check_gguf, convert_gguf
 from tether.progress import working
@@ -45,6 +45,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".yaml", ".yml")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+# Files of others hold anything, at which the code of a model fails in any way; these say by themselves what is wrong.
+_PASSED_ON = (TetherError, MemoryError, RecursionError)
+# Names of numbers of modules, and the most that such a number may be; the largest models have some hundreds of each.
+_COUNTS, _MOST_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)(_|$)"), 100_000
 # What transformers says of tensors whose shapes are not those of the configuration.
 _OTHER_SHAPES = "ignore_mismatched_sizes"
 _LFS = b"version https://git-lfs"
@@ -79,6 +83,25 @@ def check_source(source: str | Path) -> None:
         )
 
 
+# Keywords of `from_pretrained` that cut a model over processes while it is read.
+_CUTTING = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+
+
+def refuse_cutting(options: Mapping[str, Any]) -> None:
+    """Refuse keywords by which transformers would cut a model over processes, before anything is read.
+
+    Raises:
+        ConfigError: which one, and what to do.
+    """
+    for name in _CUTTING:
+        if options.get(name) is not None:
+            raise ConfigError(
+                f"{name} is {options[name]!r}, with which transformers cuts weights over processes as it reads them "
+                "(tensor, pipeline or expert parallelism); these processes must compute the same rows, and here each "
+                "has its own. Leave it out; FSDP and DeepSpeed's ZeRO cut weights when training begins."
+            )
+
+
 def load_policy(
     source: str | Path,
     *,
@@ -108,8 +131,8 @@ def load_policy(
     Raises:
         ConfigError: the source is missing, incomplete, not a causal language model, or holds only pickles.
     """
-    chosen = _dtype(dtype)
-    folder = _local(source, revision)
+    refuse_cutting(model_kwargs)
+    chosen, folder = _dtype(dtype), _local(source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_adapter(folder):
         return _load_adapter(
@@ -118,7 +141,7 @@ def load_policy(
     try:
         if not trust_remote_code:
             _refuse_named_kernels(source, PreTrainedConfig.get_config_dict(folder, revision=revision)[0])
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = _configuration(folder, **options)
         _check_head(source, config.architectures)
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
@@ -126,19 +149,19 @@ def load_policy(
             loaded: Any = _auto_class(config).from_pretrained(
                 folder,
                 dtype=chosen,
-                # Never unpickle: a pickle runs the code it brings.
-                use_safetensors=True,
+                use_safetensors=True,  # never unpickle: a pickle runs the code it brings
                 output_loading_info=True,
                 **options,
                 **model_kwargs,
             )
-    except (*_LOADING_ERRORS, RuntimeError) as error:
+    except _PASSED_ON:
+        raise
+    except Exception as error:
         if isinstance(error, RuntimeError) and _OTHER_SHAPES not in str(error):
             raise  # such as memory that is full
         raise _loading_error("model", source, error) from error
-    model, report = loaded
-    _check_complete(source, report["missing_keys"])
-    return model
+    _check_complete(source, loaded[1]["missing_keys"])
+    return loaded[0]
 
 
 def _refuse_named_kernels(source: str | Path, values: dict[str, Any]) -> None:
@@ -184,9 +207,29 @@ def load_config(source: str | Path, *, revision: str | None = None, trust_remote
         name = cast(str, base.base_model_name_or_path)
         return load_config(name, revision=base.revision, trust_remote_code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
+        return _configuration(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except _PASSED_ON:
+        raise
+    except Exception as error:
         raise _loading_error("configuration", source, error) from error
+
+
+def _configuration(folder: str, **options: Any) -> Any:
+    config = AutoConfig.from_pretrained(folder, **options)
+    _refuse_endless(config.to_dict())
+    return config
+
+
+def _refuse_endless(values: Mapping[str, Any]) -> None:
+    """A model is built of its modules one by one, which for a number from a file that is wrong would never end."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_endless(value)
+        elif isinstance(value, int) and value > _MOST_MODULES and _COUNTS.search(name):
+            raise ConfigError(
+                f"The model's configuration has {name} {value:,}; allowed is at most {_MOST_MODULES:,}. Correct its "
+                "config.json."
+            )
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
@@ -232,7 +275,9 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=revision, trust_remote_code=trust_remote_code, **tokenizer_kwargs
         )
-    except _LOADING_ERRORS as error:
+    except _PASSED_ON:
+        raise
+    except Exception as error:
         raise _loading_error("tokenizer", source, error) from error
     ensure_pad_token(tokenizer)
     return tokenizer
@@ -348,9 +393,10 @@ def _check_folder(path: Path) -> None:
             "Give the folder that save_pretrained wrote, or one of its checkpoints."
         )
     try:
-        _check_head(path, json.loads(config.read_text(encoding="utf-8")).get("architectures"))
-    except json.JSONDecodeError as error:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes and numbers that are none
         raise ConfigError(f"'{config}' is not JSON ({error}). Copy the model's config.json again.") from error
+    _check_head(path, values.get("architectures") if isinstance(values, dict) else None)
     weights = sorted(path.glob("*.safetensors"))
     for file in weights:
         with file.open("rb") as opened:
@@ -373,8 +419,11 @@ def _check_folder(path: Path) -> None:
     )
 
 
-def _check_head(source: str | Path, architectures: list[str] | None) -> None:
-    for name in architectures or ():
+def _check_head(source: str | Path, architectures: Any) -> None:
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if architectures and not names:
+        raise ConfigError(f"The configuration in '{source}' cannot be loaded: `architectures` is {architectures!r}.")
+    for name in names:
         if re.search(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel", name):
             raise ConfigError(
                 f"The model '{source}' is a {name}: it has no head that predicts the next token, and a policy needs "
@@ -424,6 +473,8 @@ def _load_adapter(
 
 def _loading_error(kind: str, source: str | Path, error: Exception) -> ConfigError:
     reason = str(error).strip().split("\n")[0]
+    if not isinstance(error, _LOADING_ERRORS):
+        reason = f"{type(error).__name__}: {reason}"
     if "trust_remote_code" in str(error):
         return ConfigError(
             f"The {kind} of '{source}' brings Python code of its own, which is not run unless that is asked for. Read "

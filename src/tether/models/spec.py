@@ -17,7 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from tether.errors import ConfigError
 from tether.models.adapters import continue_adapter
-from tether.models.load import check_source, is_adapter, load_config, load_policy, load_processing, load_tokenizer
+from tether.models.load import (
+    check_source,
+    is_adapter,
+    load_config,
+    load_policy,
+    load_processing,
+    load_tokenizer,
+    refuse_cutting,
+)
 from tether.models.quantized import is_quantized, quantization_config
 from tether.models.structure import adapter_tensors, transformers_model, unwrap
 
@@ -69,6 +77,7 @@ class ModelSpec:
             if "quantization_config" in self.further:
                 raise ConfigError("quantization and quantization_config were given together; leave one of them out.")
             quantization_config(self.quantization, self.dtype)
+        refuse_cutting(self.further)
         _check_device(self.device_map)
         if self.adapter is not None:
             self._check_adapter(self.adapter)
@@ -184,6 +193,26 @@ def _check_device(device_map: Any) -> None:
         raise ConfigError(
             f"device_map is {device_map!r}; allowed are {', '.join(_SPREAD)}, a device such as cpu or cuda:1, or a "
             "mapping of modules to devices."
+        )
+
+
+def refuse_spread(device_map: Any, processes: int) -> None:
+    """Refuse, before anything is read, a mapping of a model to places of which some cannot train, or not here.
+
+    Raises:
+        ConfigError: which places, and what to do.
+    """
+    places = sorted({str(place) for place in device_map.values()}) if isinstance(device_map, Mapping) else []
+    if away := [place for place in places if place in ("disk", "meta")]:
+        raise ConfigError(
+            f"device_map puts a part of the model on {away[0]}, where weights cannot be trained. Name devices that "
+            "hold all of it, quantise it, or shard it with FSDP."
+        )
+    if processes > 1 and (len(places) > 1 or device_map in _SPREAD):
+        raise ConfigError(
+            f"device_map is {device_map!r}, which spreads the model over several devices, and the run has {processes} "
+            "processes, each of which would want all of them. Run one process, or leave device_map out, or shard the "
+            "model with FSDP."
         )
 
 

@@ -138,7 +138,7 @@ def _read_config(path: Path) -> tuple[str | None, dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         parsed = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the latter of a number or a date that is none
         # The page shows the text as it is; only the facts in its header need it parsed.
         parsed = None
     return text, parsed if isinstance(parsed, dict) else {}

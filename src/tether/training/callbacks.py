@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,15 @@ class StepLines:
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         return any('"total_flos"' in line and _step_of(line) == step for line in lines)
 
+    def drop_after_end(self, step: int, names: Collection[str]) -> None:
+        """Drop lines with these values that came after the end of a run, which are made again."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        ends = [place for place, line in enumerate(lines) if '"total_flos"' in line and _step_of(line) == step]
+        after = ends[-1] + 1 if ends else len(lines)
+        kept = [*lines[:after], *(line for line in lines[after:] if json.loads(line).keys() != {"step", *names})]
+        if len(kept) < len(lines):
+            write_whole(self._path, "".join(line + "\n" for line in kept))
+
     def append(self, values: dict[str, Any]) -> None:
         """Write one line."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,10 +211,12 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self._file = StepLines(folder / METRICS)
         self._began = 0
+        self._again: set[frozenset[str]] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Drop what is not of this run."""
         self._began = state.global_step
+        self._again.clear()
         if state.is_world_process_zero:
             self._file.begin(state.global_step)
 
@@ -217,6 +228,11 @@ class MetricsFile(TrainerCallback):
             if not state.is_world_process_zero or self._file.has_end(state.global_step):
                 return
             logs = {name: logs[name] for name in ("total_flos", "epoch") if name in logs}
+        elif self._began and self._began == state.global_step and frozenset(logs) not in self._again:
+            # It is evaluated after its end once more, as with load_best_model_at_end.
+            self._again.add(frozenset(logs))
+            if state.is_world_process_zero:
+                self._file.drop_after_end(state.global_step, logs)
         if state.is_world_process_zero and logs:
             self._file.append({"step": state.global_step, **logs})
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from tether.compat.accelerate import begin_group_on_cpu, require_launcher
+from tether.compat.accelerate import begin_group_on_cpu, require_launcher, require_whole_rows
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
 from tether.data.images.sizes import check_sizes
@@ -49,7 +49,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "include_num_input_tokens_seen": ("no", "num_tokens is logged in any case"),
     "average_tokens_across_devices": (True, "a loss has the denominators of the whole step in any case"),
     "length_column_name": ("length", "rows are not grouped by length"),
-    "parallelism_config": (None, "a packed row cannot be cut over devices; use FSDP or DeepSpeed to shard weights"),
     "use_cache": (False, "training makes no use of a key-value cache"),
     "torch_empty_cache_steps": (None, "a step is split by max_tokens_per_forward; lower that where memory is short"),
 }
@@ -254,6 +253,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     learning_rate: float = 1e-6
     logging_steps: float = 10
     gradient_checkpointing: bool = True  # type: ignore[override]
+    parallelism_config: dict[str, Any] | None = option(  # type: ignore[override]
+        None, "Stays None: every process computes rows of its own; FSDP and DeepSpeed's ZeRO cut weights."
+    )
     bf16: bool | None = option(  # type: ignore[override]
         None,
         "Mixed precision in bfloat16; unset: on, where a CUDA device supports it, or where it is measured to be faster "
@@ -454,6 +456,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         self._check_numbers()
         self._check_machine()
         require_launcher()
+        require_whole_rows(self.parallelism_config, self.deepspeed)
         if self.use_cpu and self.ddp_backend in (None, "gloo"):
             begin_group_on_cpu(self.ddp_timeout)
         super().__post_init__()

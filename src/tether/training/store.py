@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tether.compat.launcher import processes_here
 from tether.data import example_from_row
 from tether.errors import ConfigError
 from tether.progress import counted
@@ -21,6 +22,7 @@ from tether.reference import Reference, Resolved, StoreCheck, StoredReference, n
 from tether.reference.methods.shards import is_sharded
 from tether.scoring import pack
 from tether.training.config import PreferenceConfig
+from tether.training.saving.shared_folder import processes_apart
 from tether.training.source import Source
 from tether.training.source.dealing import Order
 from tether.types import Example
@@ -55,11 +57,20 @@ def with_store(
     if not args.wants_store():
         return None, resolved.line
     path = args.reference_store or str(Path(str(args.output_dir)) / FOLDER)
+    _require_shared(path, args)
     stored = open_store(resolved.reference, path, args, accelerator, policy)
     held = f"{len(stored.store)} completions of this reference in {stored.store.namespace.numerics}"
     if not len(stored.store):
         _say_other_precisions(stored)
     return stored, f"{resolved.line}; kept in the store {path}, which has {held}"
+
+
+def _require_shared(path: str, args: PreferenceConfig) -> None:
+    if args.world_size > processes_here() and "://" not in path and (apart := processes_apart(Path(path))):
+        raise ConfigError(
+            f"The store is '{path}', which for {apart[0]} is another folder than for rank 0; what one node computes, "
+            "the others must be able to read. Name a folder that all nodes share, or an object store (s3://…)."
+        )
 
 
 def _say_other_precisions(stored: StoredReference) -> None:

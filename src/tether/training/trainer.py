@@ -71,6 +71,7 @@ from tether.training.saving.preflight import check_optimizer, clear_rehearsals, 
 from tether.training.saving.rank_status import Whereabouts
 from tether.training.saving.resume_check import identity_of, require_same_run, write_identity
 from tether.training.saving.saving import Saving
+from tether.training.saving.shared_folder import require_one_checkpoint
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
 from tether.training.setup.data import Rows
 from tether.training.setup.lora_plus import check_lora_plus, part_rates
@@ -339,6 +340,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         resume = resume_from_checkpoint if resume_from_checkpoint is not None else self.args.resume_from_checkpoint
         run, folder = self.run, resume_folder(resume, self.args.output_dir)
         refuse_second_run(self.state.global_step, folder)
+        require_one_checkpoint(folder, self.args)
         self._resumed = folder
         self._attempts = Attempts()
         run.algorithm.load_state(read_objective(folder))

@@ -282,6 +282,7 @@ class _Asked:
 
     def checks(self, sample: int | None) -> list[Check]:
         """The audit of the training rows, and of each evaluation set."""
+        from tether.compute.threads import granted_cores
         from tether.data import is_origin, is_split, split_rows
         from tether.data.audit.limits import check_sets
 
@@ -294,6 +295,7 @@ class _Asked:
             "truncation_mode": self.truncation,
             "encoder_decoder": self.encoder_decoder(),
             "sample": sample,
+            "processes": granted_cores(),
         }
         held = self.evaluation
         if held is None:

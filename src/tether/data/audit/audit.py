@@ -6,22 +6,26 @@ Called by `tether data check`, and by a run on a sample of its rows. It needs no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tether.data.audit.collector import Seen, TextRows
+from tether.data.audit.collector import Part, Seen, TextRows
+from tether.data.audit.language import detector
 from tether.data.audit.lengths import Lengths, Limited, Reading, drawing, measured
 from tether.data.audit.row_findings import look
+from tether.data.prepare.job import paused_collector
 from tether.data.prepare.report import MarkerFinder
-from tether.data.rows.columns import BATCH_ROWS
+from tether.data.prepare.workers import held_job, in_order, workers
 from tether.data.text.template import text_tokenizer
 from tether.data.text.truncate import TruncationMode
 from tether.types import Kind
 
+# Batches from which on a process of its own is worth its start.
+_BATCHES_OF_A_PROCESS = 10
 # What is looked for, in the words in which it is reported; each is a share of the rows.
 FINDINGS = {
     "broken": "cannot be read",
@@ -118,6 +122,7 @@ def check(
     evaluation: Sequence[Dataset] = (),
     sample: int | None = None,
     name: str = "data",
+    processes: int = 1,
 ) -> Check:
     """Look at rows for what is known to spoil training.
 
@@ -132,6 +137,7 @@ def check(
         evaluation: sets of rows that must not be among these.
         sample: look at no more than about this many rows, drawn evenly; None looks at all.
         name: what to call the rows.
+        processes: that share the work at most; few rows are looked at by one.
 
     Returns:
         What was found.
@@ -147,29 +153,62 @@ def check(
     others = [TextRows.of(one, kind, tokenizer, name) for one in evaluation]
     finder = MarkerFinder(None if tokenizer is None else text_tokenizer(tokenizer))
     seen, reading = Seen(own, others, places), Reading(given, step) if any(own.images) else None
-    seen.read_evaluation()
     every, good, drawn = drawing(len(given), reading), 0, []
-    for start in range(0, len(given), BATCH_ROWS):
-        for found, images in seen.batch(start):
-            look(found, images, seen, finder)
-            if good % every == 0:  # the others are forgotten: a check holds no whole set in memory
-                drawn.append(replace(found, source_row=places[found.source_row]))
-            good += 1
+    for batch, part in zip(seen.batches(), _parts(_Look(seen, finder), processes), strict=True):
+        seen.add(part)
+        if batch[0] is None:
+            drawn += part.good[-good % every :: every]
+            good += len(part.good)
     lengths = None
     if tokenizer is not None and drawn:
         limit = Limited(max_length, cast(TruncationMode, truncation_mode))
+        records = [replace(row, source_row=places[row.source_row]) for row, _ in own.whole(drawn)]
         lengths = measured(
-            drawn, good, own.schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name
+            records, good, own.schema, tokenizer, limit, reading, encoder_decoder=encoder_decoder, name=name
         )
-        seen.add_faults(lengths.unreadable)
+        seen.total.add_faults(lengths.unreadable)
     seen.compare()
     return _result(seen, kind, total, lengths, name)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a process needs to look at a batch."""
+
+    seen: Seen
+    finder: MarkerFinder
+
+    @paused_collector()
+    def __call__(self, batch: tuple[int | None, int]) -> Part:
+        number, start = batch
+        if number is not None:
+            return self.seen.held(number, start)
+        part, found = self.seen.batch(start)
+        for row, images in found:
+            look(row, images, part, self.finder)
+        return part
+
+
+def _parts(look_at: _Look, processes: int) -> Iterator[Part]:
+    """What each batch shows, in their order; looked at by several processes where there are many."""
+    batches = look_at.seen.batches()
+    wanted = min(processes, len(batches) // _BATCHES_OF_A_PROCESS)
+    if wanted < 2:
+        yield from map(look_at, batches)
+        return
+    detector()  # its models, if it is needed at all, are read before the processes part
+    with workers(look_at, wanted) as pool:
+        yield from in_order(pool, _look_at, batches, 4 * wanted)
+
+
+def _look_at(batch: tuple[int | None, int]) -> Part:
+    return held_job()(batch)
+
+
 def _result(seen: Seen, kind: Kind, total: int, lengths: Lengths | None, name: str) -> Check:
-    rows = len(seen.own.rows)
-    findings = {key: Finding(count, count / rows, tuple(seen.rows[key])) for key, count in seen.counts.items()}
-    languages = len(range(0, rows, seen.languages_every))
+    rows, shown = len(seen.own.rows), seen.total
+    findings = {key: Finding(count, count / rows, tuple(shown.rows[key])) for key, count in shown.counts.items()}
+    languages = len(range(0, rows, shown.languages_every))
     if (found := findings.get("other_language")) is not None and languages < rows:
         share = found.count / languages
         findings["other_language"] = replace(found, count=round(share * rows), share=share)
@@ -179,23 +218,23 @@ def _result(seen: Seen, kind: Kind, total: int, lengths: Lengths | None, name: s
         findings["image_cut"] = Finding(round(lengths.image_cut * rows), lengths.image_cut)
     bias = {
         f"characters_{part}": sum(size * count for size, count in sizes.items()) / sizes.total()
-        for part, sizes in seen.characters.items()
+        for part, sizes in shown.characters.items()
     }
-    if seen.unequal:
-        bias["longer_wins"] = seen.longer / seen.unequal
+    if shown.unequal:
+        bias["longer_wins"] = shown.longer / shown.unequal
     return Check(
         name=name,
         kind=kind,
         rows=rows,
         total=total,
         findings={key: findings[key] for key in FINDINGS if key in findings},
-        faults=tuple(seen.faults),
+        faults=tuple(shown.faults),
         length_bias=bias,
-        unequal_lengths=seen.unequal,
-        markers=dict(seen.markers.most_common(10)),
-        scripts=dict(seen.scripts.most_common()),
+        unequal_lengths=shown.unequal,
+        markers=dict(shown.markers.most_common(10)),
+        scripts=dict(shown.scripts.most_common()),
         languages=languages,
         opening=seen.opening,
-        characters=dict(seen.characters),
+        characters=dict(shown.characters),
         lengths=lengths,
     )

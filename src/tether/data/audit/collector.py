@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from tether.data.audit.groups import Groups, first_own, short
 from tether.data.audit.language import LANGUAGE_ROWS
-from tether.data.audit.near_duplicates import NearDuplicates
+from tether.data.audit.near_duplicates import HASHES, NearDuplicates, signed
 from tether.data.images.inputs import reads_images, require_processor
 from tether.data.images.parts import as_text, has_parts, identity, image_column, missing_file
 from tether.data.prepare.report import digest
@@ -26,6 +26,8 @@ from tether.data.rows.values import texts_of
 from tether.types import Kind, Messages, Preference
 
 SHOWN_ROWS, _SHOWN_FAULTS = 5, 20
+# What rows are compared by: all of one, its prompt, what it says of two answers, how its answer begins.
+REMEMBERED = ("whole", "prompts", "said", "openings")
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,16 @@ class TextRows:
         return [(one, self.images[one.source_row] if self.images else "") for one in found]
 
 
-class Seen:
-    """What was found so far.
+class Part:
+    """What the rows of one batch show; batches are looked at apart from each other, and added up in their order.
 
     Args:
-        own: the rows that are looked at.
-        others: the evaluation sets.
         places: of the rows in their source.
-
-    `languages_every`: of one in so many rows the languages are read.
+        languages_every: of one in so many rows the languages are read.
     """
 
-    def __init__(self, own: TextRows, others: Sequence[TextRows], places: range) -> None:
-        self.own, self.others, self._places = own, others, places
+    def __init__(self, places: range, languages_every: int) -> None:
+        self.places, self.languages_every = places, languages_every
         self.counts: Counter[str] = Counter()
         self.rows: defaultdict[str, list[int]] = defaultdict(list)
         self.faults: list[str] = []
@@ -94,55 +93,97 @@ class Seen:
         self.scripts: Counter[str] = Counter()
         self.characters: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.unequal = self.longer = 0
-        self.opening = ""
-        self.languages_every = max(-(-len(own.rows) // LANGUAGE_ROWS), 1)
-        self._ends = np.cumsum([0, *(len(one.rows) for one in others)]).tolist()
-        expected = len(own.rows) + self._ends[-1]
-        self._whole, self._prompts, self._said, self._openings = (Groups(expected) for _ in range(4))
-        self._near = NearDuplicates(expected)
+        # Rows that can be read, and what is remembered of each: records of a key and a number.
+        self.good: list[int] = []
+        self.records: dict[str, list[tuple[int, int]]] = {name: [] for name in REMEMBERED}
+        self.signatures = np.empty((0, HASHES), np.uint32)
 
     def note(self, finding: str, place: int, holds: bool = True) -> None:
         """Note a row, from 0, where something holds or does not."""
         self.counts[finding] += holds
         if holds and len(self.rows[finding]) < SHOWN_ROWS:
-            self.rows[finding].append(self._places[place] + 1)
+            self.rows[finding].append(self.places[place] + 1)
+
+    def opened(self, place: int, opening: str) -> None:
+        """Note how the answer of a row begins."""
+        self.records["openings"].append((short(digest(opening)), place))
+
+    def said(self, place: int, key: bytes, which: bool) -> None:
+        """Note which of two opposite things a row says about something."""
+        self.records["said"].append((short(key), 2 * place + which))
+
+    def remember(self, found: Sequence[tuple[Preference, str]], first: int, *, prompts: bool) -> None:
+        """What is compared with other rows: of the whole row, of its prompt where that is wanted, and of its text."""
+        self.good = [row.source_row + first for row, _ in found]
+        self.records["whole"] = [(short(_digest(row, images)), row.source_row + first) for row, images in found]
+        if prompts:
+            self.records["prompts"] = [(short(asked(row, images)), row.source_row + first) for row, images in found]
+        self.signatures = signed([(_text(row), images) for row, images in found])
 
     def add_faults(self, faults: Sequence[str]) -> None:
         """Note what is wrong with rows, in words."""
         self.faults += faults[: max(_SHOWN_FAULTS - len(self.faults), 0)]
 
-    def opened(self, place: int, opening: str) -> None:
-        """Note how the answer of a row begins."""
-        self._openings.add_one(short(digest(opening)), place)
 
-    def said(self, place: int, key: bytes, which: bool) -> None:
-        """Note which of two opposite things a row says about something."""
-        self._said.add_one(short(key), 2 * place + which)
+class Seen:
+    """What was found so far, of all batches.
 
-    def read_evaluation(self) -> None:
-        """Note the rows of the evaluation sets, under numbers below 0."""
-        for first, one in zip(self._ends, self.others, strict=False):
-            for start in range(0, len(one.rows), BATCH_ROWS):
-                some = one.whole(range(start, min(start + BATCH_ROWS, len(one.rows))))
-                self._remember(some, first - self._ends[-1])
+    Args:
+        own: the rows that are looked at.
+        others: the evaluation sets.
+        places: of the rows in their source.
 
-    def batch(self, start: int) -> list[tuple[Preference, str]]:
-        """The rows from `start` on that can be read, which are noted, as are those that cannot."""
-        found = []
+    `total` is what batches show by themselves.
+    """
+
+    def __init__(self, own: TextRows, others: Sequence[TextRows], places: range) -> None:
+        self.own, self.others = own, others
+        self.total = Part(places, max(-(-len(own.rows) // LANGUAGE_ROWS), 1))
+        self.opening = ""
+        self._ends = np.cumsum([0, *(len(one.rows) for one in others)]).tolist()
+        expected = len(own.rows) + self._ends[-1]
+        self._records = {name: Groups(expected) for name in REMEMBERED}
+        self._near = NearDuplicates(expected)
+
+    def batches(self) -> list[tuple[int | None, int]]:
+        """What is to be read, in this order: the number of an evaluation set, or None for the rows; and where."""
+        held = [(n, start) for n, one in enumerate(self.others) for start in range(0, len(one.rows), BATCH_ROWS)]
+        return [*held, *((None, start) for start in range(0, len(self.own.rows), BATCH_ROWS))]
+
+    def held(self, number: int, start: int) -> Part:
+        """Rows of an evaluation set, which have numbers below 0 among all."""
+        part, one = Part(self.total.places, 1), self.others[number]
+        some = one.whole(range(start, min(start + BATCH_ROWS, len(one.rows))))
+        part.remember(some, self._ends[number] - self._ends[-1], prompts=True)
+        return part
+
+    def batch(self, start: int) -> tuple[Part, list[tuple[Preference, str]]]:
+        """The rows from `start` on: those that can be read, and what is said of the others."""
+        part, found = Part(self.total.places, self.total.languages_every), []
         for place, row, faults in self.own.read(range(start, min(start + BATCH_ROWS, len(self.own.rows)))):
-            self.note("broken", place, bool(faults))
-            self.add_faults([f"row {self._places[place] + 1}: {fault}" for fault in faults])
+            part.note("broken", place, bool(faults))
+            part.add_faults([f"row {part.places[place] + 1}: {fault}" for fault in faults])
             if not faults:
                 found.append((record(row, self.own.schema, place), self.own.images[place] if self.own.images else ""))
-        self._remember(found, 0)
-        return found
+        part.remember(found, 0, prompts=bool(self.others))
+        return part, found
 
-    def _remember(self, found: Sequence[tuple[Preference, str]], first: int) -> None:
-        numbers = [row.source_row + first for row, _ in found]
-        self._whole.add([short(_digest(row, images)) for row, images in found], numbers)
-        if self.others:
-            self._prompts.add([short(asked(row, images)) for row, images in found], numbers)
-        self._near.add(numbers, [(_text(row), images) for row, images in found])
+    def add(self, part: Part) -> None:
+        """Add what a batch shows; they come in the order of `batches`."""
+        total = self.total
+        for name in ("counts", "markers", "scripts"):
+            getattr(total, name).update(getattr(part, name))
+        for finding, rows in part.rows.items():
+            total.rows[finding] += rows[: SHOWN_ROWS - len(total.rows[finding])]
+        for which, sizes in part.characters.items():
+            total.characters[which].update(sizes)
+        total.unequal, total.longer = total.unequal + part.unequal, total.longer + part.longer
+        total.add_faults(part.faults)
+        for name, records in part.records.items():
+            if records:
+                self._records[name].add(*zip(*records, strict=True))
+        if part.good:
+            self._near.add_signed(part.good, part.signatures)
 
     def _texts(self, numbers: Sequence[int]) -> list[tuple[str, str]]:
         """Texts of rows that can be read, by ascending numbers."""
@@ -155,16 +196,16 @@ class Seen:
 
     def compare(self) -> None:
         """Note what rows show together, after the last one."""
-        count = len(self.own.rows)
+        count, total = len(self.own.rows), self.total
         repeated, inside, prompts, opposed = (np.zeros(count, bool) for _ in range(4))
-        for records, starts in self._whole.pieces():
+        for records, starts in self._records["whole"].pieces():
             rows, first = records["row"], first_own(records, starts)
             repeated[rows[np.arange(len(rows)) > first]] = True
             inside[rows[(rows >= 0) & (rows[starts] < 0)]] = True
-        for records, starts in self._prompts.pieces():
+        for records, starts in self._records["prompts"].pieces():
             rows = records["row"]
             prompts[rows[(rows >= 0) & (rows[starts] < 0)]] = True
-        for records, starts in self._said.pieces():
+        for records, starts in self._records["said"].pieces():
             rows, which = records["row"] >> 1, records["row"] & 1
             opposed[rows[which != which[starts]]] = True
         near, near_others = self._near.alike(self._texts, count, repeated)
@@ -172,17 +213,17 @@ class Seen:
         if self.others:
             found |= {"in_evaluation": inside, "prompts_in_evaluation": prompts}
             found["near_evaluation"] = near_others & ~inside
-        readable = self.counts["broken"] < count
+        readable = total.counts["broken"] < count
         for finding, holds in found.items():
-            if readable and (finding != "contradictions" or finding in self.counts):
-                self.counts[finding] += int(holds.sum())
-                self.rows[finding] = [self._places[n] + 1 for n in np.flatnonzero(holds)[:SHOWN_ROWS].tolist()]
+            if readable and (finding != "contradictions" or finding in total.counts):
+                total.counts[finding] += int(holds.sum())
+                total.rows[finding] = [total.places[n] + 1 for n in np.flatnonzero(holds)[:SHOWN_ROWS].tolist()]
         self._count_openings()
 
     def _count_openings(self) -> None:
         """The most frequent opening; of several, that of the earliest row."""
-        most, found = 1, np.empty(0, np.int64)
-        for records, starts in self._openings.pieces():
+        most, found, total = 1, np.empty(0, np.int64), self.total
+        for records, starts in self._records["openings"].pieces():
             places, counts = np.unique(starts, return_counts=True)
             count = int(counts.max(initial=0))
             if count < max(most, 2):
@@ -194,7 +235,7 @@ class Seen:
         if len(found):
             [(row, _)] = self.own.whole(found[:1].tolist())
             self.opening = opening_of(row)
-            self.counts["openings"], self.rows["openings"] = most, [self._places[n] + 1 for n in found.tolist()]
+            total.counts["openings"], total.rows["openings"] = most, [total.places[n] + 1 for n in found.tolist()]
 
 
 def opening_of(row: Preference) -> str:

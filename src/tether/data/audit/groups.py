@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Records of a piece, of 16 bytes; and how many wait in memory until they are put to their pieces, or made an array.
-PIECE, _WAITING, _SINGLE = 2**20, 2**20, 2**14
+# Records of a piece, of 16 bytes; and how many wait in memory until they are put to their pieces.
+PIECE, _WAITING = 2**20, 2**20
 _MOST_PIECES = 4096
 RECORD = np.dtype([("key", np.uint64), ("row", np.int64)])
 
@@ -34,7 +34,6 @@ class Groups:
     def __init__(self, expected: int) -> None:
         self._count = min(max(-(-expected // PIECE), 1), _MOST_PIECES)
         self._waiting: list[np.ndarray] = []
-        self._single: list[tuple[int, int]] = []
         self._held = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -47,20 +46,8 @@ class Groups:
         if self._count > 1 and self._held >= _WAITING:
             self._put()
 
-    def add_one(self, key: int, row: int) -> None:
-        """Add a record; rows come in ascending order here, too, and not by `add` besides."""
-        self._single.append((key, row))
-        if len(self._single) == _SINGLE:
-            self._gather()
-
-    def _gather(self) -> None:
-        single, self._single = self._single, []
-        self.add([key for key, _ in single], [row for _, row in single])
-
     def _taken(self) -> np.ndarray:
         """What waits in memory, which is then empty."""
-        if self._single:
-            self._gather()
         waiting, self._waiting, self._held = self._waiting, [], 0
         return np.concatenate([np.empty(0, RECORD), *waiting])
 

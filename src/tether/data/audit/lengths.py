@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.images.inputs import Pictures, parts_template, reads_images
 from tether.data.images.parts import image_column, references_of
+from tether.data.prepare.job import paused_collector
 from tether.data.prepare.report import quantiles
 from tether.data.rows.schema import Schema
 from tether.data.rows.values import SHOWN_FAULTS
@@ -147,13 +148,15 @@ def measured(
     pictures = None if reading is None else reading.pictures(drawn, processing, name)
     measured_rows = _Measured(getattr(processing, "image_token_id", None), limit or Limited())
     for start in range(0, len(drawn), 1000):
-        rendered = render(drawn[start : start + 1000], tokenizer, template=template, given_boundary=given, name=name)
-        found = tokenize_seq2seq(rendered, encoder) if encoder_decoder else tokenize(rendered, encoder)
-        for row, ids in zip(rendered, found, strict=True):
-            try:
-                measured_rows.add(ids if pictures is None else pictures.with_tokens([row], [ids], encoder)[0])
-            except DataError as error:
-                measured_rows.unreadable.append(str(error).removeprefix(f"{name}: "))
+        with paused_collector():
+            some = drawn[start : start + 1000]
+            rendered = render(some, tokenizer, template=template, given_boundary=given, name=name)
+            found = tokenize_seq2seq(rendered, encoder) if encoder_decoder else tokenize(rendered, encoder)
+            for row, ids in zip(rendered, found, strict=True):
+                try:
+                    measured_rows.add(ids if pictures is None else pictures.with_tokens([row], [ids], encoder)[0])
+                except DataError as error:
+                    measured_rows.unreadable.append(str(error).removeprefix(f"{name}: "))
     if not measured_rows.prompts:
         raise DataError(f"{name}: no row could be measured: {'; '.join(measured_rows.unreadable[:SHOWN_FAULTS])}.")
     return measured_rows.summary(count, images=pictures is not None)

@@ -1,15 +1,15 @@
 """Texts that are almost alike, found by MinHash. Called by `audit`.
 
-A text is the set of its runs of three words; in scripts without spaces, of three characters. rensa hashes the runs and
-makes the signature; texts that share a band of it are compared set by set, so that what is reported is exact and only
-what is missed is chance.
+A text is the set of its runs of three words; in scripts without spaces, of three characters. Words are hashed once,
+runs from the hashes of their words; texts that share a band of their signatures are compared set by set, so that what
+is reported is exact and only what is missed is chance.
 
 What is kept of a text is its signature, 256 bytes, and 16 records of 16 bytes, both on disk where there are many; the
 texts themselves are read again where two signatures say that they may be alike.
 
-The index of bands is one of our own and not `rensa.RMinHashLSH`, whose query returns every text of a bucket: rows that
-share a long system prompt are half alike, so that each query returns most of the rows before it. Of 3,000 such rows
-(150 words of 220 shared) it took 55.6 s of CPU time.
+Signing and index are our own. rensa's index returns every text of a bucket: rows that share a long system prompt are
+half alike, so that each query returns most of the rows before it (3,000 such rows of 150 words of 220 took it 55.6 s).
+Its signing wants every run as a text, and its threads hang in a process that was forked, as those of a check are.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import re
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import numpy as np
-from rensa import RMinHash  # type: ignore[attr-defined]  # compiled; its stub leaves the name out
 
 from tether.data.audit.groups import Groups, first_own
 
@@ -30,7 +30,8 @@ HASHES, BAND = 64, 4
 SIMILAR = 0.8
 # Of 64 hashes, so many equal ones are compared: fewer of texts that are 0.8 alike come by a chance of 0.0001.
 _EQUAL = 38
-_SEED = 20
+_COLUMNS = 4096  # hashes of a text that are signed at a time
+_WORDS, _LONG = 2**18, 64  # words whose hashes are kept, and the longest of them
 _COMPARED = 4  # members of a bucket that a text is compared with; more of one kind are alike among themselves
 _PAIRS, _READ = 2**16, 512  # pairs whose signatures are compared at a time, and whose texts are read again
 # Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese. Each character is a word.
@@ -81,8 +82,10 @@ class NearDuplicates:
         """Remember texts. All calls together have ascending numbers."""
         if not numbers:
             return
-        matrix = RMinHash.digest_matrix_from_token_hash_sets(_hashes(texts), HASHES, _SEED)
-        signatures = np.array(matrix.to_rows(), np.uint32)
+        self.add_signed(numbers, signed(texts))
+
+    def add_signed(self, numbers: Sequence[int], signatures: np.ndarray) -> None:
+        """Remember texts by what `signed` gave of them, in the same order as by `add`."""
         signatures.tofile(self._signatures)
         self._numbers.append(np.array(numbers, np.int64))
         keys = _mixed(np.ascontiguousarray(signatures).view(np.uint64).reshape(len(numbers), -1, BAND // 2))
@@ -133,34 +136,72 @@ class _Comparison:
 
     def _read(self, pairs: np.ndarray, alike: np.ndarray) -> None:
         wanted = np.unique(pairs).tolist()
-        sets = dict(zip(wanted, map(_as_set, _hashes(self._texts(wanted))), strict=True))
+        sets = dict(zip(wanted, map(np.unique, _hashes(self._texts(wanted))), strict=True))
         for row, other in pairs.tolist():
             alike[row] = alike[row] or jaccard(sets[row], sets[other]) >= SIMILAR
 
 
-def _hashes(texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """Hashes of the runs of texts, at least one each."""
-    sets = []
+def _scrambled(keys: np.ndarray) -> np.ndarray:
+    """Numbers of 64 bits, each mapped to one that looks drawn (the last part of splitmix64)."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
+
+
+class _Hashes(dict[str, int]):
+    """Hashes of words, of which those met lately are kept."""
+
+    def __missing__(self, word: str) -> int:
+        found = int.from_bytes(blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+        if len(word) <= _LONG:
+            if len(self) >= _WORDS:
+                self.clear()
+            self[word] = found
+        return found
+
+
+_HASHES = _Hashes()
+# Of a linear map for each place of a signature: odd factors and summands, from one stream of mixed numbers.
+_FACTORS, _SUMMANDS = (
+    (_scrambled(np.arange(first, first + HASHES, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32)[:, None]
+    for first in (1, 1 + HASHES)
+)
+_FACTORS |= np.uint32(1)
+
+
+def signed(texts: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Signatures of texts: uint32 `[texts, HASHES]`, equal at a place with the chance of their similarity."""
+    found = np.empty((len(texts), HASHES), np.uint32)
+    for place, hashes in enumerate(_hashes(texts)):
+        short = (hashes >> np.uint64(32)).astype(np.uint32)
+        found[place] = (_FACTORS * short[:_COLUMNS] + _SUMMANDS).min(1)
+        for start in range(_COLUMNS, len(short), _COLUMNS):
+            np.minimum(found[place], (_FACTORS * short[start : start + _COLUMNS] + _SUMMANDS).min(1), out=found[place])
+    return found
+
+
+def _hashes(texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+    """Hashes of the runs of texts, at least one each; uint64, as often as a run occurs."""
+    found = []
     for text, apart in texts:
         words = words_of(text)
-        runs = list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words)]
-        sets.append([f"{apart}\0{run}" for run in runs] if apart else runs)
-    return RMinHash.hash_token_sets(sets)
-
-
-def _as_set(hashes: list[int]) -> np.ndarray:
-    return np.unique(np.array(hashes, np.uint64))
+        if len(words) < 3:
+            words = [" ".join(words)]
+        of_words = np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
+        if len(words) >= 3:
+            runs = of_words[:-2] * np.uint64(3) + _scrambled(of_words[1:-1]) + of_words[2:] * np.uint64(5)
+        else:
+            runs = of_words
+        found.append(_scrambled(runs + np.uint64(_HASHES[apart])))
+    return found
 
 
 def _mixed(bands: np.ndarray) -> np.ndarray:
-    """Keys of bands `[N, bands, halves]`, uint64; bands at different places have different ones (splitmix64)."""
+    """Keys of bands `[N, bands, halves]`, uint64; bands at different places have different ones."""
     keys = np.arange(1, bands.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     keys = np.broadcast_to(keys, bands.shape[:2])
     for half in range(bands.shape[2]):
-        keys = keys ^ bands[:, :, half]
-        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        keys = keys ^ (keys >> np.uint64(31))
+        keys = _scrambled(keys ^ bands[:, :, half])
     return keys
 
 

@@ -6,14 +6,14 @@ from hashlib import blake2b
 from itertools import combinations
 from typing import cast
 
-from tether.data.audit.collector import Seen, asked, opening_of, parts
+from tether.data.audit.collector import Part, asked, opening_of, parts
 from tether.data.audit.language import detector, is_in_another_language, is_odd, is_refusal, script
 from tether.data.prepare.report import MarkerFinder, digest
 from tether.data.rows.values import is_blank, texts_of
 from tether.types import Messages, Preference
 
 
-def look(row: Preference, images: str, seen: Seen, finder: MarkerFinder) -> None:
+def look(row: Preference, images: str, seen: Part, finder: MarkerFinder) -> None:
     """Note what a row shows.
 
     Args:
@@ -42,7 +42,7 @@ def look(row: Preference, images: str, seen: Seen, finder: MarkerFinder) -> None
     seen.characters["prompt"][sum(map(len, texts_of(row.prompt)))] += 1
 
 
-def _look_at_answers(row: Preference, seen: Seen) -> None:
+def _look_at_answers(row: Preference, seen: Part) -> None:
     place = row.source_row
     answers = [" ".join(texts_of(completion)) for completion in row.completions]
     sizes = list(map(len, answers))
@@ -68,7 +68,7 @@ def _look_at_answers(row: Preference, seen: Seen) -> None:
         seen.opened(place, opening)
 
 
-def _say(row: Preference, images: str, seen: Seen) -> None:
+def _say(row: Preference, images: str, seen: Part) -> None:
     """Note what a row says, so that one that says the opposite is found: the same two answers the other way round, or
     another label."""
     prompt, said = asked(row, images), [digest(*parts(completion)) for completion in row.completions]

@@ -263,10 +263,12 @@ class MarkerFinder:
         self.markers = frozenset((*_MARKERS, *special))
         odd = sorted(token for token in special if not _MARKER_SHAPE.fullmatch(token))
         self.pattern = re.compile("|".join([*map(re.escape, odd), _MARKER_SHAPE.pattern]))
+        self._firsts = {marker[0] for marker in self.markers}  # most texts have none of them
 
     def find(self, texts: Iterable[str]) -> list[str]:
         """The distinct markers in some texts, sorted."""
-        return sorted({found for text in texts for found in self.pattern.findall(text)} & self.markers)
+        suspect = (text for text in texts if any(first in text for first in self._firsts))
+        return sorted({found for text in suspect for found in self.pattern.findall(text)} & self.markers)
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Processes that prepare batches of rows, each with the job. Called by `prepare` and `stream`."""
+"""Processes that prepare or look at batches of rows, each with the job. Called by `prepare`, `stream` and `audit`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 import threading
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
-from tether.data.prepare.job import Job
+Item, Found = TypeVar("Item"), TypeVar("Found")
 
 _WATCH_SECONDS = 2.0  # between two looks at whether the run still lives
-_JOBS: list[Job] = []  # the job of a worker process; handing it over with every batch would copy all rows each time
+_JOBS: list[Any] = []  # the job of a worker process; handing it over with every batch would copy all rows each time
 
 
-def workers(job: Job, processes: int) -> ProcessPoolExecutor:
+def workers(job: Any, processes: int) -> ProcessPoolExecutor:
     """Processes that each hold the job, all of them running; functions that are submitted find it by `held_job`."""
     # Forked where the system can: a spawned process would import the user's script again, guard or not.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -27,12 +31,23 @@ def workers(job: Job, processes: int) -> ProcessPoolExecutor:
     return pool
 
 
-def held_job() -> Job:
+def in_order(
+    pool: ProcessPoolExecutor, function: Callable[[Item], Found], items: Iterable[Item], ahead: int
+) -> Iterator[Found]:
+    """What a function gives for each item, in their order, with at most so many made ahead of who takes them."""
+    left, waiting = iter(items), deque[Future[Found]]()
+    waiting.extend(pool.submit(function, item) for item in islice(left, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(function, item) for item in islice(left, 1))
+
+
+def held_job() -> Any:
     """The job of this worker process."""
     return _JOBS[0]
 
 
-def _hold_job(job: Job, parent: int) -> None:
+def _hold_job(job: Any, parent: int) -> None:
     _JOBS[:] = [job]
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

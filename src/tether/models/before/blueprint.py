@@ -29,11 +29,23 @@ _CLASSES = (
 
 
 def blueprint(config: Any) -> PreTrainedModel | None:
-    """The model of a configuration without weights, on the device `meta`; None where transformers cannot build one."""
+    """The model of a configuration without weights, on the device `meta`; None where transformers cannot build one.
+
+    Raises:
+        ConfigError: it describes none, with what the model's code said of it.
+    """
     for known, kind in _CLASSES:
         if type(config) in known:
-            with torch.device("meta"):
-                return kind.from_config(config)
+            try:
+                with torch.device("meta"):
+                    return kind.from_config(config)
+            except (MemoryError, RecursionError, ImportError):
+                raise
+            except Exception as error:  # whatever the code of a model makes of values that it did not expect
+                raise ConfigError(
+                    f"The model's configuration ({type(config).__name__}) describes none that can be built: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())} Correct its config.json."
+                ) from error
     return None
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from tether.errors import ConfigError, StoreError
+from tether.files import sync_open
 from tether.reference.store.parts import SUFFIX, PartIndex, PartValues, decode_part
 
 # Begins the name of a file that is being written; one that stays behind belongs to a writer that was killed.
@@ -118,7 +119,7 @@ class PartFolder:
                 with open(unfinished, "wb") as file:
                     file.write(data)
                     file.flush()
-                    os.fsync(file.fileno())
+                    sync_open(file.fileno())
                 os.replace(unfinished, target)
             elif self._uploads_whole:
                 self.fs.pipe_file(target, data)

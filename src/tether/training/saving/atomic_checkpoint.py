@@ -22,7 +22,7 @@ from tether.files import is_full, put_in_place, sync, write_whole
 logger = logging.getLogger("tether")
 MANIFEST = "manifest.json"
 # Beside the checkpoints, on their file system, so that a rename is one operation.
-_BESIDE = ".writing"
+BESIDE = ".writing"
 _NAME = re.compile(r"checkpoint-\d+")
 # Endings of files that libraries look for in a checkpoint, in place of those that they wrote.
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".index.json")
@@ -46,7 +46,7 @@ def save_whole(trainer: Trainer, trial: Any, write: Callable[[Path], None]) -> N
         trainer.args.should_save,
         trainer.accelerator.wait_for_everyone,
     )
-    beside = place.parent / _BESIDE
+    beside = place.parent / BESIDE
 
     def attempt() -> None:
         if main:
@@ -96,7 +96,7 @@ def _as_space_comes_back(attempt: Callable[[], None], place: Path, pauses: Itera
         try:
             return attempt()
         except Exception as error:
-            shutil.rmtree(place.parent / _BESIDE, ignore_errors=True)
+            shutil.rmtree(place.parent / BESIDE, ignore_errors=True)
             if not is_full(error):
                 raise
             if pause is None:

@@ -30,6 +30,7 @@ from tether.models.adapters import rewrites_base
 from tether.models.adapting.base_rewriting import is_rewritten
 from tether.models.structure import unwrap
 from tether.training.saving.model_settings import invalid_generation
+from tether.training.saving.shared_folder import require_one_folder
 
 logger = logging.getLogger("tether")
 _CARD = "README.md"
@@ -46,12 +47,14 @@ def check_before_loading(args: TrainingArguments) -> None:
     """Refuse a place that nothing could be saved in, and an optimizer that cannot train so.
 
     Raises:
-        ConfigError: the output folder cannot be written, or the hub cannot be pushed to; see also `check_optimizer`.
+        ConfigError: the output folder cannot be written, or is not one for all nodes, or the hub cannot be pushed to;
+            see also `check_optimizer`.
     """
     check_optimizer(args)
     _refuse_idle(args)
     if args.should_save:
         _check_folder(Path(str(args.output_dir)))
+    require_one_folder(args)
     if args.push_to_hub:
         _check_hub(args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -18,10 +19,13 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tether.errors import ConfigError, TetherError
+from tether.training.saving.atomic_checkpoint import BESIDE
 
 logger = logging.getLogger("tether")
 LOCK = ".run.lock"
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+# What is said of a lock by file systems without one (some over a network or in user space).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _HELD: set[Path] = set()  # folders that this process has the lock of
 
 
@@ -41,7 +45,7 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_links(folder)
+    _refuse_foreign_files(folder)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,6 +55,10 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
                 f"Another run trains in {folder} now: {file.read().strip() or 'it did not say which'}. Wait for it, "
                 "stop it, or write elsewhere."
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(f"{folder}: its file system has no locks ({error.strerror}); start no second run in it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -62,14 +70,22 @@ def one_run_at_a_time(folder: Path, *, main: bool) -> Iterator[None]:
             file.truncate(0)
 
 
-def _refuse_links(folder: Path) -> None:
-    """What a run writes replaces its own files; a link among them would have it write elsewhere."""
-    links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.is_dir())
+def _refuse_foreign_files(folder: Path) -> None:
+    """What a run writes replaces its own files; a link would have it write elsewhere, and at a pipe it would wait."""
+    links = sorted(
+        path for path in folder.iterdir() if path.is_symlink() and (path.name == BESIDE or not path.is_dir())
+    )
     if links:
         raise ConfigError(
             f"{links[0]} is a link to {links[0].readlink()}, and a run that writes there would change what it leads "
             "to. Remove the link, or write to another folder."
         )
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise ConfigError(
+                f"{path} is a pipe, a socket or a device, at which a run would wait. Remove it, or write to another "
+                "folder."
+            )
 
 
 class StoppedError(TetherError):

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.compat.datasets import arrow_table
+from tether.compute.threads import granted_cores
 from tether.data import (
     Overlap,
     Prepared,
@@ -239,6 +240,7 @@ class RunData:
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
             encoder_decoder=self.encoder_decoder,
+            processes=granted_cores(),
         )
         if over := passed(found, limits):
             raise DataError(f"{'; '.join(over)}. Correct the rows, or raise the limits (dataset_check, `data.check`).")

@@ -28,7 +28,7 @@ from tether.models.adapters import (
 )
 from tether.models.before.limits import Limits
 from tether.models.chat_template import use_chat_template
-from tether.models.spec import ModelSpec, select_trainable, use_tokens
+from tether.models.spec import ModelSpec, refuse_spread, select_trainable, use_tokens
 from tether.models.structure import adapter_configs, disable_dropout, evaluation_mode, transformers_model
 from tether.progress import Lines
 from tether.reference.methods.model import may_move
@@ -221,6 +221,12 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
                 "The policy is in a torch.nn.DataParallel, whose copies nothing here could prove. Give the model "
                 "itself (`model.module`), and start a process for each device: `torchrun --nproc_per_node N`."
             )
+        if (parts := getattr(transformers_model(model), "tp_size", None) or 1) > 1:
+            raise ConfigError(
+                f"The policy's weights were cut into {parts} parts when it was loaded (tp_plan or distributed_config); "
+                "the processes that hold them must compute the same rows, and here each has its own. Load it whole, "
+                "and let FSDP or DeepSpeed's ZeRO cut it."
+            )
         if args.model_init_kwargs and not isinstance(ref_model, (str, Path)):
             raise ConfigError(
                 "model_init_kwargs or a quantization_config was given with models in memory, which they cannot change. "
@@ -231,6 +237,7 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
         return
     spec = policy_spec(model, args)
     spec.require_device()
+    refuse_spread(spec.device_map, args.world_size)
     if args.reference is None and ref_model is None:
         for folder in (model, spec.adapter):
             if folder is not None:

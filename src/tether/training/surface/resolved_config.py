@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tether.errors import ConfigError
 from tether.masking import masked_values
 from tether.training.declaration import default_of
 from tether.training.saving.resume_check import super_of
@@ -50,8 +51,15 @@ def described(trainer: str, given: Given, args: PreferenceConfig) -> str:
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
-    """What such a file says; None for a run file, and where there is none."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What such a file says; None for a run file, and where there is none.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a number, a date or bytes that are none
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}. Correct it, or remove it.") from error
     return values if isinstance(values, dict) and TRAINER in values else None
 
 
