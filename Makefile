@@ -89,7 +89,7 @@ DEEPSPEED := .venv/deepspeed
 test-deepspeed: $(DEV_STAMP) $(DEEPSPEED)/.installed
 	@PYTHONPATH=$(DEEPSPEED)$${PYTHONPATH:+:$$PYTHONPATH} PATH=$(CURDIR)/$(DEEPSPEED)/bin:$$PATH \
 		TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/extensions \
-		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/reference/test_store_processes.py tests/compat/test_deepspeed.py $(ARGS)
+		$(PYTEST) -m deepspeed -n 0 tests/training/test_sharded.py tests/training/test_online_in_processes.py tests/reference/test_store_processes.py tests/compat/test_deepspeed.py $(ARGS)
 
 $(DEEPSPEED)/.installed: requirements.lock
 	@command -v g++ >/dev/null || { echo "DeepSpeed compiles an operation with g++, which is missing. Install it."; exit 2; }

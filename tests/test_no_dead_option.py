@@ -25,7 +25,7 @@ from tether.cli.main import app
 from tether.cli.words import commands_of
 from tether.config.fields import keys_of
 from tether.errors import ConfigError
-from tether.training.saving.same import super_of
+from tether.training.saving.resume_check import super_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where an option of the whole command line is read, though no function of its command does.

@@ -122,7 +122,7 @@ def test_wrong_options_are_refused(sections: dict[str, Any], words: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_the_examples_train(name: str, workplace: Any, tether: Tether, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run file of `examples/trainers`, as it is, for one step of a tiny model."""
     monkeypatch.chdir(EXAMPLES.parents[1])

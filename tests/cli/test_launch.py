@@ -126,7 +126,7 @@ def test_trls_flag_starts_processes_that_train_together(
     assert code == 0, err
     lines = [json.loads(line) for line in (workplace.path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in lines if "loss" in entry] == [1, 2]
-    assert "batch: 6 pairs per step" in err
+    assert "batch: 6 pairs per step, 3 on each of 2 devices" in err
     code, _, err = tether("train", "run.yaml", "--launch", "2", "train.learning_rate=fast")
     assert code == 2
     assert "Process " in err

@@ -117,7 +117,7 @@ def test_wrong_input_is_one_paragraph(argv, code, words, tether, filled):
     assert (found, words in err, "Traceback" in err) == (code, True, False), err
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.slow
 def test_a_store_is_filled_with_the_trainer_of_the_loss(tether, workplace):
     """KTO's rows, and the completions of its KL estimate, are all there before training."""
     workplace.edit("objective: {beta: 0.1}", "objective: {loss: kto, beta: 0.1}")

@@ -24,6 +24,7 @@ def losses(workplace: Any, folder: str) -> list[float]:
     return [log["loss"] for line in lines if "loss" in (log := json.loads(line))]
 
 
+@pytest.mark.slow
 def test_a_run_file_streams_a_glob_as_it_reads_it_whole(workplace: Any, tether: Tether) -> None:
     rows = workplace.pairs()
     rows[13]["rejected"] = rows[13]["chosen"]

@@ -10,7 +10,7 @@ import tether.training
 from tether.config.fields import problem_with
 from tether.errors import ConfigError
 from tether.training import DPOConfig, PreferenceConfig
-from tether.training.declared import Text
+from tether.training.declaration import Text
 
 CONFIGS = [one for one in vars(tether.training).values() if isinstance(one, type) and issubclass(one, PreferenceConfig)]
 # A lead, exponents: any number. `ld_alpha` and `loss_weights` are checked with the losses they go with, the limits of

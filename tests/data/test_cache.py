@@ -240,6 +240,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_inv_37_of_two_processes_one_prepares(tmp_path):
     """INV-37. Both begin; the other waits for the file, without a collective, and gets the same."""

@@ -227,7 +227,7 @@ def test_of_many_rows_an_even_part_is_read_for_languages_and_that_is_said(monkey
     whole = check(load_rows(own))
     assert (whole.findings["other_language"].count, whole.languages) == (3, 9)
     assert not any(line.startswith("languages: read") for line in notes(whole))
-    monkeypatch.setattr("tether.data.audit.seen.LANGUAGE_ROWS", 3)
+    monkeypatch.setattr("tether.data.audit.collector.LANGUAGE_ROWS", 3)
     part = check(load_rows(own))
     assert part.languages == 3
     finding = part.findings["other_language"]
@@ -254,7 +254,7 @@ def test_without_its_library_languages_are_left_out_and_that_is_said(monkeypatch
     rows = load_rows([pair(SAID["english"], SAID["dutch"], " no")])
     assert check(rows).findings["other_language"].rows == (1,)
     monkeypatch.setattr(languages, "detector", lambda: None)
-    monkeypatch.setattr("tether.data.audit.look.detector", lambda: None)
+    monkeypatch.setattr("tether.data.audit.row_findings.detector", lambda: None)
     monkeypatch.setattr("tether.data.audit.limits.detector", lambda: None)
     monkeypatch.setattr("tether.cli.data.tables.detector", lambda: None)
     without = check(rows)

@@ -23,7 +23,7 @@ from data.samples import (
     user,
 )
 from tether.data import Encoder, Tokenized, chat_template, load_rows, preferences, read_preferences, render, tokenize
-from tether.data.text import bounded
+from tether.data.text import template_sandbox
 from tether.errors import DataError
 
 
@@ -276,7 +276,7 @@ ENDLESS = (
 @pytest.mark.parametrize("template", [ENDLESS, "{% if messages|length > 2 %}" + ENDLESS + "{% endif %}{{ messages }}"])
 def test_a_template_that_does_not_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that ends for the conversations it is first tried with."""
-    monkeypatch.setattr(bounded, "ENDS_WITHIN", 0.3)
+    monkeypatch.setattr(template_sandbox, "ENDS_WITHIN", 0.3)
     tokenizer = byte_level(eos_token="<eos>")
     tokenizer.chat_template = template
     row = pair([user("Hi"), assistant("Hm"), user("So?")], [assistant("yes")], [assistant("no")])
@@ -287,8 +287,8 @@ def test_a_template_that_does_not_end_is_ended(template: str, monkeypatch: pytes
 
 
 def test_what_ends_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "ENDS_WITHIN", 0.2)
-    with bounded.ending_template():
+    monkeypatch.setattr(template_sandbox, "ENDS_WITHIN", 0.2)
+    with template_sandbox.ending_template():
         pass
     begun = time.monotonic()
     while time.monotonic() - begun < 0.4:

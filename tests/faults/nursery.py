@@ -93,11 +93,11 @@ class Watch:
 def child(request: dict[str, Any]) -> int:
     """What a fork does: one command."""
     from tether.cli.main import main
-    from tether.training.saving import whole
+    from tether.training.saving import atomic_checkpoint
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["home"])
-    whole._PAUSES = (0.0, 0.0)
+    atomic_checkpoint._PAUSES = (0.0, 0.0)
     if request.get("watch"):
         Watch(**request["watch"]).install()
     if request.get("slow"):

@@ -13,7 +13,7 @@ import yaml
 from tether.files import put_in_place, write_whole
 from tether.reference.store.parts import Namespace
 from tether.reference.store.store import Store
-from tether.training.saving.whole import MANIFEST, damage, finish
+from tether.training.saving.atomic_checkpoint import MANIFEST, damage, finish
 
 _TIMES = 200
 

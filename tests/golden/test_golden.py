@@ -35,7 +35,7 @@ def test_the_recording_has_every_case_and_no_other():
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
-@pytest.mark.sweep(22)
+@pytest.mark.sweep(14)
 def test_numbers_are_what_they_were(name, tmp_path):
     assert torch.get_num_threads() == 1
     assert_unchanged(name, run(ONE_PROCESS[name], tmp_path))

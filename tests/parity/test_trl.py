@@ -23,7 +23,7 @@ CASES = {
 
 @needs_trl
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_three_steps_equal_trl(name, tmp_path):
     """Loss, every logged metric and the weights after 3 SGD steps, within 1e-4."""
     from trl import DPOConfig as TheirConfig

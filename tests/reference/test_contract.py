@@ -184,7 +184,7 @@ def require_the_start(reference, start, tolerance):
     ids=["tree-plain", "tree-checkpointing", "padded-checkpointing"],
 )
 @pytest.mark.parametrize(("name", "kind"), CASES)
-@pytest.mark.sweep(24)
+@pytest.mark.sweep(12)
 def test_every_means_gives_the_start_and_leaves_the_policy_alone(name, kind, checkpointing, layout, tmp_path):
     """INV-1, 2, 4, 10, 12, 21: before and after updates, with dropout on in the policy; the oracle is a frozen copy."""
     policy, method = KINDS[kind](), METHODS[name]
@@ -263,7 +263,7 @@ def made(name, folder, url, **changes):
     ("store", "checkpointing"), [(False, True), (True, False)], ids=["live-checkpointing", "store-plain"]
 )
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_new_rows_are_evaluated_right_after_training(name, store, checkpointing, tmp_path):
     """INV-2, 15: by every method, also when a full store let the weights go; nothing else that a run does moves it."""
     late = Dataset.from_list(pair_rows(30)[20:])

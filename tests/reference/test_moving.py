@@ -222,9 +222,9 @@ def losses(trainer):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [5, None], ids=["second model", "snapshot"])
 @pytest.mark.parametrize("kind", [None, adapter], ids=["full", "lora"])
-@pytest.mark.sweep(1)
 def test_a_moved_reference_survives_two_interruptions(kind, other, tmp_path):
     """INV-7: resumed at 4, after the move at 3, and again from what that run saved before the next move at 6."""
 

@@ -27,7 +27,7 @@ from tiny import VOCABULARY, tiny_model
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(16)
+@pytest.mark.sweep(8)
 def test_the_reference_is_the_start_and_stays_there(name, checkpointing):
     """INV-1, 2, 4: equal before the first update, and identical after updates, whatever trains."""
     policy = CASES[name].build()

@@ -84,8 +84,9 @@ def kill_at_random(path: Path, kills: int, seed: int) -> None:
         writers.close()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, 20])
 def test_killed_writers_leave_a_store_without_a_wrong_value(kills, tmp_path):
     """Everything that a writer knew to be flushed is there; what is there is right; compaction keeps it so."""
     right, path = writer_module(), tmp_path / "store"

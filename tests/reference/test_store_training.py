@@ -139,7 +139,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_what_changes_the_number_reuses_no_wrong_entry(name, tmp_path):
     """INV-13: the losses are those of a run without a store."""
     arguments, build = OTHERS[name]
@@ -337,6 +337,7 @@ def test_the_frozen_probe_watches_the_live_reference_behind_a_store(tmp_path):
     assert run.run.reference.forwards == 0
 
 
+@pytest.mark.slow
 def test_float16_values_train_alike_in_the_first_epoch_and_later(tmp_path):
     arguments = {"reference_store": str(tmp_path / "store"), "reference_store_dtype": "float16", "seed": 3}
     first, second = (trainer(tmp_path / name, peft_config=lora(), **arguments) for name in ("one", "two"))

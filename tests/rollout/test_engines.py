@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from policies import lora
 from tether.errors import RolloutError, ScoringError
+from tether.reference.methods.shards import gathered, is_sharded
 from tether.rollout import ReplayEngine, RolloutRequest, Sampling, TransformersEngine, TreeEngine
 from tether.rollout.decode import Decoding
 from tether.rollout.files import rollout_file, write_rollout
@@ -92,6 +95,73 @@ def test_a_branch_that_reads_its_sibling_is_caught(monkeypatch):
         choose_engine(
             "tree", policy, lambda batch: score(policy, batch).token_logps.detach(), requests(), SAMPLING, _nothing
         )
+
+
+def test_all_processes_take_one_engine(caplog):
+    """What fits here and not in another process is nobody's, as scoring may take all of them."""
+    policy, told = tiny_model().eval(), []
+
+    def not_the_first(held):
+        told.append(held)
+        return held and len(told) > 1
+
+    with caplog.at_level("INFO", "tether"):
+        engine = choose_engine(
+            "auto",
+            policy,
+            lambda batch: score_alone(policy, batch),
+            requests(),
+            SAMPLING,
+            _nothing,
+            everywhere=not_the_first,
+        )
+    assert engine.name == "transformers"
+    assert "tree refused: by another process" in caplog.text
+    assert told == [True, True, True], "one answer before the first engine is scored, two for the second"
+
+
+@pytest.fixture
+def process():
+    """A group of one process, which FSDP2 shards among."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", [TreeEngine(), TransformersEngine()], ids=["tree", "transformers"])
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_a_policy_in_shards_is_whole_while_it_samples(process, engine, gives_up):
+    """No forward gathers or gives up a weight, what an update changed is seen, and all is as it was afterwards."""
+    expected = [ids_of(engine.generate(tiny_model(seed=seed).eval(), requests(), SAMPLING)) for seed in (0, 1)]
+    policy = get_peft_model(tiny_model().eval(), lora(init_lora_weights=True))
+    for layer in policy.base_model.model.model.layers:
+        fully_shard(layer, reshard_after_forward=gives_up)
+    fully_shard(policy, reshard_after_forward=gives_up)
+    states = [module._get_fsdp_state() for module in policy.modules() if hasattr(module, "unshard")]
+    held = [[group.post_forward_mesh_info for group in state._fsdp_param_groups] for state in states]
+    whole: list[bool] = []
+    policy.base_model.model.lm_head.register_forward_hook(lambda *_: whole.append(_cut(policy) == 0))
+    assert ids_of(engine.generate(policy, requests(), SAMPLING)) == expected[0]
+    sampled, shards = len(whole), dict(policy.named_parameters())
+    with torch.no_grad():
+        policy(input_ids=torch.tensor([[1, 2]]))
+        assert is_sharded(policy), "also where the forward has kept what it gathered"
+        for name, value in tiny_model(seed=1).named_parameters():
+            within = f"base_model.model.{name}"
+            found = shards.get(within, shards.get(within.replace("_proj.", "_proj.base_layer.")))
+            found.to_local().copy_(value)
+    assert ids_of(engine.generate(policy, requests(), SAMPLING)) == expected[1]
+    with gathered(policy), gathered(policy):
+        pass
+    assert sampled > 8
+    assert all(whole[:sampled]), "every weight is whole after every forward of a rollout"
+    assert _cut(policy) == len(list(policy.parameters())), "and in shards again"
+    after = [[group.post_forward_mesh_info for group in state._fsdp_param_groups] for state in states]
+    assert after[1:] == held[1:], "the outermost one alone is changed by torch, at its first forward"
+
+
+def _cut(policy):
+    return sum(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 def test_a_completion_depends_on_nothing_but_its_key():

@@ -22,7 +22,7 @@ from tether.rewards import (
     check_signatures,
     python_function,
 )
-from tether.rewards.ready import numeric_answer, think_format
+from tether.rewards.builtin import numeric_answer, think_format
 from tiny import CONFIGS, tiny_tokenizer
 
 JUDGED = Judged(

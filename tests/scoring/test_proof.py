@@ -8,7 +8,7 @@ from peft import LoraConfig, PolyConfig, get_peft_model
 
 from policies import with_lora
 from tether.errors import ScoringError
-from tether.models.adapting.perturbed import perturbed, small_tensors
+from tether.models.adapting.perturbation import perturbed, small_tensors
 from tether.scoring import choose_layout, pack, score, score_alone
 from tether.scoring.layout.proof import prove_again
 from tether.types import Example

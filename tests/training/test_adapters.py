@@ -93,7 +93,7 @@ def require_same_scores(run, again):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT, of every norm that is not torch's
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_an_adapter_of_each_kind_trains_and_is_the_same_when_loaded_again(kind, tmp_path):
     """INV-1, 2, 4, 5, 38: in plain peft on the base from disk."""
     policy().save_pretrained(tmp_path / "base")
@@ -133,9 +133,9 @@ def test_target_parameters_reach_the_experts(tmp_path):
     require_same_scores(run, PeftModel.from_pretrained(base, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-@pytest.mark.sweep(1)
 def test_virtual_tokens_resume_and_are_continued(kind, tmp_path):
     """INV-4, 7: 4 steps are 2, a checkpoint and 2 more; and a saved one is another run's start."""
     policy().save_pretrained(tmp_path / "base")

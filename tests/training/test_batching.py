@@ -111,7 +111,7 @@ def test_groups_fit_and_hold_each_example_once(cost):
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize(("tokens", "layout"), [(60, None), (1, None), (500, "padded")])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_one_gradient_for_every_budget(tokens, layout, adapter, tmp_path, caplog):
     """INV-25, 26: weights, losses and every metric, with and without accumulation, as with no budget at all."""
     caplog.set_level(logging.WARNING, logger="tether")

@@ -59,7 +59,7 @@ def weights(run):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("adapter", "method"), [(None, "snapshot"), ("lora", "adapter_off"), ("lora", "snapshot")])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(1)
 def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpointing, tmp_path):
     """INV-1, 2, 5: ln 2 at step 1, a reference that does not move, weights that do, in encoder and decoder."""
     run = trainer(
@@ -107,7 +107,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(family, tmp_path):
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_the_artefact_scores_as_the_model_did(family, adapter, tmp_path):
     """INV-38: in plain transformers and peft, and through `load_policy`."""
     policy(family).save_pretrained(tmp_path / "base")

@@ -66,7 +66,7 @@ def losses(run):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ORACLES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp_path):
     """INV-16, 41: losses of three steps and of an evaluation after them; another model as KTO's reference."""
     other = policy(family, 5) if kind == "KTO" else None
@@ -90,8 +90,8 @@ def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp
     assert wrong != pytest.approx(expected[0], abs=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.sweep(1)
 def test_splits_and_a_token_budget_change_nothing(kind, tmp_path):
     """INV-25."""
     runs = []
@@ -103,8 +103,8 @@ def test_splits_and_a_token_budget_change_nothing(kind, tmp_path):
         assert losses(run) == pytest.approx(losses(runs[0]), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.sweep(1)
 def test_kto_with_a_store(family, tmp_path):
     """INV-12: mismatched completions of the encoder's prompts are entries of their own; several evaluation sets."""
     sets = {"first": ROWS["KTO"][:4], "second": ROWS["KTO"][4:]}

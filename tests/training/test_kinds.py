@@ -61,7 +61,7 @@ def test_one_gradient_for_every_split_of_a_step(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_a_token_budget_changes_nothing(kind, tmp_path):
     """INV-25: a batch of 8 in one forward, and split into several of at most 150 tokens."""
     runs = []
@@ -93,7 +93,7 @@ def test_an_evaluation_is_the_same_for_every_batch_size(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_layouts_train_alike(kind, tmp_path):
     """INV-19: tree and padded."""
     runs = []

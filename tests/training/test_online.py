@@ -27,11 +27,12 @@ from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardEr
 from tether.objectives import OBJECTIVES
 from tether.reference import resolve
 from tether.scoring import pack, score
+from tether.training.algorithms.base import Passes
 from tether.training.config import PreferenceConfig
 from tether.training.online.config import REFUSED
 from tether.training.online.entropy import EntropyBonus
 from tether.training.setup.run import build_step
-from tether.training.source.rollouts import Shape
+from tether.training.source.rollouts import Shape, require_even
 from training.online import CLASSES, PAIRS, PROMPTS, SETTINGS, TOKENIZER, even, policy, steps, trainer, weights
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -748,7 +749,6 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
         ({"max_length": 8}, "prompts have max_prompt_length"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
         ({"temperature": 0.0}, "temperature is 0"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "a policy in shards cannot sample yet"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
         ({"repetition_penalty": 1.2, "vllm_importance_sampling_correction": False}, "as if the policy itself had"),
         ({"entropy_target": 0.4}, "use_adaptive_entropy is False, so that the coefficient stays"),
@@ -761,6 +761,47 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
 def test_wrong_values_name_the_field(arguments, said):
     with pytest.raises(ConfigError, match=said):
         GRPOConfig(output_dir="unused", **{**SETTINGS, **arguments})
+
+
+class _Two:
+    """What a process knows of two, of which the second has given `other`."""
+
+    device = "cpu"
+
+    def __init__(self, other):
+        self._other = other
+
+    def gather(self, mine):
+        return torch.cat([mine, torch.tensor([self._other])])
+
+
+def test_the_error_of_one_process_reaches_all():
+    """R21: nobody waits; who failed raises its own."""
+
+    def passes(other):
+        return Passes(None, None, _Two(other), None, None, None)
+
+    def failing():
+        raise RewardError("my own")
+
+    assert passes(0.0).together(lambda: 7, "Sampling", RolloutError) == 7
+    with pytest.raises(RolloutError, match="Sampling failed in process 1; its message is there"):
+        passes(1.0).together(lambda: 7, "Sampling", RolloutError)
+    for other in (0.0, 1.0):
+        with pytest.raises(RewardError, match="my own"):
+            passes(other).together(failing, "Sampling", RolloutError)
+    assert [passes(other).everywhere(held) for other in (0.0, 1.0) for held in (True, False)] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_an_evaluation_set_that_processes_cannot_share_evenly():
+    require_even("eval", 4, 2)
+    with pytest.raises(DataError, match="eval_held: 3 prompts cannot be shared evenly by 2 processes"):
+        require_even("eval_held", 3, 2)
 
 
 def test_too_few_prompts_and_too_long_ones(tmp_path):

@@ -46,6 +46,7 @@ def trained(folder, family, kinds=(GRPOTrainer, GRPOConfig), *, rows=ROWS, resum
 
 
 @pytest.mark.parametrize("family", VISION)
+@pytest.mark.sweep(1)
 def test_completions_are_sampled_and_scored_with_their_images(family, tmp_path, caplog):
     """R2, R5, R24: the proof compares engine and trainer on prompts with images; KL 0 at the first step; another image
     gives other completions; a run that goes on between two updates of a rollout reads its images again."""

@@ -135,6 +135,7 @@ def test_completions_are_held_to_a_pattern_and_ratios_know_it(server, tmp_path):
             served(tmp_path, server, vllm_structured_outputs_regex=wrong, vllm_importance_sampling_correction=not wrong)
 
 
+@pytest.mark.slow
 def test_log_probs_before_the_temperature_are_refused(server, tmp_path):
     """TRL #4159: a ratio of 2 at temperature 0.6."""
     made = served(tmp_path, server, temperature=0.6)
@@ -170,6 +171,7 @@ def test_a_server_that_is_gone_ends_the_run_in_time(tmp_path):
         trainer(tmp_path, rollout_engine="vllm", vllm_server_base_url=url).train()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_samples_the_same(server, tmp_path):
     """R15 with a server: the same seeds, and the policy's weights are sent anew."""
     whole = served(tmp_path / "whole", server, save_strategy="steps", save_steps=1)

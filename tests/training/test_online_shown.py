@@ -15,7 +15,7 @@ from tether import GRPOConfig
 from tether.errors import ConfigError, RewardError
 from tether.training.health.rules import Facts, Health
 from tether.training.online import table
-from tether.training.online.gain import Progress
+from tether.training.online.reward_gain import Progress
 from tether.training.online.table import Completions, as_table
 from training.online import PROMPTS, SETTINGS, even, steps, trainer
 
@@ -158,6 +158,7 @@ def test_a_line_comes_when_it_holds_and_once(bad, first, said):
     assert later == [19 + first], "it has passed, and is said again"
 
 
+@pytest.mark.slow
 def test_a_reward_that_never_changes_is_named_and_one_that_did_is_not(tmp_path, caplog):
     def fixed(completion_ids):
         return [0.25] * len(completion_ids)

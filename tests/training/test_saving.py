@@ -20,12 +20,12 @@ from tether.cli.errors import explain
 from tether.compat.peft import restored_tensors
 from tether.errors import ConfigError, TetherError
 from tether.models import load_policy
-from tether.models.adapting.beside import shared_by_hand
-from tether.models.adapting.rewritten import load_plain
+from tether.models.adapting.base_rewriting import load_plain
+from tether.models.adapting.extra_tensors import shared_by_hand
 from tether.models.structure import trainable_tensors
 from tether.scoring import score_alone
 from tether.training.checkpoint import last_checkpoint
-from tether.training.saving import before, reload
+from tether.training.saving import preflight, reload
 from tether.training.setup.policy import with_adapter
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
@@ -424,11 +424,11 @@ def test_what_cannot_be_saved_is_known_before_the_first_step(tmp_path, monkeypat
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir is .* is not a folder"):
         trainer(tmp_path / "file" / "run", policy())
-    monkeypatch.setattr(before, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(preflight, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="push_to_hub is on, and HF_HUB_OFFLINE is set"):
         trainer(tmp_path / "hub", policy(), push_to_hub=True)
-    monkeypatch.setattr(before, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(before, "get_token", lambda: None)
+    monkeypatch.setattr(preflight, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(preflight, "get_token", lambda: None)
     with pytest.raises(ConfigError, match="nobody is logged in"):
         trainer(tmp_path / "hub", policy(), push_to_hub=True)
     with pytest.raises(ConfigError, match="hub_model_id is 'a//b'"):

@@ -93,7 +93,7 @@ def trained(trainer, **resume):
 
 
 @pytest.mark.parametrize("kind", EACH)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_a_stream_gives_the_batches_of_a_set_in_memory(kind, tmp_path):
     """INV-34: with an unusable row among them, the last step of a pass not full, and a second pass."""
     in_memory = trained(trainer_of(tmp_path / "memory", kind, stream=False))
@@ -190,7 +190,7 @@ def test_rows_are_drawn_from_a_buffer_each_once_and_otherwise_in_each_pass(prepa
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("buffer_size", [0, 3, 15, 100])
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(1)
 def test_a_loader_goes_on_from_every_batch_of_two_passes(prepared, buffer_size, processes, tmp_path, monkeypatch):
     """INV-7: and chunks that were used up are not prepared again."""
     order = Order(5, processes, buffer_size=buffer_size, seed=5)
@@ -248,7 +248,7 @@ def test_another_stream_is_noticed_on_resuming(prepared, tmp_path):
 
 @pytest.mark.parametrize("shuffling", ["sequential", "random"])
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(kind, shuffling, tmp_path):
     """INV-7: batches, losses, logs and weights; from the first pass, from its end, and from the second."""
     changes = {"train_sampling_strategy": shuffling, "dataset_buffer_size": 15}
@@ -288,6 +288,7 @@ def test_a_wrong_row_costs_nothing_that_was_trained_before_it(tmp_path):
         trainer_of(tmp_path / "first", rows=str(path))
 
 
+@pytest.mark.slow
 def test_the_store_is_filled_by_the_first_pass_or_ahead(tmp_path):
     """INV-12, 15: the second pass, and a second run, run no reference."""
     store = {"reference_store": str(tmp_path / "store"), "train_sampling_strategy": "random"}

@@ -81,7 +81,7 @@ def test_step_one_starts_at_ln_2(adapter, tmp_path):
 
 @pytest.mark.parametrize("adapter", [None, lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("splits", [(4, 2), (2, 4), (1, 8)])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_one_gradient_for_every_split_of_a_step(splits, adapter, tmp_path):
     """INV-25: 8 x 1 equals 4 x 2, 2 x 4 and 1 x 8, with uneven lengths and a last step that is not full."""
     size, accumulation = splits
@@ -135,7 +135,7 @@ def test_metrics_are_means_over_rows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "continued adapter", "another model"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):
     """INV-7: train(6) equals train(3), a new process' worth of objects, resume(3): exactly."""
 

@@ -59,7 +59,7 @@ def losses(run):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("adapter", "method"), [(False, "snapshot"), (True, "adapter_off"), (True, "snapshot")])
 @pytest.mark.parametrize("family", VISION)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_dpo_starts_at_its_reference_and_learns(family, adapter, method, checkpointing, tmp_path):
     """INV-1, 2, 5, 15: ln 2 at step 1 in the tree layout, with one image, two, and images of several sizes."""
     run = trainer(
@@ -153,8 +153,8 @@ def test_images_without_a_processor_are_refused(tmp_path):
         trainer(tmp_path, "llava", processing=tiny_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", VISION)
-@pytest.mark.sweep(1)
 def test_a_token_budget_splits_images_with_their_prompts(family, tmp_path):
     """INV-25: the split of a step changes no loss."""
     whole = trainer(tmp_path / "whole", family)

@@ -14,7 +14,7 @@ from tether.models.structure import evaluation_mode
 from tether.scoring import pack, score
 from tether.scoring.batch import with_prompts
 from tether.scoring.layout.proof import score_alone
-from tether.training.algorithms import mismatched
+from tether.training.algorithms import kto_mismatch
 from tiny_vision import VISION, picture, tiny_processor, tiny_vision, tiny_vision_reward, vision_examples
 from training import plain
 
@@ -85,7 +85,7 @@ ORACLES = {
 
 @pytest.mark.parametrize("family", VISION)
 @pytest.mark.parametrize("kind", ORACLES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 def test_steps_and_evaluation_are_those_of_each_sequence_alone(kind, family, tmp_path):
     """INV-16, 41: losses of three steps and of an evaluation; KTO's unrelated completion stands under the row's own
     images. The controls are other pixels, and none for the rows of the KL estimate."""
@@ -116,8 +116,8 @@ def test_the_kl_estimate_is_of_the_rows_own_images(tmp_path, monkeypatch):
     run.train()
 
     def forgets(prepared, max_length):
-        made = mismatched.with_mismatched(prepared, max_length)
-        return mismatched.replace(made, dataset=made.dataset.with_format(None).remove_columns("images"))
+        made = kto_mismatch.with_mismatched(prepared, max_length)
+        return kto_mismatch.replace(made, dataset=made.dataset.with_format(None).remove_columns("images"))
 
     monkeypatch.setattr("tether.training.algorithms.kto.with_mismatched", forgets)
     blind = build(tmp_path, "KTO", "llava", ref_model=tiny_vision("llava", seed=5))
@@ -125,9 +125,8 @@ def test_the_kl_estimate_is_of_the_rows_own_images(tmp_path, monkeypatch):
     assert losses(blind)[0] != pytest.approx(losses(run)[0], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "kind", ["KTO", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SFT", "ORPO", "CPO", "Reward"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["KTO", "SFT", "ORPO", "CPO", "Reward"])
 def test_layouts_and_splits_train_alike(kind, tmp_path):
     """INV-19, 25: tree and padded, one forward and several, in the family whose positions follow the image."""
     runs = []
@@ -143,8 +142,8 @@ def test_layouts_and_splits_train_alike(kind, tmp_path):
         assert losses(run) == pytest.approx(losses(runs[0]), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", VISION)
-@pytest.mark.sweep(1)
 def test_kto_with_a_store_and_several_evaluation_sets(family, tmp_path):
     """INV-12, 13, 15: stored equals live; nothing is computed a second time; other images are other entries."""
     sets = {"first": rows("KTO")[:3], "second": rows("KTO", shift=9)[:4]}
@@ -174,7 +173,7 @@ def keys_of(run):
         yield from (example_from_row(data[i]).keys for i in range(len(data)))
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["KTO", "SFT"])
 def test_a_resumed_run_and_what_it_leaves(kind, tmp_path):
     """INV-7, 38."""
@@ -259,7 +258,7 @@ def test_reward_models_that_cannot_be_are_refused_before_rows_are_read(tmp_path,
 def test_pairs_with_images_as_labelled_rows():
     """Each of the two rows has the images of its pair."""
     prepared = prepare(Dataset.from_list(rows("CPO", 3)), tiny_processor("llava"), max_length=None, kind="unpaired")
-    found = mismatched.with_mismatched(prepared, None).dataset
+    found = kto_mismatch.with_mismatched(prepared, None).dataset
     digests = [found[i]["image_inputs"].digest for i in range(6)]
     assert digests[0::2] == digests[1::2]
     assert len(set(digests)) == 3

@@ -26,10 +26,10 @@ from tether import DPOConfig, DPOTrainer
 from tether.compat.accelerate import rows_of_last_round
 from tether.errors import ConfigError, TetherError
 from tether.training.checkpoint import best_checkpoint, last_checkpoint
-from tether.training.saving import whole
-from tether.training.saving.same import IDENTITY
+from tether.training.saving import atomic_checkpoint
+from tether.training.saving.atomic_checkpoint import MANIFEST, damage
+from tether.training.saving.resume_check import IDENTITY
 from tether.training.saving.stop import LOCK
-from tether.training.saving.whole import MANIFEST, damage
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -203,7 +203,7 @@ def test_the_best_checkpoint_lies_in_the_run(copied, tmp_path):
 @pytest.mark.parametrize("moment", ["write_identity", "finish"])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch, moment):
     """With `save_total_limit=1`, the old one is there until the new one is whole."""
-    place = whole if moment == "finish" else __import__("tether.training.trainer", fromlist=["x"])
+    place = atomic_checkpoint if moment == "finish" else __import__("tether.training.trainer", fromlist=["x"])
     original, calls = getattr(place, moment), []
 
     def killed(*arguments):
@@ -257,7 +257,7 @@ def test_old_checkpoints_go_by_their_steps(tmp_path, limit, best, left):
         (tmp_path / f"checkpoint-{step}").mkdir()
         os.utime(tmp_path / f"checkpoint-{step}", (4e9 if step != 6 else 1e9,) * 2)
     (tmp_path / "checkpoint-mine").mkdir()
-    whole.remove_old(tmp_path / "checkpoint-6", limit, tmp_path / f"checkpoint-{best}" if best else None)
+    atomic_checkpoint.remove_old(tmp_path / "checkpoint-6", limit, tmp_path / f"checkpoint-{best}" if best else None)
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {f"checkpoint-{step}" for step in left} | {"checkpoint-mine"}
 

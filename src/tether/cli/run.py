@@ -138,7 +138,8 @@ def _batch_line(arguments: PreferenceConfig) -> str:
         arguments.gradient_accumulation_steps,
         arguments.world_size,
     )
-    split = f", {steps} times {micro}" * (steps > 1) + f" on each of {devices} devices" * (devices > 1)
+    share = f", {steps} times {micro}" if steps > 1 else f", {micro}" * (devices > 1)
+    split = share + f" on each of {devices} devices" * (devices > 1)
     rows = {"pair": "pairs", "prompt_only": "completions"}.get(arguments.kind, "rows")
     return f"batch: {micro * steps * devices} {rows} per step{split}"
 

@@ -7,6 +7,8 @@ here imports DeepSpeed but `inference_engine`: whoever trains with it has it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -70,6 +72,24 @@ def partition(parameters: list[Any]) -> None:
     """Cut parameters into shards again, with what was written into them meanwhile, alike on every process."""
     if parameters:
         parameters[0].partition(param_list=parameters, has_been_updated=True)
+
+
+@contextmanager
+def without_hooks(engine: Any) -> Iterator[None]:
+    """Inside, an engine of stage 3 neither gathers nor cuts, nor takes note of forwards, which it holds to be equally
+    many and alike on all processes.
+    """
+    offload = engine.optimizer.parameter_offload
+    taken = [
+        (hooks, handle.id, hooks.pop(handle.id))
+        for handle in (offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks)
+        if (hooks := handle.hooks_dict_ref()) is not None
+    ]
+    try:
+        yield
+    finally:
+        for hooks, number, hook in taken:
+            hooks[number] = hook
 
 
 def parameter_groups(optimizer: Any) -> list[list[Tensor]]:

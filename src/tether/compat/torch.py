@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,25 @@ def end_forward(root: FSDPModule) -> None:
     """
     if root._get_fsdp_state()._is_root:  # type: ignore[attr-defined]
         root.reset_iter_state()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def kept_after_forward(modules: Sequence[FSDPModule]) -> Iterator[None]:
+    """Inside, FSDP2 keeps what it has gathered after any number of forwards without gradient.
+
+    `set_reshard_after_forward` does the same and cannot say what was set before. The first of the modules is the outer
+    one: torch takes the module whose forward comes first for the outer one, and `generate` calls one that lies inside.
+    """
+    modules[0]._get_fsdp_state()._lazy_init()  # type: ignore[attr-defined]
+    groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]  # type: ignore
+    before = [group.post_forward_mesh_info for group in groups]
+    for group in groups:
+        group.post_forward_mesh_info = None
+    try:
+        yield
+    finally:
+        for group, info in zip(groups, before, strict=True):
+            group.post_forward_mesh_info = info
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,15 +130,18 @@ def split_batch(run: RunConfig, devices: int) -> tuple[int, int]:
         return micro or MICRO_BATCH, steps or 1
     online = issubclass(config_class(run.objective.loss), OnlineConfig)
     # Of sampled completions a batch has so many prompts, each with its group.
-    pairs = run.train.batch_size * ((run.rollout or Rollout()).group if online else 1)
+    group = (run.rollout or Rollout()).group if online else 1
+    pairs, rows = run.train.batch_size * group, "completions" if online else "pairs"
     said = ", ".join(
-        f"{count} {what}" for count, what in ((micro, "pairs a micro-batch"), (steps, "micro-batches")) if count
+        f"{count} {what}" for count, what in ((micro, f"{rows} a micro-batch"), (steps, "micro-batches")) if count
     )
     unit = devices * (micro or 1) * (steps or 1)
-    fitting = f"{unit}" if micro and steps else f"a multiple of {unit}"
+    prompts = unit // gcd(unit, group)  # the fewest whose completions are a multiple of the unit
+    fitting = f"{prompts}" if micro and steps else f"a multiple of {prompts}"
     if pairs % unit or (micro and steps and pairs != unit):
+        asked = f"{run.train.batch_size} x {group} completions" if online else f"{pairs} pairs"
         raise ConfigError(
-            f"`train.batch_size` is {pairs} pairs per step, which {devices} {'device' if devices == 1 else 'devices'}"
+            f"`train.batch_size` is {asked} per step, which {devices} {'device' if devices == 1 else 'devices'}"
             f"{f' with {said}' if said else ''} cannot make up. Set it to {fitting}"
             f"{', or leave the other keys out' if said else ''}."
         )

@@ -12,7 +12,7 @@ from tether.config.sections import ADAPTERS
 from tether.config.words import branches, describe_type, field_types, unfit
 from tether.objectives import OBJECTIVES, Algorithm, Objective, run_file_row
 from tether.training import PreferenceConfig, TetherTrainer
-from tether.training.declared import Text
+from tether.training.declaration import Text
 
 Loss = str | list[str]
 # Fields of transformers that a run file says elsewhere. One place for each thing, so that no two can disagree.

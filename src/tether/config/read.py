@@ -20,7 +20,7 @@ from tether.config.words import unfit
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
 from tether.training import PreferenceConfig
-from tether.training.declared import default_of
+from tether.training.declaration import default_of
 
 Place = Callable[[KeyPath], str]
 

@@ -21,7 +21,7 @@ from tether.errors import Allowed
 from tether.models.quantized import compute_dtype
 from tether.reference import RemoteOptions
 from tether.training import OnlineConfig, PreferenceConfig
-from tether.training.declared import Text as Declaration
+from tether.training.declaration import Text as Declaration
 from tether.types import Meaning
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tether.errors import DataError
 from tether.evaluate.intervals import Interval, bootstrap_mean, share
-from tether.evaluate.scored import ScoredRows
+from tether.evaluate.score_rows import ScoredRows
 from tether.objectives.metrics import LENGTH_BUCKETS
 
 LENGTH = "tokens of the longer completion"

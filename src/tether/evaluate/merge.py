@@ -19,7 +19,7 @@ from tether.compat.peft import tuner_layers
 from tether.compat.transformers import is_quantized
 from tether.data import text_tokenizer
 from tether.errors import ConfigError, TetherError
-from tether.evaluate.named import Loaded, NamedModel, placed
+from tether.evaluate.named_models import Loaded, NamedModel, placed
 from tether.models import load_policy
 from tether.models.adapters import kind_of
 from tether.models.fingerprint import model_fingerprint

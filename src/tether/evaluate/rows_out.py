@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from tether.errors import ConfigError
-from tether.evaluate.scored import ScoredRows
+from tether.evaluate.score_rows import ScoredRows
 
 ENDINGS = (".jsonl", ".parquet")
 

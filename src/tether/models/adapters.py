@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from tether.compat.messages import ADAPTER_INCOMPLETE
 from tether.compat.peft import adopted, injected_configs, set_active, tuner_layers
 from tether.errors import ConfigError
-from tether.models.adapting.beside import WEIGHTS, remember_brought
-from tether.models.adapting.rewritten import named_initialisation, remember_initial
+from tether.models.adapting.base_rewriting import named_initialisation, remember_initial
+from tether.models.adapting.extra_tensors import WEIGHTS, remember_brought
 from tether.models.fingerprint import base_tensors, digest_of, fingerprint
 from tether.models.structure import unwrap
 

@@ -115,6 +115,8 @@ def plan_run(
     rows: tuple[Any, Any],
     ref_model: str | None = None,
     machine: Machine | None = None,
+    *,
+    whole: bool = True,
 ) -> Plan:
     """Estimate a run; configuration, tokenizer and rows are read, weights are not.
 
@@ -125,6 +127,7 @@ def plan_run(
         rows: what the trainer takes as training and as evaluation rows.
         ref_model: name of another model that is the reference.
         machine: where it would compute; None: here.
+        whole: follow a step also where what lasts does not fit by itself; else such a plan has no parts of a step.
 
     Raises:
         TetherError: the same as of training, as far as it is found before weights load.
@@ -137,16 +140,12 @@ def plan_run(
     policy = sketch(model, args, adapter, new_tokens, accelerator=place.accelerator)
     notes = [] if sample.complete else ["tokens and rows are estimated from a sample of them"]
     reference, reference_bytes = _reference(args, ref_model, policy)
-    held, batch = _step(args, policy, _with_completions(sample, args, config), place, apart, notes)
-    memory = {
-        "libraries": 0 if place.accelerator else LIBRARIES,
-        "weights": policy.weights,
-        "reference": reference_bytes,
-        "optimizer": _optimizer(args, policy),
-        "gradients": held.gradients,
-        "activations": held.activations,
-        "head chunk": held.head,
-    }
+    memory = {"libraries": 0 if place.accelerator else LIBRARIES, "weights": policy.weights}
+    memory |= {"reference": reference_bytes, "optimizer": _optimizer(args, policy), "gradients": 0}
+    batch: dict[str, int] = {}
+    if whole or sum(_spread(memory, policy, place).values()) <= place.memory:
+        held, batch = _step(args, policy, _with_completions(sample, args, config), place, apart, notes)
+        memory |= {"gradients": held.gradients, "activations": held.activations, "head chunk": held.head}
     if isinstance(args, OnlineConfig):
         memory["rollouts"] = _rollouts(args, sample, config, policy)
     memory = _spread(memory, policy, place)

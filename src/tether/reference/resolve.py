@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ReferencePolicyError
-from tether.models.adapting.perturbed import perturbed
+from tether.models.adapting.perturbation import perturbed
 from tether.models.fingerprint import fingerprint, model_fingerprint
 from tether.models.structure import (
     adapter_configs,

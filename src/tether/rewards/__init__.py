@@ -1,10 +1,10 @@
 """What judges sampled completions: any callable, ready-made ones by name, reward models."""
 
+from tether.rewards.builtin import READY_MADE, python_function
 from tether.rewards.call import Calling, call_rewards
 from tether.rewards.judge import EndpointJudge, FunctionJudge, PairJudge, Verdict, judge_reward, win_rate
 from tether.rewards.model import ModelReward
 from tether.rewards.protocol import Judged, Reward, RewardTable, as_rewards, check_signatures
-from tether.rewards.ready import READY_MADE, python_function
 
 __all__ = [
     "READY_MADE",

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from tether.errors import ConfigError, RewardError
 from tether.reference.methods.transport import Transport
 from tether.reference.spec import RemoteOptions
+from tether.rewards.builtin import text_of
 from tether.rewards.protocol import RewardFunction, number_of
-from tether.rewards.ready import text_of
 
 COMPARE = """\
 Two assistants answered the same prompt. Say which answer is better: more correct, more helpful, and better written. \

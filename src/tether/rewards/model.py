@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from tether.data.text.bounded import ending_template
+from tether.data.text.template_sandbox import ending_template
 from tether.errors import ConfigError
 from tether.models.load import check_source, ensure_pad_token
-from tether.rewards.ready import text_of
+from tether.rewards.builtin import text_of
 
 
 class ModelReward:

@@ -21,6 +21,8 @@ from tether.types import Example, Scores, ScoringBatch
 
 logger = logging.getLogger("tether")
 _PROMPTS, _BRANCHES, _TOKENS = 2, 2, 16
+# What an engine ends in where it does not fit a model.
+_UNFIT = (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
 
 def as_example(group: Group) -> Example:
@@ -82,16 +84,30 @@ def compare(
         precision: a context of the run's precision, which says what rounding explains.
         penalty: sample with the repetition penalty, which `score` then knows; else without.
     """
+    groups = _short_groups(engine, policy, requests, sampling if penalty else replace(sampling, repetition_penalty=1.0))
+    return _agreement(engine.name, groups, policy, score, precision)
+
+
+def _short_groups(
+    engine: RolloutEngine, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling
+) -> list[Group]:
     asked = [replace(one, branches=range(_BRANCHES), number="proof") for one in requests[:_PROMPTS]]
-    sampling = replace(sampling, max_tokens=min(_TOKENS, sampling.max_tokens))
-    sampling = sampling if penalty else replace(sampling, repetition_penalty=1.0)
     # The trainer knows no pattern: what it leaves of the distribution is the server's to say.
-    groups = engine.generate(policy, asked, replace(sampling, pattern=None))
+    return engine.generate(policy, asked, replace(sampling, pattern=None, max_tokens=min(_TOKENS, sampling.max_tokens)))
+
+
+def _agreement(
+    name: str,
+    groups: Sequence[Group],
+    policy: nn.Module,
+    score: Callable[[ScoringBatch], Tensor],
+    precision: Callable[[], AbstractContextManager[object]],
+) -> Agreement:
     theirs = [one.logps for group in groups for one in group.completions]
     device = next(policy.parameters()).device
     ours = score(pack([as_example(group) for group in groups]).to(device)).cpu()
     if any(logps is None for logps in theirs):
-        raise RolloutError(f"The engine {engine.name!r} reports no log-probs, so that it cannot be compared.")
+        raise RolloutError(f"The engine {name!r} reports no log-probs, so that it cannot be compared.")
     difference = (torch.cat([logps for logps in theirs if logps is not None]) - ours).abs().max().item()
     if difference != difference:
         difference = float("inf")
@@ -128,8 +144,9 @@ def choose_engine(
     precision: Callable[[], AbstractContextManager[object]],
     *,
     wide_head: bool = False,
+    everywhere: Callable[[bool], bool] = bool,
 ) -> RolloutEngine:
-    """The embedded engine of a run, proved, with a line that says which and why.
+    """The embedded engine of a run, proved, with a line that says which and why; the same in all processes.
 
     Args:
         requested: `auto`, `tree` or `transformers`.
@@ -139,6 +156,7 @@ def choose_engine(
         sampling: of the run.
         precision: a context of the run's precision.
         wide_head: see `tether.scoring.score`; `generate` has the model's own.
+        everywhere: whether something holds in all processes; each has to call, as scoring may take all of them.
 
     Raises:
         RolloutError: no engine samples from what the trainer scores.
@@ -149,27 +167,64 @@ def choose_engine(
     for name, engine in engines.items():
         if requested not in ("auto", name):
             continue
-        try:
-            found = compare(engine, policy, score, requests, sampling, precision)
-        except (ScoringError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason += f"; {name} refused: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
-            continue
-        figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
-        if found.holds:
+        found, why = _tried(engine, policy, score, requests, sampling, precision, everywhere)
+        if found is not None:
+            figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
             logger.info(f"rollouts: {name} engine, at most {figure} (allowed {found.allowed:.0e}){reason}")
-            if replace(sampling, never=()).cuts:
-                logger.info(
-                    "rollouts: tokens are drawn from a part of the policy's distribution (top_k, top_p or min_p); "
-                    "gradients and ratios are those of the whole one"
-                )
-            if sampling.penalises:
-                logger.info(
-                    f"rollouts: tokens are drawn with a repetition penalty of {sampling.repetition_penalty:g}; "
-                    "ratios correct for it"
-                )
+            _say_what_is_drawn(sampling)
             return engine
-        reason += f"; {name} refused: {figure}, allowed are {found.allowed:.0e}"
+        reason += f"; {name} refused: {why}"
     raise RolloutError(
         f"No engine samples from what the trainer scores{reason}. Set engine to auto, or give a rollout_func that "
         "samples from the policy."
     )
+
+
+def _tried(
+    engine: RolloutEngine,
+    policy: nn.Module,
+    score: Callable[[ScoringBatch], Tensor],
+    requests: Sequence[RolloutRequest],
+    sampling: Sampling,
+    precision: Callable[[], AbstractContextManager[object]],
+    everywhere: Callable[[bool], bool],
+) -> tuple[Agreement | None, str]:
+    """How an engine agrees, where it does in all processes; else why not.
+
+    All learn what each has sampled before the first scores it: an error of one would else leave the others in the
+    middle of a pass that takes all.
+    """
+    groups: list[Group] = []
+    found, why = None, ""
+    try:
+        groups = _short_groups(engine, policy, requests, replace(sampling, repetition_penalty=1.0))
+    except _UNFIT as error:
+        why = _first_line(error)
+    if everywhere(not why):
+        try:
+            found = _agreement(engine.name, groups, policy, score, precision)
+        except _UNFIT as error:
+            why = _first_line(error)
+        if found is not None and not found.holds:
+            figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
+            why = f"{figure}, allowed are {found.allowed:.0e}"
+        if everywhere(not why):
+            return found, ""
+    return None, why or "by another process"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _say_what_is_drawn(sampling: Sampling) -> None:
+    if replace(sampling, never=()).cuts:
+        logger.info(
+            "rollouts: tokens are drawn from a part of the policy's distribution (top_k, top_p or min_p); "
+            "gradients and ratios are those of the whole one"
+        )
+    if sampling.penalises:
+        logger.info(
+            f"rollouts: tokens are drawn with a repetition penalty of {sampling.repetition_penalty:g}; "
+            "ratios correct for it"
+        )

@@ -16,6 +16,7 @@ from tether.models.structure import (
     transformers_model,
     unwrap,
 )
+from tether.reference.methods.shards import gathered
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling
 from tether.rollout.sample import draw, seen_tokens
 from tether.scoring.layout.encoder_decoder import is_encoder_decoder
@@ -43,7 +44,7 @@ class TransformersEngine:
         """Sample a group for each request, each completion as a padded sequence of its own."""
         wanted = [(request, branch) for request in requests for branch in request.branches]
         found: list[Completion] = []
-        with torch.no_grad(), evaluation_mode(policy), self._precision():
+        with gathered(policy), torch.no_grad(), evaluation_mode(policy), self._precision():
             for start in range(0, len(wanted), self._rows):
                 found += _sample(policy, wanted[start : start + self._rows], sampling)
         completions = iter(found)
@@ -106,8 +107,10 @@ def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], samplin
         if one is not None:
             types[row, width - len(one.token_types) :] = one.token_types
     inputs |= {name: value.to(device) for name, value in joined_images(images, types).items()}
+    # Weights are whole, so that no process takes part in another's steps.
+    alone = {"generation_config": config, "logits_processor": LogitsProcessorList([draws]), "synced_gpus": False}
     with own_generation_settings_away(sampler, inner):
-        output = sampler.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([draws]))
+        output = sampler.generate(**inputs, **alone)
     output = output[:, start:].cpu()
     logps = torch.stack(draws.logps, 1)
     kept = torch.stack(draws.kept, 1) if draws.kept else None

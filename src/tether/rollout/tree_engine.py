@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tether.errors import ScoringError
 from tether.models.adapters import virtual_tokens
 from tether.models.structure import evaluation_mode, transformers_model
+from tether.reference.methods.shards import gathered
 from tether.rollout.decode import Decoding
 from tether.rollout.records import Completion, Group, RolloutRequest, Sampling
 from tether.rollout.sample import Drawn, draw, seen_tokens
@@ -65,10 +66,10 @@ class TreeEngine:
             ScoringError: the architecture cannot be computed as a tree, or a prompt has images.
         """
         refuse_unfit(policy)
-        if any(request.images is not None for request in requests):
-            raise ScoringError("a prompt has images, which the tree engine does not read.")
         found: list[Group] = []
-        with torch.no_grad(), evaluation_mode(policy), self._precision():
+        with gathered(policy), torch.no_grad(), evaluation_mode(policy), self._precision():
+            if any(request.images is not None for request in requests):
+                raise ScoringError("a prompt has images, which the tree engine does not read.")
             for part in self._parts(requests, sampling):
                 found += self._grow(policy, part, sampling)
         return found

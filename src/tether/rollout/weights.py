@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tether.compat.peft import ADDED, layer_under, merged_layer
 from tether.compat.transformers import without_bars
 from tether.errors import RolloutError
-from tether.models.adapting.rewritten import is_rewritten
+from tether.models.adapting.base_rewriting import is_rewritten
 from tether.models.structure import adapter_configs, trainable_tensors, transformers_model, unwrap
 
 # In memory, where the machine has it: weights go through this folder after each step.

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from tether.compat.torch import foreign_metadata
 from tether.errors import ConfigError
 from tether.models.adapters import load_active
-from tether.models.adapting.rewritten import load_plain
+from tether.models.adapting.base_rewriting import load_plain
 from tether.models.structure import unwrap
 from tether.reference.record import read_record
-from tether.training.saving.whole import damage, require_whole
+from tether.training.saving.atomic_checkpoint import damage, require_whole
 
 logger = logging.getLogger("tether")
 OBJECTIVE = "objective.json"

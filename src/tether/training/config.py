@@ -22,8 +22,8 @@ from tether.objectives import Range
 from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
 from tether.scoring import Layout
-from tether.training.declared import Declared, Whole, keywords, option
-from tether.training.surface.accepted import AcceptedArguments
+from tether.training.declaration import Declared, Whole, keywords, option
+from tether.training.surface.accepted_options import AcceptedArguments
 from tether.types import Kind, Meaning, Method
 
 logger = logging.getLogger("tether")

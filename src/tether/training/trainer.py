@@ -65,13 +65,13 @@ from tether.training.health import Watch, facts_of
 from tether.training.metrics import MetricSums, read_window, write_window
 from tether.training.noise import SequenceNoise
 from tether.training.progress import install_progress
-from tether.training.saving.before import check_optimizer, clear_rehearsals, rehearse
-from tether.training.saving.same import identity_of, require_same_run, write_identity
+from tether.training.saving.atomic_checkpoint import save_whole
+from tether.training.saving.checked_save import whole_save
+from tether.training.saving.preflight import check_optimizer, clear_rehearsals, rehearse
+from tether.training.saving.rank_status import Whereabouts
+from tether.training.saving.resume_check import identity_of, require_same_run, write_identity
 from tether.training.saving.saving import Saving
 from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
-from tether.training.saving.where import Whereabouts
-from tether.training.saving.whole import save_whole
-from tether.training.saving.write import whole_save
 from tether.training.setup.data import Rows
 from tether.training.setup.lora_plus import check_lora_plus, part_rates
 from tether.training.setup.reference import check_start, shard_reference
@@ -79,9 +79,9 @@ from tether.training.setup.restart import Attempts
 from tether.training.setup.run import Given, Run, build_run, build_step, whole_step
 from tether.training.step import Context, MicroBatch, Step, batch_of, collate, reduce_loss, with_term
 from tether.training.store import StoreCallback, StoreFill, fill_ahead, verify_store
-from tether.training.surface.described import CONFIG, described
-from tether.training.surface.members import Members
 from tether.training.surface.refused import accepted_arguments, overrides, refuse_callback, refuse_overrides
+from tether.training.surface.resolved_config import CONFIG, described
+from tether.training.surface.trl_members import Members
 from tether.types import LossOutput, Scores, ScoringBatch
 
 
@@ -272,7 +272,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
     def _take_part(self, model: nn.Module) -> None:
         """Make the forwards of a micro-batch whose outcome nobody reads, for the others' sake."""
         batch = self.run.scored(self.run.probe)
-        self.run.reference.score(batch)
+        if self.run.algorithm.scores_reference:
+            self.run.reference.score(batch)
         self.run.scorer(model, batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -587,4 +588,4 @@ def _kept_steps(trainer: TetherTrainer) -> str:
     if not folder.is_dir():
         save_checkpoint(trainer)
     steps = trainer.state.global_step
-    return f" The {steps} steps before it are kept in {folder}: correct the row and resume from there."
+    return f" The {steps} steps before it are kept in {folder}: correct it and resume from there."

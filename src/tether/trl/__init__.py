@@ -20,7 +20,6 @@ from tether.training import (
     SFTConfig,
     SFTTrainer,
 )
-from tether.trl.absent import ABSENT, refuse_name
 from tether.trl.arguments import (
     DatasetConfig,
     DatasetMixtureConfig,
@@ -43,6 +42,7 @@ from tether.trl.data import (
     prepare_multimodal_messages,
     unpair_preference_dataset,
 )
+from tether.trl.missing_names import ABSENT, refuse_name
 from tether.trl.models import clone_chat_template, create_reference_model, get_training_chat_template
 from tether.trl.parser import TrlParser, init_zero_verbose
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from tether.data.text.bounded import ending_template
+from tether.data.text.template_sandbox import ending_template
 from tether.errors import ConfigError
 
 _TALK = ("prompt", "chosen", "rejected", "completion", "messages")

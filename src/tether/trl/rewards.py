@@ -9,7 +9,7 @@ from typing import Any
 
 from tether.errors import ConfigError
 from tether.rewards import READY_MADE
-from tether.rewards.ready import text_of
+from tether.rewards.builtin import text_of
 
 __all__ = [
     "accuracy_reward",

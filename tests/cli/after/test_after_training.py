@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cli.after.runs import Run
-from tether.config.named import named_model
+from tether.config.model_names import named_model
 
 
 def test_eval_agrees_with_the_evaluation_of_training(run: Run, call: Any) -> None:
@@ -96,7 +96,7 @@ def test_merged_is_what_was_trained(run: Run, call: Any) -> None:
 def test_options_that_narrow_what_is_scored(run: Run, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which part of the rows, how much of each, and how much at once."""
     parts: list[int] = []
-    monkeypatch.setattr("tether.evaluate.scored.each", lambda batches, words: parts.append(len(batches)) or batches)
+    monkeypatch.setattr("tether.evaluate.score_rows.each", lambda batches, words: parts.append(len(batches)) or batches)
     (run.path / "both").mkdir(exist_ok=True)
     run.place.write_rows(run.place.pairs(5), "both/train.jsonl")
     run.place.write_rows(run.place.pairs(3), "both/test.jsonl")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cli.after.runs import Run
 from tether.cli.main import main
-from tether.config.named import named_model
+from tether.config.model_names import named_model
 from tiny import tiny_model
 
 EVAL = ("eval", "out", "--data", "held_out.jsonl", "--json")
@@ -55,7 +55,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ],
     ids=lambda overrides: " ".join(overrides),
 )
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(1)
 def test_evaluated_as_it_was_trained(trained: Any, overrides: tuple[str, ...]) -> None:
     run, ask = trained(*overrides)
     found, logged = ask(*EVAL), run.metrics()
@@ -142,6 +142,7 @@ def test_virtual_tokens_cannot_be_merged(trained: Any) -> None:
     assert "only LoRA is read" in json.dumps(ask("export", "out", "--json"))
 
 
+@pytest.mark.slow
 def test_merged_in_fewer_bits_says_so(trained: Any) -> None:
     _, ask = trained("train.max_steps=2")
     merged = ask("merge", "out", "--output", "whole", "--dtype", "bfloat16", "--json")
@@ -150,6 +151,7 @@ def test_merged_in_fewer_bits_says_so(trained: Any) -> None:
     assert AutoModelForCausalLM.from_pretrained("whole").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_moved_reference_that_no_checkpoint_holds_is_refused(trained: Any) -> None:
     _, ask = trained("reference.sync={steps: 2, alpha: 0.5}", "train.save_strategy='no'", "train.max_steps=3")
     assert "no checkpoint of the last step" in ask(*EVAL[:-1], code=1)

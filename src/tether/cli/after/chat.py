@@ -39,7 +39,7 @@ def chat(
     """
     from tether.cli.output import terminal_output
     from tether.evaluate.answers.chat import Conversation
-    from tether.evaluate.answers.sampled import Generation
+    from tether.evaluate.answers.sampling import Generation
 
     generation = Generation(max_new_tokens, temperature, top_p, seed)
     with terminal_output(debug):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from tether.evaluate.answers.compare import Comparison
-    from tether.evaluate.named import Loaded
+    from tether.evaluate.named_models import Loaded
 
 HELP = "Answers of two models to the same prompts, side by side; in the terminal and as a page."
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.", min=1)]
@@ -52,9 +52,9 @@ def compare(
         TetherError: nothing is at a name, there are no prompts, or a model writes nothing.
     """
     from tether.cli.output import terminal_output
-    from tether.config.named import named_model
+    from tether.config.model_names import named_model
     from tether.evaluate.answers.compare import compare_answers, comparison_page
-    from tether.evaluate.answers.sampled import Generation, prompt_rows
+    from tether.evaluate.answers.sampling import Generation, prompt_rows
 
     if (data is None) == (not prompt):
         raise ConfigError("There is nothing to answer, or two kinds of it. Give --data FILE, or --prompt TEXT.")
@@ -86,7 +86,7 @@ def _load_both(names: list) -> tuple[Loaded, Loaded]:
 
 
 def _typed(texts: list[str], left: Loaded, right: Loaded) -> Dataset:
-    from tether.evaluate.answers.sampled import talks, typed_prompts
+    from tether.evaluate.answers.sampling import talks, typed_prompts
 
     if talks(left) != talks(right):
         raise ConfigError(

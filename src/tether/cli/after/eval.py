@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from tether.evaluate.accuracy import Evaluation, Preferred
-    from tether.evaluate.answers.sampled import Generation
+    from tether.evaluate.answers.sampling import Generation
     from tether.evaluate.answers.win_rate import WinRate
     from tether.evaluate.intervals import Interval
-    from tether.evaluate.named import Loaded, NamedModel
-    from tether.evaluate.scored import Reading
+    from tether.evaluate.named_models import Loaded, NamedModel
+    from tether.evaluate.score_rows import Reading
 
 HELP = "Reward accuracy and margins of held-out pairs with intervals, by length and by column; KL; win rate by a judge."
 
@@ -79,8 +79,8 @@ def evaluate(
         TetherError: nothing is at the model's name, the rows do not fit, or a column is missing.
     """
     from tether.cli.output import terminal_output
-    from tether.evaluate.answers.sampled import Generation
-    from tether.evaluate.scored import Reading
+    from tether.evaluate.answers.sampling import Generation
+    from tether.evaluate.score_rows import Reading
 
     judged = None if judge is None else Judged(judge, judge_model, judge_key)
     if judged is None and (judge_model or judge_key):
@@ -122,8 +122,8 @@ class _Asked:
     def found(self, kl: bool) -> tuple[Evaluation | None, WinRate | None]:
         """What pairs show, where the rows are pairs, and the win rate, where a judge was named."""
         from tether.data.sources.load import load_of_kind
-        from tether.evaluate.answers.sampled import prompt_rows
-        from tether.evaluate.scored import load_for
+        from tether.evaluate.answers.sampling import prompt_rows
+        from tether.evaluate.score_rows import load_for
 
         prompts, judge, other = None, None, self.named[1]
         if self.judged is not None:
@@ -144,7 +144,7 @@ class _Asked:
 
     def _pairs(self, rows: Dataset, policy: Loaded, second: Loaded | None, kl: bool) -> Evaluation:
         from tether.evaluate.accuracy import evaluate_pairs
-        from tether.evaluate.scored import score_rows
+        from tether.evaluate.score_rows import score_rows
 
         scored = score_rows(rows, policy, second, self.reading, wants_kl=kl)
         return evaluate_pairs(scored, policy.named.name, second.named.name if second else None, self.by)

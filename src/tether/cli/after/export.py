@@ -19,7 +19,7 @@ def export(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
         TetherError: there is no folder at the model's name.
     """
     from tether.cli.output import terminal_output
-    from tether.config.named import named_model
+    from tether.config.model_names import named_model
     from tether.evaluate.export import targets
 
     with terminal_output(debug):

@@ -40,9 +40,9 @@ def merge(
         TetherError: there is nothing to merge, it cannot be merged, or the result would be another model.
     """
     from tether.cli.output import terminal_output
-    from tether.config.named import named_model
+    from tether.config.model_names import named_model
     from tether.evaluate.merge import merge as merge_adapters
-    from tether.evaluate.scored import Reading, examples_of, load_for
+    from tether.evaluate.score_rows import Reading, examples_of, load_for
 
     with terminal_output(debug):
         named = named_model(model)

@@ -11,7 +11,7 @@ import typer
 from tether.files import write_whole
 
 if TYPE_CHECKING:
-    from tether.evaluate.named import Loaded, NamedModel
+    from tether.evaluate.named_models import Loaded, NamedModel
 
 MODEL = (
     "A run folder, one of its checkpoints, a model's folder, hub name or .gguf file; RUN:reference is what a run was "
@@ -48,7 +48,7 @@ def source_of(data: str, layout: str | None = None, split: str | None = None, fi
 
 def named_pair(model: str, reference: str | None, dtype: str | None = None) -> tuple[NamedModel, NamedModel | None]:
     """A model, and what it is compared with: as was said, or its run's reference; None for nothing."""
-    from tether.config.named import REFERENCE, named_model
+    from tether.config.model_names import REFERENCE, named_model
 
     policy = named_model(model, dtype=dtype)
     if reference == NONE or policy.classifies:

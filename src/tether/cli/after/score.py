@@ -56,7 +56,7 @@ def score(
     from tether.data.rows.columns import KINDS
     from tether.data.sources.load import load_of_kind
     from tether.evaluate.rows_out import check_target, table_of, write_rows
-    from tether.evaluate.scored import Reading, load_for, score_rows
+    from tether.evaluate.score_rows import Reading, load_for, score_rows
 
     check_target(output)
     if kind is not None and (kind not in KINDS or kind == "prompt_only"):

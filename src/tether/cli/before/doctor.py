@@ -247,7 +247,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
 def _template(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     if not tokenizer.chat_template:
         return [Finding("note", "no chat template: rows must be text, not conversations")]
-    from tether.data.text.bounded import ending_template
+    from tether.data.text.template_sandbox import ending_template
 
     try:
         with ending_template():

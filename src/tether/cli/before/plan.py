@@ -86,14 +86,14 @@ def plan(
         raise typer.Exit(1)
 
 
-def planned(run: RunConfig, place: Machine) -> Plan:
-    """The plan of a checked run file on a machine."""
+def planned(run: RunConfig, place: Machine, *, whole: bool = True) -> Plan:
+    """The plan of a checked run file on a machine; `whole` as of `tether.plan.plan_run`."""
     from tether.config import build
     from tether.plan import plan_run
 
     args, adapter, keywords = build(run)
     rows = keywords["train_dataset"], keywords["eval_dataset"]
-    return plan_run(run.model.name, args, adapter, rows, keywords.get("ref_model"), place)
+    return plan_run(run.model.name, args, adapter, rows, keywords.get("ref_model"), place, whole=whole)
 
 
 def mend(run: RunConfig, place: Machine) -> tuple[dict[str, Any], Plan] | None:
@@ -122,7 +122,7 @@ def _changed(run: RunConfig, changes: dict[str, Any], place: Machine) -> Plan | 
         elif run.lora is None and run.peft is None:
             values[section] = value
     try:
-        return planned(check_run(values), place)
+        return planned(check_run(values), place, whole=False)
     except TetherError:
         return None  # such as a quantisation without an adapter
 

@@ -66,7 +66,7 @@ def precompute(
 
 def _fill_here(run: RunConfig) -> StoreFill | None:
     """None in a process that does not speak for all."""
-    from tether.cli.precompute.made import trainer_of
+    from tether.cli.precompute.store_trainer import trainer_of
 
     trainer = trainer_of(run)
     try:

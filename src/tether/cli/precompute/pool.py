@@ -63,7 +63,7 @@ class Worker:
         if self._trainer is None:
             os.chdir(self._folder)
             from tether.cli.output import terminal_output
-            from tether.cli.precompute.made import trainer_of
+            from tether.cli.precompute.store_trainer import trainer_of
             from tether.config import load_run_file
 
             with terminal_output(debug=False):

@@ -14,7 +14,7 @@ from tether.config.run import RunConfig, Train
 from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sizes, Sync
 from tether.config.words import describe_type, field_types
 from tether.training import PreferenceConfig
-from tether.training.declared import Text, default_of
+from tether.training.declaration import Text, default_of
 
 _HEAD = """\
 # The run file

@@ -13,7 +13,7 @@ from tether.config.sections import ADAPTERS
 from tether.config.words import field_types
 from tether.objectives import OBJECTIVES, Range
 from tether.training import PreferenceConfig
-from tether.training.declared import Text, Whole
+from tether.training.declaration import Text, Whole
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from tether.data.audit.collector import Seen, TextRows
 from tether.data.audit.lengths import Lengths, Limited, Reading, drawing, measured
-from tether.data.audit.look import look
-from tether.data.audit.seen import Seen, TextRows
+from tether.data.audit.row_findings import look
 from tether.data.prepare.report import MarkerFinder
 from tether.data.rows.columns import BATCH_ROWS
 from tether.data.text.template import text_tokenizer

@@ -1,4 +1,4 @@
-"""What of a conversation its rendering contains, and where. Called by `closing`, `render` and `turns`.
+"""What of a conversation its rendering contains, and where. Called by `answer_end`, `render` and `turns`.
 
 A template is a program: it may trim a text, leave out a thought, or write no tools at all. So a mark is put behind
 every text that a row gives, and the conversation is rendered once more: a mark that is missing stands for a text that

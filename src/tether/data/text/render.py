@@ -15,7 +15,7 @@ from typing import Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from tether.data.rows.schema import Turns
-from tether.data.text.closing import Closings, cut_of, is_plainly_closed
+from tether.data.text.answer_end import Closings, cut_of, is_plainly_closed
 from tether.data.text.marks import UNUSABLE, lost_texts, marked, needs_marks, shared_length
 from tether.data.text.template import Writer, conversation, opening
 from tether.data.text.turns import Written, scored_spans

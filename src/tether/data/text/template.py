@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tether.data.rows.fields import OTHER_ROLES
-from tether.data.text.bounded import EndlessTemplateError, ending_template
+from tether.data.text.template_sandbox import EndlessTemplateError, ending_template
 from tether.errors import DataError
 from tether.types import Messages, Preference
 

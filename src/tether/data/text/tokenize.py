@@ -21,7 +21,7 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.data.text.closing import Closings
+from tether.data.text.answer_end import Closings
 from tether.data.text.render import Rendered
 from tether.data.text.template import Writer
 from tether.data.text.token_cache import WordMemory

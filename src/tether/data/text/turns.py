@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tether.data.rows.schema import Turns
-from tether.data.text.closing import Closings
+from tether.data.text.answer_end import Closings
 from tether.data.text.marks import Marked, marked, shared_length
 from tether.data.text.template import Writer, opening
 from tether.types import Messages, Preference

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tether.data import load_rows
-from tether.evaluate.answers.sampled import Generation, answer, talks
-from tether.evaluate.named import Loaded
+from tether.evaluate.answers.sampling import Generation, answer, talks
+from tether.evaluate.named_models import Loaded
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from tether.evaluate.answers.sampled import Generation, answer
-from tether.evaluate.named import Loaded
+from tether.evaluate.answers.sampling import Generation, answer
+from tether.evaluate.named_models import Loaded
 from tether.rewards.judge import prompt_text
 
 # Even a page that failed to escape something could run no script and load nothing.
@@ -49,7 +49,7 @@ def compare_answers(left: Loaded, right: Loaded, prompts: Dataset, generation: G
     Args:
         left: a model.
         right: another one, or the same.
-        prompts: see `tether.evaluate.answers.sampled.prompt_rows`.
+        prompts: see `tether.evaluate.answers.sampling.prompt_rows`.
         generation: how answers are drawn; both get the same draws.
     """
     texts = [answer(one, prompts, generation) for one in (left, right)]

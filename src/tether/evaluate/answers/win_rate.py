@@ -12,9 +12,9 @@ from datasets import Dataset
 
 from tether.errors import ConfigError
 from tether.evaluate.accuracy import plain
-from tether.evaluate.answers.sampled import Generation, answer
+from tether.evaluate.answers.sampling import Generation, answer
 from tether.evaluate.intervals import Interval, bootstrap_mean
-from tether.evaluate.named import Loaded
+from tether.evaluate.named_models import Loaded
 from tether.rewards import FunctionJudge, PairJudge, Verdict
 
 _RESAMPLES = 500
@@ -97,7 +97,7 @@ def compare_models(
     Args:
         first: the model of interest.
         second: what it is compared with.
-        prompts: see `tether.evaluate.answers.sampled.prompt_rows`.
+        prompts: see `tether.evaluate.answers.sampling.prompt_rows`.
         judge: what compares.
         generation: how answers are drawn.
 

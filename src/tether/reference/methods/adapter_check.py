@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tether.compat.peft import layer_under, tuner_layers, values_of_few_tokens
 from tether.models.adapters import rewrites_base
-from tether.models.adapting.perturbed import perturbed
+from tether.models.adapting.perturbation import perturbed
 from tether.models.fingerprint import model_fingerprint
 from tether.models.structure import (
     adapter_configs,

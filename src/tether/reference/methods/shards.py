@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tether.compat.deepspeed import (
+    gather,
     gathers_itself,
     is_away,
     is_only_copy,
@@ -21,11 +24,14 @@ from tether.compat.deepspeed import (
     shard_size,
     whole_shape,
     whole_size,
+    without_hooks,
 )
-from tether.compat.torch import WRAPPER_NAMES, end_forward
+from tether.compat.torch import WRAPPER_NAMES, end_forward, kept_after_forward
 from tether.errors import ReferencePolicyError
 from tether.models.structure import unwrap
 
+# What `gathered` holds whole at the time.
+_GATHERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # DeepSpeed keeps count of what it has gathered in its engine, which nothing in the model leads to. The engine holds the
 # model, so that a strong reference would keep both for ever.
 _ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -45,7 +51,14 @@ def held_by(model: nn.Module, engine: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward gathers weights, so that every process must take part in each."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or gathers_itself(unwrap(model))
+    # What a forward has gathered may still be whole, see `reshard_after_forward`.
+    cut = _cut_by_fsdp(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return bool(cut) or gathers_itself(unwrap(model))
+
+
+def _cut_by_fsdp(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP2 gathers, the outermost first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def local_part(parameter: Tensor) -> Tensor:
@@ -130,7 +143,7 @@ def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def release_gathered(model: nn.Module) -> None:
     """Give up what was gathered for a forward, so that parameters are shards and the next forward reads them."""
-    wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    wrapped = _cut_by_fsdp(model)
     for module in wrapped[:1]:
         # A head that is called in chunks after the forward leaves its group in the middle of one.
         end_forward(module)
@@ -139,6 +152,37 @@ def release_gathered(model: nn.Module) -> None:
     if gathers_itself(model):
         engine: Any = _ENGINES[model]()
         engine.empty_partition_cache()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, weights are whole on every process, and forwards without gradient need no other one.
+
+    So each may make as many as it likes, which completions of different lengths take. Every process has to enter, in
+    the same place; leaving, also by an error, waits for nobody. Between two updates only, as what a forward has kept
+    for its backward is given up.
+
+    Args:
+        model: the policy; one that is not in shards, or gathered already, stays as it is.
+    """
+    if model in _GATHERED or not is_sharded(model):
+        yield
+        return
+    release_gathered(model)  # what a forward has left may be from before an update
+    wrapped = _cut_by_fsdp(model)
+    with ExitStack() as stack:
+        if wrapped:
+            stack.enter_context(kept_after_forward(wrapped))
+        else:
+            stack.enter_context(without_hooks(_ENGINES[model]()))
+        stack.callback(release_gathered, model)
+        stack.callback(_GATHERED.discard, model)
+        _GATHERED.add(model)
+        for module in wrapped:
+            module.unshard()
+        if not wrapped:
+            gather(list(model.parameters()))
+        yield
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.errors import ConfigError, ScoringError
-from tether.models.adapting.perturbed import perturbed, small_tensors
+from tether.models.adapting.perturbation import perturbed, small_tensors
 from tether.models.structure import dtype_of, evaluation_mode, transformers_model
 from tether.scoring.attention.interface import Backend, backends_for, remove_tree_attention
 from tether.scoring.batch import pack, sequence_sources, sequences

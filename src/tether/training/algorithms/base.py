@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import pyarrow as pa
+import torch
 from accelerate import Accelerator
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from tether.data import Prepared
 from tether.data.show import Counted
-from tether.errors import DataError
+from tether.errors import DataError, TetherError
 from tether.models import load_policy
 from tether.scoring import score
 from tether.scoring.layout.proof import LOG_PROBS, Measures
@@ -28,6 +29,7 @@ from tether.types import LossOutput, Scores, ScoringBatch
 
 # What the policy's pass gives: `Scores`, or the rewards of completions.
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,31 @@ class Passes:
         """A tensor of all processes, one after another; each has to call, with as many rows."""
         return cast(Tensor, self.accelerator.gather(tensor))
 
+    def everywhere(self, held: bool) -> bool:
+        """Whether something holds in all processes; each has to call."""
+        return bool(self.gather(torch.tensor([float(held)], device=self.accelerator.device)).all())
+
+    def together(self, call: Callable[[], Result], what: str, error: type[TetherError]) -> Result:
+        """Do something in each process; where one fails all do, so that none waits for it.
+
+        Args:
+            call: what is done; no process may need another in it.
+            what: it is called in the message of those that did not fail.
+            error: that these raise.
+        """
+        found: list[Result] = []
+        problem: Exception | None = None
+        try:
+            found.append(call())
+        except Exception as raised:
+            problem = raised
+        failed = self.gather(torch.tensor([float(problem is not None)], device=self.accelerator.device))
+        if problem is not None:
+            raise problem
+        if failed.any():
+            raise error(f"{what} failed in process {int(failed.argmax())}; its message is there.")
+        return found[0]
+
 
 class Algorithm(ABC, Generic[Answer]):
     """`loss` and `describe` must be defined; the rest may be.
@@ -90,6 +117,8 @@ class Algorithm(ABC, Generic[Answer]):
     # The function that scores a batch by the policy, and what its layout is proved by.
     scoring: Callable[..., Any] = staticmethod(score)
     measures: Measures = LOG_PROBS
+    # The pass over a micro-batch of an evaluation asks the reference too; else it has spoken before.
+    scores_reference: ClassVar[bool] = True
     # A step may have no gradient at all, as where the rewards of every group are equal.
     still_steps: ClassVar[bool] = False
 

@@ -8,7 +8,7 @@ from tether.errors import ConfigError
 from tether.objectives.contrast import contrast_loss
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig
-from tether.training.declared import REGISTERED, option
+from tether.training.declaration import REGISTERED, option
 from tether.training.step import Context, MicroBatch
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch

@@ -10,7 +10,7 @@ from tether.objectives import OBJECTIVES, Combination, preference_loss
 from tether.scoring.divergence import token_divergence
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import PreferenceConfig
-from tether.training.declared import REGISTERED, option
+from tether.training.declaration import REGISTERED, option
 from tether.training.step import Context, MicroBatch
 from tether.training.trainer import TetherTrainer
 from tether.types import LossOutput, Scores, ScoringBatch

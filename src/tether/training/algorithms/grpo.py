@@ -18,7 +18,7 @@ from tether.objectives import OBJECTIVES, Range
 from tether.objectives.online.advantages import group_advantages, normalize_then_sum, weighted_sum
 from tether.objectives.online.policy_gradient import PolicyGradient
 from tether.rollout import RolloutEngine
-from tether.training.declared import REGISTERED, Whole, option
+from tether.training.declaration import REGISTERED, Whole, option
 from tether.training.online.algorithm import Online
 from tether.training.online.config import OnlineConfig
 from tether.training.online.entropy import EntropyBonus

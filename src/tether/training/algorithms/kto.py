@@ -16,9 +16,9 @@ from tether.data import Prepared
 from tether.objectives import OBJECTIVES
 from tether.objectives.unpaired import is_balanced, log_ratios, suggested_weights, unpaired_loss
 from tether.training.algorithms.base import Algorithm, Needs, Passes
-from tether.training.algorithms.mismatched import Mismatching, with_mismatched
+from tether.training.algorithms.kto_mismatch import Mismatching, with_mismatched
 from tether.training.config import PreferenceConfig
-from tether.training.declared import REGISTERED, option
+from tether.training.declaration import REGISTERED, option
 from tether.training.step import Context, MicroBatch, Step
 from tether.training.trainer import TetherTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -240,7 +240,7 @@ class KTOTrainer(TetherTrainer):
     """Kahneman-Tversky optimization and similar on single completions; arguments as in TRL 1.16.
 
     A row of `kto` is a tree of two branches: its own completion, and another row's (see
-    `tether.training.algorithms.mismatched`) whose log-ratio estimates the KL divergence. The baseline z0 is
+    `tether.training.algorithms.kto_mismatch`) whose log-ratio estimates the KL divergence. The baseline z0 is
     `max(0, mean)` of these over all rows of the optimizer step, micro-batches and processes included, so that no split
     changes the result. A step of one micro-batch has it from the forward that it does anyway. A step of several, by
     accumulation or by the token budget, scores all of them once more without gradient beforehand: one more forward of

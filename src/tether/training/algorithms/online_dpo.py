@@ -14,7 +14,7 @@ from tether.errors import ConfigError
 from tether.objectives import Combination, preference_loss
 from tether.training.algorithms.base import Needs
 from tether.training.algorithms.grpo import OnlineTrainer
-from tether.training.declared import option
+from tether.training.declaration import option
 from tether.training.online.algorithm import Online
 from tether.training.online.config import OnlineConfig
 from tether.training.step import Context, MicroBatch

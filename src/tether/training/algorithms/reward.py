@@ -21,10 +21,10 @@ from tether.objectives.reward import reward_loss
 from tether.scoring.reward import REWARDS, require_reward_head, reward
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig
-from tether.training.declared import REGISTERED
+from tether.training.declaration import REGISTERED
 from tether.training.setup.policy import policy_spec
 from tether.training.step import Context, MicroBatch
-from tether.training.surface.accepted import AcceptedTemplateArguments
+from tether.training.surface.accepted_options import AcceptedTemplateArguments
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 

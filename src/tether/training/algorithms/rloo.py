@@ -12,7 +12,7 @@ from tether.objectives import OBJECTIVES
 from tether.objectives.online.advantages import leave_one_out, weighted_sum
 from tether.objectives.online.policy_gradient import PolicyGradient
 from tether.training.algorithms.grpo import OnlineTrainer
-from tether.training.declared import REGISTERED, option
+from tether.training.declaration import REGISTERED, option
 from tether.training.online.algorithm import Online
 from tether.training.online.config import OnlineConfig
 

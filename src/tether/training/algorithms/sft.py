@@ -14,9 +14,9 @@ from tether.errors import ConfigError
 from tether.objectives.supervised import supervised_loss
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig
-from tether.training.declared import option
+from tether.training.declaration import option
 from tether.training.step import Context, MicroBatch
-from tether.training.surface.accepted import AcceptedSupervisedArguments
+from tether.training.surface.accepted_options import AcceptedSupervisedArguments
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
 

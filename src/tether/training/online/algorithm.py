@@ -33,12 +33,12 @@ from tether.training.online.config import OnlineConfig
 from tether.training.online.entropy import EntropyBonus, OnlineContext, highest_of
 from tether.training.online.experience import GIVEN, Experience, Plan, means_of
 from tether.training.online.function import FunctionEngine
-from tether.training.online.gain import standard_error
+from tether.training.online.reward_gain import standard_error
 from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
 from tether.training.source.base import Source
-from tether.training.source.rollouts import RolloutSource, Shape
+from tether.training.source.rollouts import RolloutSource, Shape, require_even
 from tether.training.step import Context, MicroBatch, Step
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -96,6 +96,7 @@ class Online(Algorithm[Scores]):
 
     args: OnlineConfig
     still_steps = True
+    scores_reference = False
     # Of each group the best and the worst completion are a pair.
     pairs: ClassVar[bool] = False
 
@@ -189,6 +190,9 @@ class Online(Algorithm[Scores]):
         args, raw = self.args, data.rows_of(source.rows)
         check_signatures(self.rewards, raw.column_names, further=self._own_fields)
         self._require_room(source.rows)
+        for name, (rows, _) in zip(data.reports, data.sets, strict=True):
+            if rows is not source.rows:
+                require_even(name, len(rows), args.world_size)
         if "images" in source.rows.column_names:
             self._read_images(data.tokenizer)
         self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))

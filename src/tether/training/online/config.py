@@ -10,7 +10,7 @@ from tether.errors import ConfigError
 from tether.objectives import Range
 from tether.objectives.online.correction import MODES, Correction, Mode
 from tether.training.config import PreferenceConfig
-from tether.training.declared import Whole, keywords, option, refused
+from tether.training.declaration import Whole, keywords, option, refused
 
 _BY_FILES = "weights reach the server by files on this machine, or as an adapter"
 # TRL's fields that are refused when they are set: what they must stay, and why.
@@ -27,7 +27,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "use_transformers_continuous_batching": (False, "the tree engine drops finished rows already"),
     "transformers_continuous_batching_config": (None, "the tree engine drops finished rows already"),
     "cache_implementation": (None, "the tree engine has no cache object"),
-    "ds3_gather_for_generation": (True, "rollouts of a policy in shards are not built yet"),
+    "ds3_gather_for_generation": (
+        True,
+        "processes draw different numbers of tokens, so that each has all weights while it does",
+    ),
     "log_multimodal": (True, "completions are shown as text, with no image in any case"),
     "log_completions_hub_repo": (None, "rollouts are kept in the run folder; push that"),
     "auto_find_batch_size": (False, "a rollout holds whole groups; lower per_device_train_batch_size"),
@@ -313,11 +316,6 @@ class OnlineConfig(PreferenceConfig):
             raise ConfigError(
                 "was given, and no completion is known before it is sampled. Leave the store out.", self._store_field
             )
-        for name in ("fsdp", "deepspeed"):
-            if getattr(self, name):
-                raise ConfigError(
-                    "was given, and a policy in shards cannot sample yet. Train in one process, or by DDP.", name
-                )
         if self.top_k and self.top_k < 2:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
 

@@ -34,8 +34,7 @@ def highest_of(step: Step, passes: Passes, share: float) -> HighEntropy:
     """
     found = []
     for part in step.parts:
-        device = next(passes.model().parameters()).device
-        batch = part.batch.to(device)
+        batch = part.batch.to(passes.accelerator.device)
         entropy = passes.policy(batch, outputs=("entropy",)).entropy
         assert entropy is not None
         trained = batch.completion_values["weight"][batch.completion_index] > 0

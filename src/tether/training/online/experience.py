@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from tether.errors import RewardError
+from tether.errors import RewardError, RolloutError
 from tether.objectives.online.advantages import spread, weighted_sum, without_variance
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
 from tether.rollout import Completion, Group, RolloutEngine, RolloutRequest, Sampling
@@ -23,7 +23,7 @@ from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
 from tether.training.algorithms.base import Passes
-from tether.training.online.gain import Progress, group_means
+from tether.training.online.reward_gain import Progress, group_means
 from tether.training.online.serving import Served, Serving
 from tether.training.online.table import Completions
 from tether.types import Example, ScoringBatch
@@ -256,7 +256,10 @@ class Experience:
 
     def _sampled(self, wanted: Wanted, requests: Sequence[RolloutRequest], kept: Keeper) -> Sample:
         engine, begun = self._engine(requests), time.perf_counter()
-        groups = engine.generate(self._passes().model(), requests, self.plan.sampling)
+        passes = self._passes()
+        groups = passes.together(
+            lambda: engine.generate(passes.model(), requests, self.plan.sampling), "Sampling", RolloutError
+        )
         seconds = time.perf_counter() - begun
         texts = [self.decode(one.ids.tolist()) for group in groups for one in group.completions]
         kept.add(groups, texts, engine.name)
@@ -362,8 +365,7 @@ class Experience:
         passes = self._passes()
         if passes.accelerator.num_processes == 1:
             return values.cpu()
-        device = next(passes.model().parameters()).device
-        return passes.gather(values.to(device)).cpu()
+        return passes.gather(values.to(passes.accelerator.device)).cpu()
 
     def _engine(self, requests: Sequence[RolloutRequest]) -> RolloutEngine:
         if self.engine is None and self.plan.serving is not None:
@@ -379,6 +381,7 @@ class Experience:
                 self.plan.sampling,
                 lambda: passes.accelerator.autocast(),
                 wide_head=self.plan.wide_head,
+                everywhere=passes.everywhere,
             )
         return self.engine
 
@@ -391,23 +394,16 @@ class Experience:
 
     def _call(self, judged: Judged) -> RewardTable:
         """The rewards; an error of one process reaches all."""
-        passes = self._passes()
-        given, table, error = judged.columns.get(GIVEN), None, None
-        try:
+        passes, given = self._passes(), judged.columns.get(GIVEN)
+
+        def called() -> RewardTable:
             if not len(judged):  # of this process nothing is sampled again
-                table = RewardTable(torch.empty(0, max(1, len(self.plan.rewards))), (), ())
-            elif given is not None and not self.plan.rewards:
-                table = RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
-            else:
-                table = call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
-        except RewardError as problem:
-            error = problem
-        failed = self._gathered(torch.tensor([float(table is None)]))
-        if error is not None:
-            raise error
-        if table is None or failed.any():
-            raise RewardError(f"A reward function failed in process {int(failed.argmax())}; its message is there.")
-        return table
+                return RewardTable(torch.empty(0, max(1, len(self.plan.rewards))), (), ())
+            if given is not None and not self.plan.rewards:
+                return RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
+            return call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
+
+        return passes.together(called, "A reward function", RewardError)
 
     def _kept(self, rewards: Tensor, truncated: Tensor, group: int) -> Tensor:
         """Bool `[K]`: which completions are trained on."""
@@ -443,7 +439,7 @@ class Experience:
         proximal = plan.proximal or plan.kl_in_reward or any("rollout" in one.token_values for one in batch)
         if not proximal and not plan.reference:
             return batch
-        device, found = next(passes.model().parameters()).device, {}
+        device, found = passes.accelerator.device, {}
         for part in passes.split(pack(batch)):
             moved = part.batch.to(device)
             # The reference first, as in a step: a snapshot exchanges weights.

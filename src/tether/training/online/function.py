@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.errors import RolloutError
+from tether.reference.methods.shards import gathered
 from tether.rollout import Completion, Group, RolloutRequest, Sampling
 from tether.rollout.records import as_ids
 
@@ -41,7 +42,8 @@ class FunctionEngine:
             RolloutError: something is missing, or does not have the length that it must have; with the field.
         """
         prompts = [request.row.get("prompt") for request in requests for _ in request.branches]
-        found = self._function(prompts, self._trainer)
+        with gathered(policy):  # it may sample from the policy, and not equally often in each process
+            found = self._function(prompts, self._trainer)
         lacking = [name for name in _NEEDED if not isinstance(found, dict) or name not in found]
         if lacking:
             raise RolloutError(

@@ -15,13 +15,14 @@ from accelerate.utils import broadcast_object_list
 from tether.errors import RolloutError
 from tether.models.structure import dtype_of, transformers_model
 from tether.reference import RemoteOptions
+from tether.reference.methods.shards import is_sharded
 from tether.rollout import RolloutRequest, Sampling
 from tether.rollout.proof import compare, with_penalty
 from tether.rollout.vllm_engine import Follows, VLLMEngine, proof_rows, told
 from tether.rollout.vllm_server import ServerOptions, VLLMServer
 from tether.rollout.weights import exchange_folder, lora_alone, write_merged
 from tether.scoring import pack, score_alone, tolerance
-from tether.training.algorithms.base import Passes
+from tether.training.algorithms.base import Passes, Result
 from tether.types import Example, ScoringBatch
 
 logger = logging.getLogger("tether")
@@ -75,6 +76,11 @@ class Served:
         self._passes, self._own = passes, None
         self._begun: dict[str, float] = {}
         accelerator, policy = passes.accelerator, passes.model()
+        if is_sharded(policy):
+            raise RolloutError(
+                "A vLLM server is sent whole weights, and no process has all of the policy's, which are in shards "
+                "(FSDP, ZeRO-3). Sample with the engine auto, or train by DDP."
+            )
         self._main = accelerator.is_main_process
         url, run = self._from_main(
             lambda: (serving.url or self._start(serving, sampling), f"tether-{secrets.token_hex(4)}")
@@ -131,13 +137,12 @@ class Served:
             begun, self._begun = self._begun, {}
             return begun
         # The main process sends before any other asks.
-        self._all(lambda: self.engine.sync(self._passes.model(), step) if self._main else None)
+        self._together(lambda: self.engine.sync(self._passes.model(), step) if self._main else None)
         if not self._main:
             self.engine.sync(self._passes.model(), step)
-        found: list[float] = []
-        self._all(lambda: found.append(self._follows.check()))
+        difference = self._together(self._follows.check)
         sent, self.engine.sent = self.engine.sent[-1:], self.engine.sent[-1:]
-        return {**told(sent), "sync/logp_difference": found[0]}
+        return {**told(sent), "sync/logp_difference": difference}
 
     def close(self) -> None:
         """Stop an own server."""
@@ -167,25 +172,12 @@ class Served:
 
     def _from_main(self, make: Callable[[], tuple[str, str]]) -> tuple[str, str]:
         """What the main process has made, in all."""
-        made: list[tuple[str, str]] = []
-        self._all(lambda: made.append(make()) if self._main else None)
-        values: list[tuple[str, str] | None] = [made[0] if made else None]
+        values = [self._together(lambda: make() if self._main else None)]
         if self._passes.accelerator.num_processes > 1:
             broadcast_object_list(values)
         assert values[0] is not None
         return values[0]
 
-    def _all(self, call: Callable[[], object]) -> None:
-        """Do something in each process; the error of one reaches all, so that none waits for it."""
-        error: Exception | None = None
-        try:
-            call()
-        except Exception as problem:
-            error = problem
-        if self._passes.accelerator.num_processes > 1:
-            device = next(self._passes.model().parameters()).device
-            failed = self._passes.gather(torch.tensor([float(error is not None)], device=device))
-            if error is None and failed.any():
-                raise RolloutError(f"The server failed in process {int(failed.argmax())}; its message is there.")
-        if error is not None:
-            raise error
+    def _together(self, call: Callable[[], Result]) -> Result:
+        """The error of one process reaches all, so that none waits for it."""
+        return self._passes.together(call, "The server", RolloutError)

@@ -15,7 +15,7 @@ from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.memory import give_back, room_for_another
 from tether.errors import ConfigError, TetherError
 from tether.models.adapters import adapter_config, continue_adapter
-from tether.models.adapting.rewritten import is_rewritten
+from tether.models.adapting.base_rewriting import is_rewritten
 from tether.models.load import is_adapter
 from tether.models.spec import ModelSpec
 from tether.models.structure import dtype_of, transformers_model, unwrap

@@ -35,7 +35,7 @@ from tether.reference.methods.model import may_move
 from tether.scoring.router import has_router, lacking_router
 from tether.training.checkpoint import refuse_silent_reanchoring
 from tether.training.config import PreferenceConfig
-from tether.training.saving.before import check_before_loading
+from tether.training.saving.preflight import check_before_loading
 from tether.training.step import batch_of
 
 logger = logging.getLogger("tether")

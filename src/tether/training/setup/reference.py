@@ -20,7 +20,7 @@ from tether.compat.transformers import commit_of
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy, load_tokenizer
 from tether.models.adapters import adapter_config, in_one_way
-from tether.models.adapting.beside import refuse_brought
+from tether.models.adapting.extra_tensors import refuse_brought
 from tether.models.fingerprint import model_fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
 from tether.models.load import check_source

@@ -37,7 +37,7 @@ from tether.training.algorithms.base import Algorithm
 from tether.training.budget import TokenBudget, choose_budget
 from tether.training.config import PreferenceConfig
 from tether.training.noise import layout_for_noise
-from tether.training.saving.settings import OwnSettings
+from tether.training.saving.model_settings import OwnSettings
 from tether.training.setup.data import Rows, RunData
 from tether.training.setup.limits import checked, limits_of
 from tether.training.setup.policy import (

@@ -213,14 +213,14 @@ class RolloutSource(Source):
         mine = list(range(shape.process, len(rows), shape.processes))
         most = -(-len(rows) // shape.processes)
         size = max(1, shape.eval_batch // shape.eval_group)
-        if len(rows) % shape.processes:
-            raise DataError(
-                f"eval: {len(rows)} prompts cannot be shared evenly by {shape.processes} processes, which judge them "
-                "together. Give a multiple of that."
-            )
-        for start in range(0, most, size):
+        require_even("eval", len(rows), shape.processes)
+
+        def made(start: int) -> list[Example]:
             part = [(place, range(shape.eval_group)) for place in mine[start : start + size]]
-            (examples,) = self._make(self._wanted(rows, raw, [part], "eval", shape.eval_group))
+            return self._make(self._wanted(rows, raw, [part], "eval", shape.eval_group))[0]
+
+        # All before the first is scored: sampling takes all processes, and one may have more micro-batches to score.
+        for examples in [made(start) for start in range(0, most, size)]:
             yield {"batch": pack(examples)}
 
     # -- where the run stands ----------------------------------------------------------------------------------------
@@ -280,6 +280,24 @@ class RolloutSource(Source):
             return batch
         places = {source: place for place, source in enumerate(self.rows["source_row"])}
         return [replace(one, images=example_from_row(self.rows[places[one.source_row]]).images) for one in batch]
+
+
+def require_even(name: str, prompts: int, processes: int) -> None:
+    """Refuse an evaluation set of which one process would have more prompts than another.
+
+    Args:
+        name: of the set.
+        prompts: that it has.
+        processes: of the run.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    if prompts % processes:
+        raise DataError(
+            f"{name}: {prompts} prompts cannot be shared evenly by {processes} processes, which judge them together. "
+            "Give a multiple of that."
+        )
 
 
 def _text_ids(example: Example) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tether.errors import ConfigError
-from tether.models.adapting.beside import WEIGHTS
+from tether.models.adapting.extra_tensors import WEIGHTS
 from tether.models.structure import unwrap
 
 _CONFIG = "adapter_config.json"

@@ -26,9 +26,9 @@ from tether.compat.trainer import steps_in_backward
 from tether.errors import ConfigError, TetherError
 from tether.files import is_full
 from tether.models.adapters import rewrites_base
-from tether.models.adapting.rewritten import is_rewritten
+from tether.models.adapting.base_rewriting import is_rewritten
 from tether.models.structure import unwrap
-from tether.training.saving.settings import invalid_generation
+from tether.training.saving.model_settings import invalid_generation
 
 logger = logging.getLogger("tether")
 _CARD = "README.md"

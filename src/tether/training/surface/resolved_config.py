@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tether.masking import masked_values
-from tether.training.declared import default_of
-from tether.training.saving.same import super_of
+from tether.training.declaration import default_of
+from tether.training.saving.resume_check import super_of
 
 if TYPE_CHECKING:
     from tether.training.config import PreferenceConfig

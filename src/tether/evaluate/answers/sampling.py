@@ -12,7 +12,7 @@ from datasets import Dataset
 from tether.data import example_from_row, load_rows, preferences, prepare, read_preferences
 from tether.data.sources.load import load_of_kind
 from tether.errors import ConfigError
-from tether.evaluate.named import Loaded
+from tether.evaluate.named_models import Loaded
 from tether.models.structure import transformers_model
 from tether.progress import each
 from tether.rollout import RolloutRequest, Sampling, TransformersEngine

@@ -6,8 +6,8 @@ from hashlib import blake2b
 from itertools import combinations
 from typing import cast
 
+from tether.data.audit.collector import Seen, asked, opening_of, parts
 from tether.data.audit.language import detector, is_in_another_language, is_odd, is_refusal, script
-from tether.data.audit.seen import Seen, asked, opening_of, parts
 from tether.data.prepare.report import MarkerFinder, digest
 from tether.data.rows.values import is_blank, texts_of
 from tether.types import Messages, Preference

@@ -14,13 +14,13 @@ from tether.config.fields import config_class, trainer_class
 from tether.config.read import load_run_file
 from tether.config.run import RunConfig, Train
 from tether.errors import ConfigError
-from tether.evaluate.named import NamedModel, Trained
+from tether.evaluate.named_models import NamedModel, Trained
 from tether.models.load import check_source, is_adapter
 from tether.models.reward import is_classifier
 from tether.reference.record import RECORD, TENSORS, read_record
 from tether.training.checkpoint import last_checkpoint
-from tether.training.saving.whole import MANIFEST, require_whole
-from tether.training.surface.described import CONFIG, TRAINER, recorded
+from tether.training.saving.atomic_checkpoint import MANIFEST, require_whole
+from tether.training.surface.resolved_config import CONFIG, TRAINER, recorded
 
 REFERENCE = ":reference"
 METRICS = "metrics.jsonl"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from tether.errors import ConfigError
-from tether.training.declared import Declared, option
+from tether.training.declaration import Declared, option
 
 logger = logging.getLogger("tether")
 _PACKED = "rows are packed without padding in any case"

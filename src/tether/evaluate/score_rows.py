@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tether.data import example_from_row, load_rows, prepare, read_preferences
 from tether.errors import ConfigError, DataError, ScoringError
-from tether.evaluate.named import Loaded, NamedModel
+from tether.evaluate.named_models import Loaded, NamedModel
 from tether.models.load import load_config, load_processing
 from tether.objectives.contrast import CONTRASTS, shaped_reward
 from tether.objectives.preference import Numbers
