@@ -15,10 +15,11 @@ from tether.config.arguments import _unsharded
 from tether.config.fields import config_class, fields_under
 from tether.config.foreign import COMMANDS, TOOLS, Conversion, convert_file, detect, from_flags, is_foreign
 from tether.config.foreign.document import parse_foreign
-from tether.config.foreign.table import MARKS, Row, load_table
+from tether.config.foreign.table import MARKS, Row, load_table, load_templates
 from tether.config.foreign.write import fate_lines, run_file_text
 from tether.config.run import RunConfig
 from tether.errors import ConfigError
+from tether.models.chat_template import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSSES: list[Any] = [["sigmoid"], "kto", "orpo", "cpo", "sft", "reward", "dapo", "rloo"]
@@ -201,8 +202,8 @@ def test_an_inconsistent_row_is_caught() -> None:
 
 def test_all_keys_of_axolotl_have_a_mark() -> None:
     top = [key for key in load_table("axolotl") if "[" not in key and "." not in key]
-    # 390 of the schema of Axolotl 0.19, two that people write and it drops, five older names, ten of plugins.
-    assert len(top) == 407
+    # 390 of the schema of Axolotl 0.19, two that people write and it drops, five older names, 63 of plugins.
+    assert len(top) == 460
     marks = {mark: sum(load_table("axolotl")[key].mark == mark for key in top) for mark in MARKS}
     assert min(marks.values()) > 0
 
@@ -229,6 +230,34 @@ def test_pages_have_the_tables_of_what_is_refused() -> None:
     page = (ROOT / "docs" / "switching.md").read_text(encoding="utf-8")
     for name in TOOLS:
         assert table_of_stops(name) in page, f"docs/switching.md has another table of {name}"
+
+
+USES = {
+    "use": "written so, whatever the model's own is",
+    "fallback": "written so where the model has no template",
+    "own": "the model's own, which is that one; a model without one is refused",
+    "refused": "refused",
+}
+
+
+def table_of_templates(tool: str) -> str:
+    """What becomes of a tool's names of chat templates, as docs/switching.md has it."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, found in load_templates(tool).items():
+        shown = f"`{name}`" if found.template in ("", name) else f"`{name}` (`{found.template}`)"
+        groups.setdefault((found.use, found.reason), []).append(shown)
+    rows = (f"| {', '.join(names)} | {USES[use]}{f': {why}' if why else ''} |" for (use, why), names in groups.items())
+    return "\n".join(["| name (and ours) | becomes |", "|---|---|", *rows])
+
+
+def test_templates_by_name_are_in_the_library_and_on_the_page() -> None:
+    page = (ROOT / "docs" / "switching.md").read_text(encoding="utf-8")
+    for tool, count in (("axolotl", 36), ("llamafactory", 125)):
+        found = load_templates(tool)
+        assert len(found) == count
+        assert {one.template for one in found.values() if one.use in ("use", "fallback")} <= set(LIBRARY)
+        assert all(bool(one.template) == (one.use in ("use", "fallback")) for one in found.values())
+        assert table_of_templates(tool) in page, f"docs/switching.md has another table of {tool}'s templates"
 
 
 # Whole files, with exact values
@@ -738,6 +767,8 @@ GAPS = [
     ("chat_template: chatml", {"model.chat_template": "chatml"}),
     ("chat_template: mistral_v1", {"model.chat_template": "mistral_v1"}),
     ("chat_template: aya", {"model.chat_template": "cohere"}),
+    ("chat_template: nemotron_h", {"model.chat_template": "chatml"}),
+    ("chat_template: jamba", {"model.chat_template": "jamba"}),
     ("chat_template: tokenizer_default_fallback_llama3", {"model.chat_template": "fallback:llama3"}),
     ("special_tokens: {eos_token: <e>, pad_token: <p>}", {"model.special_tokens": {"eos_token": "<e>"}}),
     ("special_tokens: {additional_special_tokens: [<a>]}", {"model.add_tokens": ["<a>"]}),
@@ -814,6 +845,8 @@ def test_the_tool_is_told_by_its_keys() -> None:
     assert detect({"model": "m", "data": {}}) is None
     with pytest.raises(ConfigError, match="LLaMA-Factory's v1 layout"):
         detect({"model": "m", "train_dataset": "x"})
+    with pytest.raises(ConfigError, match=r"`peft_config` is `finetuning_type, lora_rank, lora_alpha, lora_target`"):
+        detect({"model": "m", "peft_config": {"name": "lora"}, "micro_batch_size": 1})
     Path("ours.yaml").write_text("model: m\ndata: {train: a.jsonl}\n")
     Path("trl.yaml").write_text(TRL)
     assert [is_foreign(Path(name)) for name in ("ours.yaml", "trl.yaml", "none.yaml")] == [False, True, False]
@@ -872,7 +905,7 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["optimizer=muon"], "`optimizer` is 'muon' (text); allowed is adamw_torch"),
         (AXOLOTL, ["lr_scheduler=rex"], "`lr_scheduler` is 'rex'"),
         (AXOLOTL, ["relora=true"], "no restarts of an adapter (ReLoRA) here"),
-        (AXOLOTL, ["chat_template=jamba"], "say chat_template=jinja chat_template_jinja=FILE"),
+        (AXOLOTL, ["chat_template=orca"], "say chat_template=jinja chat_template_jinja=FILE"),
         (AXOLOTL, ["special_tokens={end_token: '</s>'}"], "text, under one of bos_token"),
         (AXOLOTL, ["datasets.0.type=mine.transform"], "module.function of a Python file that lies beside this one"),
         (AXOLOTL, ["datasets.0.chat_template=llama3", "chat_template=chatml"], "one template writes all"),
@@ -922,6 +955,25 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (GRPO, ["reward_funcs=[none.such]"], "module.function of a Python file that lies beside this one"),
         (GRPO, ["reward_weights=[1.0]"], "`reward_weights` is [1.0] (a list); allowed is a list of 2 numbers"),
         (GRPO, ["reward_funcs=null", "reward_weights=null"], "something must judge the completions"),
+        (
+            "model_name_or_path: m\nadapter_name_or_path: a\ntemplate: llama3\nexport_dir: out\nexport_size: 5\n",
+            [],
+            "`export_dir` is of a file that trains nothing. To write an adapter into its model: tether merge ADAPTER",
+        ),
+        ("model_name_or_path: m\ntemplate: qwen3\ninfer_backend: huggingface\n", [], "tether chat MODEL"),
+        (
+            "model_name_or_path: m\nstage: sft\ndo_predict: true\neval_dataset: a\npredict_with_generate: true\n",
+            [],
+            "`predict_with_generate` is of a file that trains nothing",
+        ),
+        ("model_name_or_path: m\ntask: mmlu_test\ntemplate: fewshot\nlang: en\n", [], "Its benchmarks are not here"),
+        (LLAMAFACTORY, ["template=lama3"], "is no template of LLaMA-Factory 0.9. Did you mean 'llama3'?"),
+        (
+            LLAMAFACTORY,
+            ["adapter_name_or_path='a,b'"],
+            "tether merge a --output merged. Then model_name_or_path=merged adapter_name_or_path=b",
+        ),
+        (AXOLOTL, ["chat_template=command_a"], "which the tokenizer of Command A has; say chat_template=tokenizer_def"),
         ("base_model: m\n\tlearning_rate: 1\n", [], "there is a tab"),
         ("model: m\n", [], "is not a file of TRL, Axolotl or LLaMA-Factory"),
     ],
@@ -939,8 +991,25 @@ def test_sets_that_llamafactory_draws_from_by_turns_have_their_shares() -> None:
     even = converted(two, "mix_strategy=interleave_under", "max_samples=9")
     assert [(rows["fraction"], rows["first"]) for rows in even.values["data"]["train"]] == [(1, 9), (1, 9)]
     assert "allowed is 2 numbers above 0" in problem(two, "mix_strategy=interleave_under", "interleave_probs=[1, 0]")
-    assert "draws rows of smaller sets again" in problem(two, "mix_strategy=interleave_over")
+    over = converted(two, "mix_strategy=interleave_over", "interleave_probs=[1, 2]").values["data"]["train"]
+    assert [(rows["fraction"], rows["repeat"]) for rows in over] == [(1, True), (2, True)]
+    once = converted(two, "mix_strategy=interleave_once")
+    assert once.values["data"]["train"] == converted(two).values["data"]["train"]
+    assert fate(once, "mix_strategy").reason == "every row once, in a random order"
     assert fate(converted(two, "interleave_probs=[1, 1]"), "interleave_probs").mark == "note"
+
+
+def test_swanlab_is_reported_to_as_the_tools_do() -> None:
+    told = ("swanlab_project=films", "swanlab_mode=local")
+    ours = converted(LLAMAFACTORY, "use_swanlab=true", "report_to=wandb", "swanlab_run_name=one", *told)
+    plugin = "plugins=[axolotl.integrations.swanlab.SwanLabPlugin]"
+    theirs = converted(AXOLOTL, plugin, "swanlab_experiment_name=one", "wandb_project=null", *told)
+    for found, services in ((ours, ["wandb", "swanlab"]), (theirs, ["swanlab"])):
+        assert found.values["train"]["report_to"] == services
+        assert found.values["train"]["run_name"] == "one"
+        assert found.values["env"] == {"SWANLAB_PROJECT": "films", "SWANLAB_MODE": "local"}
+    assert fate(converted(LLAMAFACTORY, *told), "swanlab_project").mark == "note"
+    assert "set SWANLAB_API_KEY in the environment" in problem(LLAMAFACTORY, "swanlab_api_key=x")
 
 
 def test_a_secret_is_neither_taken_nor_shown() -> None:
@@ -948,8 +1017,8 @@ def test_a_secret_is_neither_taken_nor_shown() -> None:
         for said in (problem(f"{text}{key}: private-value\n"), problem(text, f"{key}=private-value")):
             assert f"`{key}` is given; it is a secret" in said
             assert "private-value" not in said
-    shown = fate_lines(converted(f"{LLAMAFACTORY}swanlab_api_key: private-value\n"))
-    assert any("swanlab_api_key: [hidden]" in line for line in shown)
+    shown = fate_lines(converted(f"{LLAMAFACTORY}swanlab_lark_secret: private-value\n"))
+    assert any("swanlab_lark_secret: [hidden]" in line for line in shown)
     assert "private-value" not in "".join(shown)
 
 

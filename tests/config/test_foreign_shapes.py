@@ -272,7 +272,7 @@ def test_what_the_shapes_say() -> None:
 
 
 def test_what_only_the_user_can_say_stops_with_what_to_type() -> None:
-    base = AXOLOTL["conversations"].replace("tokenizer_default", "jamba")
+    base = AXOLOTL["conversations"].replace("tokenizer_default", "command_a")
     with pytest.raises(ConfigError, match="say chat_template=tokenizer_default"):
         run_of(base)
     run = run_of(base, "chat_template=tokenizer_default")

@@ -238,6 +238,14 @@ def test_fractions_are_shares_of_all_rows_as_trl_takes_them() -> None:
     assert rows == [f"{name}{n}" for name, count in (("a", 42), ("b", 21), ("c", 7)) for n in range(count)]
     scaled = [{**one, "fraction": one["fraction"] * 50} for one in given]
     assert load_rows(scaled)["prompt"][:] == rows
+    # With repeats every row is taken, and the others begin again: 1000 rows have six tenths of 1667.
+    again = load_rows([{**one, "repeat": True} for one in given])["prompt"][:]
+    assert [sum(prompt.startswith(name) for prompt in again) for name in sources] == [1000, 500, 167]
+    assert again[1000:1033] == [*(f"b{n}" for n in range(30)), "b0", "b1", "b2"]
+    with pytest.raises(ConfigError, match="repeat is given for some sources and not for all"):
+        load_rows([{**given[0], "repeat": True}, *given[1:]])
+    with pytest.raises(ConfigError, match="repeat is given without fraction"):
+        load_rows([{"path": [pair()], "repeat": True}])
     with pytest.raises(ConfigError, match=r"fraction is given for some sources and not for source 2\. Give all"):
         load_rows([given[0], {"path": [pair()]}])
     with pytest.raises(ConfigError, match="fraction needs the number of rows of every source, which a stream"):

@@ -304,6 +304,32 @@ def test_images_of_other_tools_rows_are_kept_in_their_places(name: str, given: d
     assert not check(rows).faults
 
 
+def test_images_of_whole_conversations_stand_before_the_first_answer() -> None:
+    """As `prompt` and `completion` have them, with all turns of the assistant or the last one scored."""
+    asked, said, more = row(picture(0))["prompt"], assistant("a film"), [user("sure"), assistant("yes")]
+    processor = tiny_processor("qwen2_vl")
+    whole = [
+        {"images": [picture(0)], "messages": [*asked, said, *more]},
+        {"images": [], "messages": [user("hi"), said, *more]},
+        {"images": [picture(1)], "messages": [user("what"), said, *more]},
+    ]
+    parted = [
+        {"images": one["images"], "prompt": one["messages"][:1], "completion": one["messages"][1:]} for one in whole
+    ]
+    for turns in ("assistant", "last"):
+        found, own = (
+            prepare(rows, processor, max_length=None, kind="completion", turns=turns).dataset
+            for rows in (whole, parted)
+        )
+        assert found.with_format(None)[:] == own.with_format(None)[:]
+        assert [one["image_inputs"] is None for one in found] == [False, True, False]
+    with pytest.raises(DataError, match=r"every token of them is to be trained on.*train: \{turns: assistant\}"):
+        prepare(whole, processor, max_length=None, kind="completion")
+    late = [{"images": [picture(0)], "messages": [user("hi"), said, *asked, said]}]
+    with pytest.raises(DataError, match="row 1: `messages` has an image part behind the first answer"):
+        prepare(late, processor, max_length=None, kind="completion", turns="assistant")
+
+
 @pytest.mark.usefixtures("no_pixels")
 def test_images_in_a_table_are_converted_as_files(tmp_path: Any) -> None:
     [path] = files(tmp_path, 1)

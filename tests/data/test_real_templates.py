@@ -23,6 +23,7 @@ from tether.data import prepare
 from tether.data.images.inputs import parts_template
 from tether.data.text.template import chat_template
 from tether.errors import DataError
+from tether.models.chat_template import TURNS, use_chat_template
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
@@ -202,6 +203,25 @@ def test_only_what_the_assistant_says_is_scored(tokenizer: PreTrainedTokenizerFa
         behind = run[run.index(words) + len(words) :]
         assert "user" not in behind.lower().replace("<|user|>", "")
         assert "asks" not in behind
+
+
+@pytest.mark.sweep(12)
+@pytest.mark.parametrize("name", sorted(TURNS))
+def test_answers_of_a_family_in_the_table_are_scored_with_their_end(name: str, plain: PreTrainedTokenizerFast) -> None:
+    turns = TURNS[name]
+    while "answer" not in turns:
+        turns = TURNS[turns["like"]]
+    end = turns["answer"].partition("{}")[2].replace("{eos}", "</s>").strip()
+    known = end in ("", "</s>", *CONTROLS)
+    tokenizer = (
+        plain if known else byte_level(special=(*CONTROLS, end), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    )
+    use_chat_template(tokenizer, name)
+    first, second = scored([{"messages": TALK}], tokenizer, "assistant")
+    # Of answers without an end, the next turn's header is what a model says after them, as GLM does.
+    assert first.strip() == f"AONE says{'<|user|>' if name == 'metharme' else end}"
+    # An answer that ends in no token gets the tokenizer's end, behind the blanks that the template writes.
+    assert "".join(second.split()) == f"ATWOsays{end or '</s>'}"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if f"{name}_training" in NAMES])

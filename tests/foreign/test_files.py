@@ -106,6 +106,12 @@ def instructed() -> Rows:
     return [{"prompt": talk(q), "completion": [said("assistant", a)]} for q, a in rows]
 
 
+def mixed() -> Rows:
+    """Twelve instructions, and a quarter as many times the one of LLaMA-Factory's identity."""
+    hello, *asked = instructed()
+    return [*asked, *[hello] * 3]
+
+
 def turns(count: int = 12) -> Rows:
     """Both turns of every conversation, each with what was said before it: the same tokens as those of the whole."""
     found: Rows = []
@@ -212,7 +218,14 @@ CASES = [
         "axolotl/llama3-grpo.yaml",
         ("datasets.0.name=null", "micro_batch_size=10", "save_steps=null"),
     ),
+    Case("axolotl/llava-sft-images.yaml", ("optimizer=adamw_torch", "tf32=false")),
+    Case("axolotl/mixtral-qlora.yml", trainer="SFT", rows=alpaca),
+    Case("axolotl/jamba-sft-swanlab.yaml", trainer="SFT", rows=lambda: turns(12)),
     Case("llamafactory/lora_dpo.yaml", trainer="DPO"),
+    Case("llamafactory/lora_sft_images.yaml"),
+    Case("llamafactory/full_sft_mixed.yaml", trainer="SFT", rows=mixed),
+    Case("llamafactory/oft_dpo.yaml", trainer="DPO"),
+    Case("llamafactory/lora_sft_tools.yaml"),
     Case("llamafactory/lora_kto.yaml", trainer="KTO", rows=labelled),
     Case("llamafactory/lora_reward.yaml"),
     Case("llamafactory/lora_sft_ds3.yaml", trainer="SFT", rows=instructed),
@@ -252,6 +265,12 @@ CASES = [
     Case("trl/dpo_smollm3.yaml", trainer="DPO", rows=doubled, options={"loss_type": "apo_zero"}, command="dpo"),
     Case("trl/sft_cli.yaml", trainer="SFT", rows=reviews, command="sft", slow=False),
     Case("trl/sft_capybara.yaml", trainer="SFT", rows=chats, command="sft"),
+    Case(
+        "trl/cpo.yaml",
+        trainer="CPO",
+        options={"loss_type": "simpo", "beta": 0.1, "cpo_alpha": 0.5, "simpo_gamma": 0.5},
+        command="cpo",
+    ),
     Case("trl/kto.yaml", trainer="KTO", rows=labelled, options={"undesirable_weight": 1.33}, command="kto"),
     Case("trl/reward.yaml", command="reward"),
     Case(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 
 from tether.errors import ConfigError
-from tether.models.chat_template import LIBRARY, use_chat_template
+from tether.models.chat_template import LIBRARY, TURNS, use_chat_template
 from tether.models.spec import check_special_tokens, use_tokens
 from tiny import tiny_tokenizer
 
@@ -53,16 +55,18 @@ WRITTEN = {
         "<|im_end|>\n<|im_start|>user\nand 3?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n",
         "<|im_start|>assistant\n",
     ),
-    "mistral_v1": ("<s> [INST] 2 + 2 = [/INST] 4</s> [INST] and 3? [/INST] 7</s>", ""),
-    "mistral_v2v3": ("<s>[INST] 2 + 2 =[/INST] 4</s>[INST] and 3?[/INST] 7</s>", ""),
-    "mistral_v3_tekken": ("<s>[INST]2 + 2 =[/INST]4</s>[INST]and 3?[/INST]7</s>", ""),
     "phi3_older": (
         "<s><|system|>\nBe brief.<|end|>\n<|user|>\n2 + 2 =<|end|>\n<|assistant|>\n4<|end|>\n<|user|>\nand 3?<|end|>\n"
         "<|assistant|>\n7<|end|>\n",
         "<|assistant|>\n",
     ),
 }
-NO_SYSTEM = ("gemma", "mistral_v1", "mistral_v2v3", "mistral_v3_tekken")
+NO_SYSTEM = ("gemma",)
+# What LLaMA-Factory 0.9.5 and Axolotl 0.19 write for families whose turns stand in a table, in their own code: with a
+# system message, without one, and with an answer opened; where neither has one, from the family's documentation.
+TURNS_WRITTEN: dict[str, list[str]] = json.loads(
+    (Path(__file__).parents[1] / "support" / "turns.json").read_text(encoding="utf-8")
+)
 
 
 def written(source: str, messages: list[dict[str, Any]], **how: bool) -> str:
@@ -73,7 +77,7 @@ def written(source: str, messages: list[dict[str, Any]], **how: bool) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize("name", sorted(set(LIBRARY) - TURNS.keys()))
 def test_a_template_by_name_writes_what_its_model_was_trained_on(name: str) -> None:
     talks = [TALK, TALK[:1], *([] if name in NO_SYSTEM else [[*SYSTEM, *TALK]])]
     for talk in talks:
@@ -89,10 +93,22 @@ def test_a_template_by_name_writes_what_its_model_was_trained_on(name: str) -> N
                     assert found == whole + opened * opening
                 if name not in ("alpaca", "exaone"):
                     assert whole.endswith(written(name, TALK[2:]).removeprefix("<s>"))
+            elif name == "llama3_2_vision":
+                theirs = resources.files("trl").joinpath("chat_templates", "llama3_2.jinja").read_text()
+                assert found == written(theirs, talk, add_generation_prompt=opening)
             else:
                 end = "<|im_end|>" if name == "chatml" else "</s>"
                 assert found.count(end) == len(talk)
                 assert found.endswith("assistant\n" if name == "chatml" else "<|assistant|>\n") == opening
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_turns_of_a_family_are_those_that_the_tools_write() -> None:
+    assert TURNS_WRITTEN.keys() == TURNS.keys()
+    for name, (told, bare, opened) in TURNS_WRITTEN.items():
+        assert written(name, [*SYSTEM, *TALK]).rstrip("\n") == told, name
+        assert written(name, TALK).rstrip("\n") == bare, name
+        assert written(name, TALK[:1], add_generation_prompt=True).rstrip("\n") == opened, name
 
 
 def test_what_a_template_has_no_place_for_is_refused_or_left_out() -> None:
@@ -106,6 +122,18 @@ def test_what_a_template_has_no_place_for_is_refused_or_left_out() -> None:
     asked = {"add_generation_prompt": True, "enable_thinking": False}
     assert written("qwen3", TALK[:1], **asked) == written(theirs, TALK[:1], **asked)
     seen = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A film?"}]}]
+    vision = written("llama3_2_vision", seen)
+    assert vision == "<s><|start_header_id|>user<|end_header_id|>\n\n<|image|>A film?<|eot_id|>"
+    assert written("pixtral", seen) == "<s>[INST][IMG]A film?[/INST]"
+    assert written("llava", seen) == "USER: <image>\nA film? "
+    with pytest.raises(TemplateError, match="no place for a system message beside images"):
+        written("llama3_2_vision", [*SYSTEM, *seen])
+    for name, messages, problem in (
+        ("jamba", seen, "writes no images"),
+        ("llama4", [{"role": "tool", "content": "4"}], "has places for system, user and assistant"),
+    ):
+        with pytest.raises(TemplateError, match=problem):
+            written(name, messages)
     for name in ("gemma3", "qwen2_vl"):
         theirs = resources.files("trl").joinpath("chat_templates", f"{OF_TRL[name]}.jinja").read_text()
         assert written(name, seen) == written(theirs, seen)

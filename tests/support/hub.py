@@ -36,6 +36,9 @@ _BASE = (
     "meta-llama/Llama-3.2-1B",
     "mistralai/Mistral-7B-v0.1",
     "Qwen/Qwen2.5-0.5B",
+    "mistralai/Mixtral-8x7B-v0.1",
+    "ai21labs/AI21-Jamba-Mini-1.6",
+    "lmsys/llama-7b",
 )
 # A model whose head for one label is drawn already, so that two tools begin with the same one.
 _CLASSIFIER = ("google/gemma-2-2b",)
@@ -110,6 +113,23 @@ def sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
             ]
         },
         "someone/messages": {"train": [{"messages": chat} for chat in chats]},
+        "someone/llava-mix": {
+            "train": [
+                {
+                    "images": ["data/seen.png"],
+                    "messages": [
+                        {
+                            "role": "user",
+                            "content": [{"type": "text", "text": f"{q} "}, {"type": "image", "text": None}],
+                        },
+                        {"role": "assistant", "content": [{"type": "text", "text": good}]},
+                        {"role": "user", "content": [{"type": "text", "text": "And now?"}]},
+                        {"role": "assistant", "content": [{"type": "text", "text": bad}]},
+                    ],
+                }
+                for q, good, bad in plain
+            ]
+        },
         "someone/conversations-100": {
             "train": [{"conversations": older(chat), "source": "x", "score": 1.5} for chat in chats]
         },
@@ -181,6 +201,25 @@ def _factory_sets(plain: Any, chats: Any, older: Any) -> dict[str, list[dict[str
             for n, (q, good, _) in enumerate(plain)
         ],
         "chats": [{"conversations": older(chat)} for chat in chats],
+        "mllm_demo": [
+            {
+                "messages": [said("user", f"<image>{q}"), said("assistant", good), *talk("And now?", bad)],
+                "images": ["data/seen.png"],
+            }
+            for q, good, bad in plain
+        ],
+        "glaive_toolcall_en_demo": [
+            {
+                "conversations": [
+                    {"from": "human", "value": q},
+                    {"from": "function_call", "value": json.dumps({"name": "rate", "arguments": {"film": n}})},
+                    {"from": "observation", "value": json.dumps({"stars": n % 5})},
+                    {"from": "gpt", "value": good},
+                ],
+                "tools": json.dumps([{"name": "rate", "description": "Stars", "parameters": {"type": "object"}}]),
+            }
+            for n, (q, good, _) in enumerate(plain)
+        ],
         "rlhf_v": [
             {
                 "conversations": [{"from": "human", "value": f"<image>{q}"}],
@@ -198,6 +237,17 @@ DATASET_INFO: dict[str, Any] = {
     "identity": {"file_name": "identity.json"},
     "alpaca_en_demo": {"file_name": "alpaca_en_demo.json"},
     "chats": {"file_name": "chats.json", "formatting": "sharegpt"},
+    "mllm_demo": {
+        "file_name": "mllm_demo.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "images": "images"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "glaive_toolcall_en_demo": {
+        "file_name": "glaive_toolcall_en_demo.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "tools": "tools"},
+    },
     "dpo_en_demo": {
         "file_name": "dpo_en_demo.json",
         "ranking": True,

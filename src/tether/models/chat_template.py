@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,27 +19,12 @@ logger = logging.getLogger("tether")
 # Control tokens as templates spell them: <|im_start|>, [INST], <start_of_turn>.
 _CONTROLS = re.compile(r"<[|\uff5c][^\s<>|{}]{1,40}[|\uff5c]>|<[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
 _SHOWN = 4
-# Templates of `templates/`, by name.
-LIBRARY = (
-    "alpaca",
-    "chatml",
-    "cohere",
-    "deepseek_v2",
-    "exaone",
-    "falcon_h1",
-    "gemma",
-    "gemma3",
-    "llama3",
-    "mistral_v1",
-    "mistral_v2v3",
-    "mistral_v3_tekken",
-    "phi3",
-    "phi3_older",
-    "qwen2_vl",
-    "qwen25",
-    "qwen3",
-    "zephyr",
-)
+_FOLDER = resources.files("tether.models").joinpath("templates")
+# Families whose turns differ in the words around them alone, as `written_by` reads them.
+TURNS: dict[str, dict[str, Any]] = json.loads(_FOLDER.joinpath("turns.json").read_text(encoding="utf-8"))
+_FILES = [entry.name.removesuffix(".jinja") for entry in _FOLDER.iterdir() if entry.name.endswith(".jinja")]
+# Templates that are here, by name.
+LIBRARY = tuple(sorted([*_FILES, *TURNS]))
 # Before a source: it is taken only where the tokenizer has no template.
 FALLBACK = "fallback:"
 
@@ -74,8 +61,10 @@ def use_chat_template(processing: PreTrainedTokenizerBase | ProcessorMixin, sour
 
 
 def _template_of(source: str | Path) -> str | dict[str, str]:
+    if source in TURNS:
+        return written_by(TURNS[str(source)])
     if source in LIBRARY:
-        return resources.files("tether.models").joinpath("templates", f"{source}.jinja").read_text(encoding="utf-8")
+        return _FOLDER.joinpath(f"{source}.jinja").read_text(encoding="utf-8")
     if "{%" in str(source) or "{{" in str(source):
         return str(source)
     path = Path(source).expanduser()
@@ -93,3 +82,67 @@ def _template_of(source: str | Path) -> str | dict[str, str]:
             f"instruction-tuned variant or one of {', '.join(LIBRARY)}, or give a file (.jinja)."
         )
     return template
+
+
+def written_by(turns: Mapping[str, Any]) -> str:
+    """The template of a family.
+
+    Args:
+        turns: texts with `{}` for what a message says, `{bos}` and `{eos}` for these tokens. `system`, `user` and
+            `answer` are messages, `open` is what stands before an answer, `before` and `after` stand around a
+            conversation. `system_in_user` is a system message that stands inside the next turn of a user, and
+            `default_system` one for conversations without. `image` stands for an image; `trim`: without blanks around
+            what is said; `after_thought`: an answer is what follows this text; `like`: the rest is of another family.
+    """
+    if "like" in turns:
+        return written_by({**TURNS[turns["like"]], **{key: value for key, value in turns.items() if key != "like"}})
+    said = "ns.text | trim" if turns.get("trim") else "ns.text"
+    answer = f"({said}).split({_quoted(turns['after_thought'])})[-1]" if "after_thought" in turns else said
+    image = turns.get("image")
+    seen = _quoted(image) if image else _refusal("this template writes no images; name the processor of a model")
+    inside = turns.get("system_in_user")
+    system = (
+        f"{{% set ns.head = {_expression(inside, said)} %}}"
+        if inside
+        else f"{{{{ {_expression(turns['system'], said)} }}}}"
+    )
+    default = turns.get("default_system")
+    parts = [
+        "{% if tools %}{{ "
+        + _refusal("this template writes no tools; name the tokenizer of the model, whose own one does")
+        + " }}{% endif %}",
+        f"{{{{ {_expression(turns.get('before', ''))} }}}}{{% set ns = namespace(head='', text='') %}}",
+        ""
+        if default is None
+        else f"{{% if messages[0]['role'] != 'system' %}}{{% set ns.text = {_quoted(default)} %}}{system}{{% endif %}}",
+        "{% for message in messages %}{% set ns.text = '' %}",
+        "{% if message['content'] is string %}{% set ns.text = message['content'] %}{% else %}",
+        "{% for part in message['content'] %}"
+        f"{{% set ns.text = ns.text + (({seen}) if part['type'] == 'image' else part['text']) %}}"
+        "{% endfor %}{% endif %}",
+        f"{{% if message['role'] == 'system' %}}{system}",
+        f"{{% elif message['role'] == 'user' %}}{{{{ {_expression(turns['user'], f'ns.head + ({said})')} }}}}"
+        "{% set ns.head = '' %}",
+        f"{{% elif message['role'] == 'assistant' %}}"
+        f"{{{{ {_expression(turns.get('open', '') + turns['answer'], answer)} }}}}",
+        "{% else %}{{ " + _refusal("this template has places for system, user and assistant alone") + " }}",
+        "{% endif %}{% endfor %}",
+        f"{{% if add_generation_prompt %}}{{{{ {_expression(turns.get('open', ''))} }}}}"
+        f"{{% else %}}{{{{ {_expression(turns.get('after', ''))} }}}}{{% endif %}}",
+    ]
+    return "".join(parts)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _refusal(problem: str) -> str:
+    return f"raise_exception({_quoted(problem)})"
+
+
+def _expression(text: str, said: str = "''") -> str:
+    """A text with blanks for tokens and for what is said, as Jinja adds it up."""
+    blanks = {"{}": f"({said})", "{bos}": "(bos_token or '')", "{eos}": "(eos_token or '')"}
+    pieces = [piece for piece in re.split(r"(\{\}|\{bos\}|\{eos\})", text) if piece]
+    return " + ".join(blanks.get(piece) or _quoted(piece) for piece in pieces) or "''"

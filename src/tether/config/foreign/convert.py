@@ -39,6 +39,25 @@ SECRETS = (
 )
 
 
+# Of files with `model_name_or_path`, LLaMA-Factory's have one of these; those to export and to chat have no stage.
+_OF_LLAMAFACTORY = {"stage", "finetuning_type", "template", "infer_backend", "export_dir", "dataset_dir", "task"}
+# Keys that LLaMA-Factory's v1 layout alone has, and what the v0 layout calls the usual ones.
+_OF_V1 = {
+    *("model_class", "train_dataset", "init_config", "peft_config", "kernel_config", "quant_config", "dist_config"),
+    *("optim_config", "lr_scheduler_config", "batching_strategy", "global_batch_size", "sample_backend"),
+}
+_V0 = {
+    "model": "model_name_or_path",
+    "train_dataset": "dataset",
+    "peft_config": "finetuning_type, lora_rank, lora_alpha, lora_target",
+    "quant_config": "quantization_bit",
+    "dist_config": "deepspeed or fsdp",
+    "micro_batch_size": "per_device_train_batch_size",
+    "global_batch_size": "gradient_accumulation_steps",
+    "lr_scheduler_config": "lr_scheduler_type",
+}
+
+
 @dataclass(frozen=True)
 class Tool:
     """Another tool, and how its files are read.
@@ -112,14 +131,16 @@ def detect(values: Mapping[str, Any]) -> str | None:
     """
     if "base_model" in values:
         return "axolotl"
-    if "model" in values and {"model_class", "train_dataset"} & values.keys():
+    if found := sorted(_OF_V1 & values.keys()) if isinstance(values.get("model"), str) else []:
+        words = ", ".join(f"`{theirs}` is `{ours}`" for theirs, ours in _V0.items() if theirs in values)
         raise ConfigError(
-            "This is LLaMA-Factory's v1 layout (`model`, `model_class`, `train_dataset`), which is not read yet. "
-            "Write the v0 layout (`model_name_or_path`, `stage`, `dataset`), or a run file."
+            f"This is LLaMA-Factory's v1 layout (`model` beside `{found[0]}`), which its command reads where USE_V1 is "
+            "set; the layout has no release that says it is stable, and is not read. Write the v0 layout, with a "
+            f"`stage`{f': {words}' if words else ''}; or a run file."
         )
     if "model_name_or_path" not in values:
         return None
-    return "llamafactory" if {"stage", "finetuning_type"} & values.keys() else "trl"
+    return "llamafactory" if _OF_LLAMAFACTORY & values.keys() else "trl"
 
 
 def is_foreign(path: Path) -> bool:

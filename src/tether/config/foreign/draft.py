@@ -45,6 +45,7 @@ class Source:
         self.tool, self.values, self.path = tool, document.values, document.path
         self.lines, self.given = document.lines, dict(given or {})
         self.command = ""  # TRL's: which trainer it is
+        self.looked_up: dict[str, Any] = {}  # what rules have read from elsewhere, so that it is read once
 
     def place(self, *path: str | int) -> str:
         """Where a key was given, for messages."""

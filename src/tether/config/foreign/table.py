@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from tether.config.foreign.document import parse_foreign
 
@@ -74,3 +74,39 @@ def load_table(name: str) -> dict[str, Row]:
             made = target.replace("*", key)
             rows[key] = Row(key, mark, made, rule, parse_foreign(default, name), tuple(values), reason)  # type: ignore[arg-type]
     return rows
+
+
+Use = Literal["use", "fallback", "own", "refused"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """What becomes of a chat template that a tool has a name for.
+
+    Args:
+        template: the name that the same one has in `tether.models.chat_template.LIBRARY`; empty: none.
+        use: `use`: it takes the place of the model's own; `fallback`: it is taken where the model has none; `own`: the
+            model's own is that one; `refused`: it cannot be had.
+        reason: what differs, or what to do.
+    """
+
+    template: str
+    use: Use
+    reason: str = ""
+
+
+@cache
+def load_templates(tool: str) -> dict[str, Template]:
+    """The chat templates of a tool, by its names of them.
+
+    Args:
+        tool: as `templates.tsv` has it.
+    """
+    path = resources.files("tether.config.foreign").joinpath("tables", "templates.tsv")
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return {
+        name: Template(template, cast(Use, use), reason)
+        for owner, names, template, use, reason in lines
+        if owner == tool
+        for name in names.split()
+    }

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def _flat_content(content: Any) -> Any:
 def _placed(row: dict[str, Any], images: int, token: str | None) -> dict[str, Any]:
     """The row with a mark for each image where no message says where they stand; and the check of their number."""
     where = ("prompt",) if "prompt" in row else tuple(row)
-    if images and {"messages", "text"} & row.keys():
+    if images and "text" in row:
         raise ValueError("images need to know where the prompt ends; give `prompt` and `completion`")
     for name, value in row.items():
         if name not in where and _marks(value):
@@ -232,7 +233,14 @@ def _placed(row: dict[str, Any], images: int, token: str | None) -> dict[str, An
             placed[name] = value if _marks(value) or not images else _before_first_user(value, images)
             if _marks(placed[name]) != images:
                 raise ValueError(f"`{name}` has {_marks(value)} image parts for {images} images")
+    if images and isinstance(whole := placed.get("messages"), list) and _marks(_until_answer(whole)) != images:
+        raise ValueError("`messages` has an image part behind the first answer; images are read from the prompt only")
     return placed
+
+
+def _until_answer(messages: list[Any]) -> list[Any]:
+    """What a conversation says before the assistant's first turn."""
+    return list(takewhile(lambda message: message.get("role") != "assistant", messages))
 
 
 def _marks(value: Any) -> int:

@@ -129,6 +129,7 @@ class Job:
         """Check rows and say what is to be done to them; see `prepare` for the errors."""
         data, pictures = take_images(rows, tokenizer, name=name)
         schema = read_preferences(data, kind=options.kind, turns=options.turns, name=name)
+        _require_prompt(pictures, schema, options, name)
         if options.encoder_decoder and schema.whole:
             column = "messages" if "messages" in schema.columns else "text"
             raise DataError(
@@ -159,6 +160,7 @@ class Job:
         schema = read_preferences(
             data, kind=self.options.kind, turns=self.options.turns, name=self.name, schema=schema, first=first
         )
+        _require_prompt(pictures, schema, self.options, self.name)
         return replace(self, rows=data, schema=schema, pictures=pictures, first=first)
 
     @paused_collector()
@@ -317,6 +319,15 @@ def _continued_schema(rows: Dataset, schema: Schema, kind: Kind, name: str, firs
     columns = (*schema.columns, *(name for name in filled if name in EXTRAS and name not in schema.columns))
     unused = tuple(column for column in rows.column_names if column not in columns or column in schema.unused_columns)
     return rows, replace(schema, rows=len(rows), columns=columns, unused_columns=unused)
+
+
+def _require_prompt(pictures: Pictures | None, schema: Schema, options: Options, name: str) -> None:
+    """Refuse images in conversations of which every token is trained on: images are read with a prompt."""
+    if pictures is not None and schema.whole and options.turns == "all":
+        raise DataError(
+            f"{name}: `messages` have images, and every token of them is to be trained on; images need a prompt. "
+            "Train on the assistant's turns (`train: {turns: assistant}`), or give `prompt` and `completion`."
+        )
 
 
 def _image_ids(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> frozenset[int]:

@@ -82,8 +82,12 @@ def load_rows(source: Source, *, kind: Kind = "pair", split: str = "train", name
         _load(origin, kind, f"{name} ({own})" if several else name) for origin, own in zip(origins, said, strict=True)
     ]
     if mixed:
-        counts = shares_of(list(map(len, parts)), [origin.fraction or 0.0 for origin in origins])
-        parts = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
+        shares, again = [origin.fraction or 0.0 for origin in origins], origins[0].repeat
+        counts = shares_of(list(map(len, parts)), shares, again)
+        parts = [
+            part.select([place % len(part) for place in range(count)] if again else range(count))
+            for part, count in zip(parts, counts, strict=True)
+        ]
     rows = parts[0] if len(parts) == 1 else _joined(parts, said, name)
     if len(rows) == 0:
         shown = f" ({source})" if isinstance(source, (str, Path)) else ""
@@ -457,13 +461,29 @@ def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa
 
 
 def _array(column: str, values: list[Any]) -> pa.Array:
-    """Values as a column; content that is text in one message and in parts of text in another as text in both."""
+    """Values as a column; content that is text in one message and in parts in another is text in both, or in parts
+    where one of these is an image."""
     try:
         return pa.array(values)
     except pa.ArrowException:
         if column not in TEXTS:
             raise
-        return pa.array([_flat_message(value) for value in values])
+        same = _message_in_parts if any(map(_has_image, values)) else _flat_message
+        return pa.array([same(value) for value in values])
+
+
+def _has_image(item: Any) -> bool:
+    if isinstance(item, list):
+        return any(map(_has_image, item))
+    return isinstance(item, dict) and (item.get("type") == "image" or _has_image(item.get("content")))
+
+
+def _message_in_parts(item: Any) -> Any:
+    if isinstance(item, list):
+        return [_message_in_parts(message) for message in item]
+    if isinstance(item, dict) and isinstance(item.get("content"), str):
+        return {**item, "content": [{"type": "text", "text": item["content"]}]}
+    return item
 
 
 def _flat_message(item: Any) -> Any:

@@ -53,6 +53,14 @@ class Origin:
         ),
         Allowed("a number above 0, or null"),
     ] = None
+    repeat: Annotated[
+        bool,
+        Field(
+            description="Beside fraction: sources with too few rows for their share begin again, until all rows of all "
+            "sources were taken."
+        ),
+        Allowed("true or false"),
+    ] = False
     first: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Field(description="Only that many rows, from the first on; null: all."),
@@ -126,6 +134,10 @@ class Origin:
                 f"{name}: weight says how often a row occurs and fraction which share all rows of the source have. "
                 "Leave one of them out."
             )
+        if not isinstance(origin.repeat, bool):
+            raise ConfigError(f"{name}: repeat is {origin.repeat!r}; it must be true or false.")
+        if origin.repeat and origin.fraction is None:
+            raise ConfigError(f"{name}: repeat is given without fraction, which it is about. Give a fraction.")
         if (
             isinstance(origin.first, bool)
             or not isinstance(origin.first, int | None)
@@ -180,12 +192,14 @@ def by_fractions(origins: Sequence[Origin], name: str) -> bool:
     """Whether the sources have shares of all rows.
 
     Raises:
-        ConfigError: some have one, and others do not.
+        ConfigError: some have one, or repeat rows, and others do not.
     """
     given = [one.fraction is not None for one in origins]
     if any(given) and not all(given):
         lacking = names_of(origins)[given.index(False)]
         raise ConfigError(f"{name}: fraction is given for some sources and not for {lacking}. Give all of them one.")
+    if len({one.repeat for one in origins}) > 1:
+        raise ConfigError(f"{name}: repeat is given for some sources and not for all. Give it for all of them.")
     return any(given)
 
 

@@ -85,17 +85,21 @@ def slices_of(split: str, name: str) -> Sequence[Slice]:
     return tuple(Slice(one["part"], one["first"] or "", one["last"] or "") for one in found if one)
 
 
-def shares_of(counts: Sequence[int], fractions: Sequence[float]) -> list[int]:
+def shares_of(counts: Sequence[int], fractions: Sequence[float], repeat: bool = False) -> list[int]:
     """How many rows of each source are taken so that they have these shares, as many as there can be without repeats.
 
     Args:
         counts: rows that each source has.
         fractions: their shares, from 0; what they sum to does not matter.
+        repeat: as few as there can be so that every row of every source is one of them.
 
     Example:
         >>> shares_of([100, 30], [0.5, 0.5]), shares_of([100, 30], [3, 1])
         ([30, 30], [90, 30])
+        >>> shares_of([100, 30], [0.5, 0.5], repeat=True)
+        [100, 100]
     """
     whole = math.fsum(fractions)
-    total = min(count * whole / part for count, part in zip(counts, fractions, strict=True) if part > 0)
+    bound = max if repeat else min
+    total = bound(count * whole / part for count, part in zip(counts, fractions, strict=True) if part > 0)
     return [round(total * fraction / whole) for fraction in fractions]

@@ -16,7 +16,7 @@ from tether.objectives import OBJECTIVES
 _PREFERENCE = ("dpo", "ipo", "kto", "orpo", "simpo")
 _NOT_HERE = {"ebft": "energy-based fine-tuning"}
 # Plugins that change what is computed in no way that matters here.
-_HARMLESS_PLUGINS = ("liger", "cut_cross_entropy", "kernels", "lm_eval")
+_HARMLESS_PLUGINS = ("liger", "cut_cross_entropy", "kernels", "lm_eval", "swanlab")
 _OPTIONS = {
     "label_smoothing": "dpo_label_smoothing",
     "use_weighting": "dpo_use_weighting",
@@ -50,10 +50,16 @@ _SERVICES = {
     "comet_ml": ("use_comet",),
     "trackio": ("use_trackio",),
     "tensorboard": ("use_tensorboard",),
+    "swanlab": ("use_swanlab", "swanlab_project"),
 }
+_RUN_NAMES = ("wandb_name", "mlflow_run_name", "trackio_run_name", "swanlab_experiment_name")
 _VARIABLES = {
     **{f"wandb_{name}": f"WANDB_{name.upper()}" for name in ("project", "entity", "mode", "run_id", "watch")},
     "wandb_log_model": "WANDB_LOG_MODEL",
+    **{
+        f"swanlab_{name}": f"SWANLAB_{name.upper()}"
+        for name in ("project", "workspace", "mode", "web_host", "api_host")
+    },
     "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
     "mlflow_experiment_name": "MLFLOW_EXPERIMENT_NAME",
     "hf_mlflow_log_artifacts": "HF_MLFLOW_LOG_ARTIFACTS",
@@ -339,14 +345,14 @@ def _tracking(draft: Draft, source: Source) -> None:
         draft.set("train.hub_private_repo", True, "hub_model_id", "as Axolotl does")
         draft.set("train.hub_always_push", True, "hub_model_id")
     wanted = []
-    for key in ("use_wandb", "use_mlflow", "use_comet", "use_trackio", "use_tensorboard"):
-        source.flag(key)
+    for keys in _SERVICES.values():
+        source.flag(keys[0])
     for service, keys in _SERVICES.items():
         said = next((key for key in keys if source.get(key) not in (None, False, "")), None)
         if said and source.get(keys[0]) is not False:
             wanted.append((service, said))
     on = {service for service, _ in wanted}
-    names = [(source.get(key), key) for key in ("wandb_name", "mlflow_run_name", "trackio_run_name") if source.has(key)]
+    names = [(source.get(key), key) for key in _RUN_NAMES if source.has(key)]
     shared.trackers(draft, wanted, next((one for one in names if one[1].split("_")[0] in on), None))
     for key, variable in _VARIABLES.items():
         if source.get(key) not in (None, "", False):
@@ -355,7 +361,7 @@ def _tracking(draft: Draft, source: Source) -> None:
         for key, target in (("trackio_project_name", "project"), ("trackio_space_id", "trackio_space_id")):
             if source.has(key):
                 draft.set(f"train.{target}", source.text(key), key)
-    for key in ("wandb_name", "mlflow_run_name", "trackio_run_name", "trackio_project_name", "trackio_space_id"):
+    for key in (*_RUN_NAMES, "trackio_project_name", "trackio_space_id"):
         if key in draft.fates and not draft.fates[key].became and draft.fates[key].mark != "note":
             draft.note(key, "its service is not asked for, or another one names the run")
 

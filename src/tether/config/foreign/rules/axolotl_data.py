@@ -152,7 +152,10 @@ def _check_messages(draft: Draft, source: Source, place: tuple[str, int], given:
             "Give all sets the same.",
         )
     if "chat_template_jinja" in given:
-        source.refuse((*place, "chat_template_jinja"), "a run file sets no chat template. Save it with the tokenizer.")
+        source.refuse(
+            (*place, "chat_template_jinja"),
+            "one template writes all rows. Say it at the top of the file, chat_template: jinja and this.",
+        )
     trained = given.get("roles_to_train", ["assistant"])
     if [trained] if isinstance(trained, str) else [one for one in trained if one not in ("assistant", "gpt")]:
         source.wrong((*place, "roles_to_train"), trained, "[assistant]")

@@ -46,8 +46,26 @@ def model(draft: Draft, source: Source) -> None:
         draft.set("model.freeze", ["vision|visual|projector|connector|aligner|audio|embed_vision"], "freeze_mm_modules")
     if given := source.mapping("processor_kwargs"):
         draft.set("model.processor", given, "processor_kwargs")
+    for key in ("overrides_of_model_config", "model_config"):
+        _changed_configuration(draft, source, key)
     _images(draft, source)
     axolotl_text.text(draft, source)
+
+
+def _changed_configuration(draft: Draft, source: Source, key: str) -> None:
+    """Of a model's configuration only whether its experts are balanced, which the run decides."""
+    given = source.mapping(key)
+    for name in given.keys() - {"output_router_logits"}:
+        source.refuse(
+            (key, name),
+            f"`{name}` would change the model's configuration, which a run file does not. Save the model with it, and "
+            "take it out.",
+        )
+    balanced = given.get("output_router_logits")
+    if balanced is False:
+        draft.set("train.router_aux_loss_coef", 0.0, key)
+    elif balanced is not None:
+        draft.note(key, "the loss that balances experts is on where the model has a weight for it")
 
 
 def _images(draft: Draft, source: Source) -> None:

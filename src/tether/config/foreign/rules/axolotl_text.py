@@ -5,18 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tether.config.foreign.draft import Draft, Source
-from tether.models.chat_template import LIBRARY
+from tether.config.foreign.table import load_templates
 from tether.models.spec import SPECIAL_TOKENS
-
-# Axolotl's templates that are here, by the name of `model.chat_template`.
-_TEMPLATES = {
-    **{name: name for name in LIBRARY if name not in ("phi3", "phi3_older", "qwen25", "zephyr")},
-    "aya": "cohere",
-    "gemma3n": "gemma3",
-    "phi_3": "phi3_older",
-    "phi_35": "phi3",
-    "qwen_25": "qwen25",
-}
 
 
 def text(draft: Draft, source: Source) -> None:
@@ -72,17 +62,19 @@ def _template(draft: Draft, source: Source, key: str, name: str | None) -> None:
         return
     if name is None:
         return
-    fallback = name.removeprefix("tokenizer_default_fallback_")
-    known = _TEMPLATES.get(fallback)
-    if known is not None and key == "chat_template":
-        draft.set("model.chat_template", known if fallback == name else f"fallback:{known}", key)
-        if known == "qwen3":
-            draft.explain(key, "as Qwen writes it; Axolotl's opens a thought in the prompt and does not close it there")
-        return
-    if not name.startswith("tokenizer_default") or fallback != name:
+    known = load_templates("axolotl")
+    bare = name.removeprefix("tokenizer_default_fallback_")
+    found = known.get(bare)
+    if found is None and (bare != name or not name.startswith("tokenizer_default")):
         source.refuse(
             key,
-            f"`{key}` is {name!r}; known are {', '.join(_TEMPLATES)}. Where it is the model's own template, say "
+            f"`{key}` is {name!r}; known are {', '.join(known)}. Where it is the model's own template, say "
             f"{key}=tokenizer_default; else write it to a file, and say {key}=jinja chat_template_jinja=FILE.",
         )
-    draft.note(key, "conversations are written by the model's own template; a model without one is refused")
+    if found is None:
+        draft.note(key, "conversations are written by the model's own template; a model without one is refused")
+        return
+    if found.use == "refused":
+        source.refuse(key, f"`{key}` is {name!r}: {found.reason}.")
+    draft.set("model.chat_template", found.template if bare == name else f"fallback:{found.template}", key)
+    draft.explain(key, found.reason)

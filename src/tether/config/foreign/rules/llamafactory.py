@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,32 +11,25 @@ from typing import Any
 from tether.config.fields import config_class
 from tether.config.foreign.draft import Draft, Source, as_number
 from tether.config.foreign.rules import llamafactory_model, shared
+from tether.config.foreign.table import load_templates
 from tether.training import PreferenceConfig
 
 _STAGES: dict[str, Any] = {"dpo": ["sigmoid"], "kto": "kto", "rm": "reward", "sft": "sft"}
 _NOT_HERE = {"pt": "pre-training", "ppo": "PPO"}
+_MIXES = ("concat", "interleave_under", "interleave_over", "interleave_once")
+# Keys of files for LLaMA-Factory's other commands, and what does that here.
+_NOT_TRAINING = {
+    "export_dir": "To write an adapter into its model: tether merge ADAPTER --output FOLDER.",
+    "infer_backend": "To talk to a model: tether chat MODEL.",
+    "predict_with_generate": "To talk to a model: tether chat MODEL; to score pairs: tether eval MODEL --data ROWS.",
+    "task": "Its benchmarks are not here; to score pairs: tether eval MODEL --data ROWS.",
+}
 _LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "orpo")
 _BITS = {4: "4bit", 8: "8bit"}
 # Columns by the names that `dataset_info.json` has for them, and what the formats here call them.
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 _SHAREGPT = {"messages": "conversations"}
 _SHARED = {name: name for name in ("system", "tools", "images", "chosen", "rejected", "kto_tag")}
-# LLaMA-Factory's templates that are here, by the name of `model.chat_template`.
-_TEMPLATES = {
-    "chatml": "chatml",
-    "cohere": "cohere",
-    "exaone": "exaone",
-    "gemma": "gemma",
-    "gemma2": "gemma",
-    "gemma3": "gemma3",
-    "llama3": "llama3",
-    "mistral": "mistral_v2v3",
-    "phi": "phi3",
-    "qwen": "qwen25",
-    "qwen2_vl": "qwen2_vl",
-    "qwen3": "qwen3",
-    "zephyr": "zephyr",
-}
 _TAGS = {
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
@@ -45,10 +39,11 @@ _TAGS = {
     "function_tag": ("function_call",),
     "system_tag": ("system",),
 }
+_SWANLAB = {
+    **{f"swanlab_{name}": f"SWANLAB_{name.upper()}" for name in ("project", "workspace", "mode")},
+    "swanlab_logdir": "SWANLAB_LOG_DIR",
+}
 _INFO = "dataset_info.json"
-_OWN_TEMPLATE = (
-    "conversations are written by the model's own template; for another one, `tether: {model: {chat_template: FILE}}`"
-)
 
 
 def configuration(source: Source) -> type[PreferenceConfig]:
@@ -57,6 +52,9 @@ def configuration(source: Source) -> type[PreferenceConfig]:
     Raises:
         ConfigError: there is no such stage here.
     """
+    for key, instead in _NOT_TRAINING.items():
+        if source.has(key) and not source.has("dataset"):
+            source.refuse(key, f"`{key}` is of a file that trains nothing. {instead}")
     stage = source.text("stage", "sft")
     if stage in _NOT_HERE:
         source.refuse(
@@ -171,17 +169,35 @@ def _model(draft: Draft, source: Source) -> None:
         draft.set("train.bf16", False, "pure_bf16")
     if source.has("default_system"):
         draft.set("data.system", source.text("default_system"), "default_system")
-    name = source.text("template")
-    if name in _TEMPLATES:
-        draft.set("model.chat_template", f"fallback:{_TEMPLATES[name]}", "template")
-    else:
-        draft.note("template", _OWN_TEMPLATE)
+    _template(draft, source)
     tokens = [token for key in ("add_tokens", "add_special_tokens") for token in source.names(key) or ()]
     if tokens:
         draft.set("model.add_tokens", tokens, "add_tokens" if source.has("add_tokens") else "add_special_tokens")
     if source.get("flash_attn", "auto") != "auto":
         kind = {"disabled": "eager", "sdpa": "sdpa"}.get(str(source.get("flash_attn")), "flash")
         shared.load_plainly(draft, "flash_attn", kind)
+
+
+def _template(draft: Draft, source: Source) -> None:
+    """`template`: what is nobody's own is taken; that of a family where the model has none."""
+    name, known = source.text("template"), load_templates("llamafactory")
+    if name is None:
+        return
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        source.refuse(
+            "template",
+            f"`template` is {name!r}, which is no template of LLaMA-Factory 0.9. {hint}For the model's own, take it "
+            "out; for another one, `tether.model.chat_template=FILE`.",
+        )
+    found = known[name]
+    if found.use == "own":
+        draft.note("template", "conversations are written by the model's own template, which is that one")
+        return
+    draft.set("model.chat_template", found.template if found.use == "use" else f"fallback:{found.template}", "template")
+    where = "written so whatever the model has" if found.use == "use" else "written so where the model has no template"
+    draft.explain("template", ". ".join(filter(None, (where, found.reason))))
 
 
 def _data(draft: Draft, source: Source) -> None:
@@ -232,17 +248,14 @@ def _sets(draft: Draft, source: Source, key: str, *, named: bool = False) -> Any
 
 
 def _interleaved(draft: Draft, source: Source, found: dict[str, Any]) -> dict[str, Any]:
-    """Sets with their shares: rows are drawn from each by its probability until the first set has no more."""
-    strategy = source.one_of("mix_strategy", ("concat", "interleave_under", "interleave_over"), "concat")
-    if strategy == "interleave_over":
-        source.refuse(
-            "mix_strategy",
-            "`mix_strategy` is 'interleave_over', which draws rows of smaller sets again until the largest has none. "
-            "Say interleave_under, or give sets a `weight` in a run file.",
-        )
-    if strategy == "concat":
-        draft.note("interleave_probs", "of mix_strategy: interleave_under, which is not asked for")
+    """Sets with their shares: rows are drawn from each by its probability until the first set has no more, or all."""
+    strategy = source.one_of("mix_strategy", _MIXES, "concat")
+    if strategy in ("concat", "interleave_once"):
+        draft.note("interleave_probs", "of mix_strategy: interleave_under or interleave_over, which is not asked for")
+        if strategy != "concat":
+            draft.note("mix_strategy", "every row once, in a random order")
         return found
+    over = strategy == "interleave_over"
     given = source.get("interleave_probs")
     given = given.split(",") if isinstance(given, str) else given or [1] * len(found)
     shares = [as_number(one) for one in given] if isinstance(given, list) else []
@@ -251,9 +264,14 @@ def _interleaved(draft: Draft, source: Source, found: dict[str, Any]) -> dict[st
     for name in ("mix_strategy", "interleave_probs"):
         if name in draft.fates:
             draft.fates[name].became.append("data.train")
-    draft.explain("mix_strategy", "the first rows of each set, by these shares and none twice; there they are drawn")
+    bound = "until each row was taken" if over else "none twice"
+    draft.explain("mix_strategy", f"rows of each set from the first on, by these shares, {bound}; there they are drawn")
     return {
-        name: {**(rows if isinstance(rows, dict) else {"path": rows}), "fraction": share}
+        name: {
+            **(rows if isinstance(rows, dict) else {"path": rows}),
+            "fraction": share,
+            **({"repeat": True} if over else {}),
+        }
         for (name, rows), share in zip(found.items(), shares, strict=True)
     }
 
@@ -329,6 +347,22 @@ def _steps(draft: Draft, source: Source) -> None:
     # LLaMA-Factory writes the loss every 500 steps by default; that changes nothing in training, so ours is kept.
 
 
+def _tracking(draft: Draft, source: Source) -> None:
+    """SwanLab, beside what `report_to` names."""
+    if not source.flag("use_swanlab"):
+        for key in (*_SWANLAB, "swanlab_run_name"):
+            draft.note(key, "of use_swanlab, which is not asked for")
+        return
+    others = [one for one in source.names("report_to") or () if one != "none"]
+    draft.values["train"].pop("report_to", None)
+    draft.set("train.report_to", [*others, "swanlab"], "use_swanlab")
+    for key, variable in _SWANLAB.items():
+        if source.has(key):
+            shared.environment(draft, variable, source.get(key), key)
+    if source.has("swanlab_run_name"):
+        draft.set("train.run_name", source.text("swanlab_run_name"), "swanlab_run_name")
+
+
 def _sharding(draft: Draft, source: Source) -> None:
     shared.fsdp(draft, source, ["fsdp", "fsdp_config"], {})
 
@@ -341,5 +375,6 @@ RULES: dict[str, Callable[[Draft, Source], None]] = {
     "reference": _reference,
     "data": _data,
     "steps": _steps,
+    "tracking": _tracking,
     "sharding": _sharding,
 }

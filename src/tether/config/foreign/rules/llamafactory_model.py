@@ -35,16 +35,7 @@ def adapter(draft: Draft, source: Source) -> None:
         draft.note(key, f"of finetuning_type: freeze, and it is {kind}")
     if kind != "lora" and hidden:
         draft.set("model.freeze", [hidden], _tower_key(source))
-    folders = source.names("adapter_name_or_path") or []
-    if len(folders) > 1:
-        source.refuse("adapter_name_or_path", "several adapters are not merged here. Merge all but the last first.")
-    if folders:
-        folder = str(Path(source.text("adapter_folder")) / folders[0]) if source.has("adapter_folder") else folders[0]
-        draft.set("model.adapter", folder, "adapter_name_or_path")
-        if source.text("stage", "sft") in ("dpo", "kto"):
-            why = "LLaMA-Factory's own reference is the base without this adapter; reference: base gives that"
-            draft.set("reference.meaning", "start", "adapter_name_or_path", why)
-            draft.explain("adapter_name_or_path", f"the reference is the model as it starts, adapter included. {why}")
+    continued = _continued(draft, source)
     lora = {
         "r": (source.get("lora_rank", 8), "lora_rank"),
         "lora_alpha": (source.get("lora_alpha", 2 * (source.number("lora_rank") or 8)), "lora_alpha"),
@@ -66,14 +57,37 @@ def adapter(draft: Draft, source: Source) -> None:
         said["exclude_modules"] = (f".*({hidden}).*", _tower_key(source))
     if kind == "oft":
         _oft(draft, source)
-    if kind != "lora" or (folders and not source.flag("create_new_adapter")):
-        why = "the adapter that is named is continued" if folders else f"finetuning_type is {kind}"
+    if kind != "lora" or (continued and not source.flag("create_new_adapter")):
+        why = "the adapter that is named is continued" if continued else f"finetuning_type is {kind}"
         for _, key in [*lora.values(), (None, "pissa_iter")]:
             draft.note(key, why)
         return
     if "finetuning_type" in draft.fates:
         draft.fates["finetuning_type"].became.append("lora")
     shared.adapter(draft, said)
+
+
+def _continued(draft: Draft, source: Source) -> bool:
+    """`adapter_name_or_path`; returns whether it names one."""
+    *first, last = source.names("adapter_name_or_path") or [""]
+    if first:
+        more = "; before each further one set base_model_name_or_path of its adapter_config.json to the result so far"
+        source.refuse(
+            "adapter_name_or_path",
+            f"`adapter_name_or_path` has {len(first) + 1} adapters. LLaMA-Factory merges {', '.join(first)} into the "
+            "model in memory, so that what it saves fits no model on disk. Merge first: tether merge "
+            f"{first[0]} --output merged{more if len(first) > 1 else ''}. Then model_name_or_path=merged "
+            f"adapter_name_or_path={last}.",
+        )
+    if not last:
+        return False
+    folder = str(Path(source.text("adapter_folder")) / last) if source.has("adapter_folder") else last
+    draft.set("model.adapter", folder, "adapter_name_or_path")
+    if source.text("stage", "sft") in ("dpo", "kto"):
+        why = "LLaMA-Factory's own reference is the base without this adapter; reference: base gives that"
+        draft.set("reference.meaning", "start", "adapter_name_or_path", why)
+        draft.explain("adapter_name_or_path", f"the reference is the model as it starts, adapter included. {why}")
+    return True
 
 
 def _all_linear(names: list[str] | None) -> Any:
@@ -93,16 +107,24 @@ def _oft(draft: Draft, source: Source) -> None:
 
 
 def _configuration(source: Source) -> Any:
-    """The model's own configuration; no weights are read.
+    """The model's own configuration, read once; no weights are read.
 
     Raises:
         ConfigError: there is none that can be read.
     """
-    return load_config(
-        source.text("model_name_or_path"),
-        revision=source.text("model_revision"),
-        trust_remote_code=source.flag("trust_remote_code"),
-    )
+    if "configuration" not in source.looked_up:
+        try:
+            source.looked_up["configuration"] = load_config(
+                source.text("model_name_or_path"),
+                revision=source.text("model_revision"),
+                trust_remote_code=source.flag("trust_remote_code"),
+            )
+        except ConfigError as error:
+            source.looked_up["configuration"] = error
+    found = source.looked_up["configuration"]
+    if isinstance(found, ConfigError):
+        raise found
+    return found
 
 
 def _tower_key(source: Source) -> str:
