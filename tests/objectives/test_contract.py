@@ -231,9 +231,43 @@ def test_two_completions_of_a_ranking_are_dpo():
     torch.testing.assert_close(ROWS["plackett_luce"].function(lists, beta=0.4), pairs)
 
 
-@pytest.mark.parametrize(("said", "meant"), [("dpo", "sigmoid"), ("cDPO", "sigmoid"), ("exo", "exo_pair")])
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *(("dpo", "sigmoid"), ("cDPO", "sigmoid"), ("exo", "exo_pair"), ("slic-hf", "hinge"), ("ipo_loss", "ipo")),
+        *(
+            ("tdpo", "tdpo1 or tdpo2"),
+            ("sigmoidal", "sigmoid"),
+            ("simgoid", "sigmoid"),
+            ("ippo", "ipo"),
+            ("dppo", "dpop"),
+        ),
+    ],
+)
 def test_a_name_of_the_field_leads_to_the_objective_and_not_to_a_like_spelling(said, meant):
     assert f"did you mean {meant}?" in unknown_loss("dpo", said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "kto_pair",
+        "wpo",
+        "xpo",
+        "rso",
+        "ppo",
+        "odpo",
+        "ldpo",
+        "ld_dpo",
+        "beta_dpo",
+        "caldpo",
+        "chi_po",
+        "aot_paired",
+        "trpo",
+    ],
+)
+def test_a_name_of_another_objective_leads_to_none_of_a_like_spelling(said):
+    assert "did you mean" not in unknown_loss("dpo", said)
 
 
 def test_every_name_of_the_field_leads_to_an_objective_that_exists():

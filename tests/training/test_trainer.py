@@ -134,6 +134,24 @@ def test_metrics_are_means_over_rows(tmp_path):
         assert other == pytest.approx(found[0], abs=1e-5)
 
 
+def test_what_a_run_looks_at_on_the_way_changes_no_dropout(tmp_path):
+    """An evaluation after each step, a check of the reference after each: the weights are those of a run without."""
+
+    def weights(name, seed=0, **settings):
+        torch.manual_seed(seed)
+        adapter = lora(lora_dropout=0.3)
+        settings = {"max_steps": 3, "learning_rate": 0.01, "disable_dropout": False, **settings}
+        one = trainer(tmp_path / name, policy(), eval_dataset=ROWS[:4], peft_config=adapter, **settings)
+        torch.manual_seed(seed)
+        one.train()
+        return torch.cat([tensor.detach().flatten() for tensor in one.model.parameters() if tensor.requires_grad])
+
+    expected = weights("plain")
+    looked = weights("looked", eval_strategy="steps", eval_steps=1, reference_check_steps=1)
+    assert torch.equal(looked, expected)
+    assert not torch.equal(weights("other draws", seed=1), expected)  # negative control: dropout is on
+
+
 @pytest.mark.parametrize("kind", ["lora", "full", "continued adapter", "another model"])
 @pytest.mark.sweep(1)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, tmp_path):

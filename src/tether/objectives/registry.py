@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import get_args
 
 from tether.objectives.objective import Algorithm, Objective, Option, Problem
@@ -44,12 +44,14 @@ FIELD_NAMES = {
     "dpo": "sigmoid",
     "cdpo": "sigmoid",
     "dpo_pair": "sigmoid",
+    "conservative_dpo": "sigmoid",
     "logistic": "sigmoid",
     "slic": "hinge",
     "slic_hf": "hinge",
     "rdpo": "robust",
     "robust_dpo": "robust",
     "dpo_positive": "dpop",
+    "smaug": "dpop",
     "bco": "bco_pair",
     "nll": "sft",
     "sppo": "sppo_hard",
@@ -65,10 +67,29 @@ def unknown_loss(algorithm: Algorithm, name: str) -> str:
     >>> unknown_loss("sft", "nlll")
     "'nlll' is not known; did you mean nll? Allowed are nll, dft."
     """
-    said = FIELD_NAMES.get(name.lower(), "")
-    near = [said] if said in OBJECTIVES[algorithm] else get_close_matches(name, OBJECTIVES[algorithm], n=1)
-    hint = f"did you mean {near[0]}? Allowed" if near else "allowed"
+    plain = re.sub("_loss$|(?<=oid)al$", "", name.lower().replace("-", "_"))
+    said, names = FIELD_NAMES.get(plain, plain), OBJECTIVES[algorithm]
+    near = [said] if said in names else [one for one in names if _is_slip(plain, one)]
+    hint = f"did you mean {' or '.join(near)}? Allowed" if near else "allowed"
     return f"{name!r} is not known; {hint} are {', '.join(OBJECTIVES[algorithm])}."
+
+
+def _is_slip(name: str, meant: str) -> bool:
+    """Whether a name can only be a slip of another: a letter twice, two exchanged, in a long one a letter that is
+    wrong, missing or too many. Names of objectives are short and alike, so that nearness alone would lead to another
+    objective: `wpo` is not `rpo`, `kto_pair` not `exo_pair`.
+    """
+    shorter, longer = sorted((name, meant), key=len)
+    if len(longer) - len(shorter) == 1:
+        more = next(place for place in range(len(longer)) if longer[: place + 1] != shorter[: place + 1])
+        sure = len(shorter) > 4 or longer[more].isdigit() or longer[more] == longer[more - 1]
+        return longer[:more] + longer[more + 1 :] == shorter and sure
+    if len(longer) != len(shorter):
+        return False
+    apart = [place for place in range(len(name)) if name[place] != meant[place]]
+    if len(apart) == 2 and apart[1] == apart[0] + 1:
+        return sorted(name[apart[0] : apart[1] + 1]) == sorted(meant[apart[0] : apart[1] + 1])
+    return len(apart) == 1 and len(name) > 5
 
 
 def check_options(rows: Sequence[Objective], options: Mapping[str, float | None]) -> Problem | None:

@@ -135,7 +135,7 @@ def detect(values: Mapping[str, Any]) -> str | None:
         words = ", ".join(f"`{theirs}` is `{ours}`" for theirs, ours in _V0.items() if theirs in values)
         raise ConfigError(
             f"This is LLaMA-Factory's v1 layout (`model` beside `{found[0]}`), which its command reads where USE_V1 is "
-            "set; the layout has no release that says it is stable, and is not read. Write the v0 layout, with a "
+            "set. It is not read yet. Write the v0 layout, with a "
             f"`stage`{f': {words}' if words else ''}; or a run file."
         )
     if "model_name_or_path" not in values:

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _WATCH_SECONDS = 2.0  # between two looks at whether the run still lives
 _JOBS: list[Any] = []  # the job of a worker process; handing it over with every batch would copy all rows each time
