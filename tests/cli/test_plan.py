@@ -10,12 +10,19 @@ import torch
 
 from tether.cli.main import main
 from tether.models import load_policy
+from tether.plan.replay import StepBytes
 
 
 @pytest.fixture
 def here(workplace, monkeypatch):
     monkeypatch.chdir(workplace.path)
     return workplace
+
+
+@pytest.fixture
+def without_step(monkeypatch):
+    """No step is followed, which takes longest: for what is said of anything else."""
+    monkeypatch.setattr("tether.plan.estimate.replay", lambda *_: StepBytes(0, 0, 0))
 
 
 def planned(capsys, *arguments: str, code: int = 0) -> dict:
@@ -40,7 +47,7 @@ def test_it_counts_what_the_run_will_have(here, capsys):
     assert found["notes"] == []  # the step was replayed, not estimated
 
 
-def test_tokens_of_an_epoch_are_those_of_the_rows(here, capsys):
+def test_tokens_of_an_epoch_are_those_of_the_rows(here, capsys, without_step):
     rows = here.pairs()  # a token for each character, and an end for each completion
     answers = sum(len(row["chosen"]) + len(row["rejected"]) + 2 for row in rows)
     prompts = sum(len(row["prompt"]) for row in rows)
@@ -59,7 +66,7 @@ def test_tokens_of_an_epoch_are_those_of_the_rows(here, capsys):
         (["lora=null", "objective.loss=simpo", "objective.beta=2.0"], "none", "no reference is loaded or run"),
     ],
 )
-def test_the_reference_and_why(here, capsys, changes, method, why):
+def test_the_reference_and_why(here, capsys, changes, method, why, without_step):
     found = planned(capsys, "run.yaml", *changes)["reference"]
     assert found["method"] == method
     assert why in found["why"]
@@ -74,12 +81,15 @@ def test_a_probe_measures_a_step_and_leaves_nothing(here, capsys):
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_set(here, capsys):
-    assert main(["plan", "run.yaml", "lora=null", "--gpu", "0.3MiB"]) == 1
-    said = capsys.readouterr().out
-    assert "it does not fit" in said
+    assert main(["plan", "run.yaml", "lora=null", "--gpu", "0.1MiB"]) == 1
+    assert "it does not fit" in capsys.readouterr().out
     small = planned(capsys, "run.yaml", "lora=null", "--gpu", "80GiB")
     assert small["fits"]
     assert small["change"] is None
+    less = f"{0.9 * small['peak'] / 2**20}MiB"
+    change = planned(capsys, "run.yaml", "lora=null", "--gpu", less, code=1)["change"]
+    keys = [f"{name}={json.dumps(value)}" for name, value in change.items()]
+    assert planned(capsys, "run.yaml", "lora=null", *keys, "--gpu", less)["fits"]
     halves = planned(capsys, "run.yaml", "lora=null", "--gpu", "80GiB", "--gpus", "2", "--fsdp")
     assert halves["memory"]["optimizer"] == small["memory"]["optimizer"] // 2
 
@@ -90,12 +100,12 @@ def test_options_that_mean_nothing_are_refused(here, capsys, arguments):
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_no_weights_are_read(here, capsys, monkeypatch):
+def test_no_weights_are_read(here, capsys, monkeypatch, without_step):
     (here.path / "model" / "model.safetensors").unlink()
     assert planned(capsys, "run.yaml")["model"]["parameters"] > 0
 
 
-def test_init_writes_what_plan_accepts(here, capsys):
+def test_init_writes_what_plan_accepts(here, capsys, without_step):
     assert main(["init", "own.yaml", "--yes"]) == 0
     text = Path("own.yaml").read_text(encoding="utf-8")
     assert "model: model" in text

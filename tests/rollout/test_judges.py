@@ -116,8 +116,9 @@ def test_ratings_are_a_reward_between_0_and_1():
 def test_completions_cannot_write_into_the_question():
     with answering(longer) as (url, asked):
         judge(url).compare(["{first}"], ["{second}"], ["x"])
-    assert "<answer_a>\n{second}\n</answer_a>" in asked[0]["messages"][0]["content"]
-    assert "<prompt>\n{first}\n</prompt>" in asked[0]["messages"][0]["content"]
+    questions = [one["messages"][0]["content"] for one in asked]  # both orders, at the same time
+    assert any("<answer_a>\n{second}\n</answer_a>" in question for question in questions)
+    assert all("<prompt>\n{first}\n</prompt>" in question for question in questions)
 
 
 def test_what_a_judge_cannot_do_is_said():
