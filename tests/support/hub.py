@@ -15,7 +15,15 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_vision import picture, tiny_processor, tiny_vision
 
 # Special tokens that the files name, and the real models have.
-SPECIAL = ("<|eot_id|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|begin_of_text|>", "<|end|>", "<|user|>")
+SPECIAL = (
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|finetune_right_pad_id|>",
+    "<|begin_of_text|>",
+    "<|end|>",
+    "<|user|>",
+    "<|eom|>",
+)
 COUNT = 12
 _INSTRUCT = (
     "meta-llama/Meta-Llama-3-8B-Instruct",

@@ -123,6 +123,7 @@ class Closings:
         first = [self._first(text, passed) for text in (tail, inside)]
         # What only the next turn has may be its opening (GLM), or the end of this one, which the last one lacks.
         open_ended = not first[0] and ("tool_calls" in answer or first[1] in self._openings(record))
+        open_ended = open_ended or first[1] in self._opens_question(record)
         return Closing(tail, first[0], "" if open_ended else first[1], len(tail) if inside.startswith(tail) else 0)
 
     def _first(self, text: str, passed: set[str]) -> str:
@@ -153,6 +154,14 @@ class Closings:
         heads = [marked(self._write, record, messages) for messages in asked]
         before = [head.text[: _first_place(head)] for head in heads if head is not None and head.places]
         return set(self._controls.findall(min(before, key=len, default="")))
+
+    def _opens_question(self, record: Preference) -> set[str]:
+        """The control token right before a question, unless it closes one too: an end that turns share opens none."""
+        asked = marked(self._write, record, [_ASK])
+        if asked is None or (place := asked.end(0)) is None:
+            return set()
+        nearest = self._controls.findall(asked.text[: _first_place(asked)])[-1:]
+        return {*nearest} - {self._first(asked.text[place:], set())}
 
 
 def _first_place(found: Marked) -> int:
