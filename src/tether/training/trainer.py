@@ -321,12 +321,10 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore
 
     def _evaluated_parts(self, dataloader: DataLoader) -> Iterator[MicroBatch]:
-        # A pass through a loader takes a number of torch's generator, so that dropout would be another one afterwards.
-        with torch.random.fork_rng(devices=[]):
-            for inputs in self.run.source.evaluated(dataloader):
-                for part in self.run.budget.split(batch_of(inputs)):
-                    yield MicroBatch(self.run.scored(part.batch))
-                announce_prediction_step(self)
+        for inputs in self.run.source.evaluated(dataloader):
+            for part in self.run.budget.split(batch_of(inputs)):
+                yield MicroBatch(self.run.scored(part.batch))
+            announce_prediction_step(self)
 
     # -- a run -----------------------------------------------------------------------------------------------------
 

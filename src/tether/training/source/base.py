@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -85,9 +86,11 @@ class Source(ABC):
     def save(self, folder: Path, process: int) -> None:
         """Keep in a checkpoint where the run stands; every process calls, with its number."""
 
-    def evaluated(self, loader: Iterable[Any]) -> Iterable[Any]:
+    def evaluated(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Batches of an evaluation set, from transformers' loader of it."""
-        return loader
+        # A pass through a loader takes a number of torch's generator: dropout would be another one afterwards.
+        with torch.random.fork_rng(devices=[]):
+            yield from loader
 
     def close(self) -> None:
         """Prepare no more rows."""
