@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
+from tether.cli.main import app
 from tether.config import load_run_file
 
 Tether = Callable[..., tuple[int, str, str]]
@@ -129,3 +131,27 @@ def test_an_interrupted_run_says_how_to_go_on(workplace: Any, tether: Tether, mo
     code, _, err = tether("train", "run.yaml", "--resume")
     assert code == 1
     assert "The run failed. The last checkpoint is out/checkpoint-3; go on from it with: tether train run.yaml" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume", "overrides"),
+    [
+        (["--resume"], "last", []),
+        (["--resume", "out/checkpoint-4", "a.b=1"], "out/checkpoint-4", ["a.b=1"]),
+        (["--resume=out", "a.b=1"], "out", ["a.b=1"]),
+        (["--resume", "model=runs/x/checkpoint-3"], "last", ["model=runs/x/checkpoint-3"]),
+        (["--resume", "."], ".", []),
+    ],
+)
+def test_a_checkpoint_may_be_named_behind_resume(arguments: list[str], resume: str, overrides: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    for given in (
+        ["run.yaml", *arguments],
+        [*arguments, "run.yaml"] if len(arguments) == 1 else ["run.yaml", *arguments],
+    ):
+        found = command.commands["train"].make_context("train", list(given), resilient_parsing=True).params
+        assert (str(found["run_file"]), found["resume"], list(found["overrides"] or [])) == (
+            "run.yaml",
+            resume,
+            overrides,
+        )

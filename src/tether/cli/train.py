@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,19 @@ class TrainCommand(TyperCommand):
     """Lets `--resume` stand alone for the last checkpoint; typer has no options with a value that may be left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare `--resume` its value."""
-        return super().parse_args(ctx, [f"--resume={_LAST}" if arg == "--resume" else arg for arg in args])
+        """Give a bare `--resume` its value: the checkpoint that is named behind it, or the last one."""
+        found, left = [], list(args)
+        while left:
+            arg = left.pop(0)
+            if arg == "--resume":
+                arg = f"--resume={left.pop(0) if left and _names_checkpoint(left[0]) else _LAST}"
+            found.append(arg)
+        return super().parse_args(ctx, found)
+
+
+def _names_checkpoint(text: str) -> bool:
+    """Whether it can be no run file and no KEY=VALUE."""
+    return Path(text).is_dir() or ("=" not in text and re.search(r"checkpoint-\d+/*$", text) is not None)
 
 
 def train(
