@@ -395,7 +395,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             updates = run.proof.updates
             self.guard = check_start(self.policy, run.reference.live, run.scorer, run.probe, updates) or self.guard
         self._record(self.run_folder)
-        if self.is_world_process_zero():
+        if self.args.should_save:
             write_reports(self.run_folder, run.data.reports)
         return unmoved or FrozenProbe.of(run.reference, run.probe)
 
@@ -467,7 +467,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
 
         def write(folder: Path) -> None:
             super(TetherTrainer, self)._save_checkpoint(model, trial)
-            main = self.is_world_process_zero()
+            main = self.args.should_save  # with `save_on_each_node`, one process of each
             self._record(folder)
             write_tensors(folder, self.run.reference.live, write=main)
             if main:
@@ -480,7 +480,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         save_whole(self, trial, write)
 
     def _record(self, folder: Path) -> None:
-        if self.is_world_process_zero():
+        if self.args.should_save:
             write_record(folder, self.run.reference, self.run.line, self.guard)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
