@@ -62,6 +62,11 @@ class Agreement:
         """Whether the engine samples from what the trainer scores."""
         return self.difference <= self.allowed
 
+    @property
+    def words(self) -> str:
+        """What was measured, for a line."""
+        return f"{self.difference:.1e} nats from the trainer's log-probs, {self.tokens} tokens"
+
 
 def compare(
     engine: RolloutEngine,
@@ -169,8 +174,7 @@ def choose_engine(
             continue
         found, why = _tried(engine, policy, score, requests, sampling, precision, everywhere)
         if found is not None:
-            figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
-            logger.info(f"rollouts: {name} engine, at most {figure} (allowed {found.allowed:.0e}){reason}")
+            logger.info(f"rollouts: {name} engine, at most {found.words} (allowed {found.allowed:.0e}){reason}")
             _say_what_is_drawn(sampling)
             return engine
         reason += f"; {name} refused: {why}"
@@ -206,8 +210,7 @@ def _tried(
         except _UNFIT as error:
             why = _first_line(error)
         if found is not None and not found.holds:
-            figure = f"{found.difference:.1e} nats from the trainer's log-probs, {found.tokens} tokens"
-            why = f"{figure}, allowed are {found.allowed:.0e}"
+            why = f"{found.words}, allowed are {found.allowed:.0e}"
         if everywhere(not why):
             return found, ""
     return None, why or "by another process"

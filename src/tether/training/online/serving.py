@@ -113,8 +113,8 @@ class Served:
             logger.info("rollouts: completions are held to a regular expression; ratios correct for it")
         sent = self.engine.sent[-1].kind if self.engine.sent else "weights"
         logger.info(
-            f"rollouts: vllm engine at {url}, at most {found.difference:.1e} nats from the trainer's log-probs, "
-            f"{found.tokens} tokens (allowed {allowed:.0e}); the server is sent {sent} weights"
+            f"rollouts: vllm engine at {url}, at most {found.words} (allowed {allowed:.0e}); the server is sent {sent} "
+            "weights"
         )
 
     def bring(self) -> dict[str, float]:
