@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DATA = "data: {train: pairs.jsonl, eval: held_out.jsonl}\noutput: run\n"
 # Files of other tools, as a reader has them.
 THEIRS = {
     "axolotl.yaml": "base_model: model\nrl: dpo\ndatasets: [{path: pairs.jsonl, ds_type: json, split: train}]\n"
@@ -84,12 +83,25 @@ def test_the_ten_minute_start_works(workplace: Any, tether: Any, monkeypatch: py
         exec(block, {})
 
 
-@pytest.mark.parametrize("place", range(len(blocks("yaml"))))
-def test_every_run_file_is_read(place: int, workplace: Any) -> None:
-    text = blocks("yaml")[place]
+FAQ = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+
+
+def inline_run_files() -> list[str]:
+    """The parts of run files in the text of the questions, such as `reference: {store: log_probs}`."""
+    plain = re.sub(r"^```.*?^```", "", FAQ, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"`((?:model|reference|objective|train|rewards): [{\[].*?[}\]])`", plain)
+    return [one.replace("…", "keep_end" if "truncation" in one else "model").replace("NAME", "model") for one in found]
+
+
+@pytest.mark.parametrize("text", [*blocks("yaml"), *blocks("yaml", FAQ), *inline_run_files()])
+def test_every_run_file_is_read(text: str, workplace: Any) -> None:
     (workplace.path / "sft").mkdir()
     text = text.replace("runs/sft", "sft")
-    (workplace.path / "run.yaml").write_text(text if "data:" in text else text + DATA)
+    for key, value in {"model": "model", "data": "{train: pairs.jsonl, eval: held_out.jsonl}", "output": "run"}.items():
+        text += "" if re.search(rf"^{key}:", text, re.MULTILINE) else f"\n{key}: {value}"
+    if "rewards:" in text:
+        text += "\nobjective: {loss: dapo}"
+    (workplace.path / "run.yaml").write_text(text)
     assert load_run_file(workplace.path / "run.yaml", []).output
 
 

@@ -252,8 +252,10 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     """
 
     learning_rate: float = 1e-6
-    logging_steps: float = 10
-    gradient_checkpointing: bool = True  # type: ignore[override]
+    logging_steps: float = option(10, "Log after every so many steps; below 1: after such a share of all steps.")
+    gradient_checkpointing: bool = option(  # type: ignore[override]
+        True, "Compute activations again in the backward pass in place of keeping them: less memory, more time."
+    )
     parallelism_config: dict[str, Any] | None = option(  # type: ignore[override]
         None, "Stays None: every process computes rows of its own; FSDP and DeepSpeed's ZeRO cut weights."
     )
