@@ -140,7 +140,7 @@ def work() -> None:
     with PrivateMemory() as own:
         does[spec["what"]]()
     found = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - computed}
-    found |= { "own_mib": own.peak_mib - own.before_mib, "peak_mib": peak_memory_mib()}
+    found |= {"own_mib": own.peak_mib - own.before_mib, "peak_mib": peak_memory_mib()}
     if steps:
         between = [later - earlier for earlier, later in itertools.pairwise(steps)]
         found |= {"before_step": steps[0] - computed, "step": statistics.median(between)}
