@@ -13,6 +13,8 @@ from tether.types import Messages
 
 Form = Literal["standard", "conversational"]
 SHOWN_FAULTS = 5
+# Of a ranked row every two are looked at: half a million pairs.
+_MOST_COMPLETIONS = 1000
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 _ALLOWED = {None: "text or a list of messages", "standard": "text", "conversational": "a list of messages"}
 _TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
@@ -72,6 +74,9 @@ def list_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
     if not isinstance(value, list) or len(value) < 2:
         shown = "a list of one item" if isinstance(value, list) and value else described(value)
         yield f"`{column}` is {shown}; it must be a list of two completions or more"
+        return
+    if len(value) > _MOST_COMPLETIONS:
+        yield f"`{column}` has {len(value):,} completions; a row may have {_MOST_COMPLETIONS:,}, and each pair of them counts"
         return
     for place, item in enumerate(value, 1):
         yield from text_faults(f"{column}[{place}]", item, form)
