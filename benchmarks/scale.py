@@ -5,9 +5,10 @@
 
 Each figure is of a process of its own. `train` is the first run on a file, which prepares it and keeps the result;
 `start` the second, which finds it prepared. Both say what went before their first step and what a step takes, the
-median of eight. Processor time is given beside seconds, since it is the same on a busy machine. `--without-language` measures what an installation without tether[language] does. `--pairs 1000000` is
-an option: its file has 2 GB. Memory is the most that the process had resident; `own` is the part of it that no file lies
-behind, which the system cannot take back, less what it was before the process saw a row.
+median of eight. Processor time is given beside seconds, since it is the same on a busy machine. `--without-language`
+measures what an installation without tether[language] does. `--pairs 1000000` is an option: its file has 2 GB. Memory
+is the most that the process had resident; `own` is the part of it that no file lies behind, which the system cannot
+take back, less what it was before the process saw a row.
 """
 
 from __future__ import annotations
@@ -91,12 +92,13 @@ def write_pairs(path: Path, count: int) -> Path:
 def work() -> None:
     """The worker: do one thing to one file."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from transformers import TrainerCallback
+
     from tether import DPOConfig, DPOTrainer
     from tether.data import prepare
     from tether.data.audit.audit import check
     from tether.data.sources.load import load_rows
     from tiny import tiny_model, tiny_tokenizer
-    from transformers import TrainerCallback
 
     spec = read_spec()
     tokenizer = tiny_tokenizer()

@@ -12,7 +12,7 @@ from data.samples import byte_level
 from tether.compat.datasets import arrow_table
 from tether.data import prepare, spool
 from tether.data.prepare.cache import prepare_cached
-from tether.data.sources import files, load
+from tether.data.sources import files, load, tables
 from tether.data.sources.load import load_rows
 from tether.errors import DataError
 
@@ -77,6 +77,42 @@ def test_pieces_of_other_types_are_read_whole(tmp_path, monkeypatch):
     with pytest.raises(DataError) as large:
         load_rows(broken)
     assert str(small.value) == str(large.value)
+
+
+PAIR = {"prompt": "p", "chosen": " yes", "rejected": " no"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([PAIR, PAIR | {f"c{k}": k for k in range(30)}], "33 columns in all"),
+        ([PAIR | {f"c{n}_{k}": k for k in range(9)} for n in range(3)], "30 columns in all"),
+        ([PAIR | {"meta": [{f"c{n}_{k}": k for k in range(9)}]} for n in range(3)], "`meta` have 27 different keys"),
+    ],
+    ids=["one row", "other columns in each row", "keys of objects"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_more_columns_than_can_be_worked_with_are_refused_at_once(tmp_path, monkeypatch, rows, said, ending):
+    """100,000 of them took minutes, most of all where each row had others; large files are not read a second time."""
+    path = str(tmp_path / f"rows.{ending}")
+    if ending == "parquet":
+        load_rows(rows).to_parquet(path)
+    else:
+        written(path, rows)
+    monkeypatch.setattr(tables, "MOST_FIELDS", 29)
+    monkeypatch.setattr(load, "_LARGE", 1)
+    monkeypatch.setattr(load, "read_file", lambda *_: pytest.fail("read a second time"))
+    with pytest.raises(DataError, match=said):
+        load_rows(path)
+    monkeypatch.setattr(tables, "MOST_FIELDS", 33)
+    assert len(load_rows(path)) == len(rows)
+
+
+def test_a_row_of_more_completions_than_can_be_compared_is_a_fault_of_that_row():
+    rows = [{"prompt": "p", "completions": [f" {k}" for k in range(count)]} for count in (3, 1001)]
+    with pytest.raises(DataError, match="row 2: `completions` has 1,001 completions"):
+        prepare(rows, byte_level(eos_token="<eos>"), kind="ranked", max_length=16)
+    assert len(prepare(rows[:1], byte_level(eos_token="<eos>"), kind="ranked", max_length=16).dataset) == 1
 
 
 def test_a_packed_line_that_is_no_row_is_refused(tmp_path, monkeypatch):

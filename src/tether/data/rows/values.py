@@ -76,7 +76,7 @@ def list_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
         yield f"`{column}` is {shown}; it must be a list of two completions or more"
         return
     if len(value) > _MOST_COMPLETIONS:
-        yield f"`{column}` has {len(value):,} completions; a row may have {_MOST_COMPLETIONS:,}, and each pair of them counts"
+        yield f"`{column}` has {len(value):,} completions; it may have {_MOST_COMPLETIONS:,}, as any two are compared"
         return
     for place, item in enumerate(value, 1):
         yield from text_faults(f"{column}[{place}]", item, form)

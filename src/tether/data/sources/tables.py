@@ -35,8 +35,8 @@ class Fields:
         """Count columns, before any is built."""
         if count > MOST_FIELDS:
             raise TooManyFieldsError(
-                f"{self._where}: the rows have {count:,} columns in all; at most {MOST_FIELDS:,} are read. Write the file "
-                "with those that are used, or the others as one column of JSON text."
+                f"{self._where}: the rows have {count:,} columns in all; at most {MOST_FIELDS:,} are read. Write the "
+                "file with those that are used, or the others as one column of JSON text."
             )
 
     def add(self, column: str, kind: pa.DataType) -> None:
@@ -45,14 +45,15 @@ class Fields:
         self._left -= count
         if self._left < 0:
             raise TooManyFieldsError(
-                f"{self._where}: the objects in column `{column}` have {count:,} different keys; at most {MOST_FIELDS:,} "
-                "keys and columns are read in all. Write that column as JSON text, or leave it out of the file."
+                f"{self._where}: the objects in column `{column}` have {count:,} different keys; at most "
+                f"{MOST_FIELDS:,} keys and columns are read in all. Write that column as JSON text, or leave it out of "
+                "the file."
             )
 
     def add_values(self, column: str, values: Sequence[Any]) -> None:
         """Count what a column will hold: each row will have room for the keys of all of them."""
-        if any(isinstance(value, (dict, list)) for value in values):
-            self.add(column, pa.infer_type(values))
+        nested = any(isinstance(value, (dict, list)) for value in values)
+        self.add(column, pa.infer_type(values) if nested else pa.null())
 
 
 def _fields(kind: pa.DataType) -> int:
