@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from tether.errors import ConfigError
 from tether.evaluate.named_models import NamedModel
-from tether.models.adapters import ACTIVE, adapter_config, kind_of
+from tether.models.adapters import ACTIVE, kind_of
+from tether.models.adapting.adapter_files import adapter_config
 from tether.models.adapting.extra_tensors import WEIGHTS
 from tether.models.load import is_adapter, load_config
 
