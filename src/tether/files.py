@@ -11,7 +11,7 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What is said of `fsync` by file systems without one: some over a network or in user space, many for folders.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-# What libraries say of a full disk whose errors have no number; torch says the last two of any write that failed.
+# What libraries say of a full disk whose errors have no number; torch says the last three of any write that failed.
 _FULL_WORDS = (
     "No space left on device",
     "(os error 28)",
@@ -19,6 +19,7 @@ _FULL_WORDS = (
     "(os error 122)",
     "PytorchStreamWriter failed",
     "unexpected pos",
+    "iostream error",
 )
 
 

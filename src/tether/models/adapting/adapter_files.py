@@ -51,9 +51,8 @@ def require_weights(folder: str | Path) -> None:
             f"The adapter '{folder}' has no {WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded, as a "
             "pickle can run any code: save the adapter again with safetensors."
         )
-    with _refused(f"'{path}' cannot be read"), safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dictionary
-            file.get_tensor(name)
+    with _refused(f"'{path}' cannot be read"), safe_open(path, framework="pt"):
+        pass  # opening it reads the list of its tensors, which must fill the file
 
 
 @contextmanager
@@ -64,23 +63,19 @@ def put_on(base: torch.nn.Module, folder: str | Path) -> Iterator[None]:
         ConfigError: the weights are missing or damaged, or do not fit.
     """
     require_weights(folder)
-    name = getattr(getattr(base, "config", None), "name_or_path", "")
-    with _refused(
-        f"The adapter '{folder}' does not fit {type(base).__name__} '{name}'", "Name the model it was made on,"
-    ):
+    model = f"{type(base).__name__} '{getattr(getattr(base, 'config', None), 'name_or_path', '')}'"
+    with _refused(f"The adapter '{folder}' does not fit {model}", "Name the model that it was made on, or copy"):
         yield
 
 
 @contextmanager
-def _refused(what: str, first: str = "") -> Iterator[None]:
+def _refused(what: str, advice: str = "Copy") -> Iterator[None]:
     try:
         yield
     except (TetherError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (Exception, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".") or "nothing more is said"
-        kind = (
-            "" if isinstance(error, (OSError, ValueError, RuntimeError, UserWarning)) else f"{type(error).__name__}: "
-        )
-        advice = f"{first} or copy the folder again" if first else "Copy the folder again"
-        raise ConfigError(f"{what}: {kind}{reason}. {advice}, whole, from where it was saved.") from error
+    except Exception as error:  # of PEFT, torch and safetensors, which have no error of theirs in common
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        if not isinstance(error, (OSError, ValueError, RuntimeError, UserWarning)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ConfigError(f"{what}: {reason}. {advice} its folder again from where it was saved.") from error
