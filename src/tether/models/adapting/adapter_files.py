@@ -6,18 +6,22 @@ read a folder.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 
 from tether.errors import ConfigError, TetherError
+from tether.files import write_whole
 from tether.models.adapting.extra_tensors import WEIGHTS
 
 CONFIG = "adapter_config.json"
+_SUM = f"{WEIGHTS}.sha256"
 # Memory is taken for so many rows of each layer; none has as many.
 _MOST_ROWS = 100_000
 
@@ -32,10 +36,11 @@ def adapter_config(folder: str | Path) -> PeftConfig:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config.base_model_name_or_path, str | None):
             raise ValueError(f"base_model_name_or_path is {config.base_model_name_or_path!r}; it must be text")
-        for name in ("r", "num_virtual_tokens"):
-            rows = getattr(config, name, None)
-            if isinstance(rows, int | float) and not rows <= _MOST_ROWS:
-                raise ValueError(f"{name} is {rows:,}; it may be {_MOST_ROWS:,} at most")
+        for name, value in vars(config).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be a finite number")
+            if name in ("r", "num_virtual_tokens") and isinstance(value, int | float) and value > _MOST_ROWS:
+                raise ValueError(f"{name} is {value:,}; it may be {_MOST_ROWS:,} at most")
         return config
 
 
@@ -43,7 +48,7 @@ def require_weights(folder: str | Path) -> None:
     """Refuse a folder whose weights are missing or are not safetensors.
 
     Raises:
-        ConfigError: with the name of the file.
+        ConfigError: with the name of the file; or they are not what a run saved there.
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
@@ -51,8 +56,25 @@ def require_weights(folder: str | Path) -> None:
             f"The adapter '{folder}' has no {WEIGHTS}. Pickled adapters (adapter_model.bin) are never loaded, as a "
             "pickle can run any code: save the adapter again with safetensors."
         )
-    with _refused(f"'{path}' cannot be read"), safe_open(path, framework="pt"):
-        pass  # opening it reads the list of its tensors, which must fill the file
+    with _refused(f"'{path}' cannot be read"):
+        with safe_open(path, framework="pt"):
+            pass  # opening it reads the list of its tensors, which must fill the file
+        note = Path(folder) / _SUM
+        if note.is_file() and note.read_text(encoding="utf-8").split()[:1] != [_digest(path)]:
+            raise ValueError(f"it has other bytes than were saved, of which {_SUM} has the hash")
+
+
+def write_sums(model: PeftModel, folder: Path) -> None:
+    """Keep the hashes of the weights that were written of a model's adapters beside them, as `sha256sum` has them:
+    numbers that are damaged later are numbers, too."""
+    for place in (folder, *(folder / name for name in model.peft_config)):
+        if (place / WEIGHTS).is_file():
+            write_whole(place / _SUM, f"{_digest(place / WEIGHTS)}  {WEIGHTS}\n")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
