@@ -22,6 +22,7 @@ def settings(how: str) -> dict[str, Any]:
     let_accelerate_shard_on_cpu()
     choices = {
         "whole": {},
+        "accumulated": {},
         "ddp": {},
         "fsdp": {"fsdp": True, "fsdp_config": _WRAP},
         "zero2": _zero(2),
@@ -63,8 +64,8 @@ def is_held(trainer: DPOTrainer, how: str) -> bool:
     parameters = list(trainer.policy.parameters())
     if how in ("fsdp", "zero3"):
         return all(isinstance(one, DTensor) if how == "fsdp" else is_partitioned(one) for one in parameters)
-    wrapper = {"zero2": "DeepSpeedEngine", "ddp": "DistributedDataParallel", "whole": type(trainer.model).__name__}
-    return type(trainer.model_wrapped).__name__ == wrapper[how]
+    wrapper = {"zero2": "DeepSpeedEngine", "ddp": "DistributedDataParallel"}
+    return type(trainer.model_wrapped).__name__ == wrapper.get(how, type(trainer.model).__name__)
 
 
 def finish() -> None:

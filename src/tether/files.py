@@ -8,17 +8,20 @@ import os
 from pathlib import Path
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What is said of `fsync` by file systems without one: some over a network or in user space, many for folders.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-# What libraries say of a full disk whose errors have no number; torch says the last two of any write that failed.
+# What libraries say of a full disk whose errors have no number; torch says the last three of any write that failed.
 _FULL_WORDS = (
     "No space left on device",
     "(os error 28)",
     "Disk quota exceeded",
     "(os error 122)",
+    "(os error 27)",
+    "requested and",  # numpy, of an array
     "PytorchStreamWriter failed",
     "unexpected pos",
+    "iostream error",
 )
 
 
@@ -57,7 +60,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a disk is full or a quota used up."""
+    """Whether an error, or one that it came from, says that a disk is full, a quota used up, or a file at its limit."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

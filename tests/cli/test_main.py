@@ -102,6 +102,10 @@ def test_help_of_the_module_waits_for_no_library() -> None:
         (typer.BadParameter("no good"), 2, "no good. `tether --help` lists what there is."),
         (OSError(errno.ENOSPC, "No space left", "out/x"), 1, "There is no space left on the disk for 'out/x'."),
         (OSError(errno.ENOSPC, "No space left"), 1, "There is no space left on the disk for what was written last"),
+        # What numpy, torch and safetensors say of it, who keep no number.
+        (OSError("1408 requested and 250 written"), 1, "There is no space left on the disk"),
+        (RuntimeError("basic_ios::clear: iostream error"), 1, "There is no space left on the disk"),
+        (ValueError("I/O error: File too large (os error 27)"), 1, "`ulimit -f` is reached"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "No permission for 'out': Permission denied."),
         (OSError(errno.EIO, "Input/output error", "x"), 1, "The system refused 'x': Input/output error."),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "The system refused 'x': File name too long."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import tempfile
 
 import pytest
@@ -12,8 +13,10 @@ from data.samples import byte_level
 from tether.compat.datasets import arrow_table
 from tether.data import prepare, spool
 from tether.data.prepare.cache import prepare_cached
-from tether.data.sources import files, load
+from tether.data.rows import values
+from tether.data.sources import files, load, tables
 from tether.data.sources.load import load_rows
+from tether.data.text.marks import lost_texts
 from tether.errors import DataError
 
 ROWS = [{"prompt": f"row {n}:", "chosen": " yes", "rejected": " no", "n": n if n % 2 else None} for n in range(50)]
@@ -77,6 +80,65 @@ def test_pieces_of_other_types_are_read_whole(tmp_path, monkeypatch):
     with pytest.raises(DataError) as large:
         load_rows(broken)
     assert str(small.value) == str(large.value)
+
+
+PAIR = {"prompt": "p", "chosen": " yes", "rejected": " no"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([PAIR, PAIR | {f"c{k}": k for k in range(30)}], "33 columns in all"),
+        ([PAIR | {f"c{n}_{k}": k for k in range(9)} for n in range(3)], "30 columns in all"),
+        ([PAIR | {"meta": [{f"c{n}_{k}": k for k in range(9)}]} for n in range(3)], "`meta` have 27 different keys"),
+    ],
+    ids=["one row", "other columns in each row", "keys of objects"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_more_columns_than_can_be_worked_with_are_refused_at_once(tmp_path, monkeypatch, rows, said, ending):
+    """100,000 of them took minutes, most of all where each row had others; large files are not read a second time."""
+    path = str(tmp_path / f"rows.{ending}")
+    if ending == "parquet":
+        load_rows(rows).to_parquet(path)
+    else:
+        written(path, rows)
+    monkeypatch.setattr(tables, "MOST_FIELDS", 29)
+    monkeypatch.setattr(load, "_LARGE", 1)
+    monkeypatch.setattr(load, "read_file", lambda *_: pytest.fail("read a second time"))
+    with pytest.raises(DataError, match=said):
+        load_rows(path)
+    monkeypatch.setattr(tables, "MOST_FIELDS", 33)
+    assert len(load_rows(path)) == len(rows)
+
+
+def test_a_row_of_more_completions_than_can_be_compared_is_a_fault_of_that_row():
+    rows = [{"prompt": "p", "completions": [f" {k}" for k in range(count)]} for count in (3, 1001)]
+    with pytest.raises(DataError, match="row 2: `completions` has 1,001 completions"):
+        prepare(rows, byte_level(eos_token="<eos>"), kind="ranked", max_length=16)
+    assert len(prepare(rows[:1], byte_level(eos_token="<eos>"), kind="ranked", max_length=16).dataset) == 1
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_a_text_that_would_fill_the_memory_is_a_fault_of_its_row(monkeypatch, form):
+    """A tokenizer takes 50 bytes of memory a character: one row of 200 MB took 11 GB."""
+    monkeypatch.setattr(values, "_MOST_CHARACTERS", 119)
+    row = PAIR | {"prompt": "yes " * 30}
+    if form == "messages":
+        answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        row = answers | {"prompt": [{"role": "user", "content": "ab " * 10}] * 4}
+    with pytest.raises(DataError, match="row 1: `prompt` has 120 characters"):
+        prepare([row], byte_level(eos_token="<eos>"), max_length=16)
+
+
+def test_texts_of_many_messages_are_looked_for_where_they_follow_each_other():
+    """The definition, which looks for each in all of the rendering, is the oracle; it takes minutes of 100,000."""
+    draw = random.Random(0)
+    for _ in range(300):
+        said = ["".join(draw.choices("ab ", k=draw.randint(0, 3))) for _ in range(6)]
+        text = "|".join(said[place] for place in draw.sample(range(6), draw.randint(3, 6)))
+        messages = [{"role": "user", "content": one} for one in said]
+        lost = [place for place, one in enumerate(said) if one.strip() not in text]
+        assert [place for _, place in lost_texts(messages, text)] == lost
 
 
 def test_a_packed_line_that_is_no_row_is_refused(tmp_path, monkeypatch):

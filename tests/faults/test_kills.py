@@ -32,6 +32,8 @@ def kill_at(home: Home, change: list, *, torn: bool) -> None:
     about = f"{home.kind}: {'half of' if torn else 'before'} {operation} {path} ({number})"
     home.clear()
     killed = home.run(watch={"below": str(home.path), "kill": number, "torn": torn})
+    if killed["code"] == 0 and ".report.html." in path:  # pages are written by the clock: there were fewer this time
+        return home.require_same(about)
     assert killed["code"] == -signal.SIGKILL, (about, killed["said"])
     require_gone_on(home, about)
     tried(f"killed {'with half of a file written' if torn else 'before a change of a file'}")

@@ -22,9 +22,10 @@ from tether.reference.methods.shards import gather_shards, is_sharded, local_par
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 
-def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> DPOTrainer:
-    """A run of four steps of 4 pairs on 12 rows, with 5 rows of evaluation that 2 processes cannot share evenly."""
+def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel, steps: int = 4) -> DPOTrainer:
+    """A run of steps of 4 pairs on 12 rows, with 5 rows of evaluation that 2 processes cannot share evenly."""
     tokenizer = tiny_tokenizer()
+    batch, accumulated = {"whole": (4, 1), "accumulated": (1, 4)}.get(how, (1, 2))
     special = {
         "moving": {"sync_ref_model": True, "ref_model_sync_steps": 2},
         # More forwards than batches, and not equally many on each process.
@@ -38,11 +39,11 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel) -> D
         ref_model=str(folder / f"start{os.environ.get('RANK', 0)}" / "other") if "model" in kind else None,
         args=DPOConfig(
             output_dir=str(folder),
-            per_device_train_batch_size=4 if how == "whole" else 1,
-            gradient_accumulation_steps=1 if how == "whole" else 2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
             per_device_eval_batch_size=5 if how == "whole" else 1,
-            max_steps=4,
-            learning_rate=0.1,
+            max_steps=steps,
+            learning_rate=0.4 / steps,
             lr_scheduler_type="constant",
             logging_steps=1,
             report_to="none",
@@ -115,7 +116,24 @@ def run(folder: Path, kind: str, how: str) -> None:
     save_file(found, folder / f"rank{trainer.args.process_index}.safetensors")
 
 
+def trajectory(folder: Path, kind: str, how: str) -> None:
+    """Twenty steps: what is logged of each, from which the reference's log-probs follow, and those of its probe."""
+    trainer = make_trainer(folder, kind, how, start(0, kind), 20)
+    trainer.train()
+    assert is_held(trainer, how), f"the policy is not held as {how} holds it"
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    names = (
+        "loss",
+        "grad_norm",
+        *(f"{what}/{side}" for what in ("logps", "rewards") for side in ("chosen", "rejected")),
+    )
+    found = {name: torch.tensor([log[name] for log in logs], dtype=torch.float64) for name in names}
+    found["probe"] = trainer.run.reference.live.score(trainer.run.probe).token_logps
+    save_file(found, folder / f"rank{trainer.args.process_index}.safetensors")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), *sys.argv[2:])
+    does = {"run": run, "trajectory": trajectory}[sys.argv[4]] if len(sys.argv) > 4 else run
+    does(Path(sys.argv[1]), *sys.argv[2:4])
     finish()

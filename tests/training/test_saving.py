@@ -141,6 +141,9 @@ def test_a_file_without_them_is_found_out(base, tmp_path):
     tensors = load_file(path)
     del tensors[NORM]
     save_file(tensors, path)
+    with pytest.raises(TetherError, match=r"cannot be loaded again.*other bytes"):
+        run._saving.prove(run.policy, tmp_path / "run", shards=False)
+    path.with_name(f"{path.name}.sha256").unlink()
     with pytest.raises(TetherError, match=rf"another model than the one in memory.*1 tensors differ, most '{NORM}'"):
         run._saving.prove(run.policy, tmp_path / "run", shards=False)
 

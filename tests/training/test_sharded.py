@@ -71,6 +71,31 @@ def test_two_processes_with_shards_train_against_the_reference_of_one(how, kind,
     torch.testing.assert_close(_logits(tmp_path / "saved"), _logits(one / "saved"), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=pytest.mark.deepspeed if how.startswith("zero") else SLOW)
+        for how in ("accumulated", "ddp", "fsdp", "zero2", "zero3")
+    ],
+)
+def test_twenty_steps_are_those_of_one_process(how, kind, tmp_path):
+    """Loss, gradient norm, log-probs and rewards of each step, and so the reference's log-probs (INV-25, INV-36)."""
+    found = {}
+    for way in ("whole", how):
+        (folder := tmp_path / way).mkdir()
+        several = way not in ("whole", "accumulated")
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if several else []
+        last = folder / f"rank{int(several)}.safetensors"
+        _run([sys.executable, *launch, str(WORKER), str(folder), kind, way, "trajectory"], last)
+        found[way] = load_file(folder / "rank0.safetensors")
+    assert len(found[how]["loss"]) == 20
+    for name, value in found["whole"].items():
+        torch.testing.assert_close(found[how][name], value, atol=1e-5, rtol=1e-4, msg=f"{how} {name}")
+        print(f"{how} {kind} {name}: {(found[how][name] - value).abs().max():.1e}")
+    assert found["whole"]["loss"][0] - found["whole"]["loss"].min() > 1e-3, "nothing was learnt"
+
+
 def _logits(saved: Path) -> torch.Tensor:
     """What plain transformers and PEFT say of a few tokens with what was saved."""
     tokenizer = tiny_tokenizer()

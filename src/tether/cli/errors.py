@@ -125,7 +125,8 @@ def _explain_full(error: BaseException) -> str:
     return (
         f"There is no space left on the disk for {place}. Free some (old checkpoint-* "
         "folders are the largest) and go on with --resume, or write elsewhere with `output=FOLDER`; "
-        "`train.save_total_limit` keeps fewer checkpoints. Checkpoints that were whole still are."
+        "`train.save_total_limit` keeps fewer checkpoints. Whole checkpoints still are whole. Where there is space, "
+        "a quota or the limit of `ulimit -f` is reached."
     )
 
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from tether.errors import ConfigError
 from tether.evaluate.named_models import NamedModel
-from tether.models.adapters import ACTIVE, adapter_config, kind_of
+from tether.models.adapters import ACTIVE, kind_of
+from tether.models.adapting.adapter_files import adapter_config, require_weights
 from tether.models.adapting.extra_tensors import WEIGHTS
 from tether.models.load import is_adapter, load_config
 
@@ -114,6 +115,7 @@ def _not_plain_lora(config: PeftConfig, folder: Path) -> str:
         return "it is DoRA, and only plain LoRA is read"
     if config.bias != "none":
         return f"it trained biases ({config.bias}), which are not read"
+    require_weights(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         odd = [name for name in file.keys() if ".lora_A." not in name and ".lora_B." not in name]  # noqa: SIM118
     return f"its file holds {len(odd)} tensors that are no LoRA, such as {odd[0]}, which are not read" if odd else ""

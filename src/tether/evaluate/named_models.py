@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tether.data import text_tokenizer
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy
-from tether.models.adapters import adapter_config, continue_adapter
+from tether.models.adapters import continue_adapter
+from tether.models.adapting.adapter_files import adapter_config
 from tether.models.fingerprint import model_fingerprint
 from tether.models.load import DTYPES, check_source, is_adapter, load_processing
 from tether.models.reward import is_classifier, load_reward_model

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from tether.compat.messages import ADAPTER_INCOMPLETE
 from tether.compat.peft import adopted, injected_configs, set_active, tuner_layers
 from tether.errors import ConfigError
+from tether.models.adapting.adapter_files import adapter_config, put_on
 from tether.models.adapting.base_rewriting import named_initialisation, remember_initial
 from tether.models.adapting.extra_tensors import WEIGHTS, remember_brought
 from tether.models.fingerprint import base_tensors, digest_of, fingerprint
@@ -53,7 +54,8 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         return _continue_virtual_tokens(base, folder, config)
     policy = _load(base, folder, TRAINED, trainable=True)
     for name in beneath:
-        policy.load_adapter(str(folder / name), name, torch_device="cpu")
+        with put_on(base, folder / name):
+            policy.load_adapter(str(folder / name), name, torch_device="cpu")
     _remember(policy, folder, beneath)
     if beneath:
         _activate(policy, beneath)
@@ -166,7 +168,8 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     policy = _load(base, places[0], names[0], trainable=False)
     try:
         for place, name in zip(places[1:], names[1:], strict=True):
-            policy.load_adapter(str(place), name, torch_device="cpu")
+            with put_on(base, place):
+                policy.load_adapter(str(place), name, torch_device="cpu")
         for place, name in zip(places, names, strict=True):
             remember_brought(policy, place, name)
         policy.add_adapter(TRAINED, config)
@@ -322,33 +325,14 @@ def _beneath(folder: Path) -> list[str]:
     return names
 
 
-def adapter_config(folder: str | Path) -> PeftConfig:
-    """The configuration of the adapter in a folder.
-
-    Raises:
-        ConfigError: it cannot be read, or is of a kind that the installed PEFT does not know.
-    """
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"The adapter '{folder}' cannot be read: {' '.join(str(error).split())}") from error
-
-
 def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
     theirs, ours = adapter_config(folder).base_model_name_or_path, base.config.name_or_path
     if theirs and ours and theirs != ours:
         logger.warning(f"adapter: '{folder}' was made on {theirs!r} and is put on {ours!r}")
-    _make_room(base, folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ADAPTER_INCOMPLETE)
-            return PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trainable)
-    except (RuntimeError, ValueError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"The adapter '{folder}' does not fit {type(base).__name__} '{ours}': {reason} Name the model that it was "
-            "made on."
-        ) from error
+    with put_on(base, folder), warnings.catch_warnings():
+        warnings.filterwarnings("error", ADAPTER_INCOMPLETE)
+        _make_room(base, folder)
+        return PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trainable)
 
 
 def _make_room(base: PreTrainedModel, folder: Path) -> None:
@@ -371,8 +355,9 @@ def _remember(policy: PeftModel, folder: Path, beneath: list[str]) -> None:
 def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
     """PEFT loads virtual tokens for inference only; so they are made anew and given the saved values."""
     refuse_unfit_virtual_tokens(config, base.config)
-    policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
-    policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
+    with put_on(base, folder):
+        policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
+        policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
     _remember(policy, folder, [])
     return policy.eval()
 

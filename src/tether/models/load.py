@@ -31,7 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tether.compat.transformers import without_bars
 from tether.errors import ConfigError, TetherError
-from tether.models.adapters import adapter_config, continue_adapter
+from tether.models.adapters import continue_adapter
+from tether.models.adapting.adapter_files import adapter_config, require_weights
 from tether.models.gguf import check_gguf, convert_gguf
 from tether.progress import working
 
@@ -379,11 +380,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def _check_folder(path: Path) -> None:
     if (path / "adapter_config.json").is_file():
-        if not (path / "adapter_model.safetensors").is_file():
-            raise ConfigError(
-                f"The adapter '{path}' has no adapter_model.safetensors. Pickled adapters (adapter_model.bin) are "
-                "never loaded, as a pickle can run any code: save the adapter again with safetensors."
-            )
+        require_weights(path)
         return
     config = path / "config.json"
     if not config.is_file():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from tether.errors import ConfigError
-from tether.models.adapters import adapter_config
+from tether.models.adapting.adapter_files import adapter_config
 from tether.models.before.blueprint import blueprint
 from tether.models.load import is_adapter
 from tether.models.spec import ModelSpec, embed_tokens, select_trainable

@@ -132,7 +132,9 @@ def own_part(name: str, messages: Messages, prompt: Messages) -> Messages:
         return messages
     ours, theirs = _compared(messages), _compared(prompt)
     longest = min(len(messages) - 1, len(prompt))
-    repeated = next((n for n in range(longest, 0, -1) if ours[:n] == theirs[-n:]), 0)
+    # The first message is compared alone before many are copied, once for each of the prompt's.
+    places = (n for n in range(longest, 0, -1) if ours[0] == theirs[-n])
+    repeated = next((n for n in places if ours[:n] == theirs[-n:]), 0)
     if messages[repeated]["role"] != "assistant":
         raise FieldFault(
             f"`{name}` begins with {'a message' if repeated else 'messages'} of the {messages[repeated]['role']} that "

@@ -13,6 +13,10 @@ from tether.types import Messages
 
 Form = Literal["standard", "conversational"]
 SHOWN_FAULTS = 5
+# Of a ranked row every two are looked at: half a million pairs.
+_MOST_COMPLETIONS = 1000
+# Of one text: millions of tokens, which take a tokenizer seconds; a hundred million would take it the machine's memory.
+_MOST_CHARACTERS = 10_000_000
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 _ALLOWED = {None: "text or a list of messages", "standard": "text", "conversational": "a list of messages"}
 _TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
@@ -57,6 +61,8 @@ def text_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
             _ALLOWED[None] if not isinstance(value, (str, list)) else f"{_ALLOWED[form]}, like the rest of the data"
         )
         yield f"`{column}` is {described(value)}; it must be {allowed}"
+    elif (size := _characters(value)) > _MOST_CHARACTERS:
+        yield f"`{column}` has {size:,} characters; it may have {_MOST_CHARACTERS:,}: write it as several rows"
     elif isinstance(value, str):
         if spells_messages(value):
             yield f"`{column}` is text that spells out a list of messages; store the list itself, in JSON or Parquet"
@@ -67,11 +73,22 @@ def text_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
             yield from (f"message {position} of `{column}` {fault}" for fault in _message_faults(message))
 
 
+def _characters(value: str | list[Any]) -> int:
+    """How long a text is, or all texts of messages."""
+    if isinstance(value, str):
+        return len(value)
+    texts = (message.get("content") for message in value if isinstance(message, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
 def list_faults(column: str, value: Any, form: Form | None) -> Iterator[str]:
     """Faults of a ranked list of completions."""
     if not isinstance(value, list) or len(value) < 2:
         shown = "a list of one item" if isinstance(value, list) and value else described(value)
         yield f"`{column}` is {shown}; it must be a list of two completions or more"
+        return
+    if len(value) > _MOST_COMPLETIONS:
+        yield f"`{column}` has {len(value):,} completions; it may have {_MOST_COMPLETIONS:,}, as any two are compared"
         return
     for place, item in enumerate(value, 1):
         yield from text_faults(f"{column}[{place}]", item, form)

@@ -41,6 +41,7 @@ from tether.data.sources.files import (
 from tether.data.sources.functions import transform_of
 from tether.data.sources.origin import Origin, Source, by_fractions, is_origin, names_of, origins_of
 from tether.data.sources.slices import shares_of, slices_of
+from tether.data.sources.tables import Fields, TooManyFieldsError
 from tether.data.spool import spooled
 from tether.errors import ConfigError, DataError
 from tether.types import Kind
@@ -407,7 +408,7 @@ def _in_pieces(paths: list[Path], name: str) -> pa.Table | None:
         return None
     try:
         return spooled(table for path in paths for table in _pieces(path, name))
-    except UnpacksTooFarError:
+    except (UnpacksTooFarError, TooManyFieldsError):
         raise
     except (DataError, pa.ArrowException):
         return None
@@ -448,9 +449,12 @@ def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     arrays: dict[str, Any] = {}
+    fields = Fields(name)
+    fields.add_columns(len(columns))
     for column in columns:
         values = [_portable(column, row.get(column)) for row in rows]
         try:
+            fields.add_values(column, values)
             arrays[str(column)] = _array(column, values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:

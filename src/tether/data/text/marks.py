@@ -167,10 +167,15 @@ def opening_length(between: str, asked: str, answer: Mapping[str, Any]) -> int:
 
 def lost_texts(messages: Messages, text: str) -> list[tuple[str, int]]:
     """Texts of messages of which a part is not in a rendering, with the places of the messages."""
-    lost = []
+    lost, at = [], 0
     for place, message in enumerate(messages):
         content = message.get("content")
-        if not isinstance(content, str) or content in text or content.strip() in text:
+        if not isinstance(content, str):
+            continue
+        # It is behind the one before, as a rule; from the beginning on, many messages would each be looked for in all.
+        found = text.find(content.strip(), at)
+        if found >= 0 or content.strip() in text:
+            at = max(at, found)
             continue
         *thoughts, said = _THOUGHT_TAGS.split(content.strip())
         name = "parts of " + _name(message)

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,9 +48,15 @@ def refuse_lost(model: PeftModel, folder: Path, adapter: str) -> list[str]:
         Names of the model's tensors that came from the file.
 
     Raises:
-        ConfigError: there are such tensors: what was trained is not what was loaded.
+        ConfigError: there are such tensors: what was trained is not what was loaded; or numbers in it are not finite.
     """
-    placed, lost = restored_tensors(model, load_file(folder / WEIGHTS), adapter)
+    tensors = load_file(folder / WEIGHTS)
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]:
+        raise ConfigError(
+            f"The adapter '{folder}' holds {len(broken)} tensors with numbers that are not finite, such as "
+            f"{broken[0]!r}. Copy it again, or take an earlier checkpoint of its run."
+        )
+    placed, lost = restored_tensors(model, tensors, adapter)
     if lost:
         raise ConfigError(
             f"The adapter '{folder}' holds {len(lost)} tensors that have no place in this model, such as {lost[0]!r}: "

@@ -103,7 +103,8 @@ def _as_space_comes_back(attempt: Callable[[], None], place: Path, pauses: Itera
                 raise TetherError(
                     f"There is no space left on the disk for {place}, which was not written; the checkpoints before "
                     "it are as they were. Free some (old checkpoint-* folders are the largest) and go on with "
-                    "--resume; save_total_limit keeps fewer, save_only_model smaller ones."
+                    "--resume; save_total_limit keeps fewer, save_only_model smaller ones. Where there is space, a "
+                    "quota or the limit of `ulimit -f` is reached."
                 ) from error
             logger.warning(f"saving: no space left on the disk for {place}; tried again in {pause:.0f} s")
             time.sleep(pause)

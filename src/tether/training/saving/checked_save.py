@@ -16,6 +16,7 @@ from tether.compat.messages import EMBEDDINGS_SAVED
 from tether.errors import TetherError
 from tether.masking import masked_values
 from tether.models.adapters import write_active
+from tether.models.adapting.adapter_files import write_sums
 from tether.models.adapting.base_rewriting import write_plain
 from tether.models.adapting.extra_tensors import shared_by_hand, write_beside
 from tether.models.structure import trainable_tensors, unwrap
@@ -55,9 +56,10 @@ def whole_save(
     if not args.should_save:
         return
     write_active(model, folder)
-    if isinstance(unwrap(model), PeftModel):
+    if isinstance(inner := unwrap(model), PeftModel):
         write_beside(model, folder, state)
         write_plain(model, folder)
+        write_sums(inner, folder)
     elif state != {}:
         require_written(model, folder)
 

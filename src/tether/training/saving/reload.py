@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from tether.compute.cpu_matmul import compute_by_products
 from tether.compute.memory import give_back, room_for_another
 from tether.errors import ConfigError, TetherError
-from tether.models.adapters import adapter_config, continue_adapter
+from tether.models.adapters import continue_adapter
+from tether.models.adapting.adapter_files import adapter_config
 from tether.models.adapting.base_rewriting import is_rewritten
 from tether.models.load import is_adapter
 from tether.models.spec import ModelSpec

@@ -12,7 +12,7 @@ from torch import nn
 
 from tether.data.prepare.table import lengths_of, pieces
 from tether.errors import DataError
-from tether.models.adapters import adapter_config
+from tether.models.adapting.adapter_files import adapter_config
 from tether.models.before.limits import Limits
 from tether.models.spec import ModelSpec
 from tether.models.structure import adapter_configs, transformers_model

@@ -19,7 +19,8 @@ from tether.compat.deepspeed import inference_engine
 from tether.compat.transformers import commit_of
 from tether.errors import ConfigError, ReferencePolicyError
 from tether.models import load_policy, load_tokenizer
-from tether.models.adapters import adapter_config, continue_adapter, in_one_way
+from tether.models.adapters import continue_adapter, in_one_way
+from tether.models.adapting.adapter_files import adapter_config, put_on
 from tether.models.adapting.extra_tensors import refuse_brought, refuse_lost
 from tether.models.fingerprint import model_fingerprint
 from tether.models.fingerprint_files import checkpoint_fingerprint
@@ -191,11 +192,12 @@ def _adapter(args: PreferenceConfig, policy: nn.Module) -> tuple[str, nn.Module 
     refuse_brought(inner, folder)
     trains = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     try:
-        report = inner.load_adapter(str(folder), _ADAPTER, is_trainable=False, torch_device=str(args.device))
-    except ValueError as error:
+        with put_on(inner, folder):
+            report = inner.load_adapter(str(folder), _ADAPTER, is_trainable=False, torch_device=str(args.device))
+    except ConfigError as error:
         raise ConfigError(
-            f"The adapter {named!r} cannot be loaded beside the policy's: {error} Merge it into a copy of its base and "
-            "give that model as ref_model."
+            f"The adapter {named!r} cannot be loaded beside the policy's: {error} Or merge it into a copy of its base "
+            "and give that model as ref_model."
         ) from error
     for parameter, value in trains:
         parameter.requires_grad_(value)
