@@ -112,7 +112,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         **others: Any,
     ) -> None:
         refuse_overrides(self)
-        others, processing_class = accepted_arguments(others, self.algorithm_class.config, processing_class)
+        others, processing_class = accepted_arguments(others, self, processing_class)
         for callback in callbacks or ():
             refuse_callback(callback)
 

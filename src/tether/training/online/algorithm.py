@@ -22,6 +22,7 @@ from tether.errors import ConfigError
 from tether.models.structure import transformers_model
 from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
 from tether.rewards import (
+    OFFERED,
     READY_MADE,
     Calling,
     ModelReward,
@@ -81,7 +82,7 @@ def _function(given: Any, tokenizer: Any) -> Any:
             raise ConfigError(
                 f"The reward {given!r} needs options: call tether.rewards.READY_MADE[{given!r}]."
             ) from error
-    return python_function(given) if ".py:" in given else ModelReward(given, tokenizer)
+    return python_function(given) if ":" in given else ModelReward(given, tokenizer)
 
 
 class Online(Algorithm[Scores]):
@@ -201,11 +202,7 @@ class Online(Algorithm[Scores]):
             self._read_images(data.tokenizer)
         self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))
         self._experience = Experience(self._plan(), self._decode, self._engine)
-        others = [name for name in raw.column_names if name not in ("prompt", "tools", "chat_template_kwargs")]
-        if others:
-            logger.info(
-                f"rewards: {', '.join(one.name for one in self.rewards)}; columns for them: {', '.join(others)}"
-            )
+        self._say_columns(raw.column_names)
         shape = Shape(
             group=args.num_generations,
             batch=args.per_device_train_batch_size,
@@ -226,6 +223,20 @@ class Online(Algorithm[Scores]):
         return RolloutSource(
             source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown, most
         )
+
+    def _say_columns(self, columns: Sequence[str]) -> None:
+        """Which columns reward functions may name, and which they cannot have."""
+        hidden = [name for name in columns if name in OFFERED]
+        others = [name for name in columns if name not in ("prompt", "tools", "chat_template_kwargs", *hidden)]
+        if others:
+            logger.info(
+                f"rewards: {', '.join(one.name for one in self.rewards)}; columns for them: {', '.join(others)}"
+            )
+        if hidden:
+            logger.warning(
+                f"rewards: by {', '.join(hidden)} functions are given what was sampled, and not the rows' columns of "
+                "that name. Rename a column that they need."
+            )
 
     def _read_images(self, processor: Any) -> None:
         """Sample by `generate`, and never a token that stands for a part of an image."""
@@ -358,6 +369,9 @@ class Online(Algorithm[Scores]):
         plan = self._experience.plan
         self._experience.plan = replace(plan, sampling=replace(plan.sampling, stop_ids=self._stops()))
         self._experience.passes = passes
+        for one in self.rewards:
+            if isinstance(one.function, ModelReward):
+                one.function.to(passes.accelerator.device)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 

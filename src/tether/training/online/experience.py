@@ -394,14 +394,22 @@ class Experience:
 
     def _call(self, judged: Judged) -> RewardTable:
         """The rewards; an error of one process reaches all."""
-        passes, given = self._passes(), judged.columns.get(GIVEN)
+        passes = self._passes()
 
         def called() -> RewardTable:
             if not len(judged):  # of this process nothing is sampled again
                 return RewardTable(torch.empty(0, max(1, len(self.plan.rewards))), (), ())
-            if given is not None and not self.plan.rewards:
-                return RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
-            return call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
+            if GIVEN not in judged.columns and not self.plan.rewards:
+                raise RewardError(
+                    f"rollout_func returned no {GIVEN!r}, and there are no reward_funcs. Return one for each "
+                    "completion, or give reward_funcs."
+                )
+            rewards = self.plan.rewards or (Reward(lambda rewards: rewards, GIVEN),)
+            table = call_rewards(rewards, judged, state=passes.state(), calling=self.plan.calling)
+            taken = next((name for name in table.metrics if name in _taken(rewards)), None)
+            if taken is not None:
+                raise RewardError(f"log_metric({taken!r}) is the name of a figure of the run. Log it under another.")
+            return table
 
         return passes.together(called, "A reward function", RewardError)
 
@@ -460,7 +468,7 @@ class Experience:
             found |= {f"rewards/{name}/mean": values.nanmean().item(), f"rewards/{name}/std": spread(values).item()}
             found[f"rewards/{name}/not_applicable"] = values.isnan().float().mean().item()
             found[f"rewards/{name}/seconds"] = table.seconds[place]
-        found |= {name: sum(values) / len(values) for name, values in table.metrics.items()}
+        found |= {name: torch.tensor(values).nanmean().item() for name, values in table.metrics.items()}
         found |= {"reward": total.nanmean().item(), "reward_std": spread(total).item()}
         found["frac_reward_zero_std"] = without_variance(total, group).float().mean().item()
         found["advantages/left_out"] = 1 - kept.float().mean().item()
@@ -469,6 +477,18 @@ class Experience:
 
 # What a `rollout_func` calls the rewards that it returns itself.
 GIVEN = "rewards"
+# What every training log has, besides the figures of rewards and lengths.
+_LOGGED = {
+    *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy"),
+    *("entropy_coef", "policy_loss", "aux_loss", "reward", "reward_std", "frac_reward_zero_std"),
+}
+
+
+def _taken(rewards: Sequence[Reward]) -> set[str]:
+    """Names that a reward function cannot log under, as the run's own figures have them."""
+    parts = ("mean", "std", "not_applicable", "seconds")
+    each = {f"rewards/{one.name}/{part}" for one in rewards for part in parts}
+    return _LOGGED | each | _lengths(torch.ones(1), torch.zeros(1) > 0).keys()
 
 
 def judge_by(groups: Sequence[Group], texts: Sequence[str], conversational: bool) -> Judged:
@@ -484,7 +504,7 @@ def judge_by(groups: Sequence[Group], texts: Sequence[str], conversational: bool
     columns: dict[str, list[Any]] = {
         name: [one.fields.get(name, group.request.row.get(name)) for group, one in flat]
         for name in names
-        if name not in ("prompt", "completion", "completion_ids")
+        if name != "prompt"
     }
     columns["finish"] = [one.finish for _, one in flat]
     said: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if conversational else list(texts)
