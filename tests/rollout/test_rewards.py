@@ -285,7 +285,7 @@ def test_signatures_are_checked_before_a_run():
     for weights in ([1.0, math.nan], [math.inf, 1.0], ["1", 1.0], [None, 1.0], [0.0, 0.0]):
         with pytest.raises(ConfigError, match=r"reward_weights has .*; expected finite numbers, of which one"):
             as_rewards([characters, wants], weights)
-    with pytest.raises(ConfigError, match="'alone' needs 'prompt', and the rows have .*besides these, prompts"):
+    with pytest.raises(ConfigError, match=r"'alone' needs 'prompt', and the rows have .*besides these, prompts"):
         check_signatures(as_rewards(alone, None), {"answer", "prompt"})
     assert as_rewards([partial(characters, completions=[])], None)[0].name == "characters"
     for wrong in ([], "numeric", 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -628,6 +629,103 @@ def test_what_cannot_be_is_refused_before_weights_load(tmp_path):
         trainer(tmp_path / "run", model=str(tmp_path / "model"), rewards=wants_gold)
 
 
+def test_columns_are_those_of_each_set_and_none_is_hidden_silently(tmp_path, caplog):
+    """An evaluation's rows are known as early; `completion`, a given answer, is a column like any; one that has the
+    name of what is sampled is said."""
+    seen = {}
+
+    def told(completions, finish, completion):
+        seen.update(finish=finish, completion=completion)
+        return [1.0] * len(completions)
+
+    rows = [{**row, "completion": "gold", "finish": "never"} for row in PROMPTS]
+    with caplog.at_level("INFO", "tether"):
+        trained(tmp_path / "run", rewards=told, train_dataset=rows, max_steps=1)
+    assert seen["completion"] == ["gold"] * 8
+    assert set(seen["finish"]) <= {"stop", "length"}
+    assert "columns for them: want, completion" in caplog.text
+    assert "rewards: by finish functions are given what was sampled, and not the rows' columns" in caplog.text
+    with pytest.raises(ConfigError, match="eval: The reward function 'told' needs 'completion', and the rows have"):
+        trainer(tmp_path / "other", rewards=told, train_dataset=rows, eval_dataset=PROMPTS[:2])
+
+
+def test_a_function_cannot_log_under_the_names_of_the_run(tmp_path):
+    for taken in ("loss", "entropy", "completions/mean_length", "rewards/logs/mean"):
+
+        def logs(completions, log_metric, name=taken):
+            log_metric(name, 77.0)
+            return [1.0] * len(completions)
+
+        with pytest.raises(RewardError, match=rf"log_metric\('{taken}'\) is the name of a figure of the run"):
+            trained(tmp_path / taken, rewards=logs, max_steps=1)
+
+    def partly(completions, log_metric):
+        for value in (float("nan"), 1.0, 2.0):
+            log_metric("mine", value)
+        return [1.0] * len(completions)
+
+    assert steps(trained(tmp_path / "mine", rewards=partly, max_steps=1))[0]["mine"] == 1.5
+
+
+def test_a_template_s_end_of_an_answer_ends_a_completion(tmp_path):
+    """R20: a base model with a template whose answers end in another token than its text does (Qwen2.5): what SFT and
+    DPO end an answer with; of messages alone, in training or in evaluation."""
+    other = copy.deepcopy(TOKENIZER)
+    other.eos_token = other.bos_token
+    end, eos = TOKENIZER.eos_token_id, other.eos_token_id
+    chat, text = [{"role": "user", "content": "the film"}], "the film"
+
+    def stops(prompt, evaluated):
+        model = policy(eos_token_id=eos)
+        model.generation_config.eos_token_id = [eos, 9]
+        rows = {"train_dataset": [{"prompt": prompt}] * 8, "eval_dataset": [{"prompt": evaluated}] * 2}
+        made = trainer(tmp_path, model=model, rewards=lambda completions: [], tokenizer=other, **rows)
+        return made.run.algorithm.made.plan.sampling.stop_ids
+
+    assert stops(text, text) == (eos, 9)
+    assert stops(chat, chat) == stops(text, chat) == (eos, end, 9)
+
+
+def test_a_folder_has_the_rollouts_of_one_run(tmp_path):
+    """A shorter run in the same folder, with fewer processes: nothing of an earlier one is read as its own."""
+    trained(tmp_path)
+    folder = tmp_path / "rollouts"
+    shutil.copy(folder / "000001-0.parquet", folder / "000000-1.parquet")
+    trained(tmp_path, max_steps=2, seed=9)
+    assert sorted(one.name for one in folder.iterdir()) == ["000000-0.parquet", "000001-0.parquet"]
+    with pytest.raises(ConfigError, match="the run's own folder, whose rollouts would be replaced"):
+        trainer(tmp_path, replay_rollouts=str(tmp_path))
+
+
+def test_rewards_that_a_rollout_function_returns_are_checked_as_any(tmp_path):
+    def sample(prompts, trainer):
+        ids = [[10 + k % 4, 11, 2] for k in range(len(prompts))]
+        found = {"prompt_ids": [[5, 6, 7]] * len(ids), "completion_ids": ids, "logprobs": None}
+        return found if given is None else {**found, "rewards": given}
+
+    for given, said in (
+        (None, "rollout_func returned no 'rewards', and there are no reward_funcs"),
+        ([float("nan")] * 8, r"'rewards' returned nan on row \d"),
+        (["good"] * 8, r"'rewards' returned 'good' on row \d"),
+    ):
+        with pytest.raises(RewardError, match=said):
+            trained(tmp_path / "run", rewards=None, rollout_func=sample, max_steps=1)
+    given = [None, 1.0, None, 0.0] * 2
+    (log,) = steps(trained(tmp_path / "fine", rewards=None, rollout_func=sample, max_steps=1))
+    assert (log["reward"], log["rewards/rewards/not_applicable"]) == (0.5, 0.5)
+
+
+def test_arguments_that_have_no_place_say_why(tmp_path):
+    for arguments, said in (
+        ({"tools": [len]}, "tools was given; the trainer calls nothing itself"),
+        ({"data_collator": len}, "data_collator was given; batches are made of what was sampled"),
+        ({"compute_metrics": len}, "compute_metrics was given; reward functions judge evaluations too"),
+        ({"reward_func": even}, "takes no argument reward_func. Did you mean reward_funcs?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            trainer(tmp_path, **arguments)
+
+
 def test_a_coefficient_of_the_entropy_changes_by_its_rule(tmp_path):
     """Up where the entropy is at or below its target, else down, within bounds; applied after such a step alone."""
     passes = SimpleNamespace(total=lambda tensor: tensor, model=lambda: torch.nn.Linear(1, 1))
@@ -751,6 +849,10 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
         ({"max_length": 8}, "prompts have max_prompt_length"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"min_p": 1.0}, "min_p is 1"),
+        ({"top_k": 1}, "all completions of a prompt are the same"),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number from 0"),
+        ({"neftune_noise_alpha": 5.0}, "sampled and compared without noise"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
         ({"repetition_penalty": 1.2, "vllm_importance_sampling_correction": False}, "as if the policy itself had"),
         ({"entropy_target": 0.4}, "use_adaptive_entropy is False, so that the coefficient stays"),
@@ -832,6 +934,8 @@ def test_too_few_prompts_and_too_long_ones(tmp_path):
         ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
     ):
         trainer(tmp_path, max_completion_length=253)
+    with pytest.raises(DataError, match=r"2 with more tokens than max_prompt_length. To do: raise max_prompt_length \(now 2\)"):
+        trainer(tmp_path, max_prompt_length=2, train_dataset=PROMPTS[1:3])
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
     assert made.run.data.reports["train"]["dropped"]

@@ -15,7 +15,6 @@ from tether.errors import ConfigError
 from tether.models.load import check_source, ensure_pad_token
 from tether.rewards.builtin import READY_MADE, text_of
 
-
 # Texts that are scored at once.
 _ROWS = 16
 

@@ -148,13 +148,16 @@ def _name_of(function: Any) -> str:
     return str(name)
 
 
-def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, further: bool = False) -> None:
+def check_signatures(
+    rewards: Sequence[Reward], columns: Collection[str], *, further: bool = False, name: str = ""
+) -> None:
     """Refuse functions that name what nothing offers, before weights load.
 
     Args:
         rewards: of a run.
         columns: of its rows.
         further: a `rollout_func` may bring fields that no one knows yet.
+        name: of the rows, for messages.
 
     Raises:
         ConfigError: a function with a column that the rows lack, or with arguments that are not named.
@@ -172,8 +175,9 @@ def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, fur
                 lacking.add(one.name)
         lacking -= known
         if lacking and not further:
+            missing = ", ".join(map(repr, sorted(lacking)))
             raise ConfigError(
-                f"The reward function {reward.name!r} needs {', '.join(map(repr, sorted(lacking)))}, and the rows have "
+                f"{name}{': ' if name else ''}The reward function {reward.name!r} needs {missing}, and the rows have "
                 f"the columns {', '.join(sorted(columns)) or 'none'}; besides these, {', '.join(OFFERED)} are offered. "
                 "Rename its argument, or add the column."
             )

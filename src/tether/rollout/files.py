@@ -91,6 +91,21 @@ def write_rollout(
     whole.replace(path)
 
 
+def forget_later(folder: Path, number: int, process: int, processes: int) -> None:
+    """Remove what another run left in the folder: rollouts from a number on, which would be read as this run's.
+
+    Args:
+        folder: of the run.
+        number: of the first rollout that is made now.
+        process: whose files are removed; the first one's also removes those of processes that there are no more.
+        processes: of the run.
+    """
+    for path in (folder / FOLDER).glob("[0-9]*-*.parquet"):
+        its, owner = map(int, path.stem.split("-"))
+        if its >= number and (owner == process or (process == 0 and owner >= processes)):
+            path.unlink(missing_ok=True)
+
+
 def _without_images(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 
 from tether.compat.accelerate import stage3_settings, uses_fsdp2
 from tether.data import text_tokenizer
@@ -32,6 +32,7 @@ from tether.rewards import (
     python_function,
 )
 from tether.rollout import ReplayEngine, RolloutEngine, Sampling
+from tether.rollout.sample import stop_ids
 from tether.scoring import score
 from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.online.config import OnlineConfig
@@ -43,7 +44,7 @@ from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
 from tether.training.source.base import Source
-from tether.training.source.rollouts import RolloutSource, Shape, require_even
+from tether.training.source.rollouts import RolloutSource, Shape, is_chat, require_even
 from tether.training.step import Context, MicroBatch, Step
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -193,14 +194,17 @@ class Online(Algorithm[Scores]):
                 asked for that does not read them.
         """
         args, raw = self.args, data.rows_of(source.rows)
-        check_signatures(self.rewards, raw.column_names, further=self._own_fields)
+        for name, (_, rows) in zip(data.reports, data.sets, strict=True):
+            check_signatures(self.rewards, rows.column_names, further=self._own_fields, name=name)
         most = self._require_room([rows for rows, _ in data.sets])
         for name, (rows, _) in zip(data.reports, data.sets, strict=True):
             if rows is not source.rows:
                 require_even(name, len(rows), args.world_size)
         if "images" in source.rows.column_names:
             self._read_images(data.tokenizer)
-        self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))
+        self._processing: Any = data.tokenizer
+        self._tokenizer = text_tokenizer(self._processing)
+        self._chat = any(is_chat(rows) for _, rows in data.sets)
         self._experience = Experience(self._plan(), self._decode, self._engine)
         self._say_columns(raw.column_names)
         shape = Shape(
@@ -347,10 +351,8 @@ class Online(Algorithm[Scores]):
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _stops(self) -> tuple[int, ...]:
-        """Every token that ends a completion: those of the tokenizer and of the model."""
-        ends = getattr(self._generation, "eos_token_id", None)
-        listed: Sequence[int | None] = ends if isinstance(ends, (list, tuple)) else [ends]
-        return tuple(sorted({one for one in (*listed, self._tokenizer.eos_token_id) if one is not None}))
+        """Every token that ends a completion."""
+        return stop_ids(self._generation, self._processing, chat=self._chat)
 
     def _ends(self) -> tuple[int, ...]:
         """After what a completion of a `rollout_func` counts as ended, where that does not say it: as in TRL."""

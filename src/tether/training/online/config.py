@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from math import gcd
+from pathlib import Path
 from typing import Any
 
 from tether.errors import ConfigError
@@ -102,7 +103,7 @@ class OnlineConfig(PreferenceConfig):
     min_p: float | None = option(
         None,
         "Draw among tokens of at least this share of the most likely one's probability.",
-        allowed=(None, Range(0, 1, high_included=True)),
+        allowed=(None, Range(0, 1)),
         key="rollout.min_p",
     )
     repetition_penalty: float = option(
@@ -316,8 +317,22 @@ class OnlineConfig(PreferenceConfig):
             raise ConfigError(
                 "was given, and no completion is known before it is sampled. Leave the store out.", self._store_field
             )
-        if self.top_k and self.top_k < 2:
+        if self.top_k == 1:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
+        if self.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"is {self.neftune_noise_alpha}, and completions are sampled and compared without noise: the KL "
+                "divergence would not begin at 0, nor ratios at 1. Leave it out.",
+                "neftune_noise_alpha",
+            )
+        if self.replay_rollouts is not None and self.keep_rollouts:
+            own, replayed = (Path(str(one)).expanduser().resolve() for one in (self.output_dir, self.replay_rollouts))
+            if own == replayed:
+                raise ConfigError(
+                    f"is {str(self.replay_rollouts)!r}, the run's own folder, whose rollouts would be replaced while "
+                    "they are read. Take another output_dir, or set keep_rollouts to False.",
+                    "replay_rollouts",
+                )
 
     def _check_server(self) -> None:
         """A server is wanted and described, or not wanted and not described."""

@@ -18,7 +18,7 @@ from tether.errors import RewardError, RolloutError
 from tether.objectives.online.advantages import spread, weighted_sum, without_variance
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
 from tether.rollout import Completion, Group, RolloutEngine, RolloutRequest, Sampling
-from tether.rollout.files import rollout_file, write_rollout
+from tether.rollout.files import forget_later, rollout_file, write_rollout
 from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
@@ -231,6 +231,7 @@ class Experience:
     progress: Progress = field(default_factory=Progress)
     last: Completions | None = None
     served: Served | None = None
+    kept: bool = False  # a rollout of this run is on disk
 
     @property
     def figures(self) -> list[str]:
@@ -390,7 +391,11 @@ class Experience:
         plan, number = self.plan, wanted.number
         if plan.folder is None or not isinstance(number, int):
             return Keeper(None, plan)
-        return Keeper(rollout_file(plan.folder, number, self._passes().accelerator.process_index), plan)
+        process = self._passes().accelerator.process_index
+        if not self.kept:
+            forget_later(plan.folder, number, process, self._passes().accelerator.num_processes)
+            self.kept = True
+        return Keeper(rollout_file(plan.folder, number, process), plan)
 
     def _call(self, judged: Judged) -> RewardTable:
         """The rewards; an error of one process reaches all."""

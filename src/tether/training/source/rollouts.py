@@ -192,7 +192,7 @@ class RolloutSource(Source):
     def _wanted(
         self, rows: Dataset, raw: Dataset, shares: list[list[tuple[int, range]]], number: int | str, group: int
     ) -> Wanted:
-        conversational = len(raw) > 0 and not isinstance(raw[0].get("prompt"), str)
+        conversational = is_chat(raw)
 
         def request(place: int, branches: range) -> RolloutRequest:
             prepared = example_from_row(rows[place])
@@ -283,6 +283,11 @@ class RolloutSource(Source):
             return batch
         places = {source: place for place, source in enumerate(self.rows["source_row"])}
         return [replace(one, images=example_from_row(self.rows[places[one.source_row]]).images) for one in batch]
+
+
+def is_chat(rows: Dataset) -> bool:
+    """Whether prompts are messages."""
+    return len(rows) > 0 and not isinstance(rows[0].get("prompt"), str)
 
 
 def require_even(name: str, prompts: int, processes: int) -> None:
