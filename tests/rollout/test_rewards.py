@@ -336,9 +336,7 @@ def test_a_server_that_is_gone_is_no_fault_of_a_completion():
         asked.append(completions)
         raise RewardError("The server cannot be reached. Check that it runs.")
 
-    with pytest.raises(
-        RewardError, match=r"failed on 4 completions: The server .* Check that it runs\. The completions"
-    ):
+    with pytest.raises(RewardError, match=r"failed on 4 completions: The server .* Check that it runs\.$"):
         called(judged_elsewhere)
     assert len(asked) == 1
 

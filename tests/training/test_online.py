@@ -471,7 +471,9 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
 
     made = trainer(tmp_path / "run", rewards=fragile)
     with pytest.raises(
-        RewardError, match=r"'fragile' failed on row \d.*no such column.*The 2 steps before it are kept"
+        RewardError,
+        match=r"'fragile' failed on row \d.*no such column \(line \d+ of .*test_online.py\). Correct the function. The "
+        r"completions are kept in .*000002-0.parquet. The 2 steps before it are kept",
     ):
         made.train()
     kept = parquet.read_table(tmp_path / "run" / "rollouts" / "000002-0.parquet")
@@ -486,6 +488,32 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
     calls.clear()
     whole = trained(tmp_path / "whole", rewards=fragile)
     assert_same(weights(whole), weights(resumed))
+
+
+def test_a_reward_that_raises_in_an_evaluation_loses_no_step(tmp_path):
+    """R19: the steps before it are saved then too."""
+    calls = []
+
+    def fragile(completion_ids, want):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("in an evaluation")
+        return even(completion_ids, want)
+
+    own = {"eval_dataset": PROMPTS[:2], "eval_strategy": "steps", "eval_steps": 2, "max_completion_length": 3}
+    with pytest.raises(RewardError, match=r"in an evaluation .*The 2 steps before it are kept in .*checkpoint-2"):
+        trained(tmp_path, rewards=fragile, **own)
+    resumed = trainer(tmp_path, rewards=even, **own)
+    with pytest.raises(ConfigError, match=r"rewards .* then and .* now"):
+        resumed.train(resume_from_checkpoint=True)
+    resumed = trainer(tmp_path, rewards=fragile, **own)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trained(tmp_path / "whole", rewards=even)
+    assert_same(weights(whole), weights(resumed))
+    calls.clear()
+    calls.extend([1, 1])
+    with pytest.raises(RewardError, match=r"Correct the function\.$"):
+        resumed.evaluate()
 
 
 @pytest.mark.sweep(1)
@@ -703,11 +731,12 @@ def test_rewards_that_a_rollout_function_returns_are_checked_as_any(tmp_path):
         found = {"prompt_ids": [[5, 6, 7]] * len(ids), "completion_ids": ids, "logprobs": None}
         return found if given is None else {**found, "rewards": given}
 
-    for given, said in (
+    for case, said in (
         (None, "rollout_func returned no 'rewards', and there are no reward_funcs"),
         ([float("nan")] * 8, r"'rewards' returned nan on row \d"),
         (["good"] * 8, r"'rewards' returned 'good' on row \d"),
     ):
+        given = case
         with pytest.raises(RewardError, match=said):
             trained(tmp_path / "run", rewards=None, rollout_func=sample, max_steps=1)
     given = [None, 1.0, None, 0.0] * 2
@@ -934,7 +963,9 @@ def test_too_few_prompts_and_too_long_ones(tmp_path):
         ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
     ):
         trainer(tmp_path, max_completion_length=253)
-    with pytest.raises(DataError, match=r"2 with more tokens than max_prompt_length. To do: raise max_prompt_length \(now 2\)"):
+    with pytest.raises(
+        DataError, match=r"2 with more tokens than max_prompt_length. To do: raise max_prompt_length \(now 2\)"
+    ):
         trainer(tmp_path, max_prompt_length=2, train_dataset=PROMPTS[1:3])
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from traceback import extract_tb
 from typing import Any, Literal
 
 import torch
@@ -238,12 +239,14 @@ def _one_by_one(
 
 def _failure(reward: Reward, judged: Judged, place: int | None, error: BaseException) -> str:
     where = f"on {len(judged)} completions" if place is None else _where(judged, place)
-    own = isinstance(error, (TimeoutError, RewardError)) and str(error)
-    what = (str(error) if own else f"{type(error).__name__}: {error}").strip().removesuffix(".").removesuffix(":")
-    return (
-        f"The reward function {reward.name!r} failed {where}: {what}. The completions are kept in the run folder; "
-        "correct the function and resume from the last checkpoint."
-    )
+    said = f"The reward function {reward.name!r} failed {where}"
+    if isinstance(error, (TimeoutError, RewardError)) and str(error):
+        return f"{said}: {str(error).removesuffix('.')}."
+    file = getattr(getattr(reward.function, "__code__", None), "co_filename", None)
+    lines = [one.lineno for one in extract_tb(error.__traceback__) if one.filename == file]
+    at = f" (line {lines[-1]} of {file})" if lines else ""
+    what = f"{type(error).__name__}: {error}".strip().removesuffix(":").removesuffix(".")
+    return f"{said}: {what}{at}. Correct the function."
 
 
 def _where(judged: Judged, place: int) -> str:

@@ -174,7 +174,7 @@ class Keeper:
     """
 
     def __init__(self, path: Path | None, plan: Plan) -> None:
-        self._path, self._plan = path, plan
+        self.path, self._plan = path, plan
         self._groups: list[Group] = []
         self._texts: list[str] = []
         self._rewards: list[dict[str, float | None]] = []
@@ -197,11 +197,11 @@ class Keeper:
         self._write()
 
     def _write(self) -> None:
-        if self._path is None:
+        if self.path is None:
             return
         missing: list[dict[str, float | None]] = [{}] * (len(self._texts) - len(self._rewards))
         write_rollout(
-            self._path,
+            self.path,
             self._groups,
             self._texts,
             rewards=[*self._rewards, *missing],
@@ -265,7 +265,11 @@ class Experience:
         texts = [self.decode(one.ids.tolist()) for group in groups for one in group.completions]
         kept.add(groups, texts, engine.name)
         judged = judge_by(groups, texts, wanted.conversational)
-        table = self._call(judged)
+        try:
+            table = self._call(judged)
+        except RewardError as error:
+            where = "" if kept.path is None else f" The completions are kept in {kept.path}."
+            raise RewardError(f"{error}{where}") from error
         kept.judged(table)
         return Sample(groups, texts, judged, table, engine, seconds)
 
