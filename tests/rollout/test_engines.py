@@ -198,12 +198,17 @@ def test_a_completion_depends_on_nothing_but_its_key():
 
 
 def test_each_prompt_is_computed_once_and_a_finished_branch_no_more():
-    """R3: prompt tokens, and one row for each further token of each completion."""
+    """R3: prompt tokens, and one row for each further token of each completion; control: `generate` reads more."""
     policy, seen = tiny_model().eval(), []
     policy.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
     groups = TreeEngine().generate(policy, requests(8), SAMPLING)
     assert seen[0] == sum(map(len, PROMPTS))
-    assert sum(seen[1:]) == sum(len(ids) - 1 for ids in ids_of(groups))
+    further = sum(len(ids) - 1 for ids in ids_of(groups))
+    assert sum(seen[1:]) == further
+    seen.clear()
+    TransformersEngine().generate(policy, requests(8), SAMPLING)
+    assert seen[0] >= 8 * sum(map(len, PROMPTS))
+    assert sum(seen[1:]) > further
 
 
 def test_all_stop_tokens_end_a_completion_and_are_its_last():

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import random
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -232,17 +234,22 @@ def test_an_evaluation_is_scored_once_by_the_reference(tmp_path):
 
 
 def test_the_update_computes_each_prompt_and_each_distinct_completion_once(tmp_path):
-    """R4."""
-    made = trainer(tmp_path, max_steps=1, max_completion_length=2, max_tokens_per_forward=None)
-    made.get_train_dataloader()
+    """R4; of completions of which some are equal. Control: a row for each sequence takes more."""
+
+    def some_equal(prompts, trainer):
+        ids = [[20 + k // 2, 30, 2] for k in range(len(prompts))]
+        return {"prompt_ids": [[5, 6, 7 + k // 4] for k in range(len(ids))], "completion_ids": ids, "logprobs": None}
+
+    made = trainer(tmp_path, max_steps=1, max_tokens_per_forward=None, rollout_func=some_equal)
     batch = next(iter(made.get_train_dataloader()))["batch"]
     counted = Counted(made)
     made.training_step(made.model, {"batch": batch})
     prompts = {tuple(one.prompt_ids.tolist()) for one in batch.examples}
-    pairs = {
-        (tuple(one.prompt_ids.tolist()), tuple(ids.tolist())) for one in batch.examples for ids in one.completion_ids
-    }
-    assert counted.tokens == sum(map(len, prompts)) + sum(len(ids) for _, ids in pairs)
+    sequences = [
+        (tuple(one.prompt_ids.tolist()), tuple(i.tolist())) for one in batch.examples for i in one.completion_ids
+    ]
+    expected = sum(map(len, prompts)) + sum(len(ids) for _, ids in set(sequences))
+    assert counted.tokens == expected < sum(len(prompt) + len(ids) for prompt, ids in sequences) / 2
 
 
 # -- one gradient ------------------------------------------------------------------------------------------------------
@@ -298,6 +305,16 @@ def test_one_gradient_for_every_split(loss, tmp_path):
     )
 
 
+def test_means_of_means_would_be_another_gradient(tmp_path):
+    """R9's control: batches reduced by their own tokens, and then averaged, are far from the step."""
+    made = trainer(tmp_path, max_tokens_per_forward=None, rollout_func=ragged)
+    (batch,) = made.run.source._make(_wanted(made))
+    whole = gradient(made, [batch])
+    torch.testing.assert_close(gradient(made, [batch[:1], batch[1:]]), whole, atol=1e-6, rtol=1e-4)
+    apart = (gradient(made, [batch[:1]]) + gradient(made, [[_pieces(batch[1])[0]]])) / 2
+    assert (apart - whole).abs().max() > 1e-2 * whole.abs().max()
+
+
 def _wanted(made):
     source = made.run.source
     order = source._shape.order(len(source.rows), 0)
@@ -336,6 +353,7 @@ def test_skipped_groups_change_nothing(tmp_path):
         assert (steps(made)[0]["advantages/left_out"] > 0) == (choice == "skip")
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5)
+    assert not torch.equal(found[0]["lm_head.weight"], policy().lm_head.weight), "and something was trained"
     assert tokens[1] < tokens[0]
 
 
@@ -454,6 +472,20 @@ def test_evaluation_changes_nothing_and_judges_completions(tmp_path):
     assert 0 < evaluations[0]["eval_reward"] < 1
     assert evaluations[0]["eval_completions/mean_length"] > 0
     assert seen.evaluate()["eval_reward"] == evaluations[-1]["eval_reward"], "draws are those of every evaluation"
+
+
+def test_draws_are_functions_and_no_generator_is_kept(tmp_path):
+    """R22: whatever rewards draw from the generators of torch, numpy and Python."""
+
+    def draws(completion_ids, want):
+        torch.rand(7)
+        numpy.random.rand(3)
+        random.random()
+        return even(completion_ids, want)
+
+    plain = trained(tmp_path / "plain", max_steps=2, max_completion_length=4)
+    other = trained(tmp_path / "other", rewards=draws, max_steps=2, max_completion_length=4)
+    assert_same(weights(plain), weights(other))
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -931,7 +963,8 @@ def test_the_error_of_one_process_reaches_all():
     ("engine", "kind", "second", "said"),
     [
         ("auto", "FSDP", False, "shards of FSDP's first version"),
-        ("vllm", "FSDP", True, "A vLLM server is sent whole weights"),
+        ("vllm", "FSDP", True, None),
+        ("vllm", "FSDP", False, "shards of FSDP's first version"),
         ("vllm", "DEEPSPEED", True, "A vLLM server is sent whole weights"),
         ("auto", "FSDP", True, None),
         ("auto", "DEEPSPEED", True, None),

@@ -474,10 +474,10 @@ def _check_shards(accelerator: Accelerator, engine: str) -> None:
             "`version: 2` in `fsdp_config`, or `fsdp_version: 2` in accelerate's configuration."
         )
     by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if engine == "vllm" and (by_fsdp or (by_deepspeed and stage3_settings(accelerator) is not None)):
+    if engine == "vllm" and by_deepspeed and stage3_settings(accelerator) is not None:
         raise ConfigError(
-            "A vLLM server is sent whole weights, and no process has all of the policy's, which will be in shards "
-            "(FSDP, ZeRO-3). Sample with the engine auto, or train by DDP."
+            "A vLLM server is sent whole weights, which was tried with shards of FSDP2 and not with those of ZeRO-3 "
+            "yet. Sample with the engine auto, or train by FSDP2 or ZeRO-2."
         )
 
 
