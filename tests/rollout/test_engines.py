@@ -85,7 +85,7 @@ def _nothing():
 
 
 def test_a_branch_that_reads_its_sibling_is_caught(monkeypatch):
-    """Negative control: rows that exchange their keys are far from scoring alone, and no engine is chosen."""
+    """R1's control: rows that exchange their keys are far from scoring alone, and no engine is chosen."""
     own = Decoding._own
     monkeypatch.setattr(Decoding, "_own", lambda *given: tuple(part.flip(0) for part in own(*given)))
     policy = tiny_model().eval()

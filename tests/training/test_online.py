@@ -83,7 +83,7 @@ def test_at_the_first_step_the_divergence_is_zero_and_every_ratio_one(algorithm,
 
 
 def test_a_continued_adapter_is_its_own_start(tmp_path):
-    """TRL #3194: the reference is the policy at the start and not its base."""
+    """R5, TRL #3194: the reference is the policy at the start and not its base."""
     model = get_peft_model(policy(), LoraConfig(**LORA))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -920,6 +920,7 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_values_name_the_field(arguments, said):
+    """R12: unknown names, and values that have no meaning together, fail at construction."""
     with pytest.raises(ConfigError, match=said):
         GRPOConfig(output_dir="unused", **{**SETTINGS, **arguments})
 
@@ -1002,7 +1003,7 @@ def test_too_few_prompts_and_too_long_ones(tmp_path):
 
 
 def test_an_adapter_that_cannot_train_is_refused(tmp_path):
-    """TRL #6701: loaded for inference, it would run for ever and save what it loaded."""
+    """R5, TRL #6701: loaded for inference, its KL would be 0 for ever; it would save what it loaded."""
     model = get_peft_model(policy(), LoraConfig(**LORA))
     model.save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(policy(), str(tmp_path / "adapter"), is_trainable=False)

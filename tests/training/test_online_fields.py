@@ -111,7 +111,7 @@ OWN: dict[type, dict[str, tuple[Any, dict[str, Any]]]] = {
         "top_entropy_quantile": (0.3, {}),
         "entropy_coef": (0.3, {}),
         "use_adaptive_entropy": (True, {"entropy_coef": 0.2}),
-        "entropy_coef_min": (0.19, {**ADAPTIVE, "entropy_target": 0.1}),
+        "entropy_coef_min": (0.199, {**ADAPTIVE, "entropy_target": 0.1}),
         "entropy_coef_max": (0.201, ADAPTIVE),
         "entropy_coef_delta": (0.3, ADAPTIVE),
         "entropy_target": (0.3, ADAPTIVE),

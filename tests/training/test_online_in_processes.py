@@ -33,7 +33,8 @@ def one(tmp_path_factory):
     "how", ["ddp", "fsdp", *(pytest.param(how, marks=pytest.mark.deepspeed) for how in ("zero2", "zero3"))]
 )
 def test_two_processes_train_and_evaluate_as_one(how, one, tmp_path):
-    """The same completions, rewards over all of them, one gradient; full weights and LoRA, both engines, pairs too.
+    """R2, R9, R10: the same completions, rewards over all of them, one gradient; full weights and LoRA, both engines,
+    pairs too.
 
     Processes draw different numbers of tokens, and score different numbers of micro-batches in an evaluation. The
     workers assert how the policy is held, that a resumed run ends in the same bits, and that a reward which raises in

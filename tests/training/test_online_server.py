@@ -83,7 +83,7 @@ def test_a_server_that_keeps_old_weights_is_stopped(kind, server, tmp_path):
 
 
 def test_a_stale_server_is_seen_through_what_its_dtype_explains(server, tmp_path):
-    """The other direction: where a tolerance is too wide to tell, it must have moved with the policy."""
+    """R17, the other direction: where a tolerance is too wide to tell, it must have moved with the policy."""
     server.faults.ignore_weights = True
     made = served(tmp_path, server, learning_rate=0.5, vllm_tolerance=5.0)
     with pytest.raises(RolloutError, match=r"has moved by .* nats on a few fixed sequences, and the vLLM server by 0%"):
