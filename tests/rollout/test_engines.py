@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -321,6 +321,19 @@ def test_an_adapter_samples_as_it_is_scored_and_stays_in_training_mode():
     assert policy.training
     assert worst(policy.eval(), groups) < 2e-5
     assert ids_of(groups) != ids_of(TreeEngine().generate(tiny_model(), requests(), SAMPLING))
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("rows", [64, 3])
+def test_virtual_tokens_of_prompt_tuning_stand_right_before_each_prompt(rows):
+    """Prompts of one length are sampled together: padding would stand between the two."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    policy = get_peft_model(tiny_model(), config).eval()
+    groups = TransformersEngine(rows=rows).generate(policy, requests(), SAMPLING)
+    batch = pack([as_example(group) for group in groups])
+    with torch.no_grad():
+        scored = score(policy, batch, layout="padded").token_logps
+    assert (torch.cat([one.logps for group in groups for one in group.completions]) - scored).abs().max() < 2e-5
 
 
 def test_kept_rollouts_come_back_as_they_were(tmp_path):

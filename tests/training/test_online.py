@@ -593,12 +593,12 @@ def test_rollout_functions_are_checked_and_trained_on(tmp_path):
 
     with pytest.raises(RolloutError, match=r"1 numbers in 'logprobs' for completion 0, which has 4 tokens"):
         trained(tmp_path / "wrong", rewards=by_turns, rollout_func=wrong)
-    with pytest.raises(RolloutError, match="rollout_func returned no 'logprobs'"):
-        trained(
-            tmp_path / "less",
-            rewards=by_turns,
-            rollout_func=lambda prompts, trainer: {"prompt_ids": [], "completion_ids": []},
-        )
+
+    def masked(prompts, trainer):
+        return {**sample(prompts, trainer), "env_mask": [[0] * 4] * len(prompts)}
+
+    (log,) = steps(trained(tmp_path / "masked", rewards=by_turns, rollout_func=masked, max_steps=1))
+    assert (log["completions/mean_length"], log["loss"]) == (0.0, 0.0), "nothing that the policy wrote"
 
 
 def test_what_a_rollout_function_does_not_say_of_an_end_is_trl_s_rule(tmp_path):

@@ -73,12 +73,12 @@ COMMON: dict[str, tuple[Any, dict[str, Any]]] = {
     "reward_weights": ([1.0, 0.1], TWO),
     "reward_timeout": (0.05, {"rewards": slow}),
     "reward_on_error": ("none", {"rewards": fails_on_one, "per_device_train_batch_size": 64, "num_generations": 32}),
-    "mask_truncated_completions": (True, ELSEWHERE),
+    "mask_truncated_completions": (True, {"rollout_func": elsewhere}),
     "cast_lm_head_to_fp32": (True, {"bf16": True}),
     "log_completions": (True, {}),
     "num_completions_to_print": (2, SHOWN),
     "log_unique_prompts": (True, SHOWN),
-    "beta": (0.3, OFF),
+    "beta": (0.3, {}),
 }
 CORRECTION: dict[str, tuple[Any, dict[str, Any]]] = {
     "vllm_importance_sampling_correction": (False, ELSEWHERE),

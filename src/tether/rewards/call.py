@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from traceback import extract_tb
 from typing import Any, Literal
 
 import torch
 
-from tether.errors import RewardError
+from tether.errors import RewardError, line_in
 from tether.rewards.protocol import Judged, Reward, RewardTable, number_of
 
 # The largest share of a batch on which a function may fail where failures are counted instead of raised.
@@ -242,11 +241,8 @@ def _failure(reward: Reward, judged: Judged, place: int | None, error: BaseExcep
     said = f"The reward function {reward.name!r} failed {where}"
     if isinstance(error, (TimeoutError, RewardError)) and str(error):
         return f"{said}: {str(error).removesuffix('.')}."
-    file = getattr(getattr(reward.function, "__code__", None), "co_filename", None)
-    lines = [one.lineno for one in extract_tb(error.__traceback__) if one.filename == file]
-    at = f" (line {lines[-1]} of {file})" if lines else ""
     what = f"{type(error).__name__}: {error}".strip().removesuffix(":").removesuffix(".")
-    return f"{said}: {what}{at}. Correct the function."
+    return f"{said}: {what}{line_in(reward.function, error)}. Correct the function."
 
 
 def _where(judged: Judged, place: int) -> str:

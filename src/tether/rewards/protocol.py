@@ -138,7 +138,10 @@ def as_rewards(functions: Any, weights: Sequence[float] | None) -> tuple[Reward,
     names = [_name_of(one) for one in given]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"Two reward functions are called {twice!r}, so that their metrics are one. Rename one.")
+        raise ConfigError(
+            f"Two reward functions are called {twice!r}, so that their metrics are one. Rename one: a function by its "
+            "`__name__`, a model by its `config.name_or_path`."
+        )
     return tuple(Reward(one, name, float(weight)) for one, name, weight in zip(given, names, weights, strict=True))
 
 
