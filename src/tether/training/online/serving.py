@@ -107,10 +107,8 @@ class Served:
             scores = self._passes.policy(batch, outputs=("hidden",))
             return with_penalty(scores, batch, sampling.repetition_penalty)
 
-        autocast = accelerator.autocast
-        found = self._together(
-            lambda: compare(self.engine, policy, at_once, requests, sampling, autocast, penalty=True)
-        )
+        given = self.engine, policy, at_once, requests, sampling, lambda: accelerator.autocast()
+        found = self._together(lambda: compare(*given, penalty=True))
         if not found.difference <= allowed:
             raise RolloutError(
                 f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
