@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import tether.training.online.algorithm
 import tether.training.setup.run
-from tether import GRPOConfig, OnlineDPOConfig
+from tether import GRPOConfig, GRPOTrainer, OnlineDPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
 from tether.objectives import OBJECTIVES
 from tether.reference import resolve
@@ -705,6 +705,23 @@ def test_columns_are_those_of_each_set_and_none_is_hidden_silently(tmp_path, cap
         trainer(tmp_path / "other", rewards=told, train_dataset=rows, eval_dataset=PROMPTS[:2])
 
 
+def test_a_stream_of_prompts_is_read_whole_and_idle_options_are_said(tmp_path, caplog):
+    rows = Dataset.from_list(PROMPTS)
+    settings = {**SETTINGS, "dataloader_num_workers": 2, "dataloader_drop_last": True, "prompt_boundary": "drop"}
+    with caplog.at_level("INFO", "tether"):
+        made = GRPOTrainer(
+            model=policy(),
+            reward_funcs=even,
+            args=GRPOConfig(output_dir=str(tmp_path), **settings),
+            train_dataset=rows.to_iterable_dataset(),
+            processing_class=TOKENIZER,
+        )
+    assert len(made.run.source.rows) == 8
+    assert "train: a streamed set, read whole: 8 rows" in caplog.text
+    for field in ("dataloader_num_workers", "dataloader_drop_last", "prompt_boundary"):
+        assert f"{field}: no effect, " in caplog.text
+
+
 def test_a_function_cannot_log_under_the_names_of_the_run(tmp_path):
     for taken in ("loss", "entropy", "completions/mean_length", "rewards/logs/mean"):
 
@@ -907,6 +924,7 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"min_p": 1.0}, "min_p is 1"),
+        ({"train_sampling_strategy": "sequential"}, "shuffle_dataset=False keeps the order of the rows"),
         ({"top_k": 1}, "all completions of a prompt are the same"),
         ({"top_k": -1}, "top_k is -1; it must be a whole number from 0"),
         ({"neftune_noise_alpha": 5.0}, "sampled and compared without noise"),

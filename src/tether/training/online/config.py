@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tether.errors import ConfigError
 from tether.objectives import Range
@@ -60,6 +60,21 @@ class OnlineConfig(PreferenceConfig):
         ConfigError: a value that is not allowed, numbers that do not divide each other, or an option that would do
             nothing.
     """
+
+    WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
+        **PreferenceConfig.WITHOUT_EFFECT,
+        **dict.fromkeys(
+            ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+            "prompts are prepared before a run, and batches are made of what was sampled",
+        ),
+        "dataloader_drop_last": "prompts that do not fill a rollout are left out of an epoch in any case",
+        "dataset_buffer_size": "a stream of prompts is read whole",
+        **dict.fromkeys(("prompt_boundary", "turns"), "rows have prompts alone"),
+    }
+    UNFIT: ClassVar[dict[str, tuple[Any, str]]] = {
+        **PreferenceConfig.UNFIT,
+        "train_sampling_strategy": ("random", "shuffle_dataset=False keeps the order of the rows. Leave it out"),
+    }
 
     max_length: int | None = option(None, "Stays None, prompts have `max_prompt_length`.", allowed=(None, Whole(1)))
     truncation_mode: str = option("drop", "Stays `drop`, a prompt that is too long is left out and counted.")

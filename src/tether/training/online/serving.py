@@ -17,7 +17,7 @@ from tether.models.structure import dtype_of, transformers_model
 from tether.reference import RemoteOptions
 from tether.reference.methods.shards import gathered
 from tether.rollout import RolloutRequest, Sampling
-from tether.rollout.proof import compare, with_penalty
+from tether.rollout.proof import Agreement, compare, with_penalty
 from tether.rollout.vllm_engine import Follows, VLLMEngine, proof_rows, told
 from tether.rollout.vllm_server import ServerOptions, VLLMServer
 from tether.rollout.weights import exchange_folder, lora_alone, write_merged
@@ -107,15 +107,19 @@ class Served:
             scores = self._passes.policy(batch, outputs=("hidden",))
             return with_penalty(scores, batch, sampling.repetition_penalty)
 
-        given = self.engine, policy, at_once, requests, sampling, lambda: accelerator.autocast()
-        found = self._together(lambda: compare(*given, penalty=True))
-        if not found.difference <= allowed:
-            raise RolloutError(
-                f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
-                f"trainer's (allowed {allowed:.0e}), and those of prompts do not. Start it with --logprobs-mode "
-                + ("raw_logprobs" if sampling.cuts else "processed_logprobs")
-                + ", so that they are of the distribution at the temperature, before any cut."
-            )
+        def agreement() -> Agreement:
+            given = self.engine, policy, at_once, requests, sampling, lambda: accelerator.autocast()
+            found = compare(*given, penalty=True)
+            if not found.difference <= allowed:
+                raise RolloutError(
+                    f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
+                    f"trainer's (allowed {allowed:.0e}), and those of prompts do not. Start it with --logprobs-mode "
+                    + ("raw_logprobs" if sampling.cuts else "processed_logprobs")
+                    + ", so that they are of the distribution at the temperature, before any cut."
+                )
+            return found
+
+        found = self._together(agreement)
         if sampling.pattern is not None:
             logger.info("rollouts: completions are held to a regular expression; ratios correct for it")
         sent = self.engine.sent[-1].kind if self.engine.sent else "weights"
