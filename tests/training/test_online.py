@@ -31,11 +31,14 @@ from tether import GRPOConfig, GRPOTrainer, OnlineDPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
 from tether.objectives import OBJECTIVES
 from tether.reference import resolve
+from tether.rewards import as_rewards
+from tether.rollout import Sampling
 from tether.scoring import pack, score
 from tether.training.algorithms.base import Passes
 from tether.training.config import PreferenceConfig
 from tether.training.online.config import REFUSED
 from tether.training.online.entropy import EntropyBonus
+from tether.training.online.experience import Plan
 from tether.training.setup.run import build_step
 from tether.training.source.rollouts import Shape, require_even
 from training.online import CLASSES, PAIRS, PROMPTS, SETTINGS, TOKENIZER, even, policy, steps, trainer, weights
@@ -358,6 +361,36 @@ def test_skipped_groups_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
+def test_sums_may_be_equal_where_rewards_that_are_normalised_apart_are_not(tmp_path):
+    """R14 for `normalize_then_sum`: a group is skipped where each function gives one number."""
+
+    def one(completion_ids, want):
+        return [float(sum(ids) % 2) if w else 1.0 for ids, w in zip(completion_ids, want, strict=True)]
+
+    def other(completion_ids, want):
+        return [1.0 - value for value in one(completion_ids, want)]
+
+    found = []
+    for choice in ("keep", "skip"):
+        settings = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5]}
+        made = trainer(tmp_path / choice, rewards=[one, other], zero_variance=choice, loss_type="grpo", **settings)
+        made.train()
+        found.append(weights(made))
+    assert {log["frac_reward_zero_std"] for log in steps(made)} <= {0.0, 0.5, 1.0}
+    assert not torch.equal(found[0]["lm_head.weight"], policy().lm_head.weight), "something is learnt"
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_equal_sums_of_functions_that_differ(tmp_path):
+    rewards = torch.tensor([[1.0, 0.0, 5.0], [0.0, 1.0, 6.0], [1.0, 1.0, 7.0], [1.0, 1.0, 8.0]])
+    functions = as_rewards([lambda: 0, len, max], [1.0, 1.0, 0.0])
+    plan = Plan(Sampling(1.0, 4, ()), "auto", functions, None, None)
+    assert plan.equal(rewards, 2).tolist() == [True] * 4
+    assert replace(plan, apart=True).equal(rewards, 2).tolist() == [False, False, True, True]
+
+
+@pytest.mark.slow
 def test_groups_without_variance_are_replaced(tmp_path):
     """Dynamic sampling: other prompts take their place, counted and kept; a function of the seed, so that a resumed run
     and a replayed one have the same."""
@@ -599,6 +632,24 @@ def test_rollout_functions_are_checked_and_trained_on(tmp_path):
 
     (log,) = steps(trained(tmp_path / "masked", rewards=by_turns, rollout_func=masked, max_steps=1))
     assert (log["completions/mean_length"], log["loss"]) == (0.0, 0.0), "nothing that the policy wrote"
+
+
+def test_a_completion_that_others_wrote_alone_has_no_gradient(tmp_path):
+    """R13; OpenRLHF #1239: one of each group, whose tokens change nothing, the first of them neither."""
+    found = []
+    for first in (10, 40):
+
+        def sample(prompts, trainer, first=first):
+            ids = [[20 + k, 11, 2] if k % 4 else [first, 11, 2] for k in range(len(prompts))]
+            masks = [[1, 1, 1] if k % 4 else [0, 0, 0] for k in range(len(prompts))]
+            return {"prompt_ids": [[5, 6, 7]] * 8, "completion_ids": ids, "logprobs": None, "env_mask": masks}
+
+        settings = {"rewards": lambda turn: [float(k % 4) for k in range(len(turn))], "rollout_func": sample}
+        rows = [{"prompt": "p", "turn": k} for k in range(8)]
+        made = trained(tmp_path / str(first), train_dataset=rows, loss_type="grpo", max_steps=1, **settings)
+        assert steps(made)[0]["advantages/left_out"] == 0.25
+        found.append(weights(made))
+    assert_same(*found)
 
 
 def test_what_a_rollout_function_does_not_say_of_an_end_is_trl_s_rule(tmp_path):

@@ -327,6 +327,7 @@ class Online(Algorithm[Scores]):
             table=args.log_completions,
             pairs=self.pairs,
             resample_rounds=self.resample_rounds,
+            apart=getattr(args, "multi_objective_aggregation", "") == "normalize_then_sum",
             wide_head=args.cast_lm_head_to_fp32,
             serving=self._serving() if args.rollout_engine == "vllm" else None,
         )

@@ -58,6 +58,7 @@ class Plan:
         resample_rounds: how often groups whose rewards are all equal are replaced by other prompts.
         wide_head: see `tether.scoring.score`.
         pairs: of each group the best and the worst completion are trained on, as a pair.
+        apart: rewards of different functions are normalised before they are summed.
     """
 
     sampling: Sampling
@@ -77,11 +78,22 @@ class Plan:
     wide_head: bool = False
     serving: Serving | None = None
     resample_rounds: int = 0
+    apart: bool = False
 
     @property
     def weights(self) -> Tensor:
         """`[R]`; a `rollout_func` that returns the rewards itself has one."""
         return torch.tensor([reward.weight for reward in self.rewards] or [1.0])
+
+    def equal(self, rewards: Tensor, group: int) -> Tensor:
+        """Bool `[K]` of `[K, R]`: in the completion's group all rewards are equal, so that it teaches nothing.
+
+        Functions that are normalised each by itself must each give one number: sums may be equal where these are not.
+        """
+        if not self.apart:
+            return without_variance(weighted_sum(rewards, self.weights), group)
+        counted = rewards[:, self.weights != 0].T
+        return torch.stack([without_variance(values, group) for values in counted]).all(0)
 
 
 @dataclass(frozen=True)
@@ -278,7 +290,6 @@ class Experience:
 
         Which prompts come is a function of seed and rollout alone, so that a resumed run has the same.
         """
-        weights = self.plan.weights
         at = len(sample.completions) * self._passes().accelerator.process_index
         owners = []
         for group in sample.groups:
@@ -286,8 +297,8 @@ class Experience:
             at += len(group.completions)
         used = 0
         for _ in range(rounds):
-            total = weighted_sum(self._gathered(sample.table.values), weights)
-            equal = without_variance(total, wanted.group).view(-1, wanted.group)[:, 0].nonzero()[:, 0].tolist()
+            equal = self.plan.equal(self._gathered(sample.table.values), wanted.group)
+            equal = equal.view(-1, wanted.group)[:, 0].nonzero()[:, 0].tolist()
             further = dict(zip(equal, wanted.further(used, len(equal)), strict=False))
             if not further:
                 break
@@ -312,7 +323,8 @@ class Experience:
         rewards, masses, truncated = whole[:, :-3], whole[:, -3], whole[:, -1] > 0
         weights = plan.weights
         total = weighted_sum(rewards, weights)
-        kept = self._kept(total, truncated, wanted.group)
+        # Of what the policy wrote nothing of there is nothing to train on.
+        kept = self._kept(rewards, truncated, wanted.group) & (whole[:, -2] > 0)
         first = len(facts) * self._passes().accelerator.process_index
         mine = slice(first, first + len(facts))
         if plan.pairs:
@@ -428,7 +440,7 @@ class Experience:
         if self.plan.leave_truncated:
             kept &= ~truncated
         if self.plan.leave_without_variance:
-            kept &= ~without_variance(rewards, group)
+            kept &= ~self.plan.equal(rewards, group)
         return kept
 
     def _batches(self, wanted: Wanted, groups: list[Group], kept: Tensor, engine: RolloutEngine) -> list[list[Example]]:
@@ -479,7 +491,7 @@ class Experience:
             found[f"rewards/{name}/seconds"] = table.seconds[place]
         found |= {name: torch.tensor(values).nanmean().item() for name, values in table.metrics.items()}
         found |= {"reward": total.nanmean().item(), "reward_std": spread(total).item()}
-        found["frac_reward_zero_std"] = without_variance(total, group).float().mean().item()
+        found["frac_reward_zero_std"] = self.plan.equal(rewards, group).float().mean().item()
         found["advantages/left_out"] = 1 - kept.float().mean().item()
         return found
 
