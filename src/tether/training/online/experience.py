@@ -17,7 +17,7 @@ from torch import Tensor
 from tether.errors import RewardError, RolloutError
 from tether.objectives.online.advantages import spread, weighted_sum, without_variance
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
-from tether.rollout import Completion, Group, RolloutEngine, RolloutRequest, Sampling
+from tether.rollout import Completion, Group, ReplayEngine, RolloutEngine, RolloutRequest, Sampling
 from tether.rollout.files import forget_later, rollout_file, write_rollout
 from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
@@ -106,6 +106,7 @@ class Wanted:
         group: completions of each prompt, over all processes.
         conversational: the rows' prompts are messages.
         further: requests of so many prompts that are no part of it, from a place in their order on.
+        again: it is the first after a resume, so that it may be on disk already.
     """
 
     requests: tuple[tuple[RolloutRequest, ...], ...]
@@ -113,6 +114,7 @@ class Wanted:
     group: int
     conversational: bool
     further: Callable[[int, int], list[RolloutRequest]] = lambda first, count: []
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class Experience:
     last: Completions | None = None
     served: Served | None = None
     kept: bool = False  # a rollout of this run is on disk
+    _before: ReplayEngine | None = None
 
     @property
     def figures(self) -> list[str]:
@@ -260,7 +263,7 @@ class Experience:
             RewardError: a reward function failed; the completions are on disk.
         """
         requests = [one for batch in wanted.requests for one in batch]
-        self._engine(requests)
+        self._before = self._kept_before(wanted, self._engine(requests))
         figures = {} if self.served is None else self.served.bring()
         kept = self._keeper(wanted)
         found = replace(self._sampled(wanted, requests, kept), figures=figures)
@@ -270,9 +273,7 @@ class Experience:
     def _sampled(self, wanted: Wanted, requests: Sequence[RolloutRequest], kept: Keeper) -> Sample:
         engine, begun = self._engine(requests), time.perf_counter()
         passes = self._passes()
-        groups = passes.together(
-            lambda: engine.generate(passes.model(), requests, self.plan.sampling), "Sampling", RolloutError
-        )
+        groups = passes.together(lambda: self._drawn(engine, requests), "Sampling", RolloutError)
         seconds = time.perf_counter() - begun
         texts = [self.decode(one.ids.tolist()) for group in groups for one in group.completions]
         kept.add(groups, texts, engine.name)
@@ -284,6 +285,30 @@ class Experience:
             raise RewardError(f"{error}{where}") from error
         kept.judged(table)
         return Sample(groups, texts, judged, table, engine, seconds)
+
+    def _kept_before(self, wanted: Wanted, engine: RolloutEngine) -> ReplayEngine | None:
+        """What an engine that may not draw the same again had drawn before the run ended."""
+        plan, number = self.plan, wanted.number
+        if not wanted.again or engine.embedded or isinstance(engine, ReplayEngine) or not isinstance(number, int):
+            return None
+        process = self._passes().accelerator.process_index
+        if plan.folder is None or not rollout_file(plan.folder, number, process).is_file():
+            return None
+        found = ReplayEngine(plan.folder)
+        return found if found.has(number, plan.sampling) else None
+
+    def _drawn(self, engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Group]:
+        policy, sampling = self._passes().model(), self.plan.sampling
+        if self._before is not None:
+            try:
+                found = self._before.generate(policy, requests, sampling)
+            except RolloutError:  # not all of them, or after other ids
+                return engine.generate(policy, requests, sampling)
+            logger.info(
+                f"rollouts: {len(requests)} prompts have the completions that were sampled before the run ended"
+            )
+            return found
+        return engine.generate(policy, requests, sampling)
 
     def _with_variance(self, wanted: Wanted, sample: Sample, kept: Keeper, rounds: int) -> Sample:
         """Groups whose rewards are all equal, replaced by those of further prompts.

@@ -127,6 +127,7 @@ class RolloutSource(Source):
             )
         self._shown = shown
         self.epoch, self.done = 0, 0
+        self._resumed = False  # nothing was sampled since
         self._held: tuple[int, list[list[Example]]] | None = None
         self._loader: _Loader | None = None
 
@@ -172,7 +173,8 @@ class RolloutSource(Source):
             order, size = self._shape.order(len(self.rows), epoch), self._shape.prompts
             taken = order[number * size : (number + 1) * size]
             wanted = self._wanted(self.rows, self._raw, list(self._shape.shares(taken)), rollout, self._shape.group)
-            wanted = replace(wanted, further=self._further(taken, rollout))
+            wanted = replace(wanted, further=self._further(taken, rollout), again=self._resumed)
+            self._resumed = False
             self._held = rollout, self._make(wanted)
         return self._held[1][inside % self._shape.batches]
 
@@ -265,6 +267,7 @@ class RolloutSource(Source):
                 f"The run is resumed with other rollouts: {said}. Give what it began with; for another reward or loss "
                 "on the same completions begin a run with replay_rollouts."
             )
+        self._resumed = True
         self.epoch, self.done = kept["epoch"], kept["batches"] if skip else 0
         if self.done == len(self):
             self.epoch, self.done = self.epoch + 1, 0
