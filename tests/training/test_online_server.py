@@ -184,6 +184,7 @@ def test_a_resumed_run_samples_the_same(server, tmp_path):
         torch.testing.assert_close(value, weights(again)[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_completions_that_were_paid_for_are_not_asked_for_again(server, tmp_path, caplog):
     """R15, R19: a reward fails; resumed, it is given the same completions, though the server draws others now."""
     calls = []
