@@ -33,14 +33,22 @@ def test_each_law_has_a_test_that_names_it_and_each_name_is_a_law():
 
 
 def test_each_law_of_sampled_completions_has_a_test_that_names_it():
-    laws = {int(number) for number in re.findall(r"^\| R(\d+) \|", PAGE.read_text(encoding="utf-8"), flags=re.M)}
-    found: set[int] = set()
+    page = PAGE.read_text(encoding="utf-8")
+    laws = {int(number) for number in re.findall(r"^\| R(\d+) \|", page, flags=re.M)}
+    found: dict[int, set[str]] = {}
     for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                found |= {int(number) for number in re.findall(r"\bR(\d+)\b", ast.get_docstring(node) or "")}
+                for number in re.findall(r"\bR(\d+)\b", ast.get_docstring(node) or ""):
+                    found.setdefault(int(number), set()).add(f"{path.name}::{node.name}")
     assert laws == set(range(1, 25))
-    assert found == laws, f"not cited: {sorted(laws - found)}; no laws: {sorted(found - laws)}"
+    assert found.keys() == laws, f"not cited: {sorted(laws - found.keys())}; no laws: {sorted(found.keys() - laws)}"
+    listed = re.findall(r"^\| R(\d+) \| (`test_\w+\.py::.*) \| (.+) \|$", page, flags=re.M)
+    assert [int(law) for law, _, _ in listed] == sorted(laws), "each is in the table of tests, once"
+    for law, tests, fails in listed:
+        unknown = set(re.findall(r"`(test_\w+\.py::\w+)`", tests)) - found[int(law)]
+        assert not unknown, f"R{law}: no test of that name cites it: {', '.join(sorted(unknown))}"
+        assert fails.strip()
 
 
 def test_a_citation_is_of_the_function_that_has_it():

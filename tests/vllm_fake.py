@@ -32,6 +32,7 @@ class Faults:
     raw = False  # log-probs before the temperature
     noise = 0.0
     hang = 0.0
+    reseed = 0  # draws otherwise than it did before
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -134,7 +135,7 @@ class FakeVLLM(ThreadingHTTPServer):
         )
 
     def _sampled(self, model: Any, body: dict[str, Any]) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(body["seed"])
+        generator = torch.Generator().manual_seed(body["seed"] + self.faults.reseed)
         ids, logps, stops = list(body["prompt"]), [], set(body["stop_token_ids"])
         finish, most = "length", body["max_tokens"] - int(self.faults.short)
         allowed = self._allowed(body, stops)

@@ -4,6 +4,7 @@ The command line prints these as one paragraph. `exit_code` is 2 for bad input a
 """
 
 from dataclasses import dataclass
+from traceback import extract_tb
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,10 @@ class RolloutError(TetherError):
 
 class RewardError(TetherError):
     """A reward function that failed, or returned what is no reward."""
+
+
+def line_in(function: object, error: BaseException) -> str:
+    """Where in a function's own file an error came from, to follow its message; empty where it did not pass there."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [one.lineno for one in extract_tb(error.__traceback__) if one.filename == file]
+    return f" (line {lines[-1]} of {file})" if lines else ""

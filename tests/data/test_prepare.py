@@ -182,8 +182,8 @@ def test_what_the_template_leaves_out_is_the_cause_that_is_named(
 
 def test_every_reason_has_its_own_advice() -> None:
     """Of all reasons at once, each is named, and nothing is said of a limit that does not exist."""
-    said = nothing_left(Tally(dropped=Counter(list(DROPS))), "train", len(DROPS), 20)
-    said_of_each = [nothing_left(Tally(dropped=Counter([reason])), "train", 1, 20) for reason in DROPS]
+    said = nothing_left(Tally(dropped=Counter(list(DROPS))), "train", len(DROPS), 20, "pair")
+    said_of_each = [nothing_left(Tally(dropped=Counter([reason])), "train", 1, 20, "pair") for reason in DROPS]
     assert all(words in said for words in DROPS.values())
     assert all(one.partition("To do: ")[2].removesuffix(".") in said for one in said_of_each)
     assert len(set(said_of_each)) == len(DROPS)

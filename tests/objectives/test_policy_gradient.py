@@ -159,7 +159,8 @@ def test_gradient_on_policy_is_the_score_function(name):
 
 @pytest.mark.parametrize("name", sorted(ROWS.keys() - {"cispo", "vespo"}))
 def test_the_gradient_of_the_surrogate_is_right(name):
-    """Central differences, of those whose weight has a gradient; the test above has the others, at a weight of 1."""
+    """R11: central differences, of those whose weight has a gradient; the test above has the others, at a weight of
+    1."""
     row = ROWS[name]
     policy, sampled = drawn(1)
     inputs = {
@@ -343,13 +344,14 @@ REWARDS = [1.0, 2.0, 4.0, 0.5, 0.5, 0.5, None, 1.0, 3.0, None, None, 2.0, None, 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_group_advantages(scale):
-    """Ties, groups of two, of one, and of none with a reward."""
+    """R11: ties, groups of two, of one, and of none with a reward."""
     given = torch.tensor([nan if one is None else one for one in REWARDS])
     found = group_advantages(given, 3, scale)
     assert found.tolist() == pytest.approx(second(REWARDS, 3, scale), abs=1e-5)
 
 
 def test_leave_one_out():
+    """R11: groups of three, of two, of one and of none with a reward."""
     given = torch.tensor([1.0, 2.0, 6.0, 4.0, nan, 2.0, nan, 5.0, nan])
     expected = [1 - 4, 2 - 3.5, 6 - 1.5, 2, 0, -2, 0, 0, 0]
     assert leave_one_out(given, 3).tolist() == expected

@@ -198,7 +198,7 @@ def _replaying(sampler):
 
 
 def test_the_comparison_can_fail(tmp_path):
-    """Negative control: another epsilon gives other numbers off policy."""
+    """R8's control: another epsilon gives other numbers off policy."""
     runs = []
     for epsilon in (0.2, 0.05):
         runs.append(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -85,7 +85,7 @@ def _nothing():
 
 
 def test_a_branch_that_reads_its_sibling_is_caught(monkeypatch):
-    """Negative control: rows that exchange their keys are far from scoring alone, and no engine is chosen."""
+    """R1's control: rows that exchange their keys are far from scoring alone, and no engine is chosen."""
     own = Decoding._own
     monkeypatch.setattr(Decoding, "_own", lambda *given: tuple(part.flip(0) for part in own(*given)))
     policy = tiny_model().eval()
@@ -198,12 +198,17 @@ def test_a_completion_depends_on_nothing_but_its_key():
 
 
 def test_each_prompt_is_computed_once_and_a_finished_branch_no_more():
-    """R3: prompt tokens, and one row for each further token of each completion."""
+    """R3: prompt tokens, and one row for each further token of each completion; control: `generate` reads more."""
     policy, seen = tiny_model().eval(), []
     policy.get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
     groups = TreeEngine().generate(policy, requests(8), SAMPLING)
     assert seen[0] == sum(map(len, PROMPTS))
-    assert sum(seen[1:]) == sum(len(ids) - 1 for ids in ids_of(groups))
+    further = sum(len(ids) - 1 for ids in ids_of(groups))
+    assert sum(seen[1:]) == further
+    seen.clear()
+    TransformersEngine().generate(policy, requests(8), SAMPLING)
+    assert seen[0] >= 8 * sum(map(len, PROMPTS))
+    assert sum(seen[1:]) > further
 
 
 def test_all_stop_tokens_end_a_completion_and_are_its_last():
@@ -316,6 +321,19 @@ def test_an_adapter_samples_as_it_is_scored_and_stays_in_training_mode():
     assert policy.training
     assert worst(policy.eval(), groups) < 2e-5
     assert ids_of(groups) != ids_of(TreeEngine().generate(tiny_model(), requests(), SAMPLING))
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("rows", [64, 3])
+def test_virtual_tokens_of_prompt_tuning_stand_right_before_each_prompt(rows):
+    """Prompts of one length are sampled together: padding would stand between the two."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    policy = get_peft_model(tiny_model(), config).eval()
+    groups = TransformersEngine(rows=rows).generate(policy, requests(), SAMPLING)
+    batch = pack([as_example(group) for group in groups])
+    with torch.no_grad():
+        scored = score(policy, batch, layout="padded").token_logps
+    assert (torch.cat([one.logps for group in groups for one in group.completions]) - scored).abs().max() < 2e-5
 
 
 def test_kept_rollouts_come_back_as_they_were(tmp_path):

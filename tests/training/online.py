@@ -51,7 +51,7 @@ def trainer(folder: Any, algorithm: str = "grpo", *, rewards: Any = even, **argu
         reward_funcs=rewards,
         args=config(output_dir=str(folder), **settings),
         train_dataset=Dataset.from_list(rows),
-        processing_class=TOKENIZER,
+        processing_class=arguments.pop("tokenizer", TOKENIZER),
         **arguments,
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
+import random
 import re
 import shutil
 import sys
@@ -14,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -24,15 +27,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import tether.training.online.algorithm
 import tether.training.setup.run
-from tether import GRPOConfig, OnlineDPOConfig
+from tether import GRPOConfig, GRPOTrainer, OnlineDPOConfig
 from tether.errors import ConfigError, DataError, ReferencePolicyError, RewardError, RolloutError
 from tether.objectives import OBJECTIVES
 from tether.reference import resolve
+from tether.rewards import as_rewards
+from tether.rollout import Sampling
 from tether.scoring import pack, score
 from tether.training.algorithms.base import Passes
 from tether.training.config import PreferenceConfig
 from tether.training.online.config import REFUSED
 from tether.training.online.entropy import EntropyBonus
+from tether.training.online.experience import Plan
 from tether.training.setup.run import build_step
 from tether.training.source.rollouts import Shape, require_even
 from training.online import CLASSES, PAIRS, PROMPTS, SETTINGS, TOKENIZER, even, policy, steps, trainer, weights
@@ -80,7 +86,7 @@ def test_at_the_first_step_the_divergence_is_zero_and_every_ratio_one(algorithm,
 
 
 def test_a_continued_adapter_is_its_own_start(tmp_path):
-    """TRL #3194: the reference is the policy at the start and not its base."""
+    """R5, TRL #3194: the reference is the policy at the start and not its base."""
     model = get_peft_model(policy(), LoraConfig(**LORA))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -231,17 +237,22 @@ def test_an_evaluation_is_scored_once_by_the_reference(tmp_path):
 
 
 def test_the_update_computes_each_prompt_and_each_distinct_completion_once(tmp_path):
-    """R4."""
-    made = trainer(tmp_path, max_steps=1, max_completion_length=2, max_tokens_per_forward=None)
-    made.get_train_dataloader()
+    """R4; of completions of which some are equal. Control: a row for each sequence takes more."""
+
+    def some_equal(prompts, trainer):
+        ids = [[20 + k // 2, 30, 2] for k in range(len(prompts))]
+        return {"prompt_ids": [[5, 6, 7 + k // 4] for k in range(len(ids))], "completion_ids": ids, "logprobs": None}
+
+    made = trainer(tmp_path, max_steps=1, max_tokens_per_forward=None, rollout_func=some_equal)
     batch = next(iter(made.get_train_dataloader()))["batch"]
     counted = Counted(made)
     made.training_step(made.model, {"batch": batch})
     prompts = {tuple(one.prompt_ids.tolist()) for one in batch.examples}
-    pairs = {
-        (tuple(one.prompt_ids.tolist()), tuple(ids.tolist())) for one in batch.examples for ids in one.completion_ids
-    }
-    assert counted.tokens == sum(map(len, prompts)) + sum(len(ids) for _, ids in pairs)
+    sequences = [
+        (tuple(one.prompt_ids.tolist()), tuple(i.tolist())) for one in batch.examples for i in one.completion_ids
+    ]
+    expected = sum(map(len, prompts)) + sum(len(ids) for _, ids in set(sequences))
+    assert counted.tokens == expected < sum(len(prompt) + len(ids) for prompt, ids in sequences) / 2
 
 
 # -- one gradient ------------------------------------------------------------------------------------------------------
@@ -297,6 +308,16 @@ def test_one_gradient_for_every_split(loss, tmp_path):
     )
 
 
+def test_means_of_means_would_be_another_gradient(tmp_path):
+    """R9's control: batches reduced by their own tokens, and then averaged, are far from the step."""
+    made = trainer(tmp_path, max_tokens_per_forward=None, rollout_func=ragged)
+    (batch,) = made.run.source._make(_wanted(made))
+    whole = gradient(made, [batch])
+    torch.testing.assert_close(gradient(made, [batch[:1], batch[1:]]), whole, atol=1e-6, rtol=1e-4)
+    apart = (gradient(made, [batch[:1]]) + gradient(made, [[_pieces(batch[1])[0]]])) / 2
+    assert (apart - whole).abs().max() > 1e-2 * whole.abs().max()
+
+
 def _wanted(made):
     source = made.run.source
     order = source._shape.order(len(source.rows), 0)
@@ -335,7 +356,38 @@ def test_skipped_groups_change_nothing(tmp_path):
         assert (steps(made)[0]["advantages/left_out"] > 0) == (choice == "skip")
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5)
+    assert not torch.equal(found[0]["lm_head.weight"], policy().lm_head.weight), "and something was trained"
     assert tokens[1] < tokens[0]
+
+
+@pytest.mark.slow
+def test_sums_may_be_equal_where_rewards_that_are_normalised_apart_are_not(tmp_path):
+    """R14 for `normalize_then_sum`: a group is skipped where each function gives one number."""
+
+    def one(completion_ids, want):
+        return [float(sum(ids) % 2) if w else 1.0 for ids, w in zip(completion_ids, want, strict=True)]
+
+    def other(completion_ids, want):
+        return [1.0 - value for value in one(completion_ids, want)]
+
+    found = []
+    for choice in ("keep", "skip"):
+        settings = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5]}
+        made = trainer(tmp_path / choice, rewards=[one, other], zero_variance=choice, loss_type="grpo", **settings)
+        made.train()
+        found.append(weights(made))
+    assert {log["frac_reward_zero_std"] for log in steps(made)} <= {0.0, 0.5, 1.0}
+    assert not torch.equal(found[0]["lm_head.weight"], policy().lm_head.weight), "something is learnt"
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_equal_sums_of_functions_that_differ(tmp_path):
+    rewards = torch.tensor([[1.0, 0.0, 5.0], [0.0, 1.0, 6.0], [1.0, 1.0, 7.0], [1.0, 1.0, 8.0]])
+    functions = as_rewards([lambda: 0, len, max], [1.0, 1.0, 0.0])
+    plan = Plan(Sampling(1.0, 4, ()), "auto", functions, None, None)
+    assert plan.equal(rewards, 2).tolist() == [True] * 4
+    assert replace(plan, apart=True).equal(rewards, 2).tolist() == [False, False, True, True]
 
 
 @pytest.mark.slow
@@ -455,6 +507,20 @@ def test_evaluation_changes_nothing_and_judges_completions(tmp_path):
     assert seen.evaluate()["eval_reward"] == evaluations[-1]["eval_reward"], "draws are those of every evaluation"
 
 
+def test_draws_are_functions_and_no_generator_is_kept(tmp_path):
+    """R22: whatever rewards draw from the generators of torch, numpy and Python."""
+
+    def draws(completion_ids, want):
+        torch.rand(7)
+        numpy.random.rand(3)
+        random.random()
+        return even(completion_ids, want)
+
+    plain = trained(tmp_path / "plain", max_steps=2, max_completion_length=4)
+    other = trained(tmp_path / "other", rewards=draws, max_steps=2, max_completion_length=4)
+    assert_same(weights(plain), weights(other))
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +536,9 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
 
     made = trainer(tmp_path / "run", rewards=fragile)
     with pytest.raises(
-        RewardError, match=r"'fragile' failed on row \d.*no such column.*The 2 steps before it are kept"
+        RewardError,
+        match=r"'fragile' failed on row \d.*no such column \(line \d+ of .*test_online.py\). Correct the function. The "
+        r"completions are kept in .*000002-0.parquet. The 2 steps before it are kept",
     ):
         made.train()
     kept = parquet.read_table(tmp_path / "run" / "rollouts" / "000002-0.parquet")
@@ -485,6 +553,28 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
     calls.clear()
     whole = trained(tmp_path / "whole", rewards=fragile)
     assert_same(weights(whole), weights(resumed))
+
+
+def test_a_reward_that_raises_in_an_evaluation_loses_no_step(tmp_path):
+    """R19: the steps before it are saved then too."""
+    calls = []
+
+    def fragile(completion_ids, want):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("in an evaluation")
+        return even(completion_ids, want)
+
+    own = {"eval_dataset": PROMPTS[:2], "eval_strategy": "steps", "eval_steps": 2, "max_completion_length": 3}
+    with pytest.raises(RewardError, match=r"in an evaluation .*The 2 steps before it are kept in .*checkpoint-2"):
+        trained(tmp_path, rewards=fragile, **own)
+    resumed = trainer(tmp_path, rewards=fragile, **own)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(steps(resumed)) == 3
+    calls.clear()
+    calls.extend([1, 1])
+    with pytest.raises(RewardError, match=r"Correct the function\.$"):
+        resumed.evaluate()
 
 
 @pytest.mark.sweep(1)
@@ -536,12 +626,30 @@ def test_rollout_functions_are_checked_and_trained_on(tmp_path):
 
     with pytest.raises(RolloutError, match=r"1 numbers in 'logprobs' for completion 0, which has 4 tokens"):
         trained(tmp_path / "wrong", rewards=by_turns, rollout_func=wrong)
-    with pytest.raises(RolloutError, match="rollout_func returned no 'logprobs'"):
-        trained(
-            tmp_path / "less",
-            rewards=by_turns,
-            rollout_func=lambda prompts, trainer: {"prompt_ids": [], "completion_ids": []},
-        )
+
+    def masked(prompts, trainer):
+        return {**sample(prompts, trainer), "env_mask": [[0] * 4] * len(prompts)}
+
+    (log,) = steps(trained(tmp_path / "masked", rewards=by_turns, rollout_func=masked, max_steps=1))
+    assert (log["completions/mean_length"], log["loss"]) == (0.0, 0.0), "nothing that the policy wrote"
+
+
+def test_a_completion_that_others_wrote_alone_has_no_gradient(tmp_path):
+    """R13; OpenRLHF #1239: one of each group, whose tokens change nothing, the first of them neither."""
+    found = []
+    for first in (10, 40):
+
+        def sample(prompts, trainer, first=first):
+            ids = [[20 + k, 11, 2] if k % 4 else [first, 11, 2] for k in range(len(prompts))]
+            masks = [[1, 1, 1] if k % 4 else [0, 0, 0] for k in range(len(prompts))]
+            return {"prompt_ids": [[5, 6, 7]] * 8, "completion_ids": ids, "logprobs": None, "env_mask": masks}
+
+        settings = {"rewards": lambda turn: [float(k % 4) for k in range(len(turn))], "rollout_func": sample}
+        rows = [{"prompt": "p", "turn": k} for k in range(8)]
+        made = trained(tmp_path / str(first), train_dataset=rows, loss_type="grpo", max_steps=1, **settings)
+        assert steps(made)[0]["advantages/left_out"] == 0.25
+        found.append(weights(made))
+    assert_same(*found)
 
 
 def test_what_a_rollout_function_does_not_say_of_an_end_is_trl_s_rule(tmp_path):
@@ -626,6 +734,121 @@ def test_what_cannot_be_is_refused_before_weights_load(tmp_path):
         file.write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="'wants_gold' needs 'gold', and the rows have the columns prompt, want"):
         trainer(tmp_path / "run", model=str(tmp_path / "model"), rewards=wants_gold)
+
+
+def test_columns_are_those_of_each_set_and_none_is_hidden_silently(tmp_path, caplog):
+    """An evaluation's rows are known as early; `completion`, a given answer, is a column like any; one that has the
+    name of what is sampled is said."""
+    seen = {}
+
+    def told(completions, finish, completion):
+        seen.update(finish=finish, completion=completion)
+        return [1.0] * len(completions)
+
+    rows = [{**row, "completion": "gold", "finish": "never"} for row in PROMPTS]
+    with caplog.at_level("INFO", "tether"):
+        trained(tmp_path / "run", rewards=told, train_dataset=rows, max_steps=1)
+    assert seen["completion"] == ["gold"] * 8
+    assert set(seen["finish"]) <= {"stop", "length"}
+    assert "columns for them: want, completion" in caplog.text
+    assert "rewards: by finish functions are given what was sampled, and not the rows' columns" in caplog.text
+    with pytest.raises(ConfigError, match="eval: The reward function 'told' needs 'completion', and the rows have"):
+        trainer(tmp_path / "other", rewards=told, train_dataset=rows, eval_dataset=PROMPTS[:2])
+
+
+def test_a_stream_of_prompts_is_read_whole_and_idle_options_are_said(tmp_path, caplog):
+    rows = Dataset.from_list(PROMPTS)
+    settings = {**SETTINGS, "dataloader_num_workers": 2, "dataloader_drop_last": True, "prompt_boundary": "drop"}
+    with caplog.at_level("INFO", "tether"):
+        made = GRPOTrainer(
+            model=policy(),
+            reward_funcs=even,
+            args=GRPOConfig(output_dir=str(tmp_path), **settings),
+            train_dataset=rows.to_iterable_dataset(),
+            processing_class=TOKENIZER,
+        )
+    assert len(made.run.source.rows) == 8
+    assert "train: a streamed set, read whole: 8 rows" in caplog.text
+    for field in ("dataloader_num_workers", "dataloader_drop_last", "prompt_boundary"):
+        assert f"{field}: no effect, " in caplog.text
+
+
+def test_a_function_cannot_log_under_the_names_of_the_run(tmp_path):
+    for taken in ("loss", "entropy", "completions/mean_length", "rewards/logs/mean"):
+
+        def logs(completions, log_metric, name=taken):
+            log_metric(name, 77.0)
+            return [1.0] * len(completions)
+
+        with pytest.raises(RewardError, match=rf"log_metric\('{taken}'\) is the name of a figure of the run"):
+            trained(tmp_path / taken, rewards=logs, max_steps=1)
+
+    def partly(completions, log_metric):
+        for value in (float("nan"), 1.0, 2.0):
+            log_metric("mine", value)
+        return [1.0] * len(completions)
+
+    assert steps(trained(tmp_path / "mine", rewards=partly, max_steps=1))[0]["mine"] == 1.5
+
+
+def test_a_template_s_end_of_an_answer_ends_a_completion(tmp_path):
+    """R20: a base model with a template whose answers end in another token than its text does (Qwen2.5): what SFT and
+    DPO end an answer with; of messages alone, in training or in evaluation."""
+    other = copy.deepcopy(TOKENIZER)
+    other.eos_token = other.bos_token
+    end, eos = TOKENIZER.eos_token_id, other.eos_token_id
+    chat, text = [{"role": "user", "content": "the film"}], "the film"
+
+    def stops(prompt, evaluated):
+        model = policy(eos_token_id=eos)
+        model.generation_config.eos_token_id = [eos, 9]
+        rows = {"train_dataset": [{"prompt": prompt}] * 8, "eval_dataset": [{"prompt": evaluated}] * 2}
+        made = trainer(tmp_path, model=model, rewards=lambda completions: [], tokenizer=other, **rows)
+        return made.run.algorithm.made.plan.sampling.stop_ids
+
+    assert stops(text, text) == (eos, 9)
+    assert stops(chat, chat) == stops(text, chat) == (eos, end, 9)
+
+
+def test_a_folder_has_the_rollouts_of_one_run(tmp_path):
+    """A shorter run in the same folder, with fewer processes: nothing of an earlier one is read as its own."""
+    trained(tmp_path)
+    folder = tmp_path / "rollouts"
+    shutil.copy(folder / "000001-0.parquet", folder / "000000-1.parquet")
+    trained(tmp_path, max_steps=2, seed=9)
+    assert sorted(one.name for one in folder.iterdir()) == ["000000-0.parquet", "000001-0.parquet"]
+    with pytest.raises(ConfigError, match="the run's own folder, whose rollouts would be replaced"):
+        trainer(tmp_path, replay_rollouts=str(tmp_path))
+
+
+def test_rewards_that_a_rollout_function_returns_are_checked_as_any(tmp_path):
+    def sample(prompts, trainer):
+        ids = [[10 + k % 4, 11, 2] for k in range(len(prompts))]
+        found = {"prompt_ids": [[5, 6, 7]] * len(ids), "completion_ids": ids, "logprobs": None}
+        return found if given is None else {**found, "rewards": given}
+
+    for case, said in (
+        (None, "rollout_func returned no 'rewards', and there are no reward_funcs"),
+        ([float("nan")] * 8, r"'rewards' returned nan on row \d"),
+        (["good"] * 8, r"'rewards' returned 'good' on row \d"),
+    ):
+        given = case
+        with pytest.raises(RewardError, match=said):
+            trained(tmp_path / "run", rewards=None, rollout_func=sample, max_steps=1)
+    given = [None, 1.0, None, 0.0] * 2
+    (log,) = steps(trained(tmp_path / "fine", rewards=None, rollout_func=sample, max_steps=1))
+    assert (log["reward"], log["rewards/rewards/not_applicable"]) == (0.5, 0.5)
+
+
+def test_arguments_that_have_no_place_say_why(tmp_path):
+    for arguments, said in (
+        ({"tools": [len]}, "tools was given; the trainer calls nothing itself"),
+        ({"data_collator": len}, "data_collator was given; batches are made of what was sampled"),
+        ({"compute_metrics": len}, "compute_metrics was given; reward functions judge evaluations too"),
+        ({"reward_func": even}, "takes no argument reward_func. Did you mean reward_funcs?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            trainer(tmp_path, **arguments)
 
 
 def test_a_coefficient_of_the_entropy_changes_by_its_rule(tmp_path):
@@ -751,6 +974,11 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
         ({"max_length": 8}, "prompts have max_prompt_length"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"min_p": 1.0}, "min_p is 1"),
+        ({"train_sampling_strategy": "sequential"}, "shuffle_dataset=False keeps the order of the rows"),
+        ({"top_k": 1}, "all completions of a prompt are the same"),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number from 0"),
+        ({"neftune_noise_alpha": 5.0}, "sampled and compared without noise"),
         ({"kl_estimator": "k1"}, "kl_estimator is 'k1'"),
         ({"repetition_penalty": 1.2, "vllm_importance_sampling_correction": False}, "as if the policy itself had"),
         ({"entropy_target": 0.4}, "use_adaptive_entropy is False, so that the coefficient stays"),
@@ -761,6 +989,7 @@ def test_every_field_is_read_or_refused(kind, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_values_name_the_field(arguments, said):
+    """R12: unknown names, and values that have no meaning together, fail at construction."""
     with pytest.raises(ConfigError, match=said):
         GRPOConfig(output_dir="unused", **{**SETTINGS, **arguments})
 
@@ -804,7 +1033,8 @@ def test_the_error_of_one_process_reaches_all():
     ("engine", "kind", "second", "said"),
     [
         ("auto", "FSDP", False, "shards of FSDP's first version"),
-        ("vllm", "FSDP", True, "A vLLM server is sent whole weights"),
+        ("vllm", "FSDP", True, None),
+        ("vllm", "FSDP", False, "shards of FSDP's first version"),
         ("vllm", "DEEPSPEED", True, "A vLLM server is sent whole weights"),
         ("auto", "FSDP", True, None),
         ("auto", "DEEPSPEED", True, None),
@@ -832,13 +1062,17 @@ def test_too_few_prompts_and_too_long_ones(tmp_path):
         ConfigError, match=r"longest prompt has 4 tokens and max_completion_length is 253: more than the 256"
     ):
         trainer(tmp_path, max_completion_length=253)
+    with pytest.raises(
+        DataError, match=r"2 with more tokens than max_prompt_length. To do: raise max_prompt_length \(now 2\)"
+    ):
+        trainer(tmp_path, max_prompt_length=2, train_dataset=PROMPTS[1:3])
     made = trainer(tmp_path, max_prompt_length=3)
     assert max(len(ids) for ids in made.run.source.rows["prompt_ids"]) == 3
     assert made.run.data.reports["train"]["dropped"]
 
 
 def test_an_adapter_that_cannot_train_is_refused(tmp_path):
-    """TRL #6701: loaded for inference, it would run for ever and save what it loaded."""
+    """R5, TRL #6701: loaded for inference, its KL would be 0 for ever; it would save what it loaded."""
     model = get_peft_model(policy(), LoraConfig(**LORA))
     model.save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(policy(), str(tmp_path / "adapter"), is_trainable=False)

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 
 from tether import GRPOConfig
-from tether.errors import ConfigError, RolloutError
+from tether.errors import ConfigError, RewardError, RolloutError
 from tether.rollout.vllm_server import ServerOptions, _arguments
-from training.online import SETTINGS, policy, steps, trainer, weights
+from training.online import SETTINGS, even, policy, steps, trainer, weights
 from vllm_fake import serving_vllm
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -83,7 +83,7 @@ def test_a_server_that_keeps_old_weights_is_stopped(kind, server, tmp_path):
 
 
 def test_a_stale_server_is_seen_through_what_its_dtype_explains(server, tmp_path):
-    """The other direction: where a tolerance is too wide to tell, it must have moved with the policy."""
+    """R17, the other direction: where a tolerance is too wide to tell, it must have moved with the policy."""
     server.faults.ignore_weights = True
     made = served(tmp_path, server, learning_rate=0.5, vllm_tolerance=5.0)
     with pytest.raises(RolloutError, match=r"has moved by .* nats on a few fixed sequences, and the vLLM server by 0%"):
@@ -182,6 +182,36 @@ def test_a_resumed_run_samples_the_same(server, tmp_path):
     again.train(resume_from_checkpoint=True)
     for name, value in weights(whole).items():
         torch.testing.assert_close(value, weights(again)[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_completions_that_were_paid_for_are_not_asked_for_again(server, tmp_path, caplog):
+    """R15, R19: a reward fails; resumed, it is given the same completions, though the server draws others now."""
+    calls = []
+
+    def fragile(completion_ids, want):
+        calls.append(completion_ids)
+        if len(calls) == 2:
+            raise ValueError("odd")
+        return even(completion_ids, want)
+
+    with pytest.raises(RewardError, match="The completions are kept in"):
+        served(tmp_path, server, rewards=fragile).train()
+    asked = len(server.paths("/completions"))
+    server.faults.reseed = 1
+    with caplog.at_level("INFO", "tether"):
+        served(tmp_path, server, rewards=fragile).train(resume_from_checkpoint=True)
+    assert "2 prompts have the completions that were sampled before the run ended" in caplog.text
+    # The one that failed is called for each completion alone, to say which it fails on.
+    _, second, again, third = (one for one in calls if len(one) == 8)
+    assert again == second
+    assert third != second
+    sampled = [body for body in server.paths("/completions")[asked:] if body["max_tokens"] == 5]
+    assert len(sampled) == 4 + 8, "the proof's, and those of the third rollout alone"
+    server.faults.reseed = 2
+    other = {"rewards": fragile, "max_steps": 3, "temperature": 0.5}
+    with pytest.raises(ConfigError, match="temperature"):
+        served(tmp_path, server, **other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sharding import finish, is_held, settings
+from tether.errors import RewardError
 from tether.models.structure import trainable_tensors
 from tether.reference.methods.shards import gather_shards, local_part, release_gathered
-from training.online import PROMPTS, policy, steps, trainer
+from training.online import PROMPTS, even, policy, steps, trainer
 
 NAMES = (
     "loss",
@@ -103,11 +104,33 @@ def run(folder: Path, case: str, size: int, how: str) -> dict[str, Tensor]:
     return {**{f"{case} {k}": v for k, v in held.items()}, f"{case} logs": torch.tensor(logs).double()}
 
 
+def failing(folder: Path, how: str) -> None:
+    """A reward that raises in the second process ends both, each with its own message and at once."""
+    rank, calls = int(os.environ["RANK"]), []
+
+    def fails(completion_ids: Any, want: Any) -> Any:
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            raise ValueError("of the second alone")
+        return even(completion_ids, want)
+
+    CASES["failing"] = ("grpo", {"rewards": fails})
+    run = made(folder, "failing", 4, how)
+    try:
+        run.train()
+    except RewardError as error:
+        said = str(error)
+    assert run.state.global_step == 1
+    assert ("of the second alone" if rank else "failed in process 1; its message is there") in said, said
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, how = Path(sys.argv[1]), sys.argv[2]
     size = 8 if how == "whole" else 4
     policy().save_pretrained(_start(folder))
     results = {name: value for case in CASES for name, value in run(folder, case, size, how).items()}
+    if how != "whole":
+        failing(folder, how)
     save_file(results, folder / f"rank{os.environ.get('RANK', 0)}.safetensors")
     finish()

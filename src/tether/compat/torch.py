@@ -177,3 +177,15 @@ def with_values() -> Any:
 def memory_address(memory: UntypedStorage) -> int:
     """What tells one memory from another, also where it has no bytes: the handle of torch's own object."""
     return memory._cdata
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict` gives, without its hooks: those of FSDP2 put a module that is gathered back into shards
+    (torch 2.13). Which buffers are kept is said in private places alone."""
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        kept = {name: value for name, value in part._buffers.items() if name not in part._non_persistent_buffers_set}
+        for name, value in {**part._parameters, **kept}.items():
+            if value is not None:
+                found[f"{path}.{name}" if path else name] = value.detach()
+    return found

@@ -10,7 +10,7 @@ from tether.data.sources.load import is_origin, load_rows
 from tether.data.split import is_split, split_rows
 from tether.data.text.render import Rendered, render
 from tether.data.text.template import chat_template, text_tokenizer
-from tether.data.text.tokenize import Encoder, Tokenized, tokenize
+from tether.data.text.tokenize import Encoder, Tokenized, answer_end, tokenize
 from tether.data.text.truncate import truncated_lengths
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Report",
     "Schema",
     "Tokenized",
+    "answer_end",
     "chat_template",
     "example_from_row",
     "is_origin",

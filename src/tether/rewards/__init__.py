@@ -4,9 +4,10 @@ from tether.rewards.builtin import READY_MADE, python_function
 from tether.rewards.call import Calling, call_rewards
 from tether.rewards.judge import EndpointJudge, FunctionJudge, PairJudge, Verdict, judge_reward, win_rate
 from tether.rewards.model import ModelReward
-from tether.rewards.protocol import Judged, Reward, RewardTable, as_rewards, check_signatures
+from tether.rewards.protocol import OFFERED, Judged, Reward, RewardTable, as_rewards, check_signatures
 
 __all__ = [
+    "OFFERED",
     "READY_MADE",
     "Calling",
     "EndpointJudge",

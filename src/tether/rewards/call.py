@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from tether.errors import RewardError
+from tether.errors import RewardError, line_in
 from tether.rewards.protocol import Judged, Reward, RewardTable, number_of
 
 # The largest share of a batch on which a function may fail where failures are counted instead of raised.
@@ -19,6 +20,10 @@ _TOLERATED = 0.1
 _SHOWN = 160
 # Seconds that async functions have to end when they are cancelled.
 _CANCELLING = 2.0
+# What a function may fail with; an interrupt is the user's.
+_FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+# Sums of rewards have squares that float32 holds, as deviations are made of these.
+_LARGEST_SUM = 1e18
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,24 @@ def call_rewards(rewards: Sequence[Reward], judged: Judged, *, state: Any = None
         columns.append(torch.tensor(values, dtype=torch.float32))
         failed.append(lost)
     seconds = tuple(answers[reward.name].seconds for reward in rewards)
-    return RewardTable(torch.stack(columns, 1), seconds, tuple(failed), log.metrics, log.extras)
+    values = torch.stack(columns, 1)
+    sums = (values * torch.tensor([reward.weight for reward in rewards])).nansum(1).abs()
+    if sums.numel() and not sums.max() <= _LARGEST_SUM:
+        place = int(sums.argmax())
+        raise RewardError(
+            f"The weighted sum of rewards is {sums[place].item():g} in size {_where(judged, place)}; expected at most "
+            f"{_LARGEST_SUM:g}. Scale the functions."
+        )
+    return RewardTable(values, seconds, tuple(failed), log.metrics, log.extras)
 
 
 def _offered(judged: Judged, state: Any, log: _Log) -> dict[str, Any]:
+    """What a call may name; lists are its own, so that what it does to them reaches no other function."""
     return {
-        **judged.columns,
+        **{name: list(values) for name, values in judged.columns.items()},
         "prompts": list(judged.prompts),
-        "completions": list(judged.completions),
-        "completion_ids": list(judged.completion_ids),
+        "completions": copy.deepcopy(list(judged.completions)),
+        "completion_ids": [list(ids) for ids in judged.completion_ids],
         "trainer_state": state,
         "log_metric": log.metric,
         "log_extra": log.extra,
@@ -96,8 +110,13 @@ def _offered(judged: Judged, state: Any, log: _Log) -> dict[str, Any]:
 
 def _timed(reward: Reward, judged: Judged, state: Any, log: _Log, calling: Calling) -> _Answer:
     arguments, begun = reward.takes(_offered(judged, state, log)), time.perf_counter()
-    found = _within(lambda: reward.function(**arguments), calling.timeout)
+    found = _within(lambda: _listed(reward.function(**arguments)), calling.timeout)
     return _Answer(found.values, time.perf_counter() - begun, found.error)
+
+
+def _listed(values: Any) -> Any:
+    """What a function gives one by one is asked for inside its call, as it may fail on the way."""
+    return list(values) if isinstance(values, Iterator) else values
 
 
 def _within(call: Callable[[], Any], timeout: float | None) -> _Answer:
@@ -107,7 +126,7 @@ def _within(call: Callable[[], Any], timeout: float | None) -> _Answer:
     def run() -> None:
         try:
             held.append(_Answer(call()))
-        except Exception as error:
+        except _FAILURES as error:
             held.append(_Answer(error=error))
 
     if timeout is None:
@@ -128,15 +147,20 @@ def _together(rewards: Sequence[Reward], judged: Judged, state: Any, log: _Log, 
     """
     found: dict[str, _Answer] = {}
 
+    async def called(reward: Reward) -> _Answer:
+        try:
+            return _Answer(await reward.function(**reward.takes(_offered(judged, state, log))))
+        except (Exception, SystemExit) as error:
+            return _Answer(error=error)
+
     async def one(reward: Reward) -> None:
         begun = time.perf_counter()
         try:
-            call = reward.function(**reward.takes(_offered(judged, state, log)))
-            answer = _Answer(await asyncio.wait_for(call, calling.timeout))
-        except TimeoutError as error:
-            late = f"it took more than {calling.timeout:g} seconds and was cancelled" if calling.timeout else str(error)
-            answer = _Answer(error=TimeoutError(late or "TimeoutError"))
-        except Exception as error:
+            answer = await asyncio.wait_for(called(reward), calling.timeout)
+        except TimeoutError:
+            late = f"it took more than {calling.timeout:g} seconds and was cancelled"
+            answer = _Answer(error=TimeoutError(late))
+        except asyncio.CancelledError as error:  # by itself
             answer = _Answer(error=error)
         found[reward.name] = replace(answer, seconds=time.perf_counter() - begun)
 
@@ -214,12 +238,11 @@ def _one_by_one(
 
 def _failure(reward: Reward, judged: Judged, place: int | None, error: BaseException) -> str:
     where = f"on {len(judged)} completions" if place is None else _where(judged, place)
-    own = isinstance(error, (TimeoutError, RewardError))
-    what = (str(error) if own else f"{type(error).__name__}: {error}").removesuffix(".")
-    return (
-        f"The reward function {reward.name!r} failed {where}: {what}. The completions are kept in the run folder; "
-        "correct the function and resume from the last checkpoint."
-    )
+    said = f"The reward function {reward.name!r} failed {where}"
+    if isinstance(error, (TimeoutError, RewardError)) and str(error):
+        return f"{said}: {str(error).removesuffix('.')}."
+    what = f"{type(error).__name__}: {error}".strip().removesuffix(":").removesuffix(".")
+    return f"{said}: {what}{line_in(reward.function, error)}. Correct the function."
 
 
 def _where(judged: Judged, place: int) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -55,7 +58,7 @@ class Judged:
         prompts: K, text or messages, a prompt once for each of its completions.
         completions: K, text or messages.
         completion_ids: K lists of token ids.
-        columns: K values each, by name: the rows' columns and further fields of the completions.
+        columns: K values each, by name: the rows' columns but `prompt`, and further fields of the completions.
         source_rows: K numbers of rows, for messages.
     """
 
@@ -127,30 +130,42 @@ def as_rewards(functions: Any, weights: Sequence[float] | None) -> tuple[Reward,
                 f"reward_funcs holds {one!r}; it must be a function of prompts, completions and columns of the rows, "
                 "the name of a ready-made one (tether.rewards.READY_MADE), or a model that classifies sequences."
             )
+    numbers = [number_of(one) for one in weights]
+    if not all(number is not None and math.isfinite(number) for number in numbers) or not any(numbers):
+        raise ConfigError(
+            f"has {weights!r}; expected finite numbers, of which one at least is not 0.", "reward_weights"
+        )
     names = [_name_of(one) for one in given]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"Two reward functions are called {twice!r}, so that their metrics are one. Rename one.")
+        raise ConfigError(
+            f"Two reward functions are called {twice!r}, so that their metrics are one. Rename one: a function by its "
+            "`__name__`, a model by its `config.name_or_path`."
+        )
     return tuple(Reward(one, name, float(weight)) for one, name, weight in zip(given, names, weights, strict=True))
 
 
 def _name_of(function: Any) -> str:
-    name = getattr(function, "__name__", None) or type(function).__name__
+    inner = getattr(function, "func", function)  # of functools.partial
+    name = getattr(function, "__name__", None) or getattr(inner, "__name__", None) or type(function).__name__
     return str(name)
 
 
-def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, further: bool = False) -> None:
+def check_signatures(
+    rewards: Sequence[Reward], columns: Collection[str], *, further: bool = False, name: str = ""
+) -> None:
     """Refuse functions that name what nothing offers, before weights load.
 
     Args:
         rewards: of a run.
         columns: of its rows.
         further: a `rollout_func` may bring fields that no one knows yet.
+        name: of the rows, for messages.
 
     Raises:
         ConfigError: a function with a column that the rows lack, or with arguments that are not named.
     """
-    known = {*OFFERED, *columns}
+    known = {*OFFERED, *columns} - {"prompt"}  # it is offered as `prompts`
     for reward in rewards:
         lacking: set[str] = set(getattr(reward.function, "columns", ()))
         for one in inspect.signature(reward.function).parameters.values():
@@ -163,8 +178,9 @@ def check_signatures(rewards: Sequence[Reward], columns: Collection[str], *, fur
                 lacking.add(one.name)
         lacking -= known
         if lacking and not further:
+            missing = ", ".join(map(repr, sorted(lacking)))
             raise ConfigError(
-                f"The reward function {reward.name!r} needs {', '.join(map(repr, sorted(lacking)))}, and the rows have "
+                f"{name}{': ' if name else ''}The reward function {reward.name!r} needs {missing}, and the rows have "
                 f"the columns {', '.join(sorted(columns)) or 'none'}; besides these, {', '.join(OFFERED)} are offered. "
                 "Rename its argument, or add the column."
             )
@@ -178,11 +194,13 @@ def number_of(value: Any) -> float | None:
     """
     if value is None:
         return float("nan")
-    if hasattr(value, "item") and not isinstance(value, (int, float)):  # of torch or numpy
-        try:
+    try:
+        if isinstance(value, (Decimal, Fraction)):
+            value = float(value)
+        if hasattr(value, "item") and not isinstance(value, (int, float)):  # of torch or numpy
             value = value.item()
-        except (RuntimeError, TypeError, ValueError):  # several numbers
-            return None
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # too large, or several numbers
+        return None
     if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         return None
     return float(value)

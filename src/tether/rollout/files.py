@@ -91,6 +91,21 @@ def write_rollout(
     whole.replace(path)
 
 
+def forget_later(folder: Path, number: int, process: int, processes: int) -> None:
+    """Remove what another run left in the folder: rollouts from a number on, which would be read as this run's.
+
+    Args:
+        folder: of the run.
+        number: of the first rollout that is made now.
+        process: whose files are removed; the first one's also removes those of processes that there are no more.
+        processes: of the run.
+    """
+    for path in (folder / FOLDER).glob("[0-9]*-*.parquet"):
+        its, owner = map(int, path.stem.split("-"))
+        if its >= number and (owner == process or (process == 0 and owner >= processes)):
+            path.unlink(missing_ok=True)
+
+
 def _without_images(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
 
@@ -176,6 +191,7 @@ class ReplayEngine:
             raise RolloutError(f"There are no rollouts in {self._folder}: give the folder of a run that kept them.")
         self._number: int | str | None = None
         self._held: dict[tuple[int, int], tuple[list[int], Completion]] = {}
+        self._digests: set[str] = set()
 
     def generate(self, policy: nn.Module, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Group]:
         """The kept completions of each request.
@@ -199,15 +215,22 @@ class ReplayEngine:
             found.append(Group(request, tuple(completions)))
         return found
 
+    def has(self, number: int, sampling: Sampling) -> bool:
+        """Whether a rollout was kept that was drawn so; it is held from then on, whatever becomes of its files."""
+        self._load(number)
+        return self._digests == {sampling.digest}
+
     def _load(self, number: int | str) -> None:
         if number == self._number:
             return
         paths = sorted((self._folder / FOLDER).glob(f"{number:06d}-*.parquet")) if isinstance(number, int) else []
+        tables = [parquet.read_table(path) for path in paths]
         self._held = {
             (row["source_row"], row["branch"]): (row["prompt_ids"], _completion(row))
-            for path in paths
-            for row in parquet.read_table(path).to_pylist()
+            for table in tables
+            for row in table.to_pylist()
         }
+        self._digests = {(table.schema.metadata or {}).get(b"sampling", b"").decode() for table in tables}
         self._number = number
 
 

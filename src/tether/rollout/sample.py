@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tether.data import answer_end, text_tokenizer
 from tether.rollout.records import Sampling
 
 
@@ -46,6 +47,20 @@ def seen_tokens(prompts: Sequence[Tensor], vocabulary: int, device: torch.device
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt.to(device)] = True
     return seen
+
+
+def stop_ids(generation: Any, processing: Any, *, chat: bool) -> tuple[int, ...]:
+    """Every token that ends a completion: those of the model's generation settings and of its tokenizer, and the one
+    that the chat template ends an answer with, which is another where a base model was given a template.
+
+    Args:
+        generation: the model's `generation_config`; None: it has none.
+        processing: its tokenizer or processor.
+        chat: prompts are messages.
+    """
+    listed = getattr(generation, "eos_token_id", None)
+    ends = [*(listed if isinstance(listed, (list, tuple)) else [listed]), text_tokenizer(processing).eos_token_id]
+    return tuple(sorted({int(one) for one in (*ends, answer_end(processing) if chat else None) if one is not None}))
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from tether.models.adapters import virtual_tokens
 from tether.models.structure import (
     evaluation_mode,
     own_generation_settings_away,
@@ -22,6 +23,7 @@ from tether.rollout.sample import draw, seen_tokens
 from tether.scoring.layout.encoder_decoder import is_encoder_decoder
 from tether.scoring.layout.vision import joined_images
 
+_Wanted = tuple[RolloutRequest, int]
 # Sequences that are sampled at once.
 _ROWS = 64
 
@@ -45,10 +47,23 @@ class TransformersEngine:
         wanted = [(request, branch) for request in requests for branch in request.branches]
         found: list[Completion] = []
         with gathered(policy), torch.no_grad(), evaluation_mode(policy), self._precision():
-            for start in range(0, len(wanted), self._rows):
-                found += _sample(policy, wanted[start : start + self._rows], sampling)
+            # Virtual tokens stand before what is padded, and then further away from a prompt than they do in a score.
+            for part in _parts(wanted, self._rows, even=virtual_tokens(policy) > 0):
+                found += _sample(policy, part, sampling)
         completions = iter(found)
         return [Group(one, tuple(next(completions) for _ in one.branches)) for one in requests]
+
+
+def _parts(wanted: Sequence[_Wanted], rows: int, *, even: bool) -> Iterator[list[_Wanted]]:
+    """What is sampled at once: so many, and of prompts of one length where that is asked for."""
+    part: list[_Wanted] = []
+    for one in wanted:
+        if part and (len(part) == rows or (even and len(one[0].prompt_ids) != len(part[0][0].prompt_ids))):
+            yield part
+            part = []
+        part.append(one)
+    if part:
+        yield part
 
 
 class _Draws(LogitsProcessor):
@@ -72,7 +87,7 @@ class _Draws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn.ids[:, None], 0.0)
 
 
-def _sample(policy: nn.Module, wanted: list[tuple[RolloutRequest, int]], sampling: Sampling) -> list[Completion]:
+def _sample(policy: nn.Module, wanted: list[_Wanted], sampling: Sampling) -> list[Completion]:
     inner: Any = transformers_model(policy)
     device = next(policy.parameters()).device
     prompts = [request.prompt_ids for request, _ in wanted]

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from tether.compat.peft import ADDED, layer_under, merged_layer
+from tether.compat.torch import own_state
 from tether.compat.transformers import without_bars
 from tether.errors import RolloutError
 from tether.models.adapting.base_rewriting import is_rewritten
@@ -57,7 +58,7 @@ def _is_factor(path: str) -> bool:
 def write_adapter(policy: nn.Module, name: str, folder: Path) -> Path:
     """Write the adapter's files; gives the folder that they are in."""
     inner: Any = unwrap(policy)
-    inner.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    inner.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=own_state(inner))
     return folder if name == "default" else folder / name
 
 
@@ -92,10 +93,10 @@ def merged_state(inner: nn.Module, *, base: bool = False) -> dict[str, Tensor]:
     }
     found = {
         name: value
-        for name, value in inner.state_dict().items()
+        for name, value in own_state(inner).items()
         if not any(name.startswith(f"{path}.") for path in outer)
     }
     for path, layer in outer.items():
         plain = layer_under(layer) if base else merged_layer(layer)
-        found |= {f"{path}.{name}": value.detach() for name, value in plain.state_dict().items()}
+        found |= {f"{path}.{name}": value for name, value in own_state(plain).items()}
     return found

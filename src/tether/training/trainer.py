@@ -23,7 +23,6 @@ from tether.compat.trainer import (
     expect_summed_loss,
     keeps_shards,
     reports_more,
-    save_checkpoint,
     train_batch_size,
     use_averages,
     use_live_weights,
@@ -31,7 +30,6 @@ from tether.compat.trainer import (
 )
 from tether.compute.precision import require_same_precision, write_precision
 from tether.data.prepare.report import write_reports
-from tether.errors import DataError, RewardError, RolloutError
 from tether.files import write_whole
 from tether.models.partitioned import on_whole_weights, whole_weights
 from tether.models.structure import transformers_model, unwrap
@@ -72,7 +70,7 @@ from tether.training.saving.rank_status import Whereabouts
 from tether.training.saving.resume_check import identity_of, require_same_run, write_identity
 from tether.training.saving.saving import Saving
 from tether.training.saving.shared_folder import require_one_checkpoint
-from tether.training.saving.stop import StopOnSignal, one_run_at_a_time
+from tether.training.saving.stop import StopOnSignal, one_run_at_a_time, says_what_is_kept
 from tether.training.setup.data import Rows
 from tether.training.setup.lora_plus import check_lora_plus, part_rates
 from tether.training.setup.reference import check_start, shard_reference
@@ -112,7 +110,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         **others: Any,
     ) -> None:
         refuse_overrides(self)
-        others, processing_class = accepted_arguments(others, self.algorithm_class.config, processing_class)
+        others, processing_class = accepted_arguments(others, self, processing_class)
         for callback in callbacks or ():
             refuse_callback(callback)
 
@@ -181,11 +179,8 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         """The batches of a step, split into micro-batches; their `Step` travels as `num_items_in_batch`."""
         use_live_weights(self.optimizer)  # an evaluation may have left averages in the model
         source, mark = self.run.source, self.run.source.mark()
-        try:
+        with says_what_is_kept(self, lambda: source.rewind(mark)):
             inputs = list(islice(epoch_iterator, num_batches))
-        except (DataError, RewardError, RolloutError) as error:
-            source.rewind(mark)
-            raise type(error)(f"{error}{_kept_steps(self)}") from error
         if not inputs:
             return [], None
         step = self._with_context(build_step(inputs, self.run, self.accelerator, device))
@@ -578,16 +573,3 @@ def _follow(trainer: TetherTrainer) -> None:
     if wanted is not None:
         announce_best(trainer.args)
     rehearse(trainer._save, trainer._saving.prove_start, trainer.policy, trainer.args)
-
-
-def _kept_steps(trainer: TetherTrainer) -> str:
-    """Save the last finished step, where that was not done already, and say so."""
-    folder = checkpoint_folder(trainer)
-    if not trainer.state.global_step:
-        return ""
-    if not folder.is_dir() and trainer.accelerator.num_processes > 1:
-        return ""  # the others are in the middle of a step, and a checkpoint takes all of them
-    if not folder.is_dir():
-        save_checkpoint(trainer)
-    steps = trainer.state.global_step
-    return f" The {steps} steps before it are kept in {folder}: correct it and resume from there."

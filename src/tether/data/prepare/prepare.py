@@ -163,7 +163,7 @@ def _finished(job: Job, batches: Iterable[Batch]) -> Prepared:
 
     table = spooled(tables())
     if table is None or not totals.kept:
-        raise DataError(nothing_left(totals.tally, job.name, len(job.rows), job.options.max_length))
+        raise DataError(nothing_left(totals.tally, job.name, len(job.rows), job.options.max_length, job.schema.kind))
     totals.duplicates = totals.kept - len(np.unique(np.frombuffer(rows_seen, np.uint64)[::2]))
     report = totals.report(job, fingerprint_of(table))
     seen = Digests(bytes(rows_seen)), Digests(bytes(prompts_seen))

@@ -169,6 +169,7 @@ class Report:
         head = f"{self.kept:,} of {self.rows:,} {_NOUNS[self.kind]}, {self.tokens:,} tokens (prompts once)"
         head += f"; median length: {middle}"
         dropped = ", ".join(f"{count} with {DROPS[reason]}" for reason, count in self.dropped.items() if count)
+        dropped = _limited(dropped, self.kind)
         moved = self.boundaries.get("split", 0), self.boundaries.get("template", 0)
         lost = listed_rows(self.unwritten)
         desirable = self.values.get("label", 0.0)
@@ -202,9 +203,8 @@ class Report:
         reason = max(DROPS, key=lambda reason: self.dropped.get(reason, 0))
         lacking = " and ".join(what for what in self.unwritten if what in UNUSABLE)
         advice = _ADVICE[reason].format(max_length=self.max_length, lost=lacking or "all of them")
-        return (
-            f"{self.name}: {lost / self.rows:.0%} of the rows are not trained on, most with {DROPS[reason]}: {advice}."
-        )
+        why = _limited(f"{DROPS[reason]}: {advice}", self.kind)
+        return f"{self.name}: {lost / self.rows:.0%} of the rows are not trained on, most with {why}."
 
 
 @dataclass
@@ -229,7 +229,12 @@ class Tally:
             setattr(self, name, getattr(self, name) + value)
 
 
-def nothing_left(tally: Tally, name: str, rows: int, max_length: int | None) -> str:
+def _limited(text: str, kind: Kind) -> str:
+    """Words about a limit by the name that it has for such rows."""
+    return text.replace("max_length", "max_prompt_length") if kind == "prompt_only" else text
+
+
+def nothing_left(tally: Tally, name: str, rows: int, max_length: int | None, kind: Kind) -> str:
     """The message for rows of which none can be used: why, and what to do about each reason."""
     dropped = [reason for reason in DROPS if tally.dropped[reason]]
     reasons = ", ".join(f"{tally.dropped[reason]} with {DROPS[reason]}" for reason in dropped)
@@ -237,7 +242,8 @@ def nothing_left(tally: Tally, name: str, rows: int, max_length: int | None) -> 
         reasons += f"; the chat template does not write {listed_rows(tally.unwritten)}"
     lost = " and ".join(what for what in tally.unwritten if what in UNUSABLE)
     advice = dict.fromkeys(_ADVICE[reason].format(max_length=max_length, lost=lost) for reason in dropped)
-    return f"{name}: none of the {rows} rows can be used: {reasons}. To do: {'; '.join(advice)}."
+    found = _limited(f"{reasons}. To do: {'; '.join(advice)}", kind)
+    return f"{name}: none of the {rows} rows can be used: {found}."
 
 
 def listed_rows(counts: Mapping[str, int]) -> str:

@@ -114,7 +114,9 @@ class PreparedStream:
                 return chunk, totals.report(self.job)
             number, rows = next(numbered, (0, None))
             if rows is None:
-                raise DataError(nothing_left(totals.tally, job.name, totals.rows, job.options.max_length))
+                raise DataError(
+                    nothing_left(totals.tally, job.name, totals.rows, job.options.max_length, job.schema.kind)
+                )
             job = self.job.continued(rows, number * BATCH_ROWS)
 
     def chunks(self, epoch: int = 0, wanted: Callable[[int], bool] = lambda number: True) -> Ahead[Chunk]:

@@ -29,6 +29,8 @@ def local_function(place: str, what: str) -> Callable[..., Any]:
         ConfigError: no such file, module or function, or a file that cannot be run.
     """
     name, _, function = place.rpartition(":")
+    if name.endswith(".py") and not Path(name).expanduser().is_file():
+        raise ConfigError(f"{what[:1].upper()}{what[1:]} is {place!r}, and there is no file {name}. Correct the path.")
     module = _run_file(Path(name).expanduser()) if name.endswith(".py") else _installed(name)
     if module is None or not function:
         raise ConfigError(
@@ -42,9 +44,7 @@ def local_function(place: str, what: str) -> Callable[..., Any]:
     return found
 
 
-def _run_file(path: Path) -> ModuleType | None:
-    if not path.is_file():
-        return None
+def _run_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tether_local_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.data.text.answer_end import Closings
 from tether.data.text.render import Rendered
-from tether.data.text.template import Writer
+from tether.data.text.template import Writer, chat_template, text_tokenizer
 from tether.data.text.token_cache import WordMemory
 from tether.errors import DataError
 
@@ -173,6 +173,15 @@ class Encoder:
                 "was trained with."
             )
         return eos
+
+
+def answer_end(processing: PreTrainedTokenizerBase | ProcessorMixin, *, name: str = "data") -> int:
+    """The token with which a chat template ends an answer; where it writes none, the tokenizer's end of sequence.
+
+    Raises:
+        DataError: there is no template, or nothing says how an answer ends.
+    """
+    return Encoder(text_tokenizer(processing), template=chat_template(processing, name=name), name=name).end
 
 
 def tokenize(rows: Sequence[Rendered], encoder: Encoder, *, boundary: Boundary = "split") -> list[Tokenized]:

@@ -16,6 +16,7 @@ from tether.evaluate.named_models import Loaded
 from tether.models.structure import transformers_model
 from tether.progress import each
 from tether.rollout import RolloutRequest, Sampling, TransformersEngine
+from tether.rollout.sample import stop_ids
 from tether.types import Kind
 
 _ROWS_AT_ONCE = 16
@@ -129,7 +130,9 @@ def answer(loaded: Loaded, prompts: Dataset, generation: Generation) -> list[str
     )
     examples = [example_from_row(prepared.dataset[place]) for place in range(len(prepared.dataset))]
     requests = [RolloutRequest(one.prompt_ids, one.source_row, range(1)) for one in examples]
-    sampling = generation.sampling(stop_ids(loaded))
+    chat = any(not isinstance(prompt, str) for prompt in prompts["prompt"])
+    ends = stop_ids(model.generation_config, loaded.processing, chat=chat)
+    sampling = generation.sampling(ends)
     order = sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt_ids))
     chunks = [order[start : start + _ROWS_AT_ONCE] for start in range(0, len(order), _ROWS_AT_ONCE)]
     texts = [""] * len(prompts)
@@ -140,11 +143,3 @@ def answer(loaded: Loaded, prompts: Dataset, generation: Generation) -> list[str
             ids = group.completions[0].ids
             texts[group.request.source_row] = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
     return texts
-
-
-def stop_ids(loaded: Loaded) -> tuple[int, ...]:
-    """Tokens that end an answer: what the model's generation settings and its tokenizer name."""
-    listed: Any = getattr(transformers_model(loaded.model).generation_config, "eos_token_id", None)
-    ends: list[Any] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
-    ends.append(loaded.tokenizer.eos_token_id)
-    return tuple(sorted({int(one) for one in ends if one is not None}))

@@ -230,6 +230,16 @@ class GRPO(Online):
         return group_advantages(total, group, cast(Any, self.args.scale_rewards))
 
 
+_TURNS = (
+    "the trainer calls nothing itself: tools and turns are a rollout_func that returns env_mask, and docs/rollouts.md "
+    "has one"
+)
+# Arguments that would have no effect, and what there is instead.
+_NO_PLACE = {
+    **{"tools": _TURNS, "environment_factory": _TURNS},
+    "data_collator": "batches are made of what was sampled",
+    "compute_metrics": "reward functions judge evaluations too, and log_metric logs figures of your own",
+}
 _ORDER = "Prompts are drawn in an order that is a function of the seed; shuffle_dataset=False keeps that of the rows"
 
 
@@ -256,13 +266,11 @@ class OnlineTrainer(TetherTrainer):
         environment_factory: Any = None,
         ref_model: str | Path | nn.Module | None = None,
         engine: RolloutEngine | None = None,
+        **others: Any,
     ) -> None:
-        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
-            if value is not None:
-                raise ConfigError(
-                    f"{name} was given; the trainer calls nothing itself: tools and turns are a rollout_func that "
-                    "returns env_mask, and docs/rollouts.md has one. Leave it out."
-                )
+        for name, value in {"tools": tools, "environment_factory": environment_factory, **others}.items():
+            if value is not None and name in _NO_PLACE:
+                raise ConfigError(f"{name} was given; {_NO_PLACE[name]}. Leave it out.")
         self.algorithm_parts = {
             "reward_funcs": reward_funcs,
             "reward_processing_classes": reward_processing_classes,
@@ -281,6 +289,7 @@ class OnlineTrainer(TetherTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            **others,
         )
 
 

@@ -189,7 +189,7 @@ class Health:
 
     def _lengths(self, logs: Logs, step: int) -> Finding | None:
         name = "completions/mean_length"
-        first, now = self._first.get(name, math.inf), logs.get(name, 0.0)
+        first, now = self._first.get(name) or math.inf, logs.get(name, 0.0)  # 0 where others wrote all of them
         line = (
             f"sampled completions are {now / first:.1f} times as long as at the start ({first:.0f} to {now:.0f} "
             "tokens). Look at some: a reward that grows with length, or text that never ends."

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 
 from tether.compat.accelerate import stage3_settings, uses_fsdp2
 from tether.data import text_tokenizer
@@ -22,6 +22,7 @@ from tether.errors import ConfigError
 from tether.models.structure import transformers_model
 from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
 from tether.rewards import (
+    OFFERED,
     READY_MADE,
     Calling,
     ModelReward,
@@ -31,6 +32,7 @@ from tether.rewards import (
     python_function,
 )
 from tether.rollout import ReplayEngine, RolloutEngine, Sampling
+from tether.rollout.sample import stop_ids
 from tether.scoring import score
 from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.online.config import OnlineConfig
@@ -42,7 +44,7 @@ from tether.training.online.serving import Serving
 from tether.training.online.table import CompletionsTable
 from tether.training.setup.data import RunData
 from tether.training.source.base import Source
-from tether.training.source.rollouts import RolloutSource, Shape, require_even
+from tether.training.source.rollouts import RolloutSource, Shape, is_chat, require_even
 from tether.training.step import Context, MicroBatch, Step
 from tether.types import LossOutput, Scores, ScoringBatch
 
@@ -81,7 +83,7 @@ def _function(given: Any, tokenizer: Any) -> Any:
             raise ConfigError(
                 f"The reward {given!r} needs options: call tether.rewards.READY_MADE[{given!r}]."
             ) from error
-    return python_function(given) if ".py:" in given else ModelReward(given, tokenizer)
+    return python_function(given) if ":" in given else ModelReward(given, tokenizer)
 
 
 class Online(Algorithm[Scores]):
@@ -192,20 +194,19 @@ class Online(Algorithm[Scores]):
                 asked for that does not read them.
         """
         args, raw = self.args, data.rows_of(source.rows)
-        check_signatures(self.rewards, raw.column_names, further=self._own_fields)
+        for name, (_, rows) in zip(data.reports, data.sets, strict=True):
+            check_signatures(self.rewards, rows.column_names, further=self._own_fields, name=name)
         most = self._require_room([rows for rows, _ in data.sets])
         for name, (rows, _) in zip(data.reports, data.sets, strict=True):
             if rows is not source.rows:
                 require_even(name, len(rows), args.world_size)
         if "images" in source.rows.column_names:
             self._read_images(data.tokenizer)
-        self._tokenizer = text_tokenizer(cast(PreTrainedTokenizerBase | ProcessorMixin, data.tokenizer))
+        self._processing: Any = data.tokenizer
+        self._tokenizer = text_tokenizer(self._processing)
+        self._chat = any(is_chat(rows) for _, rows in data.sets)
         self._experience = Experience(self._plan(), self._decode, self._engine)
-        others = [name for name in raw.column_names if name not in ("prompt", "tools", "chat_template_kwargs")]
-        if others:
-            logger.info(
-                f"rewards: {', '.join(one.name for one in self.rewards)}; columns for them: {', '.join(others)}"
-            )
+        self._say_columns(raw.column_names)
         shape = Shape(
             group=args.num_generations,
             batch=args.per_device_train_batch_size,
@@ -226,6 +227,20 @@ class Online(Algorithm[Scores]):
         return RolloutSource(
             source.rows, raw, shape, self._experience.make, data.rows_of, self._identity(), shown, most
         )
+
+    def _say_columns(self, columns: Sequence[str]) -> None:
+        """Which columns reward functions may name, and which they cannot have."""
+        hidden = [name for name in columns if name in OFFERED]
+        others = [name for name in columns if name not in ("prompt", "tools", "chat_template_kwargs", *hidden)]
+        if others:
+            logger.info(
+                f"rewards: {', '.join(one.name for one in self.rewards)}; columns for them: {', '.join(others)}"
+            )
+        if hidden:
+            logger.warning(
+                f"rewards: by {', '.join(hidden)} functions are given what was sampled, and not the rows' columns of "
+                "that name. Rename a column that they need."
+            )
 
     def _read_images(self, processor: Any) -> None:
         """Sample by `generate`, and never a token that stands for a part of an image."""
@@ -312,6 +327,7 @@ class Online(Algorithm[Scores]):
             table=args.log_completions,
             pairs=self.pairs,
             resample_rounds=self.resample_rounds,
+            apart=getattr(args, "multi_objective_aggregation", "") == "normalize_then_sum",
             wide_head=args.cast_lm_head_to_fp32,
             serving=self._serving() if args.rollout_engine == "vllm" else None,
         )
@@ -336,10 +352,8 @@ class Online(Algorithm[Scores]):
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _stops(self) -> tuple[int, ...]:
-        """Every token that ends a completion: those of the tokenizer and of the model."""
-        ends = getattr(self._generation, "eos_token_id", None)
-        listed: Sequence[int | None] = ends if isinstance(ends, (list, tuple)) else [ends]
-        return tuple(sorted({one for one in (*listed, self._tokenizer.eos_token_id) if one is not None}))
+        """Every token that ends a completion."""
+        return stop_ids(self._generation, self._processing, chat=self._chat)
 
     def _ends(self) -> tuple[int, ...]:
         """After what a completion of a `rollout_func` counts as ended, where that does not say it: as in TRL."""
@@ -358,6 +372,9 @@ class Online(Algorithm[Scores]):
         plan = self._experience.plan
         self._experience.plan = replace(plan, sampling=replace(plan.sampling, stop_ids=self._stops()))
         self._experience.passes = passes
+        for one in self.rewards:
+            if isinstance(one.function, ModelReward):
+                one.function.to(passes.accelerator.device)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -458,10 +475,10 @@ def _check_shards(accelerator: Accelerator, engine: str) -> None:
             "`version: 2` in `fsdp_config`, or `fsdp_version: 2` in accelerate's configuration."
         )
     by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if engine == "vllm" and (by_fsdp or (by_deepspeed and stage3_settings(accelerator) is not None)):
+    if engine == "vllm" and by_deepspeed and stage3_settings(accelerator) is not None:
         raise ConfigError(
-            "A vLLM server is sent whole weights, and no process has all of the policy's, which will be in shards "
-            "(FSDP, ZeRO-3). Sample with the engine auto, or train by DDP."
+            "A vLLM server is sent whole weights, which was tried with shards of FSDP2 and not with those of ZeRO-3 "
+            "yet. Sample with the engine auto, or train by FSDP2 or ZeRO-2."
         )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from math import gcd
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from tether.errors import ConfigError
 from tether.objectives import Range
@@ -60,6 +61,21 @@ class OnlineConfig(PreferenceConfig):
             nothing.
     """
 
+    WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
+        **PreferenceConfig.WITHOUT_EFFECT,
+        **dict.fromkeys(
+            ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+            "prompts are prepared before a run, and batches are made of what was sampled",
+        ),
+        "dataloader_drop_last": "prompts that do not fill a rollout are left out of an epoch in any case",
+        "dataset_buffer_size": "a stream of prompts is read whole",
+        **dict.fromkeys(("prompt_boundary", "turns"), "rows have prompts alone"),
+    }
+    UNFIT: ClassVar[dict[str, tuple[Any, str]]] = {
+        **PreferenceConfig.UNFIT,
+        "train_sampling_strategy": ("random", "shuffle_dataset=False keeps the order of the rows. Leave it out"),
+    }
+
     max_length: int | None = option(None, "Stays None, prompts have `max_prompt_length`.", allowed=(None, Whole(1)))
     truncation_mode: str = option("drop", "Stays `drop`, a prompt that is too long is left out and counted.")
     num_generations: int = option(8, "Completions of each prompt.", allowed=(Whole(2),), key="rollout.group")
@@ -102,7 +118,7 @@ class OnlineConfig(PreferenceConfig):
     min_p: float | None = option(
         None,
         "Draw among tokens of at least this share of the most likely one's probability.",
-        allowed=(None, Range(0, 1, high_included=True)),
+        allowed=(None, Range(0, 1)),
         key="rollout.min_p",
     )
     repetition_penalty: float = option(
@@ -316,8 +332,22 @@ class OnlineConfig(PreferenceConfig):
             raise ConfigError(
                 "was given, and no completion is known before it is sampled. Leave the store out.", self._store_field
             )
-        if self.top_k and self.top_k < 2:
+        if self.top_k == 1:
             raise ConfigError("is 1, so that all completions of a prompt are the same. Take 2 or more.", "top_k")
+        if self.neftune_noise_alpha is not None:
+            raise ConfigError(
+                f"is {self.neftune_noise_alpha}, and completions are sampled and compared without noise: the KL "
+                "divergence would not begin at 0, nor ratios at 1. Leave it out.",
+                "neftune_noise_alpha",
+            )
+        if self.replay_rollouts is not None and self.keep_rollouts:
+            own, replayed = (Path(str(one)).expanduser().resolve() for one in (self.output_dir, self.replay_rollouts))
+            if own == replayed:
+                raise ConfigError(
+                    f"is {str(self.replay_rollouts)!r}, the run's own folder, whose rollouts would be replaced while "
+                    "they are read. Take another output_dir, or set keep_rollouts to False.",
+                    "replay_rollouts",
+                )
 
     def _check_server(self) -> None:
         """A server is wanted and described, or not wanted and not described."""

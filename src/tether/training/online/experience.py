@@ -17,8 +17,8 @@ from torch import Tensor
 from tether.errors import RewardError, RolloutError
 from tether.objectives.online.advantages import spread, weighted_sum, without_variance
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
-from tether.rollout import Completion, Group, RolloutEngine, RolloutRequest, Sampling
-from tether.rollout.files import rollout_file, write_rollout
+from tether.rollout import Completion, Group, ReplayEngine, RolloutEngine, RolloutRequest, Sampling
+from tether.rollout.files import forget_later, rollout_file, write_rollout
 from tether.rollout.proof import as_example, choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
@@ -58,6 +58,7 @@ class Plan:
         resample_rounds: how often groups whose rewards are all equal are replaced by other prompts.
         wide_head: see `tether.scoring.score`.
         pairs: of each group the best and the worst completion are trained on, as a pair.
+        apart: rewards of different functions are normalised before they are summed.
     """
 
     sampling: Sampling
@@ -77,11 +78,22 @@ class Plan:
     wide_head: bool = False
     serving: Serving | None = None
     resample_rounds: int = 0
+    apart: bool = False
 
     @property
     def weights(self) -> Tensor:
         """`[R]`; a `rollout_func` that returns the rewards itself has one."""
         return torch.tensor([reward.weight for reward in self.rewards] or [1.0])
+
+    def equal(self, rewards: Tensor, group: int) -> Tensor:
+        """Bool `[K]` of `[K, R]`: in the completion's group all rewards are equal, so that it teaches nothing.
+
+        Functions that are normalised each by itself must each give one number: sums may be equal where these are not.
+        """
+        if not self.apart:
+            return without_variance(weighted_sum(rewards, self.weights), group)
+        counted = rewards[:, self.weights != 0].T
+        return torch.stack([without_variance(values, group) for values in counted]).all(0)
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Wanted:
         group: completions of each prompt, over all processes.
         conversational: the rows' prompts are messages.
         further: requests of so many prompts that are no part of it, from a place in their order on.
+        again: it is the first after a resume, so that it may be on disk already.
     """
 
     requests: tuple[tuple[RolloutRequest, ...], ...]
@@ -101,6 +114,7 @@ class Wanted:
     group: int
     conversational: bool
     further: Callable[[int, int], list[RolloutRequest]] = lambda first, count: []
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ class Keeper:
     """
 
     def __init__(self, path: Path | None, plan: Plan) -> None:
-        self._path, self._plan = path, plan
+        self.path, self._plan = path, plan
         self._groups: list[Group] = []
         self._texts: list[str] = []
         self._rewards: list[dict[str, float | None]] = []
@@ -197,11 +211,11 @@ class Keeper:
         self._write()
 
     def _write(self) -> None:
-        if self._path is None:
+        if self.path is None:
             return
         missing: list[dict[str, float | None]] = [{}] * (len(self._texts) - len(self._rewards))
         write_rollout(
-            self._path,
+            self.path,
             self._groups,
             self._texts,
             rewards=[*self._rewards, *missing],
@@ -231,6 +245,8 @@ class Experience:
     progress: Progress = field(default_factory=Progress)
     last: Completions | None = None
     served: Served | None = None
+    kept: bool = False  # a rollout of this run is on disk
+    _before: ReplayEngine | None = None
 
     @property
     def figures(self) -> list[str]:
@@ -247,7 +263,7 @@ class Experience:
             RewardError: a reward function failed; the completions are on disk.
         """
         requests = [one for batch in wanted.requests for one in batch]
-        self._engine(requests)
+        self._before = self._kept_before(wanted, self._engine(requests))
         figures = {} if self.served is None else self.served.bring()
         kept = self._keeper(wanted)
         found = replace(self._sampled(wanted, requests, kept), figures=figures)
@@ -257,23 +273,48 @@ class Experience:
     def _sampled(self, wanted: Wanted, requests: Sequence[RolloutRequest], kept: Keeper) -> Sample:
         engine, begun = self._engine(requests), time.perf_counter()
         passes = self._passes()
-        groups = passes.together(
-            lambda: engine.generate(passes.model(), requests, self.plan.sampling), "Sampling", RolloutError
-        )
+        groups = passes.together(lambda: self._drawn(engine, requests), "Sampling", RolloutError)
         seconds = time.perf_counter() - begun
         texts = [self.decode(one.ids.tolist()) for group in groups for one in group.completions]
         kept.add(groups, texts, engine.name)
         judged = judge_by(groups, texts, wanted.conversational)
-        table = self._call(judged)
+        try:
+            table = self._call(judged)
+        except RewardError as error:
+            where = "" if kept.path is None else f" The completions are kept in {kept.path}."
+            raise RewardError(f"{error}{where}") from error
         kept.judged(table)
         return Sample(groups, texts, judged, table, engine, seconds)
+
+    def _kept_before(self, wanted: Wanted, engine: RolloutEngine) -> ReplayEngine | None:
+        """What an engine that may not draw the same again had drawn before the run ended."""
+        plan, number = self.plan, wanted.number
+        if not wanted.again or engine.embedded or isinstance(engine, ReplayEngine) or not isinstance(number, int):
+            return None
+        process = self._passes().accelerator.process_index
+        if plan.folder is None or not rollout_file(plan.folder, number, process).is_file():
+            return None
+        found = ReplayEngine(plan.folder)
+        return found if found.has(number, plan.sampling) else None
+
+    def _drawn(self, engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Group]:
+        policy, sampling = self._passes().model(), self.plan.sampling
+        if self._before is not None:
+            try:
+                found = self._before.generate(policy, requests, sampling)
+            except RolloutError:  # not all of them, or after other ids
+                return engine.generate(policy, requests, sampling)
+            logger.info(
+                f"rollouts: {len(requests)} prompts have the completions that were sampled before the run ended"
+            )
+            return found
+        return engine.generate(policy, requests, sampling)
 
     def _with_variance(self, wanted: Wanted, sample: Sample, kept: Keeper, rounds: int) -> Sample:
         """Groups whose rewards are all equal, replaced by those of further prompts.
 
         Which prompts come is a function of seed and rollout alone, so that a resumed run has the same.
         """
-        weights = self.plan.weights
         at = len(sample.completions) * self._passes().accelerator.process_index
         owners = []
         for group in sample.groups:
@@ -281,8 +322,8 @@ class Experience:
             at += len(group.completions)
         used = 0
         for _ in range(rounds):
-            total = weighted_sum(self._gathered(sample.table.values), weights)
-            equal = without_variance(total, wanted.group).view(-1, wanted.group)[:, 0].nonzero()[:, 0].tolist()
+            equal = self.plan.equal(self._gathered(sample.table.values), wanted.group)
+            equal = equal.view(-1, wanted.group)[:, 0].nonzero()[:, 0].tolist()
             further = dict(zip(equal, wanted.further(used, len(equal)), strict=False))
             if not further:
                 break
@@ -307,7 +348,8 @@ class Experience:
         rewards, masses, truncated = whole[:, :-3], whole[:, -3], whole[:, -1] > 0
         weights = plan.weights
         total = weighted_sum(rewards, weights)
-        kept = self._kept(total, truncated, wanted.group)
+        # Of what the policy wrote nothing of there is nothing to train on.
+        kept = self._kept(rewards, truncated, wanted.group) & (whole[:, -2] > 0)
         first = len(facts) * self._passes().accelerator.process_index
         mine = slice(first, first + len(facts))
         if plan.pairs:
@@ -390,18 +432,30 @@ class Experience:
         plan, number = self.plan, wanted.number
         if plan.folder is None or not isinstance(number, int):
             return Keeper(None, plan)
-        return Keeper(rollout_file(plan.folder, number, self._passes().accelerator.process_index), plan)
+        process = self._passes().accelerator.process_index
+        if not self.kept:
+            forget_later(plan.folder, number, process, self._passes().accelerator.num_processes)
+            self.kept = True
+        return Keeper(rollout_file(plan.folder, number, process), plan)
 
     def _call(self, judged: Judged) -> RewardTable:
         """The rewards; an error of one process reaches all."""
-        passes, given = self._passes(), judged.columns.get(GIVEN)
+        passes = self._passes()
 
         def called() -> RewardTable:
             if not len(judged):  # of this process nothing is sampled again
                 return RewardTable(torch.empty(0, max(1, len(self.plan.rewards))), (), ())
-            if given is not None and not self.plan.rewards:
-                return RewardTable(torch.tensor(given, dtype=torch.float32)[:, None], (0.0,), (0,))
-            return call_rewards(self.plan.rewards, judged, state=passes.state(), calling=self.plan.calling)
+            if GIVEN not in judged.columns and not self.plan.rewards:
+                raise RewardError(
+                    f"rollout_func returned no {GIVEN!r}, and there are no reward_funcs. Return one for each "
+                    "completion, or give reward_funcs."
+                )
+            rewards = self.plan.rewards or (Reward(lambda rewards: rewards, GIVEN),)
+            table = call_rewards(rewards, judged, state=passes.state(), calling=self.plan.calling)
+            taken = next((name for name in table.metrics if name in _taken(rewards)), None)
+            if taken is not None:
+                raise RewardError(f"log_metric({taken!r}) is the name of a figure of the run. Log it under another.")
+            return table
 
         return passes.together(called, "A reward function", RewardError)
 
@@ -411,7 +465,7 @@ class Experience:
         if self.plan.leave_truncated:
             kept &= ~truncated
         if self.plan.leave_without_variance:
-            kept &= ~without_variance(rewards, group)
+            kept &= ~self.plan.equal(rewards, group)
         return kept
 
     def _batches(self, wanted: Wanted, groups: list[Group], kept: Tensor, engine: RolloutEngine) -> list[list[Example]]:
@@ -460,15 +514,27 @@ class Experience:
             found |= {f"rewards/{name}/mean": values.nanmean().item(), f"rewards/{name}/std": spread(values).item()}
             found[f"rewards/{name}/not_applicable"] = values.isnan().float().mean().item()
             found[f"rewards/{name}/seconds"] = table.seconds[place]
-        found |= {name: sum(values) / len(values) for name, values in table.metrics.items()}
+        found |= {name: torch.tensor(values).nanmean().item() for name, values in table.metrics.items()}
         found |= {"reward": total.nanmean().item(), "reward_std": spread(total).item()}
-        found["frac_reward_zero_std"] = without_variance(total, group).float().mean().item()
+        found["frac_reward_zero_std"] = self.plan.equal(rewards, group).float().mean().item()
         found["advantages/left_out"] = 1 - kept.float().mean().item()
         return found
 
 
 # What a `rollout_func` calls the rewards that it returns itself.
 GIVEN = "rewards"
+# What every training log has, besides the figures of rewards and lengths.
+_LOGGED = {
+    *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy"),
+    *("entropy_coef", "policy_loss", "aux_loss", "reward", "reward_std", "frac_reward_zero_std"),
+}
+
+
+def _taken(rewards: Sequence[Reward]) -> set[str]:
+    """Names that a reward function cannot log under, as the run's own figures have them."""
+    parts = ("mean", "std", "not_applicable", "seconds")
+    each = {f"rewards/{one.name}/{part}" for one in rewards for part in parts}
+    return _LOGGED | each | _lengths(torch.ones(1), torch.zeros(1) > 0).keys()
 
 
 def judge_by(groups: Sequence[Group], texts: Sequence[str], conversational: bool) -> Judged:
@@ -484,7 +550,7 @@ def judge_by(groups: Sequence[Group], texts: Sequence[str], conversational: bool
     columns: dict[str, list[Any]] = {
         name: [one.fields.get(name, group.request.row.get(name)) for group, one in flat]
         for name in names
-        if name not in ("prompt", "completion", "completion_ids")
+        if name != "prompt"
     }
     columns["finish"] = [one.finish for _, one in flat]
     said: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if conversational else list(texts)

@@ -15,8 +15,9 @@ from accelerate.utils import broadcast_object_list
 from tether.errors import RolloutError
 from tether.models.structure import dtype_of, transformers_model
 from tether.reference import RemoteOptions
+from tether.reference.methods.shards import gathered
 from tether.rollout import RolloutRequest, Sampling
-from tether.rollout.proof import compare, with_penalty
+from tether.rollout.proof import Agreement, compare, with_penalty
 from tether.rollout.vllm_engine import Follows, VLLMEngine, proof_rows, told
 from tether.rollout.vllm_server import ServerOptions, VLLMServer
 from tether.rollout.weights import exchange_folder, lora_alone, write_merged
@@ -74,8 +75,12 @@ class Served:
     ) -> None:
         self._passes, self._own = passes, None
         self._begun: dict[str, float] = {}
-        accelerator, policy = passes.accelerator, passes.model()
-        self._main = accelerator.is_main_process
+        self._main = passes.accelerator.is_main_process
+        with gathered(passes.model()):  # weights are whole in every process, and no forward takes another
+            self._begin(serving, requests, sampling)
+
+    def _begin(self, serving: Serving, requests: Sequence[RolloutRequest], sampling: Sampling) -> None:
+        accelerator, policy = self._passes.accelerator, self._passes.model()
         url, run = self._from_main(
             lambda: (serving.url or self._start(serving, sampling), f"tether-{secrets.token_hex(4)}")
         )
@@ -98,17 +103,23 @@ class Served:
 
         def at_once(batch: ScoringBatch) -> torch.Tensor:
             if not sampling.penalises:
-                return passes.policy(batch).token_logps
-            return with_penalty(passes.policy(batch, outputs=("hidden",)), batch, sampling.repetition_penalty)
+                return self._passes.policy(batch).token_logps
+            scores = self._passes.policy(batch, outputs=("hidden",))
+            return with_penalty(scores, batch, sampling.repetition_penalty)
 
-        found = compare(self.engine, policy, at_once, requests, sampling, lambda: accelerator.autocast(), penalty=True)
-        if not found.difference <= allowed:
-            raise RolloutError(
-                f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
-                f"trainer's (allowed {allowed:.0e}), and those of prompts do not. Start it with --logprobs-mode "
-                + ("raw_logprobs" if sampling.cuts else "processed_logprobs")
-                + ", so that they are of the distribution at the temperature, before any cut."
-            )
+        def agreement() -> Agreement:
+            given = self.engine, policy, at_once, requests, sampling, lambda: accelerator.autocast()
+            found = compare(*given, penalty=True)
+            if not found.difference <= allowed:
+                raise RolloutError(
+                    f"The vLLM server's log-probs of what it samples differ by {found.difference:.3g} nats from the "
+                    f"trainer's (allowed {allowed:.0e}), and those of prompts do not. Start it with --logprobs-mode "
+                    + ("raw_logprobs" if sampling.cuts else "processed_logprobs")
+                    + ", so that they are of the distribution at the temperature, before any cut."
+                )
+            return found
+
+        found = self._together(agreement)
         if sampling.pattern is not None:
             logger.info("rollouts: completions are held to a regular expression; ratios correct for it")
         sent = self.engine.sent[-1].kind if self.engine.sent else "weights"
@@ -130,11 +141,13 @@ class Served:
         if step == self.engine.version:
             begun, self._begun = self._begun, {}
             return begun
-        # The main process sends before any other asks.
-        self._together(lambda: self.engine.sync(self._passes.model(), step) if self._main else None)
-        if not self._main:
-            self.engine.sync(self._passes.model(), step)
-        difference = self._together(self._follows.check)
+        policy = self._passes.model()
+        with gathered(policy):
+            # The main process sends before any other asks.
+            self._together(lambda: self.engine.sync(policy, step) if self._main else None)
+            if not self._main:
+                self.engine.sync(policy, step)
+            difference = self._together(self._follows.check)
         sent, self.engine.sent = self.engine.sent[-1:], self.engine.sent[-1:]
         return {**told(sent), "sync/logp_difference": difference}
 

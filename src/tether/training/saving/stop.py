@@ -9,16 +9,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tether.errors import ConfigError, TetherError
+from tether.compat.trainer import checkpoint_folder, save_checkpoint
+from tether.errors import ConfigError, DataError, RewardError, RolloutError, TetherError
 from tether.training.saving.atomic_checkpoint import BESIDE
 
 logger = logging.getLogger("tether")
@@ -161,3 +162,30 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextmanager
+def says_what_is_kept(trainer: Trainer, before: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Inside, an error of rows, rollouts or rewards saves the last finished step of a run, and says where.
+
+    Args:
+        trainer: of the run; outside of one nothing is saved.
+        before: is done before a save.
+    """
+    try:
+        yield
+    except (DataError, RewardError, RolloutError) as error:
+        before()
+        raise type(error)(f"{error}{_kept_steps(trainer) if trainer.is_in_train else ''}") from error
+
+
+def _kept_steps(trainer: Trainer) -> str:
+    """Save the last finished step, where that was not done already, and say so."""
+    folder, steps = checkpoint_folder(trainer), trainer.state.global_step
+    if not steps:
+        return ""
+    if not folder.is_dir() and trainer.accelerator.num_processes > 1:
+        return ""  # the others are in the middle of a step, and a checkpoint takes all of them
+    if not folder.is_dir():
+        save_checkpoint(trainer)
+    return f" The {steps} steps before it are kept in {folder}: correct it and resume from there."

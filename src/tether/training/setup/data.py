@@ -197,7 +197,8 @@ class RunData:
         Returns:
             The training rows, and the evaluation set, a dictionary of them, or None.
         """
-        streamed = self.args.stream_dataset or is_streamed(train)
+        # Prompts are drawn from all rows: of these a stream is read whole.
+        streamed = self.args.stream_dataset or (is_streamed(train) and self.args.kind != "prompt_only")
         if streamed:
             self.args.require_streamable()
             _refuse_split(evaluation)

@@ -127,6 +127,7 @@ class RolloutSource(Source):
             )
         self._shown = shown
         self.epoch, self.done = 0, 0
+        self._resumed = False  # nothing was sampled since
         self._held: tuple[int, list[list[Example]]] | None = None
         self._loader: _Loader | None = None
 
@@ -172,7 +173,8 @@ class RolloutSource(Source):
             order, size = self._shape.order(len(self.rows), epoch), self._shape.prompts
             taken = order[number * size : (number + 1) * size]
             wanted = self._wanted(self.rows, self._raw, list(self._shape.shares(taken)), rollout, self._shape.group)
-            wanted = replace(wanted, further=self._further(taken, rollout))
+            wanted = replace(wanted, further=self._further(taken, rollout), again=self._resumed)
+            self._resumed = False
             self._held = rollout, self._make(wanted)
         return self._held[1][inside % self._shape.batches]
 
@@ -192,7 +194,7 @@ class RolloutSource(Source):
     def _wanted(
         self, rows: Dataset, raw: Dataset, shares: list[list[tuple[int, range]]], number: int | str, group: int
     ) -> Wanted:
-        conversational = len(raw) > 0 and not isinstance(raw[0].get("prompt"), str)
+        conversational = is_chat(raw)
 
         def request(place: int, branches: range) -> RolloutRequest:
             prepared = example_from_row(rows[place])
@@ -265,6 +267,7 @@ class RolloutSource(Source):
                 f"The run is resumed with other rollouts: {said}. Give what it began with; for another reward or loss "
                 "on the same completions begin a run with replay_rollouts."
             )
+        self._resumed = True
         self.epoch, self.done = kept["epoch"], kept["batches"] if skip else 0
         if self.done == len(self):
             self.epoch, self.done = self.epoch + 1, 0
@@ -283,6 +286,11 @@ class RolloutSource(Source):
             return batch
         places = {source: place for place, source in enumerate(self.rows["source_row"])}
         return [replace(one, images=example_from_row(self.rows[places[one.source_row]]).images) for one in batch]
+
+
+def is_chat(rows: Dataset) -> bool:
+    """Whether prompts are messages."""
+    return len(rows) > 0 and not isinstance(rows[0].get("prompt"), str)
 
 
 def require_even(name: str, prompts: int, processes: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
 from transformers import Trainer, TrainerCallback
 
@@ -185,17 +187,18 @@ def refuse_overrides(trainer: object) -> None:
                 )
 
 
-def accepted_arguments(others: dict[str, Any], config: type, processing: Any) -> tuple[dict[str, Any], Any]:
+def accepted_arguments(others: dict[str, Any], trainer: object, processing: Any) -> tuple[dict[str, Any], Any]:
     """What transformers' constructor is given of arguments that Tether's does not name, and the tokenizer.
 
     Args:
         others: arguments by name.
-        config: the trainer's configuration class.
+        trainer: whose they are.
         processing: `processing_class`, for which `tokenizer` is the older name.
 
     Raises:
         ConfigError: an argument without meaning here, with what to write.
     """
+    config = cast(Any, trainer).algorithm_class.config
     others = {name: value for name, value in others.items() if value is not None or name not in REFUSED_ARGUMENTS}
     if "tokenizer" in others:
         tokenizer = others.pop("tokenizer")
@@ -212,11 +215,11 @@ def accepted_arguments(others: dict[str, Any], config: type, processing: Any) ->
             reason = _CONFIGURATION.format(config=config.__name__, name=name)
             raise ConfigError(f"The trainer takes no argument {name}: {reason}.")
         if name not in _PASSED_ON:
-            raise ConfigError(
-                f"The trainer takes no argument {name}. It takes model, args, train_dataset, eval_dataset, "
-                "processing_class, data_collator, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, "
-                "quantization_config and peft_config, and ref_model where the objective compares with a reference."
-            )
+            named = inspect.signature(type(trainer)).parameters.values()
+            known = [one.name for one in named if one.kind is one.POSITIONAL_OR_KEYWORD] + list(_PASSED_ON)
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"The trainer takes no argument {name}.{hint} It takes {', '.join(known)}.")
     return {name: value for name, value in others.items() if value is not None}, processing
 
 

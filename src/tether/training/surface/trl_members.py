@@ -17,6 +17,7 @@ from tether.models.partitioned import whole_weights
 from tether.models.structure import transformers_model, unwrap
 from tether.training.config import PreferenceConfig
 from tether.training.evaluation import prepare_unseen
+from tether.training.saving.stop import says_what_is_kept
 from tether.training.setup.run import Run
 from tether.training.step import MicroBatch, batch_of
 from tether.training.surface.model_card import write_card
@@ -100,7 +101,7 @@ class Members:
             eval_dataset = prepare_unseen(self.run.data, eval_dataset)
         try:
             # Before training, a policy that was loaded in shards has no engine yet that would gather them.
-            with whole_weights(self.model):
+            with whole_weights(self.model), says_what_is_kept(cast(Any, self)):
                 return cast(Any, super()).evaluate(eval_dataset=cast(Any, eval_dataset), **kwargs)
         except BaseException:
             self._display.close()
