@@ -926,6 +926,25 @@ def test_a_command_is_of_a_tool_that_has_commands() -> None:
     )
 
 
+def test_losses_of_cpo_that_are_dpos_without_a_reference() -> None:
+    text = "model_name_or_path: m\ndataset_name: d.jsonl\nloss_type: ipo\nbeta: 0.2\n"
+    found = converted(text + "cpo_alpha: 0.5\nsimpo_gamma: 1.0\n", command="cpo")
+    assert found.values["objective"] == {"loss": ["ipo", "sft"], "weights": [1.0, 0.5], "beta": 0.2}
+    assert found.run.reference.meaning == "none"
+    assert fate(found, "cpo_alpha").became == ["objective.weights"]
+    assert converted(text, command="cpo").values["objective"]["weights"] == [1.0, 1.0]
+    assert converted(text, "cpo_alpha=0", command="cpo").values["objective"] == {"loss": "ipo", "beta": 0.2}
+
+
+def test_one_json_list_is_read_whole_though_it_is_to_be_streamed() -> None:
+    Path("pairs.json").write_text('[{"a": 1}]')
+    found = converted(LLAMAFACTORY, "streaming=true", "max_steps=5")
+    assert "streaming" not in found.values["data"]
+    assert "one JSON list, which is read whole" in fate(found, "streaming").reason
+    Path("pairs.json").write_text('{"a": 1}\n')
+    assert converted(LLAMAFACTORY, "streaming=true", "max_steps=5").values["data"]["streaming"] is True
+
+
 # Reading
 
 

@@ -244,7 +244,7 @@ def test_a_server_that_is_gone_is_no_fault_of_a_completion():
     assert len(asked) == 1
 
 
-def test_a_model_scores_the_last_real_token():
+def test_a_model_scores_the_last_real_token(tmp_path):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -259,6 +259,9 @@ def test_a_model_scores_the_last_real_token():
     chat = [{"role": "user", "content": "good?"}], [{"role": "assistant", "content": "yes"}]
     whole = tokenizer.apply_chat_template([*chat[0], *chat[1]], tokenize=False)
     assert reward([chat[0]], [chat[1]]) == pytest.approx(reward([whole], [""]), abs=1e-5)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert ModelReward(str(tmp_path))([whole], [""]) == pytest.approx(reward([whole], [""]), abs=1e-5)
     model.config.num_labels = 2
     with pytest.raises(ConfigError, match="has 2 labels"):
         ModelReward(model, tokenizer)

@@ -28,7 +28,7 @@ class ModelReward:
 
     def __init__(self, model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         if isinstance(model, str):
-            check_source(model)
+            check_source(model, classifies=True)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, use_safetensors=True)
         else:
             loaded = model

@@ -223,6 +223,7 @@ def _data(draft: Draft, source: Source) -> None:
     if source.flag("streaming"):
         size = source.number("buffer_size", 16384)
         draft.set("data.buffer_size", size, "buffer_size" if source.has("buffer_size") else "")
+        shared.read_whole(draft, "streaming")
     else:
         draft.note("buffer_size", "rows are not streamed")
     if source.flag("disable_shuffling"):

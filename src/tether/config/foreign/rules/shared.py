@@ -177,6 +177,24 @@ def nothing_to_evaluate(draft: Draft, why: str) -> None:
                 draft.fates[key].became.clear()
 
 
+def read_whole(draft: Draft, key: str) -> None:
+    """Take streaming out where a source is one JSON list, which the tools read whole as well."""
+    sources = draft.get("data.train", [])
+    for one in sources if isinstance(sources, list) else [sources]:
+        path = Path(str(one.get("path") if isinstance(one, dict) else one)).expanduser()
+        if path.suffix != ".json" or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if listed:
+            draft.values["data"].pop("streaming", None)
+            draft.values["data"].pop("buffer_size", None)
+            draft.note(key, f"{path} is one JSON list, which is read whole; JSON lines (.jsonl) are streamed")
+            draft.note("buffer_size", "rows are not streamed")
+            for name in {key, "buffer_size"} & draft.fates.keys():
+                draft.fates[name].became.clear()
+
+
 def scale_of_rewards(draft: Draft) -> None:
     """`scale_rewards: true` in words."""
     value = draft.get("objective.scale_rewards")
