@@ -989,6 +989,15 @@ def test_flags_stand_over_the_file() -> None:
     Path("trl.yaml").write_text(TRL)
     found = from_flags("dpo", Path("trl.yaml"), {"beta": 0.3})
     assert found.run.objective.further["beta"] == 0.3
+    single = {
+        "lora_modules_to_save": "lm_head",
+        "loss_weights": 0.5,
+        "loss_type": "sigmoid",
+        "lora_target_modules": "q",
+    }
+    one = from_flags("dpo", None, {"model_name_or_path": "m", "dataset_name": "d", "use_peft": True, **single}).values
+    assert (one["lora"]["modules_to_save"], one["lora"]["target"]) == (["lm_head"], ["q"])
+    assert one["objective"]["weights"] == [0.5]
     bare = from_flags("kto", None, {"model_name_or_path": "m", "dataset_name": "d.jsonl", "max_steps": 3})
     assert (bare.run.objective.loss, bare.run.train.max_steps, bare.run.output) == ("kto", 3, "trainer_output")
     with pytest.raises(ConfigError, match=r"argument '--betta': `betta` is not a key of TRL. Did you mean `beta`\?"):

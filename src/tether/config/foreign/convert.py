@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,9 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
             said = "given" if secret else show(value)
             stops.append(f"{source.place(key)}: `{key}` is {said}; {row.reason}.")
         elif row.mark == "same":
-            draft.set(row.target, _as_typed(value, row.target), key)
+            typed = _as_typed(value, row.target)
+            of_list = config is not None and key in automatic and _is_list(field_types(config)[key])
+            draft.set(row.target, [typed] if of_list and not isinstance(typed, list) else typed, key)
     if stops:
         more = len(stops) - _SHOWN
         raise ConfigError(" ".join(stops[:_SHOWN]) + (f" There are {more} more." if more > 0 else ""))
@@ -314,6 +317,12 @@ def _as_typed(value: Any, target: str) -> Any:
     hint = field_types(PreferenceConfig).get(fields.get(target, ""), float)
     takes_text = target.partition(".")[0] not in ("train", "objective") or str in branches(hint)
     return value if takes_text else number
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option takes a list and no single value, so that one value of a command line is a list of one."""
+    kinds = [typing.get_origin(kind) or kind for kind in branches(hint)]
+    return list in kinds and not {str, int, float, dict, bool} & set(kinds)
 
 
 def _add_own(draft: Draft, source: Source) -> None:

@@ -266,7 +266,7 @@ def reward_function(source: Source, place: KeyPath, name: str) -> dict[str, Any]
 
 def weighted(source: Source, rewards: list[dict[str, Any]], weights: Any, place: KeyPath) -> list[dict[str, Any]]:
     """Rewards with their weights, where these are given."""
-    weights = [1.0] * len(rewards) if weights is None else weights
+    weights = [1.0] * len(rewards) if weights is None else [weights] if as_number(weights) is not None else weights
     if not isinstance(weights, list) or len(weights) != len(rewards) or any(as_number(one) is None for one in weights):
         source.wrong(place, weights, f"a list of {len(rewards)} numbers, one for each reward")
     return [

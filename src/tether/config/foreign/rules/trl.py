@@ -211,6 +211,8 @@ def _adapter(draft: Draft, source: Source) -> None:
     options = {
         peft: (source.get(key, default), key if source.has(key) else "") for peft, (key, default) in names.items()
     }
+    for peft, key in (("target_parameters", "lora_target_parameters"), ("modules_to_save", "lora_modules_to_save")):
+        options[peft] = (source.names(key), key if source.has(key) else "")
     targets = source.names("lora_target_modules")
     one = targets == ["all-linear"]
     options["target_modules"] = ("all-linear" if one else targets, "lora_target_modules" if targets else "")
