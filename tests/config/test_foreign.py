@@ -107,6 +107,23 @@ learning_rate: 1e-6
 """
 
 
+V1 = """\
+model: some/model
+model_class: llm
+template: qwen3_nothink
+peft_config: {name: lora, r: 16, lora_alpha: 32, lora_dropout: 0.05, target_modules: all}
+kernel_config: {name: auto, include_kernels: auto}
+dist_config: {name: fsdp2, dcp_path: null}
+train_dataset: v1.yaml
+output_dir: out
+micro_batch_size: 2
+global_batch_size: 8
+cutoff_len: 1024
+learning_rate: 1.0e-5
+sample_backend: hf
+"""
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with LLaMA-Factory's list of data sets."""
@@ -119,6 +136,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "odd": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"writer_tag": "bard"}},
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "v1.yaml").write_text("pairs: {path: some/pairs, split: train_prefs, converter: pair}\n")
+    (tmp_path / "odd.yaml").write_text("odd: {path: a.json, num_samples: 5}\n")
+    (tmp_path / "chats.yaml").write_text(
+        "a: {path: a.json, source: local, converter: alpaca}\nb: {path: b.json, converter: sharegpt, size: 9}\n"
+    )
     (tmp_path / "judges.py").write_text(
         "def brevity(completions, **_):\n    return [-len(one) for one in completions]\n"
     )
@@ -483,6 +505,12 @@ def test_an_adapter_that_is_named_is_continued_and_the_reference_holds_it() -> N
     stacked = converted(LLAMAFACTORY, "adapter_name_or_path=sft", "create_new_adapter=true")
     assert (stacked.run.model.adapter, stacked.run.reference.meaning) == ("sft", "start")
     assert stacked.values["lora"]["r"] == 8
+    several = converted(LLAMAFACTORY, "adapter_name_or_path='a, b'", "adapter_folder=saves")
+    assert (several.run.model.adapter, several.run.reference.meaning) == (["saves/a", "saves/b"], "start")
+    assert "reference: {adapter: saves/a} gives that" in fate(several, "adapter_name_or_path").reason
+    over = converted(LLAMAFACTORY, "adapter_name_or_path=a,b,c", "create_new_adapter=true")
+    assert (over.run.model.adapter, over.values["lora"]["r"]) == (["a", "b", "c"], 8)
+    assert "a, b, c: frozen beneath" in fate(over, "adapter_name_or_path").reason
 
 
 @pytest.mark.parametrize(
@@ -820,6 +848,103 @@ def test_weights_of_four_bits_are_those_of_the_tool() -> None:
     assert of_set.values["model"]["chat_template"] == "llama3"
 
 
+def test_a_file_of_llamafactorys_v1_has_its_values_and_defaults() -> None:
+    found = converted(V1)
+    assert found.values == {
+        "model": {"name": "some/model", "chat_template": "fallback:chatml"},
+        "lora": {"r": 16, "alpha": 32, "target": "all-linear"},
+        "data": {"train": {"path": "some/pairs", "split": "train_prefs"}},
+        "objective": {"loss": "sigmoid"},
+        "train": {
+            "per_device_train_batch_size": 2,
+            "max_length": 1024,
+            "learning_rate": 1e-5,
+            "epochs": 3,
+            "logging_steps": 1,
+            "dataloader_drop_last": True,
+            "bf16": True,
+            "gradient_accumulation_steps": 4,
+            "save_strategy": "no",
+            "optim": "adamw_torch",
+            "weight_decay": 0.01,
+            "lr_scheduler_type": "constant",
+            "fsdp": True,
+            "fsdp_config": {"version": 2},
+        },
+        "output": "out",
+    }
+    bare = converted("model: m\ntrain_dataset: rows.jsonl\n")
+    assert (bare.run.objective.loss, bare.run.train.turns, bare.run.model.dtype) == ("sft", "assistant", "float32")
+    assert (bare.run.train.learning_rate, bare.run.train.bf16) == (1e-4, False)
+    orpo = converted(V1, "pref_loss=orpo", "pref_beta=0.2")
+    assert (orpo.values["objective"]["loss"], orpo.values["objective"]["weights"]) == (
+        ["sft", "odds_ratio"],
+        [1.0, 0.2],
+    )
+    assert converted(V1, "model_class=cls").run.objective.loss == "reward"
+    assert converted(V1, command="rm").run.objective.loss == "reward"
+    chats = converted(V1, "train_dataset=chats.yaml")
+    assert chats.values["data"]["train"] == [
+        {"path": "a.json", "format": "alpaca"},
+        {"path": "b.json", "format": "sharegpt", "first": 9},
+    ]
+    assert chats.values["lora"]["dropout"] == 0.05
+    stored = converted(V1, "train_dataset=pairs.jsonl", command="dpo").values["data"]["train"]
+    assert stored["fields"] == {"chosen": "chosen_messages", "rejected": "rejected_messages"}
+    quantized = converted(V1, "quant_config={name: bnb, quantization_bit: 4, quantization_type: fp4}")
+    assert quantized.values["model"]["quantization"] == {"type": "fp4", "double": True}
+    own = converted(V1, "optim_config={name: adamw, lr: 2e-5, betas: [0.8, 0.9]}", "save_epochs=1").values["train"]
+    assert (own["learning_rate"], own["adam_beta1"], own["weight_decay"], own["save_steps"]) == (2e-5, 0.8, 0.0, 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model=null", "`model` is missing. Name it."),
+        ("model_class=null", "has pairs of answers, and does not say whether `dpo` or `rm` is to train on them"),
+        ("peft_config.rank=8", "`peft_config.rank` is not read; lora has r, lora_alpha"),
+        ("peft_config.name=loha", "`peft_config.name` is 'loha' (text); allowed is lora, freeze"),
+        ("peft_config.export_dir=merged", "`peft_config.export_dir` is of a file that trains nothing. To write"),
+        ("quant_config={name: gptq}", "`quant_config.name` is 'gptq' (text); allowed is bnb, auto"),
+        ("dist_config.cp_size=2", "`dist_config.cp_size` is 2; sequences are not spread over devices. Set it to 1"),
+        ("optim_config={name: muon}", "`optim_config.name` is 'muon' (text); allowed is adamw"),
+        ("lr_scheduler_config={name: cosine}", "Take it out, and say tether.train.lr_scheduler_type=cosine"),
+        ("global_batch_size=5", "`global_batch_size` is 5, and `micro_batch_size` 2 does not divide it"),
+        ("train_dataset=nowhere.yaml", "`train_dataset` is 'nowhere.yaml', which is no file here"),
+        ("train_dataset=odd.yaml", "the data set 'odd' of odd.yaml has `num_samples`; known are path, source"),
+        ("lr_scheduler_type=cosine", "`lr_scheduler_type` is not a key of LLaMA-Factory. Did you mean"),
+    ],
+)
+def test_what_a_file_of_llamafactorys_v1_cannot_have(override: str, said: str) -> None:
+    assert said in problem(V1, override)
+
+
+def test_a_command_is_of_a_tool_that_has_commands() -> None:
+    assert "--as was given, and file.yaml is a file of Axolotl" in problem(AXOLOTL, command="dpo")
+    assert "--as is 'kto', and file.yaml is a file of LLaMA-Factory's v1; allowed are sft, dpo, rm" in problem(
+        V1, command="kto"
+    )
+
+
+def test_losses_of_cpo_that_are_dpos_without_a_reference() -> None:
+    text = "model_name_or_path: m\ndataset_name: d.jsonl\nloss_type: ipo\nbeta: 0.2\n"
+    found = converted(text + "cpo_alpha: 0.5\nsimpo_gamma: 1.0\n", command="cpo")
+    assert found.values["objective"] == {"loss": ["ipo", "sft"], "weights": [1.0, 0.5], "beta": 0.2}
+    assert found.run.reference.meaning == "none"
+    assert fate(found, "cpo_alpha").became == ["objective.weights"]
+    assert converted(text, command="cpo").values["objective"]["weights"] == [1.0, 1.0]
+    assert converted(text, "cpo_alpha=0", command="cpo").values["objective"] == {"loss": "ipo", "beta": 0.2}
+
+
+def test_one_json_list_is_read_whole_though_it_is_to_be_streamed() -> None:
+    Path("pairs.json").write_text('[{"a": 1}]')
+    found = converted(LLAMAFACTORY, "streaming=true", "max_steps=5")
+    assert "streaming" not in found.values["data"]
+    assert "one JSON list, which is read whole" in fate(found, "streaming").reason
+    Path("pairs.json").write_text('{"a": 1}\n')
+    assert converted(LLAMAFACTORY, "streaming=true", "max_steps=5").values["data"]["streaming"] is True
+
+
 # Reading
 
 
@@ -843,10 +968,10 @@ def test_the_tool_is_told_by_its_keys() -> None:
     assert detect({"model_name_or_path": "m", "finetuning_type": "full"}) == "llamafactory"
     assert detect({"model_name_or_path": "m"}) == "trl"
     assert detect({"model": "m", "data": {}}) is None
-    with pytest.raises(ConfigError, match="LLaMA-Factory's v1 layout"):
-        detect({"model": "m", "train_dataset": "x"})
-    with pytest.raises(ConfigError, match=r"`peft_config` is `finetuning_type, lora_rank, lora_alpha, lora_target`"):
-        detect({"model": "m", "peft_config": {"name": "lora"}, "micro_batch_size": 1})
+    assert (
+        detect({"model": "m", "train_dataset": "x"}) == detect({"model": None, "peft_config": {}}) == "llamafactory_v1"
+    )
+    assert detect({"model": {"name": "m"}, "data": {}}) is None
     Path("ours.yaml").write_text("model: m\ndata: {train: a.jsonl}\n")
     Path("trl.yaml").write_text(TRL)
     assert [is_foreign(Path(name)) for name in ("ours.yaml", "trl.yaml", "none.yaml")] == [False, True, False]
@@ -864,6 +989,15 @@ def test_flags_stand_over_the_file() -> None:
     Path("trl.yaml").write_text(TRL)
     found = from_flags("dpo", Path("trl.yaml"), {"beta": 0.3})
     assert found.run.objective.further["beta"] == 0.3
+    single = {
+        "lora_modules_to_save": "lm_head",
+        "loss_weights": 0.5,
+        "loss_type": "sigmoid",
+        "lora_target_modules": "q",
+    }
+    one = from_flags("dpo", None, {"model_name_or_path": "m", "dataset_name": "d", "use_peft": True, **single}).values
+    assert (one["lora"]["modules_to_save"], one["lora"]["target"]) == (["lm_head"], ["q"])
+    assert one["objective"]["weights"] == [0.5]
     bare = from_flags("kto", None, {"model_name_or_path": "m", "dataset_name": "d.jsonl", "max_steps": 3})
     assert (bare.run.objective.loss, bare.run.train.max_steps, bare.run.output) == ("kto", 3, "trainer_output")
     with pytest.raises(ConfigError, match=r"argument '--betta': `betta` is not a key of TRL. Did you mean `beta`\?"):
@@ -887,6 +1021,12 @@ def test_overrides_are_in_the_files_own_words() -> None:
     assert "eval_steps" not in found.values["train"]
     assert "argument 'lora_r=many': `lora.r` is 'many'" in problem(AXOLOTL, "lora_r=many").replace(", `lora_r`:", ":")
     assert "nothing there has keys" in problem(AXOLOTL, "rl.beta=1")
+
+
+def test_an_unknown_key_shows_no_secret() -> None:
+    found = converted(AXOLOTL + "hub_token: hf_abc\nenv: {HF_TOKEN: hf_abc, A: b}\n")
+    assert not [line for line in fate_lines(found) if "hf_abc" in line]
+    assert fate(found, "env").value == {"HF_TOKEN": "[hidden]", "A": "b"}
 
 
 # Wrong input
@@ -926,7 +1066,11 @@ def test_overrides_are_in_the_files_own_words() -> None:
         (AXOLOTL, ["chat_template_jinja=none.jinja"], "is neither a template nor the name of a file"),
         (LLAMAFACTORY, ["quantization_bit=3"], "`quantization_bit` is 3 (a whole number); allowed is 4 or 8"),
         (LLAMAFACTORY, ["lora_rnk=3"], "`lora_rnk` is not a key of LLaMA-Factory. Did you mean `lora_rank`?"),
-        (LLAMAFACTORY, ["finetuning_type=freeze"], "`finetuning_type` is 'freeze', which needs the number of layers"),
+        (
+            LLAMAFACTORY,
+            ["finetuning_type=freeze"],
+            "`finetuning_type`: only some layers are to train, which needs their number",
+        ),
         (LLAMAFACTORY, ["lora_rank=0"], "`lora.r` is 0 (a whole number); allowed is a whole number from 1"),
         (AXOLOTL, ["micro_batch_size=0"], "`micro_batch_size` is 0 (a whole number); allowed is a whole number from 1"),
         (AXOLOTL, ["image_size=big"], "`data.images.size` is 'big' (text); allowed is a whole number from 1, [width"),
@@ -968,11 +1112,18 @@ def test_overrides_are_in_the_files_own_words() -> None:
         ),
         ("model_name_or_path: m\ntask: mmlu_test\ntemplate: fewshot\nlang: en\n", [], "Its benchmarks are not here"),
         (LLAMAFACTORY, ["template=lama3"], "is no template of LLaMA-Factory 0.9. Did you mean 'llama3'?"),
-        (
-            LLAMAFACTORY,
-            ["adapter_name_or_path='a,b'"],
-            "tether merge a --output merged. Then model_name_or_path=merged adapter_name_or_path=b",
-        ),
+        (LLAMAFACTORY, ["dataset=''"], "`dataset` is missing"),
+        (LLAMAFACTORY, ["model_name_or_path=null"], "`model_name_or_path` is missing. Name the model."),
+        (LLAMAFACTORY, ["stage=[dpo]"], "`stage` is ['dpo'] (a list); allowed is dpo, kto, rm, sft"),
+        (AXOLOTL, ["base_model=''"], "`base_model` is missing. Name the model."),
+        (AXOLOTL, ["rl={a: 1}"], "`rl` is {'a': 1} (a mapping); allowed is dpo, ipo, kto"),
+        (AXOLOTL, ["evals_per_epoch=.inf"], "`evals_per_epoch` is inf (a number with a fraction); allowed is a number"),
+        (AXOLOTL, ["saves_per_epoch=-1"], "`saves_per_epoch` is -1 (a whole number); allowed is a number from 0"),
+        (AXOLOTL, ["base_model=${MODEL}"], "`base_model` has `${MODEL}`, and variables are not filled in. Write the"),
+        (TRL, ["dataset_name=${DATA}/x"], "give it after the file: dataset_name=…"),
+        ("base_model: m\n3: x\n", [], "file.yaml, line 2: a key must be a name. Put it in quotes."),
+        ("base_model: m\n---\nrl: dpo\n", [], "a second document begins. Keep one in the file."),
+        ("base_model: !!python/name:os.x y\n", [], "the tag 'tag:yaml.org,2002:python/name:os.x' is not read"),
         (AXOLOTL, ["chat_template=command_a"], "which the tokenizer of Command A has; say chat_template=tokenizer_def"),
         ("base_model: m\n\tlearning_rate: 1\n", [], "there is a tab"),
         ("model: m\n", [], "is not a file of TRL, Axolotl or LLaMA-Factory"),

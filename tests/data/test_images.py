@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
 
 from support.image_rows import row
 from tether.data import example_from_row, prepare, prepare_cached
+from tether.data.images.lifted import lifted
+from tether.data.sources.stream import RowStream
 from tether.errors import DataError
 from tiny_vision import VISION, picture, tiny_processor
+
+
+def said(part):
+    """A prompt of one image part."""
+    return {"images": [], "prompt": [{"role": "user", "content": [{"type": "image", **part}]}]}
 
 
 def prepared(rows, family="llava", **options):
@@ -51,6 +63,56 @@ def test_sources_of_images_give_the_same(tmp_path):
     expected = example_from_row(prepared([one]).dataset[0]).keys
     for rows in (Dataset.from_list([one]), [named], Dataset.from_list([named]), [single], Dataset.from_list([single])):
         assert example_from_row(prepared(rows).dataset[0]).keys == expected
+
+
+def held(part, **more):
+    """The row of one image whose part holds it, without a column of images."""
+    given = row(1, **more)
+    del given["images"]
+    given["prompt"][0]["content"][1] = part
+    return given
+
+
+def test_a_part_may_hold_its_image(tmp_path):
+    """As transformers' templates, OpenAI and LLaMA-Factory's v1 rows write it; the same example as by the column."""
+    file, buffer = tmp_path / "an image.png", io.BytesIO()
+    picture(0).save(file)
+    picture(0).save(buffer, format="PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    parts = [
+        {"type": "image", "image": picture(0)},
+        {"type": "image", "image": str(file)},
+        {"type": "image", "path": str(file)},
+        {"type": "image", "url": file.as_uri()},
+        {"type": "image", "base64": text},
+        {"type": "image", "image": {"bytes": buffer.getvalue(), "path": None}},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}},
+        {"type": "image_url", "value": str(file)},
+    ]
+    expected = example_from_row(prepared([{**row(1), "images": [picture(0)]}]).dataset[0]).keys
+    for part in parts:
+        assert example_from_row(prepared([held(part)]).dataset[0]).keys == expected, part
+    stored = [held(part) for part in parts[1:4]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in stored))
+    streamed = Dataset(
+        pa.concat_tables([chunk.data.table for chunk in RowStream(str(tmp_path / "rows.jsonl")).chunks()])
+    )
+    for rows in (Dataset.from_list(stored), str(tmp_path / "rows.jsonl"), streamed):
+        assert [example_from_row(one).keys for one in prepared(rows).dataset] == [expected] * 3
+
+
+def test_parts_with_and_without_their_image_take_turns():
+    """A part without one takes the next of the column; both answers of a pair without a prompt show the same one."""
+    mixed = held({"type": "image", "image": picture(0)})
+    mixed["prompt"][0]["content"].append({"type": "image"})
+    mixed["images"] = [picture(1)]
+    plain = {**row(1), "images": [picture(0), picture(1)]}
+    plain["prompt"][0]["content"].append({"type": "image"})
+    assert example_from_row(prepared([mixed]).dataset[0]).keys == example_from_row(prepared([plain]).dataset[0]).keys
+    asked = held({"type": "image", "image": picture(0)})
+    prompt = asked.pop("prompt")
+    both = {name: [*prompt, *asked[name]] for name in ("chosen", "rejected")}
+    assert lifted([both], "rows")[0]["images"] == [picture(0)]
 
 
 def test_the_key_follows_the_image():
@@ -98,6 +160,11 @@ def test_truncation_never_cuts_an_image():
         ),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of `content` has the type 'video'"),
         ({"images": ["nowhere.png"]}, "row 1: its images cannot be read"),
+        (said({"path": "a.png", "url": "b.png"}), "an image part has `path` and `url`; leave one of them out"),
+        (said({"path": "a.png", "resized_height": 9}), "an image part has `resized_height`, which is not read"),
+        (said({"base64": "no!"}), "`base64` of an image part is not base64"),
+        (said({"image": 7}), "`image` of an image part is a number .7.; it must be a file's path, or the image"),
+        (said({"url": "https://example.org/a.png"}), "its image is at an address, `https://example.org/a.png`"),
         ({"images": [{"bytes": b"no image", "path": None}]}, "row 1: its images cannot be read"),
     ],
 )

@@ -34,6 +34,7 @@ SHORT = {
         "val_size=0",
         "output_dir=out",
     ],
+    "llamafactory_v1": ["micro_batch_size=12", "global_batch_size=12", "bf16=false", "output_dir=out"],
     "trl": ["per_device_train_batch_size=100", "gradient_accumulation_steps=1", "output_dir=out"],
 }
 PLAIN = {"load_in_4bit": "false", "load_in_8bit": "false", "quantization_bit": "null"}
@@ -246,6 +247,15 @@ CASES = [
         trainer="CPO",
         options={"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.0, "simpo_gamma": 1.0},
     ),
+    Case(
+        "llamafactory_v1/lora_dpo.yaml",
+        trainer="DPO",
+        rows=lambda: [
+            {"prompt": talk(f"{q} "), "chosen": [said("assistant", a)], "rejected": [said("assistant", b)]}
+            for q, a, b in questions()
+        ],
+    ),
+    Case("llamafactory_v1/full_sft_images.yaml"),
     Case("trl/dpo_zephyr.yaml", trainer="DPO", command="dpo"),
     Case(
         "trl/dpo_zephyr_gemma.yaml",
@@ -413,7 +423,10 @@ def test_every_file_has_a_case() -> None:
     there = {f"{path.parent.name}/{path.name}" for path in FILES.glob("*/*.y*ml")}
     assert there == {case.file for case in CASES}
     counts = {tool: sum(case.tool == tool for case in CASES) for tool in SHORT}
-    assert all(counts[tool] >= least for tool, least in {"axolotl": 15, "trl": 8, "llamafactory": 7}.items())
+    assert all(
+        counts[tool] >= least
+        for tool, least in {"axolotl": 15, "trl": 8, "llamafactory": 7, "llamafactory_v1": 2}.items()
+    )
 
 
 def test_a_file_that_stops_says_what_to_type() -> None:

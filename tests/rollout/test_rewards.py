@@ -341,7 +341,7 @@ def test_a_server_that_is_gone_is_no_fault_of_a_completion():
     assert len(asked) == 1
 
 
-def test_a_model_scores_the_last_real_token():
+def test_a_model_scores_the_last_real_token(tmp_path):
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -361,6 +361,9 @@ def test_a_model_scores_the_last_real_token():
     assert reward(*zip(*many, strict=True)) == pytest.approx(each, abs=1e-5), "in parts, as few at once as fit"
     with pytest.raises(ConfigError, match=r"'numeric_answr' is none of .* \(did you mean numeric_answer\?\), and no"):
         ModelReward("numeric_answr")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert ModelReward(str(tmp_path))([whole], [""]) == pytest.approx(reward([whole], [""]), abs=1e-5)
     model.config.num_labels = 2
     with pytest.raises(ConfigError, match="has 2 labels"):
         ModelReward(model, tokenizer)

@@ -185,6 +185,15 @@ def sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
     }
 
 
+def parts(question: str, answer: str, *images: dict[str, str]) -> list[dict[str, Any]]:
+    """A conversation as LLaMA-Factory's v1 rows have it."""
+    asked = [{"type": "text", "value": f"{question} "}, *images]
+    return [
+        {"role": "user", "content": asked, "loss_weight": 0.0},
+        {"role": "assistant", "content": [{"type": "text", "value": answer}], "loss_weight": 1.0},
+    ]
+
+
 def _factory_sets(plain: Any, chats: Any, older: Any) -> dict[str, list[dict[str, Any]]]:
     """Rows of `data/` of LLaMA-Factory, by file."""
     return {
@@ -215,6 +224,13 @@ def _factory_sets(plain: Any, chats: Any, older: Any) -> dict[str, list[dict[str
                 "images": ["data/seen.png"],
             }
             for q, good, bad in plain
+        ],
+        "v1_pairs": [
+            {f"{name}_messages": parts(q, one) for name, one in (("chosen", good), ("rejected", bad))}
+            for q, good, bad in plain
+        ],
+        "v1_seen": [
+            {"messages": parts(q, good, {"type": "image_url", "value": "data/seen.png"})} for q, good, _ in plain
         ],
         "glaive_toolcall_en_demo": [
             {
@@ -346,6 +362,9 @@ def write_hub(folder: Path) -> None:
             lines = json.dumps(rows) if ending == "json" else "".join(json.dumps(row) + "\n" for row in rows)
             path.write_text(lines, encoding="utf-8")
     (folder / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO), encoding="utf-8")
+    for name in ("v1_pairs", "v1_seen"):
+        lines = f"{name}: {{path: data/{name}.json, source: local}}\n"
+        (folder / "data" / f"{name}.yaml").write_text(lines, encoding="utf-8")
     (folder / "rwd.py").write_text(FUNCTIONS, encoding="utf-8")
     for name in ("deepspeed_configs/zero2.json", "examples/deepspeed/ds_z3_config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,10 @@ def test_every_name_of_trl_is_there_or_refused_with_a_sentence() -> None:
         importlib.import_module("tether.trl.trainer")
     with pytest.raises(ModuleNotFoundError, match=r"there are cpo, kto, online_dpo and orpo"):
         importlib.import_module("tether.trl.experimental.gkd")
+    with pytest.raises(
+        ModuleNotFoundError, match=r"experimental\.bco\. Use DPOTrainer with loss_type='bco_pair' on pairs"
+    ):
+        importlib.import_module("tether.trl.experimental.bco")
     from trl.rewards import _import_structure
 
     from tether.trl import rewards

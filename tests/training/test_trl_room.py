@@ -33,6 +33,15 @@ def test_adapter_and_quantisation_are_trls():
         ours.ModelConfig(load_in_8bit=True, load_in_4bit=True)
 
 
+def test_names_are_those_of_the_installed_trl_and_one_that_it_had(monkeypatch):
+    """Scripts ask which version of TRL they have, and older ones where a process loads quantised weights."""
+    assert ours.__version__ == trl.__version__
+    assert ours.get_kbit_device_map() is None
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ours.get_kbit_device_map() == {"": 1}
+
+
 def test_flags_stand_over_the_file(tmp_path, monkeypatch):
     monkeypatch.delenv("OF_THE_FILE", raising=False)
     file = tmp_path / "run.yaml"

@@ -214,6 +214,12 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> str:
     problem = error.problem or "cannot be understood"
     if "'\\t'" in problem:
         return f"{where}: there is a tab. YAML is indented with spaces; replace the tab by spaces."
+    if "constructor for the tag" in problem:
+        return (
+            f"{where}: the tag {problem.rpartition(' ')[2]} is not read. Write a plain value: text, a number, a list."
+        )
+    if "another document" in problem:
+        return f"{where}: a second document begins. Keep one in the file."
     context = f" {error.context}" if error.context else ""
     return (
         f"{where}: this is not YAML: {problem}{context}. Check the indentation, the colons and the quotes of that line."
@@ -224,6 +230,8 @@ def _missing_file(path: Path) -> str:
     """A sentence about a run file that is not there, with the nearest name that is."""
     if path.is_dir():
         return f"{path} is a folder; give the run file in it, a YAML file."
+    if path.exists():
+        return f"{path} is not a file that can be read; give a YAML file."
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     hint = f" Did you mean '{path.parent / near[0]}'?" if near else ""

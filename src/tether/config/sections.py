@@ -270,9 +270,11 @@ class Model(Section, section="model"):
     attention: Text | None = key(None, "Attention implementation of transformers; null: its default.", _ATTENTION)
     trust_remote_code: bool = key(False, "Run Python code that comes with the model's repository.")
     tokenizer: Text | None = key(None, "Another tokenizer (hub name, folder) with the model's ids; null: its own.")
-    adapter: Text | None = key(
+    adapter: Text | Annotated[list[Text], Field(min_length=1)] | None = key(
         None,
-        "Folder of an adapter on the model: it trains on, or is frozen beneath the new one of `lora` or `peft`.",
+        "Folder of an adapter on the model: it trains on, or is frozen beneath the new one of `lora` or `peft`. Of a "
+        "list, each on those before it, the last trains on.",
+        "a folder, a list of folders, or null",
     )
     processor: dict[str, Any] | None = key(
         None,

@@ -82,6 +82,7 @@ class NamedModel:
         role: the policy that is there, or the reference that it was trained against.
         trained: what its run folder says; None for a model without one.
         dtype: of the weights that was asked for; None: as it was trained, or as `load_policy` decides.
+        base: of an adapter, in place of the one that its folder names.
     """
 
     name: str
@@ -89,6 +90,7 @@ class NamedModel:
     role: Literal["policy", "reference"] = "policy"
     trained: Trained | None = None
     dtype: str | None = None
+    base: str | None = None
 
     @property
     def classifies(self) -> bool:
@@ -129,6 +131,8 @@ class NamedModel:
             ConfigError: the folder names none, or it is gone.
         """
         config = adapter_config(self.source)
+        if self.base is not None:
+            return self.base, None
         name = config.base_model_name_or_path
         if not name:
             raise ConfigError(

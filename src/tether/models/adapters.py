@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,16 +33,20 @@ logger = logging.getLogger("tether")
 ACTIVE = "active_adapters.json"
 TRAINED = "default"
 _FROZEN = "frozen"
+# Folder of an adapter, or of several, each on the model with those before it.
+Folders = str | Path | Sequence[str | Path]
+MERGE = "tether merge ADAPTER --output FOLDER, for a further one with --base FOLDER"
 # Initialisations that write into the base weights, see `rewrites_base`; measured in tests/models/test_adapter_ways.py.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
+def continue_adapter(base: PreTrainedModel, folder: Folders) -> PeftModel:
     """A base with the adapter of a folder, which goes on training.
 
     Args:
         base: the model that it was made on.
-        folder: where it was saved; with further adapters that were active, they are so again, and frozen.
+        folder: where it was saved; with further adapters that were active, they are so again, and frozen. Of several
+            folders the last adapter trains, and those before it are frozen beneath it.
 
     Returns:
         The model with the adapter, called `default`, in evaluation mode.
@@ -48,17 +54,19 @@ def continue_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
     Raises:
         ConfigError: it does not fit the base, or cannot be continued.
     """
-    folder = Path(folder).expanduser()
-    config, beneath = adapter_config(folder), _beneath(folder)
+    *under, folder = adapter_folders(folder)
+    config, beneath = adapter_config(folder), {name: folder / name for name in _beneath(folder)}
+    if under:
+        places = [*_places(under), *beneath.values()]
+        _require_sum([*places, folder])
+        beneath = dict(zip(_frozen_names(places), places, strict=True))
     if config.is_prompt_learning:
         return _continue_virtual_tokens(base, folder, config)
     policy = _load(base, folder, TRAINED, trainable=True)
-    for name in beneath:
-        with put_on(base, folder / name):
-            policy.load_adapter(str(folder / name), name, torch_device="cpu")
-    _remember(policy, folder, beneath)
+    _put_beneath(policy, beneath)
+    remember_brought(policy, folder, TRAINED)
     if beneath:
-        _activate(policy, beneath)
+        _activate(policy, list(beneath))
     return policy.eval()
 
 
@@ -139,12 +147,12 @@ def new_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return policy
 
 
-def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig) -> PeftModel:
+def stack_adapter(base: PreTrainedModel, folder: Folders, config: PeftConfig) -> PeftModel:
     """A base with the adapter of a folder, frozen, and a new one over it that trains; both are in effect.
 
     Args:
         base: the model that the first adapter was made on.
-        folder: the first adapter's, which may itself stand on others.
+        folder: the first adapter's, which may itself stand on others; or of several.
         config: of the new one.
 
     Returns:
@@ -153,30 +161,28 @@ def stack_adapter(base: PreTrainedModel, folder: str | Path, config: PeftConfig)
     Raises:
         ConfigError: the first adapter does not fit the base, or PEFT cannot have the two together.
     """
-    folder = Path(folder).expanduser()
-    places = [folder, *(folder / name for name in _beneath(folder))]
-    saved = [adapter_config(place) for place in places]
-    kinds = {kind_of(one) for one in saved}
+    folders = adapter_folders(folder)
+    said, places = "', '".join(map(str, folders)), _places(folders)
+    if len(folders) > 1:
+        _require_sum(places)
+    kinds = {kind_of(adapter_config(place)) for place in places}
     if kinds != {kind_of(config)} or config.is_prompt_learning:
         raise ConfigError(
-            f"The adapter '{folder}' is {', '.join(sorted(kinds))} and the new one over it "
+            f"The adapter '{said}' is {', '.join(sorted(kinds))} and the new one over it "
             f"{kind_of(config)}; PEFT has only adapters of one kind on a model, and none of them may be virtual "
             "tokens. Use the same kind, or merge the first into its base with merge_and_unload() and name the result."
         )
-    names = [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
+    names = _frozen_names(places)
     before = fingerprint(base_tensors(base))
     policy = _load(base, places[0], names[0], trainable=False)
+    remember_brought(policy, places[0], names[0])
+    _put_beneath(policy, dict(zip(names[1:], places[1:], strict=True)))
     try:
-        for place, name in zip(places[1:], names[1:], strict=True):
-            with put_on(base, place):
-                policy.load_adapter(str(place), name, torch_device="cpu")
-        for place, name in zip(places, names, strict=True):
-            remember_brought(policy, place, name)
         policy.add_adapter(TRAINED, config)
         _activate(policy, names)
     except ValueError as error:
         raise ConfigError(
-            f"No new adapter can be put over '{folder}': {' '.join(str(error).split())} Merge that adapter into its "
+            f"No new adapter can be put over '{said}': {' '.join(str(error).split())} Merge that adapter into its "
             "base with merge_and_unload() and name the result."
         ) from error
     if fingerprint(base_tensors(policy)) != before:
@@ -325,6 +331,56 @@ def _beneath(folder: Path) -> list[str]:
     return names
 
 
+def adapter_folders(given: Folders) -> list[Path]:
+    """Folders of one adapter or of several, the undermost first."""
+    return [Path(one).expanduser() for one in ([given] if isinstance(given, (str, Path)) else given)]
+
+
+def _places(folders: Sequence[Path]) -> list[Path]:
+    """Folders of the adapters of some folders, each with those that it was trained over."""
+    return [place for folder in folders for place in (folder, *(folder / name for name in _beneath(folder)))]
+
+
+def _frozen_names(places: Sequence[Path]) -> list[str]:
+    return [_FROZEN if index == 0 else f"{_FROZEN}_{index + 1}" for index in range(len(places))]
+
+
+def _put_beneath(policy: PeftModel, places: Mapping[str, Path]) -> None:
+    """Load further adapters, which are not in effect yet."""
+    for name, place in places.items():
+        try:
+            with put_on(policy.get_base_model(), place):
+                policy.load_adapter(str(place), name, torch_device="cpu")
+        except ConfigError as error:
+            raise ConfigError(
+                f"The adapter '{place}' cannot stand beneath another one: {error} Or merge it into its base: {MERGE}."
+            ) from error
+        remember_brought(policy, place, name)
+
+
+def _require_sum(places: Sequence[Path]) -> None:
+    """Refuse adapters that together are another model than the one in which each was merged before the next was made.
+
+    What LoRA adds to a weight does not depend on the weight, so that several in effect are their sum.
+    """
+    for number, place in enumerate(places):
+        config = adapter_config(place)
+        twin = next((one for one in places[:number] if cmp(one / WEIGHTS, place / WEIGHTS, shallow=False)), None)
+        if twin is not None:
+            raise ConfigError(
+                f"The adapters '{twin}' and '{place}' have the same weights, which would count twice. Name one of them."
+            )
+        own = getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None)
+        if not isinstance(config, LoraConfig) or config.use_dora or own:
+            kind = f"{kind_of(config)} with modules of its own" if own else kind_of(config)
+            kind = "DoRA" if getattr(config, "use_dora", False) else kind
+            raise ConfigError(
+                f"The adapter '{place}' is {kind}, which several adapters cannot have among them: what it changes "
+                f"depends on the weights under it. Merge each but the last into the result so far: {MERGE}. Then name "
+                "the merged folder as the model, and the last adapter alone."
+            )
+
+
 def _load(base: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
     theirs, ours = adapter_config(folder).base_model_name_or_path, base.config.name_or_path
     if theirs and ours and theirs != ours:
@@ -346,19 +402,13 @@ def _make_room(base: PreTrainedModel, folder: Path) -> None:
         base.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _remember(policy: PeftModel, folder: Path, beneath: list[str]) -> None:
-    """Which tensors of the base the adapters of a folder brought, so that what is saved of the policy has them too."""
-    for name, place in {TRAINED: folder, **{name: folder / name for name in beneath}}.items():
-        remember_brought(policy, place, name)
-
-
 def _continue_virtual_tokens(base: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
     """PEFT loads virtual tokens for inference only; so they are made anew and given the saved values."""
     refuse_unfit_virtual_tokens(config, base.config)
     with put_on(base, folder):
         policy = cast(PeftModel, get_peft_model(base, replace(config, inference_mode=False)))
         policy.load_adapter(str(folder), TRAINED, is_trainable=True, torch_device="cpu")
-    _remember(policy, folder, [])
+    remember_brought(policy, folder, TRAINED)
     return policy.eval()
 
 

@@ -55,11 +55,12 @@ _OTHER_SHAPES = "ignore_mismatched_sizes"
 _LFS = b"version https://git-lfs"
 
 
-def check_source(source: str | Path) -> None:
+def check_source(source: str | Path, *, classifies: bool = False) -> None:
     """Find what is wrong with the name of a model without loading anything: takes milliseconds, needs no network.
 
     Args:
         source: hub name, folder, or `.gguf` file.
+        classifies: whether it is to classify sequences, and not to be a policy.
 
     Raises:
         ConfigError: nothing is there, or what is there is no model that can be loaded safely. A hub name is only
@@ -67,7 +68,7 @@ def check_source(source: str | Path) -> None:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, classifies)
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ConfigError(
@@ -378,7 +379,7 @@ def _names_in(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, classifies: bool) -> None:
     if (path / "adapter_config.json").is_file():
         require_weights(path)
         return
@@ -393,7 +394,8 @@ def _check_folder(path: Path) -> None:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:  # also of bytes and numbers that are none
         raise ConfigError(f"'{config}' is not JSON ({error}). Copy the model's config.json again.") from error
-    _check_head(path, values.get("architectures") if isinstance(values, dict) else None)
+    if not classifies:
+        _check_head(path, values.get("architectures") if isinstance(values, dict) else None)
     weights = sorted(path.glob("*.safetensors"))
     for file in weights:
         with file.open("rb") as opened:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.errors import ConfigError
-from tether.models.adapters import continue_adapter
+from tether.models.adapters import Folders, adapter_folders, continue_adapter
 from tether.models.load import (
     check_source,
     is_adapter,
@@ -47,7 +47,8 @@ class ModelSpec:
         attention: attention implementation of transformers; its default if None.
         trust_remote_code: run Python code that the model's repository brings.
         tokenizer: hub name or folder of another tokenizer than the model's own.
-        adapter: folder of an adapter on the model: it goes on training, or is frozen beneath a new one.
+        adapter: folder of an adapter on the model: it goes on training, or is frozen beneath a new one; of several,
+            each on those before it, the last one does.
         processor: keywords for the processor of a model that sees images.
         further: other keywords of `from_pretrained`.
 
@@ -68,7 +69,7 @@ class ModelSpec:
     attention: str | None = None
     trust_remote_code: bool = False
     tokenizer: str | Path | None = None
-    adapter: str | Path | None = None
+    adapter: Folders | None = None
     processor: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,10 +80,15 @@ class ModelSpec:
             quantization_config(self.quantization, self.dtype)
         refuse_cutting(self.further)
         _check_device(self.device_map)
-        if self.adapter is not None:
-            self._check_adapter(self.adapter)
+        for adapter in self.adapters:
+            self._check_adapter(adapter)
 
-    def _check_adapter(self, adapter: str | Path) -> None:
+    @property
+    def adapters(self) -> list[Path]:
+        """Folders of the adapters on the model, the undermost first."""
+        return [] if self.adapter is None else adapter_folders(self.adapter)
+
+    def _check_adapter(self, adapter: Path) -> None:
         if not is_adapter(adapter):
             raise ConfigError(
                 f"adapter is '{adapter}', which is not a folder with adapter_config.json. Give the folder that an "

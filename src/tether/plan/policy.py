@@ -71,7 +71,8 @@ def sketch(
     model.to(_dtype(spec, config, accelerator))
     embed_tokens(model, new_tokens)
     at_zero = True
-    brought = spec.adapter or (source if is_adapter(source) else None)
+    # What stands beneath the last adapter is frozen and small, and left out.
+    brought = spec.adapters[-1] if spec.adapters else source if is_adapter(source) else None
     if brought is not None:
         theirs = adapter_config(brought)
         model, at_zero = _adapted(model, theirs), False

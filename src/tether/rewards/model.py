@@ -74,7 +74,7 @@ def _loaded(name: str) -> Any:
     Raises:
         ConfigError: there is none; a name that is close to a ready-made reward's is said.
     """
-    check_source(name)
+    check_source(name, classifies=True)
     try:
         return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, use_safetensors=True)
     except OSError as error:

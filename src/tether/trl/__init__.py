@@ -43,7 +43,12 @@ from tether.trl.data import (
     unpair_preference_dataset,
 )
 from tether.trl.missing_names import ABSENT, refuse_name
-from tether.trl.models import clone_chat_template, create_reference_model, get_training_chat_template
+from tether.trl.models import (
+    clone_chat_template,
+    create_reference_model,
+    get_kbit_device_map,
+    get_training_chat_template,
+)
 from tether.trl.parser import TrlParser, init_zero_verbose
 
 __all__ = [
@@ -78,6 +83,7 @@ __all__ = [
     "create_reference_model",
     "extract_prompt",
     "get_dataset",
+    "get_kbit_device_map",
     "get_peft_config",
     "get_quantization_config",
     "get_training_chat_template",
@@ -91,6 +97,8 @@ __all__ = [
     "prepare_multimodal_messages",
     "unpair_preference_dataset",
 ]
+
+__version__ = "1.16.0"  # of TRL, whose names and defaults these are
 
 
 def __getattr__(name: str) -> object:

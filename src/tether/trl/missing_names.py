@@ -77,9 +77,11 @@ class _AbsentModules(MetaPathFinder, Loader):
         Raises:
             ModuleNotFoundError: always.
         """
+        part = spec.name.rpartition(".")[2].replace("_", "")
+        advice = next((f"{why}. " for name, why in ABSENT.items() if name.lower() == f"{part}trainer"), "")
         raise ModuleNotFoundError(
-            f"There is no module {spec.name}. TRL's names are in one place here, `from {_PACKAGE} import …`, its "
-            f"rewards in {_PACKAGE}.rewards; of its experimental trainers there are cpo, kto, online_dpo and orpo.",
+            f"There is no module {spec.name}. {advice}TRL's names are in one place here, `from {_PACKAGE} import …`, "
+            f"its rewards in {_PACKAGE}.rewards; of its experimental trainers there are cpo, kto, online_dpo and orpo.",
             name=spec.name,
         )
 

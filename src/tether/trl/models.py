@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from tether.compat.launcher import number
 from tether.errors import ConfigError
 from tether.models import load_tokenizer
 
@@ -24,6 +26,11 @@ def create_reference_model(model: nn.Module, num_shared_layers: int | None = Non
             "policy. Leave them out, or pass no ref_model: under an adapter the reference needs no second model."
         )
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def get_kbit_device_map() -> dict[str, int] | None:
+    """Where a process loads quantised weights: the device of its own; None without one. Gone from TRL."""
+    return {"": max(number("LOCAL_RANK", 0), 0)} if torch.accelerator.is_available() else None
 
 
 def clone_chat_template(

@@ -28,6 +28,10 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="Type of the weights to write; left out: as the base was trained.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model to merge into; left out: the one that the adapter names.", show_default=False),
+    ] = None,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Merge into another base than was trained with.")
     ] = False,
@@ -45,7 +49,7 @@ def merge(
     from tether.evaluate.score_rows import Reading, examples_of, load_for
 
     with terminal_output(debug):
-        named = named_model(model)
+        named = dataclasses.replace(named_model(model), base=base)
         examples = None
         if data is not None:
             reading = Reading()

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 AUTO = "auto"
 As = Annotated[
     str | None,
-    typer.Option("--as", help="Of a file of TRL: which of its commands it is for, such as dpo.", show_default=False),
+    typer.Option(
+        "--as",
+        help="Of a file of TRL or of LLaMA-Factory's v1: which command it is for, such as dpo.",
+        show_default=False,
+    ),
 ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +14,20 @@ from tether.config.document import KeyPath
 from tether.config.fields import keys_of
 from tether.config.foreign.document import Document, parse_foreign, read_foreign
 from tether.config.foreign.draft import OWN, Draft, Fate, Source, as_number
-from tether.config.foreign.rules import axolotl, llamafactory, trl
+from tether.config.foreign.rules import axolotl, llamafactory, llamafactory_v1, trl
 from tether.config.foreign.table import Row, load_table
 from tether.config.problems import show
 from tether.config.read import check_run
 from tether.config.run import RunConfig
 from tether.config.words import branches, field_types
 from tether.errors import ConfigError
-from tether.masking import HIDDEN
+from tether.masking import HIDDEN, is_secret
 from tether.training import PreferenceConfig
 from tether.training.surface.retired import RETIRED
 
 Rule = Callable[[Draft, Source], None]
 _SHOWN = 6
+_VARIABLE = re.compile(r"[^\s{}$]*\$\{[\w.:,-]+\}[^\s{}$]*")
 # Keys whose value is never printed.
 SECRETS = (
     "comet_api_key",
@@ -41,20 +44,10 @@ SECRETS = (
 
 # Of files with `model_name_or_path`, LLaMA-Factory's have one of these; those to export and to chat have no stage.
 _OF_LLAMAFACTORY = {"stage", "finetuning_type", "template", "infer_backend", "export_dir", "dataset_dir", "task"}
-# Keys that LLaMA-Factory's v1 layout alone has, and what the v0 layout calls the usual ones.
+# Keys that LLaMA-Factory's v1 layout alone has; `model` at the top is a run file's too.
 _OF_V1 = {
     *("model_class", "train_dataset", "init_config", "peft_config", "kernel_config", "quant_config", "dist_config"),
     *("optim_config", "lr_scheduler_config", "batching_strategy", "global_batch_size", "sample_backend"),
-}
-_V0 = {
-    "model": "model_name_or_path",
-    "train_dataset": "dataset",
-    "peft_config": "finetuning_type, lora_rank, lora_alpha, lora_target",
-    "quant_config": "quantization_bit",
-    "dist_config": "deepspeed or fsdp",
-    "micro_batch_size": "per_device_train_batch_size",
-    "global_batch_size": "gradient_accumulation_steps",
-    "lr_scheduler_config": "lr_scheduler_type",
 }
 
 
@@ -92,6 +85,12 @@ TOOLS: dict[str, Tool] = {
         config=llamafactory.configuration,
         doubled_is_error=True,
     ),
+    "llamafactory_v1": Tool(
+        "LLaMA-Factory",
+        ("llamafactory_v1",),
+        llamafactory_v1.RULES,
+        doubled_is_error=True,
+    ),
     "trl": Tool("TRL", ("trl", "transformers"), trl.RULES, config=trl.configuration),
 }
 
@@ -124,20 +123,11 @@ class Conversion:
 
 
 def detect(values: Mapping[str, Any]) -> str | None:
-    """Which tool a file is of: a key of `TOOLS`; None for a run file of our own.
-
-    Raises:
-        ConfigError: it is of a layout that is known and not read.
-    """
+    """Which tool a file is of: a key of `TOOLS`; None for a run file of our own."""
     if "base_model" in values:
         return "axolotl"
-    if found := sorted(_OF_V1 & values.keys()) if isinstance(values.get("model"), str) else []:
-        words = ", ".join(f"`{theirs}` is `{ours}`" for theirs, ours in _V0.items() if theirs in values)
-        raise ConfigError(
-            f"This is LLaMA-Factory's v1 layout (`model` beside `{found[0]}`), which its command reads where USE_V1 is "
-            "set. It is not read yet. Write the v0 layout, with a "
-            f"`stage`{f': {words}' if words else ''}; or a run file."
-        )
+    if "model" in values and not isinstance(values["model"], dict) and _OF_V1 & values.keys():
+        return "llamafactory_v1"
     if "model_name_or_path" not in values:
         return None
     return "llamafactory" if _OF_LLAMAFACTORY & values.keys() else "trl"
@@ -157,7 +147,8 @@ def convert_file(path: str | Path, overrides: Sequence[str] = (), command: str |
     Args:
         path: the file.
         overrides: `key=value` in the file's own words; `tether.train.seed=1` sets a key of the run file.
-        command: TRL's command, such as `dpo`; None: guessed from the keys.
+        command: the tool's command, such as `dpo`, of a file of TRL or of LLaMA-Factory's v1; None: guessed from the
+            keys.
 
     Raises:
         ConfigError: a key that cannot be converted, or about which the user must decide.
@@ -166,7 +157,12 @@ def convert_file(path: str | Path, overrides: Sequence[str] = (), command: str |
     given: dict[KeyPath, str] = {}
     for override in overrides:
         _apply(document, override, given)
-    tool = "trl" if command else detect(document.values)
+    tool = detect(document.values) or ("trl" if command else None)
+    if command and tool in ("axolotl", "llamafactory"):
+        raise ConfigError(
+            f"--as was given, and {path} is a file of {TOOLS[tool].name}, which says itself what it trains. Leave --as "
+            "out."
+        )
     if tool is None:
         raise ConfigError(
             f"{path} is not a file of TRL, Axolotl or LLaMA-Factory: it has neither `base_model` nor "
@@ -245,7 +241,12 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
             continue
         secret = key in SECRETS and value is not None
         fate = draft.fates[key] = Fate(key, HIDDEN if secret else value, row.mark, reason=row.reason)
-        if value is None:
+        if (variable := _unfilled(value)) is not None:
+            stops.append(
+                f"{source.place(key)}: `{key}` has `{variable}`, and variables are not filled in. Write the value, or "
+                f"give it after the file: {key}=…"
+            )
+        elif value is None:
             fate.mark, fate.reason = "note", "empty"
         elif row.is_idle(value):
             fate.mark, fate.reason = "note", row.reason if row.mark == "note" else "it asks for nothing"
@@ -253,10 +254,20 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
             said = "given" if secret else show(value)
             stops.append(f"{source.place(key)}: `{key}` is {said}; {row.reason}.")
         elif row.mark == "same":
-            draft.set(row.target, _as_typed(value, row.target), key)
+            typed = _as_typed(value, row.target)
+            of_list = config is not None and key in automatic and _is_list(field_types(config)[key])
+            draft.set(row.target, [typed] if of_list and not isinstance(typed, list) else typed, key)
     if stops:
         more = len(stops) - _SHOWN
         raise ConfigError(" ".join(stops[:_SHOWN]) + (f" There are {more} more." if more > 0 else ""))
+
+
+def _unfilled(value: Any) -> str | None:
+    """A variable in a value, such as `${HOME}/out`; text with blanks around one is a template."""
+    if isinstance(value, (list, dict)):
+        inside = value.values() if isinstance(value, dict) else value
+        return next((found for one in inside if (found := _unfilled(one)) is not None), None)
+    return value if isinstance(value, str) and _VARIABLE.fullmatch(value) else None
 
 
 def _retired(key: str, automatic: Mapping[str, str]) -> Row | None:
@@ -285,8 +296,15 @@ def _unknown(draft: Draft, tool: Tool, key: str, value: Any, known: Iterable[str
         return [f"{place}: `{key}` is not a key of {tool.name}.{hint or ' Remove it.'}"]
     if near:
         return [f"{place}: {tool.name} has no key `{key}` and ignores it.{hint} Correct it, or remove it."]
-    draft.fates[key] = Fate(key, value, "note", reason="no such key", there="ignores it")
+    draft.fates[key] = Fate(key, shown(key, value), "note", reason="no such key", there="ignores it")
     return []
+
+
+def shown(key: Any, value: Any) -> Any:
+    """The value of an unknown key as the table may show it: without secrets, by the names of their keys."""
+    if isinstance(value, dict):
+        return {name: shown(name, one) for name, one in value.items()}
+    return HIDDEN if value is not None and (key in SECRETS or is_secret(str(key))) else value
 
 
 def _as_typed(value: Any, target: str) -> Any:
@@ -299,6 +317,12 @@ def _as_typed(value: Any, target: str) -> Any:
     hint = field_types(PreferenceConfig).get(fields.get(target, ""), float)
     takes_text = target.partition(".")[0] not in ("train", "objective") or str in branches(hint)
     return value if takes_text else number
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option takes a list and no single value, so that one value of a command line is a list of one."""
+    kinds = [typing.get_origin(kind) or kind for kind in branches(hint)]
+    return list in kinds and not {str, int, float, dict, bool} & set(kinds)
 
 
 def _add_own(draft: Draft, source: Source) -> None:

@@ -92,7 +92,7 @@ def _look(
         line = key.start_mark.line + 1
         if key.tag == "tag:yaml.org,2002:merge":
             continue
-        if not isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode) or (not path and key.tag != "tag:yaml.org,2002:str"):
             raise ConfigError(f"{name}, line {line}: a key must be a name. Put it in quotes.")
         here = (*path, key.value)
         if here in lines and not path:

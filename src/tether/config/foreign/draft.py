@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -85,7 +86,7 @@ class Source:
         """A number, also in quotes."""
         value = self.get(key, default)
         made = as_number(value)
-        if made is None and value is not None:
+        if value is not None and (made is None or not math.isfinite(made)):
             self.wrong(key, value, _NUMBER_WORDS)
         return made
 
@@ -105,11 +106,14 @@ class Source:
 
     def names(self, key: str) -> list[str] | None:
         """A list of names, also as one text with commas."""
-        value = self.get(key)
+        return self.listed(key, self.get(key))
+
+    def listed(self, path: str | KeyPath, value: Any) -> list[str] | None:
+        """A value as a list of names; see `names`."""
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
-            self.wrong(key, value, "a list of names")
+            self.wrong(path, value, "a list of names")
         return value
 
     def mapping(self, key: str) -> dict[str, Any]:
@@ -121,8 +125,8 @@ class Source:
 
     def one_of(self, key: str, allowed: Iterable[str], default: str | None = None) -> Any:
         """One of some names."""
-        value = self.text(key, default)
-        if value is not None and value not in (names := list(allowed)):
+        value, names = self.get(key, default), list(allowed)
+        if value is not None and value not in names:
             self.wrong(key, value, ", ".join(names))
         return value
 

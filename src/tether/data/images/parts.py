@@ -204,8 +204,6 @@ def _flat_content(content: Any) -> Any:
                 pieces.append(_flat(filled["text"]))
             case "image" if filled.keys() == {"type"}:
                 pieces.append(MARK)
-            case "image":
-                raise ValueError("an image part holds its image; put images into the column `images`")
             case kind:
                 raise ValueError(
                     f"a part of `content` has the type {kind!r}; allowed are {{'type': 'text', 'text': …}} and "

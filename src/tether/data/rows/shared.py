@@ -56,13 +56,13 @@ def _called(message: Mapping[str, Any]) -> list[Any]:
 def untrained_by(message: Mapping[str, Any]) -> str:
     """The field by which a message says of itself that it is not trained on; empty where it does not.
 
-    In the data of OpenAI it is `weight`, of Axolotl `train` or `training`, of ms-swift `loss`.
+    In the data of OpenAI it is `weight`, of LLaMA-Factory's v1 `loss_weight`, of Axolotl `train` or `training`, of
+    ms-swift `loss`.
 
     Example:
         >>> untrained_by({"role": "assistant", "weight": 0}), untrained_by({"role": "assistant", "train": True})
         ('weight', '')
     """
-    weight, flags = message.get("weight"), ("train", "training", "loss")
-    if weight is not None and weight == 0:
-        return "weight"
-    return next((name for name in flags if message.get(name) is False), "")
+    weights, flags = ("weight", "loss_weight"), ("train", "training", "loss")
+    weightless = (name for name in weights if message.get(name) is not None and message[name] == 0)
+    return next(weightless, next((name for name in flags if message.get(name) is False), ""))

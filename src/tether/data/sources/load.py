@@ -11,7 +11,8 @@ import io
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from tether.data.images.lifted import lifted, may_hold_images
 from tether.data.images.parts import references_of
 from tether.data.rows.columns import BATCH_ROWS, EXTRAS, IMAGE_COLUMNS, KINDS, TEXTS, kind_of
 from tether.data.rows.conversion import convert, detected, fitting, reads
@@ -159,32 +161,34 @@ def _chosen(rows: Dataset | list[dict[str, Any]], places: range) -> Dataset | li
 def _with_layout(
     rows: Dataset | list[dict[str, Any]], origin: Origin, layout: Format | None, kind: Kind, name: str
 ) -> Dataset:
+    if may_hold_images(rows):
+        rows = _made_in_pieces(rows, partial(lifted, name=name), name)
     if layout is None and origin.format is None:
         columns = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(key for row in rows for key in row)
         layout = detected(columns, kind)
-    if layout is not None and (done := _converted_in_pieces(rows, layout, kind, name)) is not None:
-        rows = done
-    elif layout is not None:
-        rows = convert(plain_rows(rows), layout, kind, name=name)
+    if layout is not None:
+        rows = _made_in_pieces(rows, partial(convert, layout=layout, kind=kind, name=name), name)
     table = rows if isinstance(rows, Dataset) else Dataset(table_of(rows, name))
     return table if origin.weight == 1 else table.select(occurrences(len(table), origin.weight))
 
 
-def _converted_in_pieces(rows: Dataset | list[dict[str, Any]], layout: Format, kind: Kind, name: str) -> Dataset | None:
-    """Many rows in a table as rows of a format, some at a time; None where that is to be done at once, see
-    `_in_pieces`."""
-    if isinstance(rows, list) or len(rows) <= _PIECE:
-        return None
+def _made_in_pieces(
+    rows: Dataset | list[dict[str, Any]], made: Callable[..., list[dict[str, Any]]], name: str
+) -> Dataset | list[dict[str, Any]]:
+    """Rows as `made` makes them of some rows, given the number of the first; many rows in a table some at a time, where
+    that makes tables that go together."""
 
     def tables() -> Iterator[pa.Table]:
         plain = plain_rows(rows)
         for first in range(0, len(rows), _PIECE):
-            yield table_of(convert(islice(plain, _PIECE), layout, kind, name=name, first=first), name, first)
+            yield table_of(made(islice(plain, _PIECE), first=first), name, first)
 
-    try:
-        return _dataset(spooled(tables()))
-    except (DataError, pa.ArrowException):
-        return None
+    if isinstance(rows, Dataset) and len(rows) > _PIECE:
+        try:
+            return cast(Dataset, _dataset(spooled(tables())))
+        except (DataError, pa.ArrowException):
+            pass  # at once, which says what is wrong with all of them, or finds types that fit them all
+    return made(plain_rows(rows))
 
 
 def _dataset(table: pa.Table | None) -> Dataset | None:

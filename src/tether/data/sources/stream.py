@@ -16,6 +16,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from tether.compat.datasets import arrow_table
+from tether.data.images.lifted import lifted, may_hold_images
 from tether.data.rows.columns import BATCH_ROWS
 from tether.data.rows.conversion import convert, detected
 from tether.data.sources.files import expand, stream_file
@@ -105,6 +106,8 @@ class RowStream:
             if first == 0 and layout is None and origin.format is None:
                 columns = rows.column_names if isinstance(rows, Dataset) else {key for row in rows for key in row}
                 layout = detected(columns, self.kind)
+            if may_hold_images(rows):
+                rows = lifted(plain_rows(rows), name, first)
             if layout is not None:
                 rows = convert(plain_rows(rows), layout, self.kind, name=name, first=first)
             table = table_of(rows, name, first) if isinstance(rows, list) else arrow_table(rows)

@@ -66,8 +66,7 @@ def _of_named(config: Any, spec: ModelSpec, new: list[int], virtual: int) -> Lim
 
 
 def _saved_adapter(spec: ModelSpec) -> list[Any]:
-    folder = spec.adapter or spec.source
-    return [adapter_config(folder)] if spec.brings_adapter else []
+    return [adapter_config(folder) for folder in spec.adapters or [spec.source]] if spec.brings_adapter else []
 
 
 def _virtual(configs: list[Any]) -> int:

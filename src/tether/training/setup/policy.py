@@ -20,6 +20,7 @@ from tether.data import text_tokenizer
 from tether.data.images.sizes import use_sizes
 from tether.errors import ConfigError, ScoringError
 from tether.models.adapters import (
+    adapter_folders,
     continue_adapter,
     new_adapter,
     refuse_unfit_virtual_tokens,
@@ -239,9 +240,8 @@ def check_policy(model: Any, ref_model: Any, args: PreferenceConfig, peft_config
     spec.require_device()
     refuse_spread(spec.device_map, args.world_size)
     if args.reference is None and ref_model is None:
-        for folder in (model, spec.adapter):
-            if folder is not None:
-                refuse_silent_reanchoring(str(folder))
+        for folder in (model, *spec.adapters):
+            refuse_silent_reanchoring(str(folder))
     if peft_config is None and not spec.brings_adapter and (spec.is_quantized or _is_saved_quantized(spec)):
         raise ConfigError(_NOTHING_TRAINS)
 
@@ -412,7 +412,7 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, args: Prefer
     if folder is None:
         return new_adapter(policy, peft_config)
     stacked = stack_adapter(policy, folder, peft_config)
-    logger.info(f"adapter: a new one over {folder}, which is frozen; both are in effect")
+    logger.info(f"adapter: a new one over {', '.join(map(str, adapter_folders(folder)))}; only the new one trains")
     return stacked
 
 

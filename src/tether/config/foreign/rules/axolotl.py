@@ -72,8 +72,8 @@ _VARIABLES = {
 
 
 def _objective(draft: Draft, source: Source) -> None:
-    kind = source.text("rl")
-    if kind in _NOT_HERE:
+    kind = source.get("rl")
+    if isinstance(kind, str) and kind in _NOT_HERE:
         source.refuse(
             "rl",
             f"`rl` is {kind!r}; {_NOT_HERE[kind]} is not here. Allowed are {', '.join((*_PREFERENCE, *KINDS))}.",
@@ -326,6 +326,8 @@ def _saving(draft: Draft, source: Source) -> None:
 def _per_epoch(draft: Draft, source: Source, steps: str, times: str) -> tuple[Any, str]:
     """Steps between two, or the share of the run that `times` per epoch makes."""
     count, given = source.number(times), source.number(steps)
+    if count is not None and count < 0:
+        source.wrong(times, count, "a number from 0")
     if count and given:
         source.refuse(times, f"`{times}` and `{steps}` say the same thing. Leave one of them out.")
     if not count:

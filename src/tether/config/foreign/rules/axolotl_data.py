@@ -47,6 +47,8 @@ def data(draft: Draft, source: Source) -> None:
     if not source.has("datasets"):
         source.refuse("datasets", "`datasets` is missing. Name the rows.")
     draft.set("data.train", _sources(draft, source, "datasets"), "datasets")
+    if source.flag("streaming"):
+        shared.read_whole(draft, "streaming")
     _turns(draft, source)
     share = source.number("val_set_size")
     if source.has("test_datasets"):

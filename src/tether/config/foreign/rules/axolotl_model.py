@@ -17,6 +17,8 @@ _FOUR_BITS = {
 def model(draft: Draft, source: Source) -> None:
     """The model, its revision, quantisation, device and attention; what of it trains; its text."""
     base = source.text("base_model")
+    if not base:
+        source.refuse("base_model", "`base_model` is missing. Name the model.")
     if source.get("base_model_config") not in (None, base):
         source.refuse("base_model_config", "`base_model_config` names another repository; a model has its own here.")
     if source.get("tokenizer_config") not in (None, base):

@@ -55,8 +55,8 @@ def configuration(source: Source) -> type[PreferenceConfig]:
     for key, instead in _NOT_TRAINING.items():
         if source.has(key) and not source.has("dataset"):
             source.refuse(key, f"`{key}` is of a file that trains nothing. {instead}")
-    stage = source.text("stage", "sft")
-    if stage in _NOT_HERE:
+    stage = source.get("stage", "sft")
+    if isinstance(stage, str) and stage in _NOT_HERE:
         source.refuse(
             "stage", f"`stage` is {stage!r}; {_NOT_HERE[stage]} is not here. Allowed are {', '.join(_STAGES)}."
         )
@@ -72,7 +72,7 @@ def _objective(draft: Draft, source: Source) -> None:
     if stage == "dpo":
         if source.get("pref_loss") == "kto_pair":
             source.refuse("pref_loss", "`pref_loss` is 'kto_pair', which TRL removed; `stage: kto` reads pairs too.")
-        loss, options = _preference(source)
+        loss, options = preference(source, _LOSSES)
     elif stage == "kto" and source.get("pref_ftx"):
         source.refuse("pref_ftx", "`pref_ftx` adds a likelihood, which KTO's trainer does not. Set it to 0.")
     if stage in ("dpo", "kto"):
@@ -89,9 +89,7 @@ def _objective(draft: Draft, source: Source) -> None:
         options["simpo_gamma"] = (source.number("simpo_gamma"), "simpo_gamma")
     key = next((key for key in ("pref_loss", "use_dft_loss", "stage") if source.has(key)), "")
     shared.objective(draft, loss, key, options)
-    if loss == ["sft", "odds_ratio"]:
-        draft.set("reference.meaning", "none")
-        draft.explain("pref_loss", "a likelihood of the answer, and the odds ratio times pref_beta")
+    odds_ratio(draft, loss)
     draft.fates["stage"].became.append("objective") if "stage" in draft.fates else None
     for key in ("pref_loss", "pref_beta", "pref_ftx", "pref_bco_weight", "use_dft_loss"):
         if key in draft.fates and not draft.fates[key].became and draft.fates[key].mark != "note":
@@ -106,9 +104,16 @@ def _objective(draft: Draft, source: Source) -> None:
         draft.set("train.turns", "assistant", comment="LLaMA-Factory trains on the assistant's turns")
 
 
-def _preference(source: Source) -> tuple[Any, dict[str, tuple[Any, str]]]:
-    """The loss of `stage: dpo`, with what `pref_ftx` and `pref_bco_weight` add to it."""
-    loss = source.one_of("pref_loss", _LOSSES, "sigmoid")
+def odds_ratio(draft: Draft, loss: Any) -> None:
+    """What LLaMA-Factory's ORPO says beside its loss."""
+    if loss == ["sft", "odds_ratio"]:
+        draft.set("reference.meaning", "none")
+        draft.explain("pref_loss", "a likelihood of the answer, and the odds ratio times pref_beta")
+
+
+def preference(source: Source, losses: tuple[str, ...]) -> tuple[Any, dict[str, tuple[Any, str]]]:
+    """The loss of preference training, one of some, with what `pref_ftx` and `pref_bco_weight` add to it."""
+    loss = source.one_of("pref_loss", losses, "sigmoid")
     share, odds = source.number("pref_ftx") or 0, source.number("pref_bco_weight") or 0
     if loss in ("orpo", "simpo") and (share or odds):
         key = "pref_ftx" if share else "pref_bco_weight"
@@ -160,6 +165,8 @@ def _quantize(draft: Draft, source: Source, key: str, target: str) -> None:
 
 
 def _model(draft: Draft, source: Source) -> None:
+    if not source.text("model_name_or_path"):
+        source.refuse("model_name_or_path", "`model_name_or_path` is missing. Name the model.")
     shared.revision(draft, source, "model_revision", "model_name_or_path")
     _quantize(draft, source, "quantization_bit", "model.quantization")
     shared.four_bits(draft, source, source.one_of("quantization_type", ("nf4", "fp4"), "nf4"), "quantization_type")
@@ -169,7 +176,7 @@ def _model(draft: Draft, source: Source) -> None:
         draft.set("train.bf16", False, "pure_bf16")
     if source.has("default_system"):
         draft.set("data.system", source.text("default_system"), "default_system")
-    _template(draft, source)
+    template(draft, source)
     tokens = [token for key in ("add_tokens", "add_special_tokens") for token in source.names(key) or ()]
     if tokens:
         draft.set("model.add_tokens", tokens, "add_tokens" if source.has("add_tokens") else "add_special_tokens")
@@ -178,7 +185,7 @@ def _model(draft: Draft, source: Source) -> None:
         shared.load_plainly(draft, "flash_attn", kind)
 
 
-def _template(draft: Draft, source: Source) -> None:
+def template(draft: Draft, source: Source) -> None:
     """`template`: what is nobody's own is taken; that of a family where the model has none."""
     name, known = source.text("template"), load_templates("llamafactory")
     if name is None:
@@ -201,12 +208,12 @@ def _template(draft: Draft, source: Source) -> None:
 
 
 def _data(draft: Draft, source: Source) -> None:
-    if not source.has("dataset"):
+    if not source.names("dataset"):
         source.refuse("dataset", "`dataset` is missing. Name one of dataset_info.json.")
     draft.set("data.train", _sets(draft, source, "dataset"), "dataset")
     draft.fates["dataset"].reason = f"as {_INFO} says"
     each = source.flag("eval_on_each_dataset")
-    if source.has("eval_dataset"):
+    if source.names("eval_dataset"):
         found = _sets(draft, source, "eval_dataset", named=each)
         draft.set("data.eval", found, "eval_dataset")
     elif source.number("val_size"):
@@ -216,6 +223,7 @@ def _data(draft: Draft, source: Source) -> None:
     if source.flag("streaming"):
         size = source.number("buffer_size", 16384)
         draft.set("data.buffer_size", size, "buffer_size" if source.has("buffer_size") else "")
+        shared.read_whole(draft, "streaming")
     else:
         draft.note("buffer_size", "rows are not streamed")
     if source.flag("disable_shuffling"):

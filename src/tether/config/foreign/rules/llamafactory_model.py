@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tether.config.document import KeyPath
 from tether.config.foreign.draft import Draft, Source
 from tether.config.foreign.rules import shared
 from tether.errors import ConfigError
@@ -28,7 +29,7 @@ def adapter(draft: Draft, source: Source) -> None:
     kind = source.one_of("finetuning_type", ("lora", "full", "freeze", "oft"), "lora")
     hidden = _frozen_towers(draft, source)
     if kind == "freeze":
-        _last_layers(draft, source)
+        _some_layers(draft, source)
     elif kind == "full":
         draft.note("finetuning_type", "all of the model trains")
     for key in _FREEZE if kind != "freeze" else ():
@@ -69,25 +70,41 @@ def adapter(draft: Draft, source: Source) -> None:
 
 def _continued(draft: Draft, source: Source) -> bool:
     """`adapter_name_or_path`; returns whether it names one."""
-    *first, last = source.names("adapter_name_or_path") or [""]
-    if first:
-        more = "; before each further one set base_model_name_or_path of its adapter_config.json to the result so far"
-        source.refuse(
-            "adapter_name_or_path",
-            f"`adapter_name_or_path` has {len(first) + 1} adapters. LLaMA-Factory merges {', '.join(first)} into the "
-            "model in memory, so that what it saves fits no model on disk. Merge first: tether merge "
-            f"{first[0]} --output merged{more if len(first) > 1 else ''}. Then model_name_or_path=merged "
-            f"adapter_name_or_path={last}.",
-        )
-    if not last:
+    names = source.names("adapter_name_or_path") or []
+    if not names:
         return False
-    folder = str(Path(source.text("adapter_folder")) / last) if source.has("adapter_folder") else last
-    draft.set("model.adapter", folder, "adapter_name_or_path")
+    parent = Path(source.text("adapter_folder", ""))
+    folders = [str(parent / name) for name in names] if source.has("adapter_folder") else names
+    draft.set("model.adapter", folders[0] if len(folders) == 1 else folders, "adapter_name_or_path")
+    *first, last = folders
+    new = source.flag("create_new_adapter")
+    if first:
+        frozen = ", ".join(folders if new else first)
+        draft.explain(
+            "adapter_name_or_path",
+            f"{frozen}: frozen beneath the one that trains, which gives the same sum; there merged in memory, so that "
+            "what is saved fits no model on disk",
+        )
     if source.text("stage", "sft") in ("dpo", "kto"):
-        why = "LLaMA-Factory's own reference is the base without this adapter; reference: base gives that"
-        draft.set("reference.meaning", "start", "adapter_name_or_path", why)
-        draft.explain("adapter_name_or_path", f"the reference is the model as it starts, adapter included. {why}")
+        continued_reference(draft, "adapter_name_or_path", "" if new else their_reference(first, last))
     return True
+
+
+def continued_reference(draft: Draft, key: str, theirs: str) -> None:
+    """The reference of a model that starts with adapters, and how to have LLaMA-Factory's own where that is another."""
+    draft.set("reference.meaning", "start", key, theirs)
+    draft.explain(key, "the reference is the model as it starts, adapters included")
+    draft.explain(key, theirs)
+
+
+def their_reference(first: list[str], last: str) -> str:
+    """What LLaMA-Factory compares with where the last adapter goes on training, and how to have that."""
+    theirs = f"LLaMA-Factory's own reference is the model without {last}"
+    if not first:
+        return f"{theirs}; reference: base gives that"
+    if len(first) == 1:
+        return f"{theirs}; reference: {{adapter: {first[0]}}} gives that"
+    return f"{theirs}; merge {', '.join(first)} first (tether merge), then reference: base gives that"
 
 
 def _all_linear(names: list[str] | None) -> Any:
@@ -115,7 +132,7 @@ def _configuration(source: Source) -> Any:
     if "configuration" not in source.looked_up:
         try:
             source.looked_up["configuration"] = load_config(
-                source.text("model_name_or_path"),
+                source.text("model_name_or_path") or source.text("model"),
                 revision=source.text("model_revision"),
                 trust_remote_code=source.flag("trust_remote_code"),
             )
@@ -169,21 +186,40 @@ def images(draft: Draft, source: Source) -> None:
             draft.set(f"model.processor.{name}", True, key)
 
 
-def _last_layers(draft: Draft, source: Source) -> None:
-    """`finetuning_type: freeze`: the last layers train, or the first where the number is below 0, or parts of them."""
+def _some_layers(draft: Draft, source: Source) -> None:
+    """`finetuning_type: freeze`."""
     count, key = source.number("freeze_trainable_layers", 2), "freeze_trainable_layers"
     said = key if source.has(key) else "finetuning_type" if source.has("finetuning_type") else ""
-    if not isinstance(count, int) or count == 0:
-        source.wrong(key, count, "a whole number: the last layers, or the first ones where it is below 0")
-    try:
-        layers = _configuration(source).get_text_config().num_hidden_layers
-    except ConfigError as error:
-        source.refuse("finetuning_type", f"`finetuning_type` is 'freeze', which needs the number of layers. {error}")
-    chosen = range(max(0, layers - count), layers) if count > 0 else range(min(-count, layers))
-    parts = source.names("freeze_trainable_modules") or ["all"]
-    patterns = [rf"\.{layer}\.{'' if part == 'all' else re.escape(part)}" for part in parts for layer in chosen]
-    draft.set("model.train", [*patterns, *map(re.escape, source.names("freeze_extra_modules") or ())], said)
-    draft.explain(said, f"{len(chosen)} of the {layers} layers train")
+    parts, further = (source.names(name) for name in _FREEZE[1:])
+    last_layers(draft, said, (key,), count, parts, further)
     for name in ("finetuning_type", *_FREEZE[1:]):
         if name != said and name in draft.fates and draft.fates[name].mark != "note":
             draft.fates[name].became.append("model.train")
+
+
+def last_layers(
+    draft: Draft, said: str, place: KeyPath, count: Any, parts: list[str] | None, further: list[str] | None
+) -> None:
+    """Only some layers train: the last ones, or the first where the number is below 0, or parts of them.
+
+    Args:
+        draft: the run file.
+        said: the key that asks for it.
+        place: of the number.
+        count: of layers.
+        parts: of them; None: all.
+        further: other modules that train.
+    """
+    source = draft.source
+    if not isinstance(count, int) or isinstance(count, bool) or count == 0:
+        source.wrong(place, count, "a whole number: the last layers, or the first ones where it is below 0")
+    try:
+        layers = _configuration(source).get_text_config().num_hidden_layers
+    except ConfigError as error:
+        source.refuse(said or place, f"only some layers are to train, which needs their number. {error}")
+    chosen = range(max(0, layers - count), layers) if count > 0 else range(min(-count, layers))
+    patterns = [
+        rf"\.{layer}\.{'' if part == 'all' else re.escape(part)}" for part in parts or ["all"] for layer in chosen
+    ]
+    draft.set("model.train", [*patterns, *map(re.escape, further or ())], said)
+    draft.explain(said, f"{len(chosen)} of the {layers} layers train")

@@ -177,6 +177,24 @@ def nothing_to_evaluate(draft: Draft, why: str) -> None:
                 draft.fates[key].became.clear()
 
 
+def read_whole(draft: Draft, key: str) -> None:
+    """Take streaming out where a source is one JSON list, which the tools read whole as well."""
+    sources = draft.get("data.train", [])
+    for one in sources if isinstance(sources, list) else [sources]:
+        path = Path(str(one.get("path") if isinstance(one, dict) else one)).expanduser()
+        if path.suffix != ".json" or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if listed:
+            draft.values["data"].pop("streaming", None)
+            draft.values["data"].pop("buffer_size", None)
+            draft.note(key, f"{path} is one JSON list, which is read whole; JSON lines (.jsonl) are streamed")
+            draft.note("buffer_size", "rows are not streamed")
+            for name in {key, "buffer_size"} & draft.fates.keys():
+                draft.fates[name].became.clear()
+
+
 def scale_of_rewards(draft: Draft) -> None:
     """`scale_rewards: true` in words."""
     value = draft.get("objective.scale_rewards")
@@ -248,7 +266,7 @@ def reward_function(source: Source, place: KeyPath, name: str) -> dict[str, Any]
 
 def weighted(source: Source, rewards: list[dict[str, Any]], weights: Any, place: KeyPath) -> list[dict[str, Any]]:
     """Rewards with their weights, where these are given."""
-    weights = [1.0] * len(rewards) if weights is None else weights
+    weights = [1.0] * len(rewards) if weights is None else [weights] if as_number(weights) is not None else weights
     if not isinstance(weights, list) or len(weights) != len(rewards) or any(as_number(one) is None for one in weights):
         source.wrong(place, weights, f"a list of {len(rewards)} numbers, one for each reward")
     return [

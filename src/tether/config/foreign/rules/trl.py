@@ -33,7 +33,9 @@ _REWARDS = ("reward_funcs", "reward_model_name_or_path")
 # What describes a server that is started.
 _OF_OWN_SERVER = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size")
 _SFT = {"nll": "sft", "chunked_nll": "sft", "dft": "dft"}
-_CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo"}
+_CPO = {"sigmoid": "cpo", "simpo": "simpo", "alphapo": "alphapo", "hinge": "hinge", "ipo": "ipo"}
+# Losses of CPO that are DPO's without a reference, and a likelihood beside them.
+_CPO_AS_DPO = ("hinge", "ipo")
 
 
 def configuration(source: Source) -> type[PreferenceConfig]:
@@ -107,6 +109,9 @@ def _loss(draft: Draft, source: Source) -> None:
         loss = alone if config_class(alone).algorithm == "dpo" else names
     elif command == "cpo":
         loss = _named(source, _CPO, (names or ["sigmoid"])[0])
+        if loss in _CPO_AS_DPO:
+            _without_reference(draft, source, loss)
+            return
     elif command == "sft":
         loss = _named(source, _SFT, (names or ["nll"])[0])
         if names == ["chunked_nll"]:
@@ -120,6 +125,25 @@ def _loss(draft: Draft, source: Source) -> None:
         if not source.has(fields[name]):
             default = config.__dataclass_fields__[fields[name]].default
             draft.set(f"objective.{name}", default, comment=f"TRL's default; a run file's {loss} has {preset}")
+
+
+def _without_reference(draft: Draft, source: Source, loss: str) -> None:
+    """A loss of CPO as one of DPO: the same formula of log-probs alone, and a likelihood of the chosen answers."""
+    objective = draft.values.get("objective", {})
+    for name in ("cpo_alpha", "simpo_gamma"):
+        objective.pop(name, None)
+    draft.note("simpo_gamma", "of loss_type: simpo")
+    share = source.number("cpo_alpha", 1.0)
+    draft.set("objective.loss", [loss, "sft"] if share else loss, "loss_type")
+    draft.set("reference.meaning", "none", "loss_type")
+    draft.explain("loss_type", f"the loss {loss} without a reference, as CPO computes it")
+    if "cpo_alpha" in draft.fates:
+        draft.fates["cpo_alpha"].became.clear()
+    if share:
+        draft.set("objective.weights", [1.0, share], "cpo_alpha" if source.has("cpo_alpha") else "")
+        draft.explain("cpo_alpha", "a likelihood of the chosen answers beside the loss")
+    else:
+        draft.note("cpo_alpha", "no likelihood beside the loss")
 
 
 def _named(source: Source, names: dict[str, str], given: str) -> str:
@@ -187,6 +211,8 @@ def _adapter(draft: Draft, source: Source) -> None:
     options = {
         peft: (source.get(key, default), key if source.has(key) else "") for peft, (key, default) in names.items()
     }
+    for peft, key in (("target_parameters", "lora_target_parameters"), ("modules_to_save", "lora_modules_to_save")):
+        options[peft] = (source.names(key), key if source.has(key) else "")
     targets = source.names("lora_target_modules")
     one = targets == ["all-linear"]
     options["target_modules"] = ("all-linear" if one else targets, "lora_target_modules" if targets else "")
