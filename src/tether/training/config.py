@@ -63,7 +63,8 @@ _LEAST = {
 }
 # What weights and the optimizer's state can hold; torch fails at a larger number in the midst of a step.
 _FLOAT32_MAX = float(torch.finfo(torch.float32).max)
-# Fields of TrainingArguments that take a mapping, or one as JSON text.
+# Fields that take a mapping, or one as JSON text; of TrainingArguments the second.
+_OWN_MAPPINGS = ("dataset_check", "special_tokens", "model_init_kwargs", "chat_template_kwargs", "image_sizes")
 _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
 
 
@@ -422,11 +423,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             self.bf16 = bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16)  # type: ignore[assignment]
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        limit = self.max_tokens_per_forward
-        if isinstance(limit, str) and limit.isdigit():  # from a command line
-            self.max_tokens_per_forward = int(limit)
-        if isinstance(self.cpu_threads, str) and self.cpu_threads.isdigit():
-            self.cpu_threads = int(self.cpu_threads)
+        for name in ("max_tokens_per_forward", "cpu_threads"):
+            if isinstance(value := getattr(self, name), str) and value.isdigit():  # from a command line
+                setattr(self, name, int(value))
         self.check_declared()
         self.check_accepted()
         # Not group_by_length: rows have no one length, and packing gains nothing from batches of like lengths.
@@ -439,16 +438,13 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
                 raise ConfigError(f"is {value}; allowed is a whole number from 0 to {2**32 - 1}.", name)
         if self.stream_dataset:
             self.require_streamable()
-        self.dataset_check = keywords("dataset_check", self.dataset_check)
+        for name in _OWN_MAPPINGS:
+            setattr(self, name, keywords(name, getattr(self, name)))
         check_limits(self.dataset_check or {})
-        self.special_tokens = keywords("special_tokens", self.special_tokens)
         check_special_tokens(self.special_tokens)
+        check_sizes(self.image_sizes)
         if self.deduplicate and self.stream_dataset:
             raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
-        self.model_init_kwargs = keywords("model_init_kwargs", self.model_init_kwargs)
-        self.chat_template_kwargs = keywords("chat_template_kwargs", self.chat_template_kwargs)
-        self.image_sizes = keywords("image_sizes", self.image_sizes)
-        check_sizes(self.image_sizes)
         self.check_reference()
         if self.include_num_input_tokens_seen is False:  # what a command line says of the default
             self.include_num_input_tokens_seen = "no"
