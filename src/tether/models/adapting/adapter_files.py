@@ -61,7 +61,7 @@ def require_weights(folder: str | Path) -> None:
             pass  # opening it reads the list of its tensors, which must fill the file
         note = Path(folder) / _SUM
         if note.is_file() and note.read_text(encoding="utf-8").split()[:1] != [_digest(path)]:
-            raise ValueError(f"it has other bytes than were saved, of which {_SUM} has the hash")
+            raise ValueError(f"it has other bytes than {_SUM} has the hash of; if that is meant, remove {_SUM}")
 
 
 def write_sums(model: PeftModel, folder: Path) -> None:
