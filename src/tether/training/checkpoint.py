@@ -47,7 +47,11 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
     if resume is True:
         last = last_checkpoint(output_dir)
         if last is None:
-            raise ConfigError(f"There is no whole checkpoint in {output_dir} to resume from. Start without resuming.")
+            torn = any(Path(str(output_dir)).glob("checkpoint-*"))
+            where = f", in another folder (output=FOLDER) or with {output_dir} removed" if torn else ""
+            raise ConfigError(
+                f"There is no whole checkpoint in {output_dir} to resume from. Start without resuming{where}."
+            )
         return last
     if not Path(resume).is_dir():
         raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
