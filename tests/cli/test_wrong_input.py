@@ -117,7 +117,9 @@ def test_a_folder_with_a_run_in_it_is_not_mixed_with_another(workplace: Any, tet
     (workplace.path / "out" / "checkpoint-3").mkdir(parents=True)
     code, _, err = tether("train", "run.yaml")
     assert code == 2
-    assert "'out' already holds a run (checkpoint-3)" in err
+    assert "'out' already holds a run (checkpoint-3). It has no whole checkpoint. Write elsewhere" in err
+    code, _, err = tether("train", "run.yaml", "--resume")  # each says what the other does not refuse
+    assert (code, "in another folder (output=FOLDER) or with out removed" in err) == (2, True)
 
 
 @pytest.mark.usefixtures("no_weights")

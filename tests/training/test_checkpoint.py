@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tether import DPOConfig, DPOTrainer
 from tether.errors import ConfigError
-from tether.training.checkpoint import load_renamed
+from tether.training.checkpoint import load_renamed, require_parts
 from tiny import _SHAPE, pair_rows, tiny_model, tiny_tokenizer
 
 MIXTURES = {
@@ -95,3 +97,13 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 2 tensors.*q_proj"):
         load_renamed(mixture("mixtral", seed=1), tmp_path)
+
+
+@pytest.mark.parametrize(("wrote", "now", "said"), [(1, 1, 0), (2, 2, 0), (2, 1, 1), (1, 2, 1), (4, 2, 1)])
+def test_another_number_of_processes_is_said(wrote, now, said, tmp_path, caplog):
+    """Each has a random state of its own, and transformers silently begins one that is missing anew (INV-46)."""
+    states = [f"rng_state_{rank}.pth" for rank in range(wrote)] if wrote > 1 else ["rng_state.pth"]
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", *states):
+        (tmp_path / name).touch()
+    require_parts(tmp_path, SimpleNamespace(world_size=now, process_index=0, save_only_model=False))
+    assert caplog.text.count(f"another number of processes ({now})") == said

@@ -148,9 +148,14 @@ def _refuse_used_folder(output: Path) -> None:
     """A folder with results of an earlier run would end up holding two runs, and `--resume` would not know which."""
     found = sorted(path.name for pattern in _RESULTS for path in output.glob(pattern))
     if found:
+        from tether.training.checkpoint import last_checkpoint
+
+        whole = (
+            "Continue that run with --resume, write" if last_checkpoint(output) else "It has no whole checkpoint. Write"
+        )
         raise ConfigError(
-            f"The output folder '{output}' already holds a run ({', '.join(found[:3])}). Continue that run with "
-            "--resume, write elsewhere with output=FOLDER, or remove the folder."
+            f"The output folder '{output}' already holds a run ({', '.join(found[:3])}). {whole} elsewhere with "
+            "output=FOLDER, or remove the folder."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from tether.compat.torch import foreign_metadata
 from tether.errors import ConfigError
@@ -47,7 +47,11 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
     if resume is True:
         last = last_checkpoint(output_dir)
         if last is None:
-            raise ConfigError(f"There is no whole checkpoint in {output_dir} to resume from. Start without resuming.")
+            torn = any(Path(str(output_dir)).glob("checkpoint-*"))
+            where = f", in another folder (output=FOLDER) or with {output_dir} removed" if torn else ""
+            raise ConfigError(
+                f"There is no whole checkpoint in {output_dir} to resume from. Start without resuming{where}."
+            )
         return last
     if not Path(resume).is_dir():
         raise ConfigError(f"The checkpoint {resume} does not exist. Give the folder checkpoint-N of an earlier run.")
@@ -114,12 +118,13 @@ def refuse_second_run(steps: int, folder: Path | None) -> None:
         )
 
 
-def require_parts(folder: Path, save_only_model: bool) -> None:
+def require_parts(folder: Path, args: TrainingArguments) -> None:
     """What a checkpoint lacks is not silently begun anew.
 
     Args:
         folder: the checkpoint.
-        save_only_model: whether this run writes checkpoints without optimizer and schedule, so that they are expected.
+        args: of the run; they say whether it writes checkpoints without optimizer and schedule, so that these are
+            expected, and how many processes it has, as each has a random state of its own.
 
     Raises:
         ConfigError: the checkpoint is no whole one, and was not meant to be without these parts.
@@ -138,8 +143,15 @@ def require_parts(folder: Path, save_only_model: bool) -> None:
         )
     lacking = [part for part, names in _OPTIMIZER.items() if not any(name.startswith(names) for name in there)]
     if not lacking:
+        own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+        others = sum(name.startswith("rng_state") for name in there) - args.world_size
+        if own not in there or others > 0:
+            logger.warning(
+                f"resuming from {folder} with another number of processes ({args.world_size}) than wrote it: the rows "
+                "are the same in the same order, dropout draws anew, and sums are in another order"
+            )
         return
-    if len(lacking) < len(_OPTIMIZER) or not save_only_model:
+    if len(lacking) < len(_OPTIMIZER) or not args.save_only_model:
         raise ConfigError(
             f"The checkpoint {folder} is without {' and '.join(lacking)}, which would begin anew: the rest of the run "
             "would be another one. Resume from a whole checkpoint. Where it was written with save_only_model, set "

@@ -341,7 +341,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         run.algorithm.load_state(read_objective(folder))
         with whole_weights(self.policy):
             if folder is not None:
-                require_parts(folder, bool(self.args.save_only_model))
+                require_parts(folder, self.args)
                 require_same_precision(folder, self.args.mixed_precision)
                 self.guard = restore(folder, run.reference.live, self.policy)
                 require_same_run(folder, self._identity)
