@@ -190,7 +190,10 @@ def test_an_argument_without_a_place_is_refused(name):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("beta", r"it is a field of the configuration: DPOConfig\(beta=…\)"), ("betta", "It takes model, args")],
+    [
+        ("beta", r"it is a field of the configuration: DPOConfig\(beta=…\)"),
+        ("betta", "It takes model, ref_model, args"),
+    ],
 )
 def test_an_option_or_a_slip_as_an_argument_is_refused(name, words):
     with pytest.raises(ConfigError, match=words):
