@@ -450,6 +450,15 @@ def test_every_option_of_trl_is_taken(name, tmp_path):
         kind(output_dir=str(tmp_path), use_cpu=True, **{field: getattr(theirs, field)})
 
 
+@pytest.mark.parametrize("name", [f"{name}Trainer" for name in OF_TRL])
+def test_every_argument_of_trl_s_trainers_has_a_place_or_a_reason(name):
+    module = {"ORPOTrainer": "trl.experimental.orpo", "CPOTrainer": "trl.experimental.cpo"}.get(name, "trl")
+    theirs = inspect.signature(getattr(pytest.importorskip(module), name).__init__).parameters
+    ours = [one for kind in getattr(tether, name).__mro__ for one in inspect.signature(kind.__init__).parameters]
+    assert len(theirs) > 8
+    assert theirs.keys() - REFUSED_ARGUMENTS.keys() <= set(ours)
+
+
 @pytest.mark.parametrize("name", sorted(RETIRED))
 def test_a_retired_name_is_taken_or_refused(name, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="tether")
