@@ -152,7 +152,7 @@ def test_a_name_stands_for_trainer_and_options(loss: str, config: Any, stands_fo
         ({"rewards": [{"name": "regex"}]}, "'regex' got the options {} and takes pattern"),
         ({"rewards": [{"name": "length", "python": "a.py:b"}]}, "a reward has one of them"),
         ({"rewards": [{"python": "a.py:b", "n": 2}]}, "which a ready-made reward"),
-        ({"rewards": [{"python": "a.py:b"}]}, "expected a Python file and a function in it"),
+        ({"rewards": [{"python": "a.py:b"}]}, "is 'a.py:b', and there is no file a.py"),
         ({"rewards": [{"judge": {"url": "http://h", "by": "votes"}}]}, "by"),
         ({"rewards": [{"judge": {"url": "http://h", "instructions": "Good?"}}]}, "The judge's instructions have no"),
         ({"rewards": [{"judge": {"url": "http://h", "tolerance": 0.1}}]}, "which a judge does not give"),

@@ -144,7 +144,7 @@ def test_a_function_of_ones_own_makes_rows(tmp_path: Path, monkeypatch: pytest.M
     assert next(streamed.chunks())["text"] == [f"n{n}" for n in range(7)]
     for place, said in (
         ("rows.py:none", "has no function 'none'; it has doubled, makes, wrong"),
-        ("other.py:x", "A transform of rows is 'other.py:x'; expected a Python file"),
+        ("other.py:x", "A transform of rows is 'other.py:x', and there is no file other.py"),
         ("no_such_module:x", "or an installed module"),
     ):
         with pytest.raises(ConfigError, match=said):

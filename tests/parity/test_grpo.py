@@ -6,11 +6,14 @@ TRL is given the completions by its `rollout_func`, or, for RLOO, in place of it
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig
 
 from tether import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from tether.objectives.online.correction import MODES
 from tiny import tiny_tokenizer
 from trl_runs import run
 
@@ -40,10 +43,11 @@ def sampled(call: int, count: int) -> list[list[int]]:
 
 
 class Sampler:
-    """A `rollout_func`; with masks, where a part of each completion was written by someone else."""
+    """A `rollout_func`; with masks, where a part of each completion was written by someone else, or with log-probs of
+    another engine."""
 
-    def __init__(self, masks: bool = False) -> None:
-        self.calls, self.masks = 0, masks
+    def __init__(self, masks: bool = False, engine: bool = False) -> None:
+        self.calls, self.masks, self.engine = 0, masks, engine
 
     def __call__(self, prompts, trainer):
         ids = sampled(self.calls, len(prompts))
@@ -53,6 +57,9 @@ class Sampler:
             "completion_ids": ids,
             "logprobs": None,
         }
+        if self.engine:
+            dice = torch.Generator().manual_seed(self.calls)
+            found["logprobs"] = [(-5.6 - 0.4 * torch.rand(len(one), generator=dice)).tolist() for one in ids]
         if self.masks:
             found["env_mask"] = [[int(k % 3 != 1) for k in range(len(one))] for one in ids]
         return found
@@ -72,19 +79,29 @@ def flat(completion_ids, **_):
     return [float(len(ids) > 4) if k // 4 % 2 else 1.0 for k, ids in enumerate(completion_ids)]
 
 
-def both(tmp_path, *, ours=None, theirs=None, rewards=parity, masks=False, **arguments):
+class Corrected(trl.GRPOTrainer):
+    """TRL corrects for log-probs of vLLM alone; here for those of its `rollout_func`, with no server behind it."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.use_vllm, self.vllm_generation = True, SimpleNamespace(sync_weights=lambda: None)
+        self._last_loaded_step = -1
+
+
+def both(tmp_path, *, ours=None, theirs=None, rewards=parity, masks=False, engine=False, **arguments):
     """A run of each, with settings that differ in name alone."""
     found = []
-    for classes, own in (((GRPOTrainer, GRPOConfig), ours), ((trl.GRPOTrainer, trl.GRPOConfig), theirs)):
+    their_trainer = Corrected if engine else trl.GRPOTrainer
+    for classes, own in (((GRPOTrainer, GRPOConfig), ours), ((their_trainer, trl.GRPOConfig), theirs)):
         torch.manual_seed(0)
         settings = {**SETTINGS, **arguments, **(own or {})}
         found.append(
             run(
                 *classes,
-                tmp_path / classes[0].__module__,
+                tmp_path / classes[1].__module__,
                 ROWS,
                 reward_funcs=rewards,
-                rollout_func=Sampler(masks),
+                rollout_func=Sampler(masks, engine),
                 **settings,
             )
         )
@@ -123,6 +140,21 @@ CASES = {
     },
     "no variance": {"loss_type": "grpo", "rewards": flat},
     "masks": {"loss_type": "dapo", "masks": True},
+    **{
+        f"correction, {mode}": {
+            "engine": True,
+            "loss_type": "grpo",
+            "vllm_importance_sampling_mode": mode,
+            "vllm_importance_sampling_clip_max": 1.6,
+            "vllm_importance_sampling_clip_min": 0.7,
+            "beta": 0.3,
+            **LORA,
+        }
+        for mode in MODES
+    },
+    "correction of masks": {"engine": True, "masks": True, "loss_type": "dapo"},
+    "correction, vespo": {"engine": True, "loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"},
+    "correction, off policy": {"engine": True, "loss_type": "grpo", "off_policy_mask_threshold": 0.1},
 }
 # TRL measures these otherwise, as docs/conventions.md says: zero variance there is that of the deviation in use.
 UNLIKE = {"normalised apart": {"frac_reward_zero_std"}, "batch": {"frac_reward_zero_std"}}
@@ -148,6 +180,7 @@ def assert_alike(ours, theirs, unlike=frozenset(), tolerance=3e-4):
 def test_three_steps_equal_trl(name, tmp_path):
     """R8: on policy, then the second update of a rollout, then another one: off policy the ratios count."""
     ours, theirs = both(tmp_path, num_iterations=2, **CASES[name])
+    assert ("sampling/importance_sampling_ratio/mean" in theirs.steps[0]) == ("engine" in CASES[name])
     assert_alike(ours, theirs, UNLIKE.get(name, ()))
 
 

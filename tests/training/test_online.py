@@ -583,6 +583,9 @@ def test_a_reward_that_raises_in_an_evaluation_loses_no_step(tmp_path):
     [
         ({"temperature": 0.9}, "temperature 0.9 in place of 1.0"),
         ({"num_generations": 2}, "num_generations 2 in place of 4"),
+        ({"vllm_importance_sampling_clip_max": 2.0}, "vllm_importance_sampling_clip_max 2.0 in place of 3.0"),
+        ({"shuffle_dataset": False}, "shuffle_dataset false in place of true"),
+        ({"max_prompt_length": 3}, "max_prompt_length 3 in place of null"),
         ({"rewards": [even, lambda completion_ids: [0.0] * len(completion_ids)]}, "rewards .* then and .* now"),
     ],
 )
@@ -591,6 +594,15 @@ def test_a_run_is_not_resumed_with_other_rollouts(changed, said, tmp_path):
     trained(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(ConfigError, match=said):
         trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_run_may_wait_longer_and_show_more(tmp_path):
+    """Nothing that is trained on depends on them; after a reward that was too slow there is no other way on."""
+    trained(tmp_path, max_steps=1, reward_timeout=20.0, save_strategy="steps", save_steps=1)
+    shown = {"log_completions": True, "num_completions_to_print": 0, "keep_rollouts": False}
+    made = trainer(tmp_path, max_steps=2, reward_timeout=60.0, reward_on_error="none", **shown)
+    made.train(resume_from_checkpoint=True)
+    assert made.state.global_step == 2
 
 
 def test_rollout_functions_are_checked_and_trained_on(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from tether import OnlineDPOConfig
 from tether.errors import ConfigError
 from tether.scoring import pack, score
-from tether.training.online.experience import pairs_of
+from tether.training.online.groups import pairs_of
 from training.online import SETTINGS, steps, trainer, weights
 
 

@@ -129,7 +129,7 @@ def test_completions_are_held_to_a_pattern_and_ratios_know_it(server, tmp_path):
     assert log["sampling/importance_sampling_ratio/max"] < 1.0
     assert log["sampling/sampling_logp_difference/mean"] > 1e-2
     with pytest.raises(ConfigError, match=r"vllm_structured_outputs_regex '\[a-m \]\+' then and None now"):
-        served(tmp_path, server).train(resume_from_checkpoint=True)
+        served(tmp_path, server, vllm_importance_sampling_mode="token_truncate").train(resume_from_checkpoint=True)
     for wrong, said in (("", "is empty"), (pattern, "vllm_importance_sampling_correction is False")):
         with pytest.raises(ConfigError, match=said):
             served(tmp_path, server, vllm_structured_outputs_regex=wrong, vllm_importance_sampling_correction=not wrong)

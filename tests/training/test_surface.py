@@ -190,7 +190,10 @@ def test_an_argument_without_a_place_is_refused(name):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("beta", r"it is a field of the configuration: DPOConfig\(beta=…\)"), ("betta", "It takes model, args")],
+    [
+        ("beta", r"it is a field of the configuration: DPOConfig\(beta=…\)"),
+        ("betta", "It takes model, ref_model, args"),
+    ],
 )
 def test_an_option_or_a_slip_as_an_argument_is_refused(name, words):
     with pytest.raises(ConfigError, match=words):
@@ -445,6 +448,15 @@ def test_every_option_of_trl_is_taken(name, tmp_path):
     assert unknown == set()
     for field in theirs.__dataclass_fields__.keys() - transformers.TrainingArguments.__dataclass_fields__.keys():
         kind(output_dir=str(tmp_path), use_cpu=True, **{field: getattr(theirs, field)})
+
+
+@pytest.mark.parametrize("name", [f"{name}Trainer" for name in OF_TRL])
+def test_every_argument_of_trl_s_trainers_has_a_place_or_a_reason(name):
+    module = {"ORPOTrainer": "trl.experimental.orpo", "CPOTrainer": "trl.experimental.cpo"}.get(name, "trl")
+    theirs = inspect.signature(getattr(pytest.importorskip(module), name).__init__).parameters
+    ours = [one for kind in getattr(tether, name).__mro__ for one in inspect.signature(kind.__init__).parameters]
+    assert len(theirs) > 8
+    assert theirs.keys() - REFUSED_ARGUMENTS.keys() <= set(ours)
 
 
 @pytest.mark.parametrize("name", sorted(RETIRED))

@@ -19,17 +19,27 @@ from tether.objectives.online.advantages import spread, weighted_sum, without_va
 from tether.rewards import Calling, Judged, Reward, RewardTable, call_rewards
 from tether.rollout import Completion, Group, ReplayEngine, RolloutEngine, RolloutRequest, Sampling
 from tether.rollout.files import forget_later, rollout_file, write_rollout
-from tether.rollout.proof import as_example, choose_engine
+from tether.rollout.proof import choose_engine
 from tether.scoring import pack
 from tether.scoring.batch import with_token_values
 from tether.training.algorithms.base import Passes
+from tether.training.online.groups import (
+    Metrics,
+    Wanted,
+    divergence,
+    example_of,
+    judge_by,
+    lengths_of,
+    mass_of,
+    pairs_of,
+    with_values,
+)
 from tether.training.online.reward_gain import Progress, group_means
 from tether.training.online.serving import Served, Serving
 from tether.training.online.table import Completions
-from tether.types import Example, ScoringBatch
+from tether.types import Example
 
 logger = logging.getLogger("tether")
-Metrics = dict[str, float]
 # From rewards by function [K, R], their weights [R] and the KL of each completion [K] (None: none) to advantages [K].
 Advantages = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
@@ -94,27 +104,6 @@ class Plan:
             return without_variance(weighted_sum(rewards, self.weights), group)
         counted = rewards[:, self.weights != 0].T
         return torch.stack([without_variance(values, group) for values in counted]).all(0)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """This process' share of a rollout: completions in the order of the batches that they are for.
-
-    Args:
-        requests: for each batch those of its completions, a prompt at a time.
-        number: of the rollout, or `eval`.
-        group: completions of each prompt, over all processes.
-        conversational: the rows' prompts are messages.
-        further: requests of so many prompts that are no part of it, from a place in their order on.
-        again: it is the first after a resume, so that it may be on disk already.
-    """
-
-    requests: tuple[tuple[RolloutRequest, ...], ...]
-    number: int | str
-    group: int
-    conversational: bool
-    further: Callable[[int, int], list[RolloutRequest]] = lambda first, count: []
-    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,7 +242,7 @@ class Experience:
         """Names of what is said of an evaluation's rollouts."""
         each = [f"rewards/{one.name}/mean" for one in self.plan.rewards]
         whole = ("reward", "reward_error", "reward_std", "frac_reward_zero_std")
-        return [*each, *whole, *_lengths(torch.ones(1), torch.zeros(1) > 0)]
+        return [*each, *whole, *lengths_of(torch.ones(1), torch.zeros(1) > 0)]
 
     def sample(self, wanted: Wanted) -> Sample:
         """Completions, kept on disk before rewards run, and their rewards.
@@ -343,7 +332,7 @@ class Experience:
             RolloutError, RewardError: see `sample`.
         """
         sample, plan = self.sample(wanted), self.plan
-        facts = torch.tensor([[_mass(one), one.length, one.finish == "length"] for one in sample.completions])
+        facts = torch.tensor([[mass_of(one), one.length, one.finish == "length"] for one in sample.completions])
         whole = self._gathered(torch.cat([sample.table.values, facts], 1))
         rewards, masses, truncated = whole[:, :-3], whole[:, -3], whole[:, -1] > 0
         weights = plan.weights
@@ -359,13 +348,13 @@ class Experience:
         else:
             batches = self._batches(wanted, sample.groups, kept[mine], sample.engine)
             batches = [self._scored(batch) for batch in batches]
-            kl = self._gathered(torch.cat([_divergence(batch) for batch in batches])) if plan.kl_in_reward else None
+            kl = self._gathered(torch.cat([divergence(batch) for batch in batches])) if plan.kl_in_reward else None
             advantages = plan.advantages(rewards, weights, kl, wanted.group)
             values = iter(torch.stack([advantages, kept.float()], 1)[mine].split(1))
-            batches = [[_with_values(one, values) for one in batch] for batch in batches]
+            batches = [[with_values(one, values) for one in batch] for batch in batches]
         metrics = {
             **self._reward_metrics(rewards, total, kept, sample.table, wanted.group),
-            **_lengths(whole[:, -2], truncated),
+            **lengths_of(whole[:, -2], truncated),
         }
         if not masses.isnan().all():
             metrics["sampling/kept_mass"] = masses.nanmean().item()
@@ -476,7 +465,7 @@ class Experience:
             examples = []
             for _ in batch:
                 group = next(rest)
-                example = _example(group, [next(keep) for _ in group.completions])
+                example = example_of(group, [next(keep) for _ in group.completions])
                 reported = [one.logps for one in group.completions]
                 apart = not engine.embedded or self.plan.sampling.penalises
                 if self.plan.correct and apart and all(logps is not None for logps in reported):
@@ -534,108 +523,7 @@ def _taken(rewards: Sequence[Reward]) -> set[str]:
     """Names that a reward function cannot log under, as the run's own figures have them."""
     parts = ("mean", "std", "not_applicable", "seconds")
     each = {f"rewards/{one.name}/{part}" for one in rewards for part in parts}
-    return _LOGGED | each | _lengths(torch.ones(1), torch.zeros(1) > 0).keys()
-
-
-def judge_by(groups: Sequence[Group], texts: Sequence[str], conversational: bool) -> Judged:
-    """Completions as reward functions see them: columns of their rows, and fields of their own.
-
-    Args:
-        groups: with K completions.
-        texts: K.
-        conversational: prompts are messages, and so is what is said of a completion.
-    """
-    flat = [(group, one) for group in groups for one in group.completions]
-    names = dict.fromkeys(name for group, one in flat for name in (*group.request.row, *one.fields))
-    columns: dict[str, list[Any]] = {
-        name: [one.fields.get(name, group.request.row.get(name)) for group, one in flat]
-        for name in names
-        if name != "prompt"
-    }
-    columns["finish"] = [one.finish for _, one in flat]
-    said: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if conversational else list(texts)
-    return Judged(
-        [group.request.row.get("prompt") for group, _ in flat],
-        said,
-        [one.ids.tolist() for _, one in flat],
-        columns,
-        [group.request.source_row for group, _ in flat],
-    )
-
-
-def _example(group: Group, kept: list[bool]) -> Example:
-    """A group as an example; what is left out, or written by nobody, is its first token."""
-    example = as_example(group)
-    masks = example.scored or tuple(torch.ones(len(ids), dtype=torch.bool) for ids in example.completion_ids)
-    whole = [keep and bool(mask.any()) for keep, mask in zip(kept, masks, strict=True)]
-    ids = tuple(one if keep else one[:1] for one, keep in zip(example.completion_ids, whole, strict=True))
-    scored = tuple(mask if keep else torch.ones(1, dtype=torch.bool) for mask, keep in zip(masks, whole, strict=True))
-    return replace(example, completion_ids=ids, scored=None if all(map(torch.all, scored)) else scored)
-
-
-def pairs_of(wanted: Wanted, groups: Sequence[Group], rewards: Tensor, kept: Tensor) -> list[list[Example]]:
-    """For each batch the pairs of its groups: the best completion and the worst, the first of several.
-
-    Where no kept completion is better than another, the pair is of two single tokens and weighs nothing; it counts as
-    a pair, so that a step's loss is a mean over its prompts.
-
-    Args:
-        wanted: whole groups in each batch.
-        groups: with K completions.
-        rewards: `[K]`, NaN where none applies.
-        kept: bool `[K]`, which may be taken.
-    """
-    rest, found = iter(zip(groups, rewards.view(len(groups), -1), kept.view(len(groups), -1), strict=True)), []
-    for batch in wanted.requests:
-        examples = []
-        for _ in batch:
-            group, values, allowed = next(rest)
-            allowed = allowed & ~values.isnan()
-            best = int(values.masked_fill(~allowed, -torch.inf).argmax())
-            worst = int(values.masked_fill(~allowed, torch.inf).argmin())
-            weight = float(bool(allowed.any()) and bool(values[best] > values[worst]))
-            ids = [group.completions[place].ids for place in (best, worst)]
-            masks = [group.completions[place].written for place in (best, worst)]
-            if any(mask is not None and not bool(mask.any()) for mask in masks):
-                weight = 0.0
-            pair = tuple(one if weight else one[:1] for one in ids)
-            scored = None
-            if weight and any(mask is not None for mask in masks):
-                scored = tuple(
-                    torch.ones(len(one), dtype=torch.bool) if mask is None else mask
-                    for one, mask in zip(pair, masks, strict=True)
-                )
-            values = {"weight": weight}
-            examples.append(replace(as_example(group), completion_ids=pair, values=values, scored=scored))
-        found.append(examples)
-    return found
-
-
-def _with_values(example: Example, values: Any) -> Example:
-    rows = torch.cat([next(values) for _ in example.completion_ids])
-    return replace(example, completion_values={"advantage": rows[:, 0], "weight": rows[:, 1]})
-
-
-def _divergence(batch: list[Example]) -> Tensor:
-    """`[K]` nats, of each completion: its log-prob under the policy minus that under the reference."""
-    packed: ScoringBatch = pack(batch)
-    apart = packed.token_values["proximal"] - packed.token_values["reference"]
-    return apart.new_zeros(packed.num_completions).index_add(0, packed.completion_index, apart)
-
-
-def _lengths(lengths: Tensor, truncated: Tensor) -> Metrics:
-    """TRL's figures of how long completions are, before any is left out."""
-    ended = lengths[~truncated] if (~truncated).any() else torch.zeros(1)
-    found: Metrics = {"completions/clipped_ratio": truncated.float().mean().item()}
-    for name, values in (("length", lengths), ("terminated_length", ended)):
-        figures = {"mean": values.mean(), "min": values.min(), "max": values.max()}
-        found |= {f"completions/{figure}_{name}": value.item() for figure, value in figures.items()}
-    return found
-
-
-def _mass(completion: Completion) -> float:
-    """Mean probability that cuts left to draw a token from; NaN where nothing was cut."""
-    return torch.nan if completion.kept is None else completion.kept.mean().item()
+    return _LOGGED | each | lengths_of(torch.ones(1), torch.zeros(1) > 0).keys()
 
 
 def _or_none(value: float) -> float | None:

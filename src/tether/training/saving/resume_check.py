@@ -54,7 +54,12 @@ _FREE_NAMES = (
     "scoring_layout",
     "max_tokens_per_forward",
     "attention_backend",
+    # How rewards are waited for and what is shown of completions; a call that failed may be given more time.
+    *("reward_timeout", "reward_on_error", "log_completions", "num_completions_to_print", "log_unique_prompts"),
+    *("keep_rollouts", "num_generations_eval"),
 )
+# Of what the names above leave free, what a loss is computed with.
+_BOUND = ("vllm_importance",)
 # These may grow: a finished run is lengthened so. It is said, as a schedule that ends there has another course.
 _LENGTH = ("max_steps", "num_train_epochs")
 
@@ -69,7 +74,8 @@ def identity_of(run: Run, args: PreferenceConfig, policy: nn.Module) -> dict[str
     """
     common = {field.name for field in dataclasses.fields(super_of(type(args)))}
     own = [field.name for field in dataclasses.fields(args) if field.name not in common]
-    names = [name for name in own if not name.startswith(_FREE) and name not in _FREE_NAMES]
+    free = [name for name in own if name.startswith(_FREE) or name in _FREE_NAMES]
+    names = [name for name in own if name not in free or name.startswith(_BOUND)]
     found = {name: getattr(args, name, None) for name in (*_STEPS, *_LENGTH, *names)}
     known = run.source.known
     rows = rows_digest(known) if run.source.complete and isinstance(known, Dataset) else None

@@ -18,7 +18,7 @@ from tether.data import example_from_row
 from tether.errors import ConfigError, DataError
 from tether.rollout import RolloutRequest
 from tether.scoring import pack
-from tether.training.online.experience import Wanted
+from tether.training.online.groups import Wanted
 from tether.training.source.base import Collate, Source
 from tether.training.source.dealing import Order
 from tether.types import Example
