@@ -134,6 +134,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "chats": {"hf_hub_url": "some/chats", "formatting": "sharegpt", "split": "test", "subset": "a"},
         "renamed": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"user_tag": "bard"}},
         "odd": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"writer_tag": "bard"}},
+        "listed": {"file_name": "x.json", "columns": ["x"]},
+        "slip": {"file_name": "x.json", "colums": {}},
+        "number": 3,
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "v1.yaml").write_text("pairs: {path: some/pairs, split: train_prefs, converter: pair}\n")
@@ -910,7 +913,7 @@ def test_a_file_of_llamafactorys_v1_has_its_values_and_defaults() -> None:
         ("optim_config={name: muon}", "`optim_config.name` is 'muon' (text); allowed is adamw"),
         ("lr_scheduler_config={name: cosine}", "Take it out, and say tether.train.lr_scheduler_type=cosine"),
         ("global_batch_size=5", "`global_batch_size` is 5, and `micro_batch_size` 2 does not divide it"),
-        ("train_dataset=nowhere.yaml", "`train_dataset` is 'nowhere.yaml', which is no file here"),
+        ("train_dataset=nowhere.yaml", "`train_dataset` is 'nowhere.yaml', which is not a file here"),
         ("train_dataset=odd.yaml", "the data set 'odd' of odd.yaml has `num_samples`; known are path, source"),
         ("lr_scheduler_type=cosine", "`lr_scheduler_type` is not a key of LLaMA-Factory. Did you mean"),
     ],
@@ -1113,6 +1116,30 @@ def test_an_unknown_key_shows_no_secret() -> None:
         ("model_name_or_path: m\ntask: mmlu_test\ntemplate: fewshot\nlang: en\n", [], "Its benchmarks are not here"),
         (LLAMAFACTORY, ["template=lama3"], "is no template of LLaMA-Factory 0.9. Did you mean 'llama3'?"),
         (LLAMAFACTORY, ["dataset=''"], "`dataset` is missing"),
+        (
+            LLAMAFACTORY,
+            ["dataset=listed"],
+            "'listed' of dataset_info.json has `columns`: ['x'] (a list); it must be a map",
+        ),
+        (LLAMAFACTORY, ["beta=0.5"], "`beta` is not a key of LLaMA-Factory"),
+        (
+            LLAMAFACTORY,
+            ["dpo_ftx=0.5"],
+            "`dpo_ftx` is 0.5 (a number with a fraction); it is called pref_ftx now; write that",
+        ),
+        (LLAMAFACTORY, ["dataset=slip"], "has `colums`, which LLaMA-Factory ignores. Did you mean `columns`?"),
+        (LLAMAFACTORY, ["dataset=number"], "'number' of dataset_info.json is 3 (a whole number); it must be a mapping"),
+        (AXOLOTL, ["datasets.0.roles=[user]"], "`datasets.0.roles` is ['user'] (a list); allowed is a mapping"),
+        (
+            AXOLOTL,
+            ["datasets.0.roles={user: 2}"],
+            "`datasets.0.roles.user` is 2 (a whole number); allowed is a list of n",
+        ),
+        (
+            AXOLOTL,
+            ["datasets.0.chat_template={a: b}"],
+            "`datasets.0.chat_template` is {'a': 'b'} (a mapping); allowed is",
+        ),
         (LLAMAFACTORY, ["model_name_or_path=null"], "`model_name_or_path` is missing. Name the model."),
         (LLAMAFACTORY, ["stage=[dpo]"], "`stage` is ['dpo'] (a list); allowed is dpo, kto, rm, sft"),
         (AXOLOTL, ["base_model=''"], "`base_model` is missing. Name the model."),

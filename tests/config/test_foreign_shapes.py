@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,7 @@ BASES = {
         "val_set_size": 0.1,
     },
     "llamafactory": {"model_name_or_path": "m", "stage": "dpo", "dataset": "demo", "dataset_dir": "."},
+    "llamafactory_v1": {"model": "m", "train_dataset": "a.jsonl", "model_class": "llm", "pref_beta": 0.2},
     "trl": {"model_name_or_path": "m", "dataset_name": "a.jsonl", "eval_strategy": "steps", "use_peft": True},
 }
 
@@ -319,3 +321,34 @@ def test_no_key_of_any_mark_is_dropped_silently(name: str, monkeypatch: pytest.M
                 dropped.append(f"{key}: {value!r} is {fate.mark} and sets nothing")
     assert dropped == []
     assert min(outcomes.values()) > 20, outcomes
+
+
+NESTED = {
+    "axolotl": (
+        "datasets.0.path",
+        "datasets.0.roles",
+        "datasets.0.message_property_mappings",
+        "datasets.0.roles_to_train",
+    ),
+    "llamafactory": ("tether.data.train", "dataset"),
+    "llamafactory_v1": ("peft_config.r", "peft_config.target_modules", "dist_config.cp_size"),
+    "trl": ("datasets.0.path", "env.A", "model_init_kwargs.dtype"),
+}
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("name", NESTED)
+def test_a_nested_value_of_any_shape_is_taken_or_refused(name: str) -> None:
+    """An error is a sentence with the place of the key, and never one of Python's."""
+    said: list[str] = []
+    Path("file.yaml").write_text(json.dumps(BASES[name]))
+    for path in NESTED[name]:
+        for value in (*VALUES, [], {}, None, [[1]], [{"x": None}]):
+            try:
+                convert_file(
+                    "file.yaml", [f"{path}={json.dumps(value)}"], "dpo" if name in ("trl", "llamafactory_v1") else None
+                )
+            except ConfigError as error:
+                said.append(str(error))
+    assert len(said) > 10
+    assert [one for one in said if not re.search(r"argument '|file\.yaml", one)] == []

@@ -253,7 +253,7 @@ UNFOLDING = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] *
         ("model: x\ndata: [y", "run.yaml, line 2, column 9: this is not YAML: expected ',' or ']'"),
         (
             "model: !!python/name:os.system x",
-            "run.yaml, line 1, column 8: this is not YAML: could not determine a constructor",
+            "run.yaml, line 1, column 8: the tag 'tag:yaml.org,2002:python/name:os.system' is not read",
         ),
         ("model: &a [*a]", "run.yaml, line 1: `model.0` contains itself."),
         (UNFOLDING, "run.yaml has more than 100,000 values, as aliases (`*name`) of aliases unfold to."),

@@ -433,9 +433,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             raise ConfigError(
                 f"is {self.train_sampling_strategy!r}; allowed are random, sequential.", "train_sampling_strategy"
             )
-        for name in ("seed", "data_seed"):
-            if not 0 <= (value := getattr(self, name) or 0) < 2**32:  # what NumPy takes
-                raise ConfigError(f"is {value}; allowed is a whole number from 0 to {2**32 - 1}.", name)
+        if odd := next((name for name in ("seed", "data_seed") if not 0 <= (getattr(self, name) or 0) < 2**32), None):
+            raise ConfigError(f"is {getattr(self, odd)}; allowed is a whole number from 0 to {2**32 - 1}.", odd)
         if self.stream_dataset:
             self.require_streamable()
         for name in _OWN_MAPPINGS:

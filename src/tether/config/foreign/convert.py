@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from tether.config.document import KeyPath
 from tether.config.fields import keys_of
 from tether.config.foreign.document import Document, parse_foreign, read_foreign
@@ -60,6 +62,7 @@ class Tool:
         tables: its keys; an earlier table wins.
         rules: by name, in the order in which they are applied.
         config: the configuration whose fields are keys of the file too; None: none is.
+        only_transformers: of these fields those alone that are transformers' own.
         ignores_unknown: it reads keys that it does not have, and does nothing with them.
         doubled_is_error: it stops at a key that is given twice; the others take the last.
     """
@@ -68,6 +71,7 @@ class Tool:
     tables: tuple[str, ...]
     rules: Mapping[str, Rule]
     config: Callable[[Source], type[PreferenceConfig]] | None = None
+    only_transformers: bool = False
     ignores_unknown: bool = False
     doubled_is_error: bool = False
 
@@ -83,6 +87,7 @@ TOOLS: dict[str, Tool] = {
         ("llamafactory", "transformers"),
         llamafactory.RULES,
         config=llamafactory.configuration,
+        only_transformers=True,
         doubled_is_error=True,
     ),
     "llamafactory_v1": Tool(
@@ -229,6 +234,8 @@ def _mark(draft: Draft, rows: Mapping[str, Row], tool: Tool, config: type[Prefer
     """A fate for every key; keys that are the same are set, and those that stop the conversion are said together."""
     source, stops = draft.source, []
     automatic = keys_of(config) if config else {}
+    if tool.only_transformers:
+        automatic = {name: automatic[name] for name in automatic.keys() & TrainingArguments.__dataclass_fields__.keys()}
     for key, value in source.values.items():
         if key == OWN:
             continue

@@ -37,6 +37,8 @@ _INSTRUCTED = {
     "field_output": "completion",
     "field_system": "system",
 }
+_MAPPINGS = ("message_property_mappings", "roles")
+_NAMES = ("chat_template", "chat_template_jinja", "message_field_role", "message_field_content")
 _ALPACA = ("alpaca", "alpaca.load")
 _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
 _DROPPED_UNDER_RL = ("message_property_mappings", "roles", "chat_template", "name", "ds_type", "trust_remote_code")
@@ -108,6 +110,7 @@ def _entry(draft: Draft, source: Source, place: tuple[str, int], entry: dict[str
         given["path"] = given.pop("data_files")
     if "path" not in given:
         source.refuse(place, "`path` of a data set is missing.")
+    _check_kinds(source, place, given)
     _check_messages(draft, source, place, given)
     found: dict[str, Any] = _place_of_rows(given)
     found |= {name: given[name] for name in ("name", "revision") if name in given}
@@ -130,6 +133,20 @@ def _place_of_rows(given: dict[str, Any]) -> dict[str, Any]:
         return {"path": path, "data_files": files}
     names = [str(Path(path) / name) for name in ([files] if isinstance(files, str) else files)]
     return {"path": names[0] if len(names) == 1 else names}
+
+
+def _check_kinds(source: Source, place: tuple[str, int], given: dict[str, Any]) -> None:
+    """What is read here of a data set is what it must be."""
+    for name in _MAPPINGS:
+        value = given.get(name, {})
+        if not isinstance(value, dict):
+            source.wrong((*place, name), value, "a mapping")
+        for key, one in value.items():
+            source.listed((*place, name, key), one)
+    for name in _NAMES:
+        if not isinstance(given.get(name, ""), str):
+            source.wrong((*place, name), given[name], "text")
+    source.listed((*place, "roles_to_train"), given.get("roles_to_train"))
 
 
 def _check_messages(draft: Draft, source: Source, place: tuple[str, int], given: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from tether.config.fields import config_class
 from tether.config.foreign.draft import Draft, Source, as_number
 from tether.config.foreign.rules import llamafactory_model, shared
 from tether.config.foreign.table import load_templates
+from tether.config.problems import show
 from tether.training import PreferenceConfig
 
 _STAGES: dict[str, Any] = {"dpo": ["sigmoid"], "kto": "kto", "rm": "reward", "sft": "sft"}
@@ -44,6 +45,10 @@ _SWANLAB = {
     "swanlab_logdir": "SWANLAB_LOG_DIR",
 }
 _INFO = "dataset_info.json"
+_OF_ENTRY = (
+    *("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking"),
+    *("subset", "split", "folder", "num_samples", "columns", "tags"),
+)
 
 
 def configuration(source: Source) -> type[PreferenceConfig]:
@@ -297,8 +302,9 @@ def _information(source: Source, folder: Path) -> dict[str, Any]:
 
 def _of_information(source: Source, key: str, folder: Path, name: str, info: dict[str, Any]) -> Any:
     where = f"the data set {name!r} of {folder / _INFO}"
-    if not isinstance(info.get(name), dict):
+    if name not in info:
         source.refuse(key, f"{where} is not there; there are {', '.join(map(str, info))}.")
+    _check_entry(source, key, where, info[name])
     entry = {key: value for key, value in info[name].items() if value is not None}
     if entry.get("num_samples"):
         source.refuse(key, f"{where} has `num_samples`, and which ones LLaMA-Factory draws is not told. Take it out.")
@@ -322,6 +328,20 @@ def _of_information(source: Source, key: str, folder: Path, name: str, info: dic
         if hub and entry.get(theirs) and (own, entry[theirs]) != ("split", "train"):
             rows[own] = entry[theirs]
     return {**rows, **({"fields": fields} if fields else {}), **labels}
+
+
+def _check_entry(source: Source, key: str, where: str, entry: Any) -> None:
+    """What `dataset_info.json` says of a data set is what it must be, and nothing but a slip of the pen is unknown."""
+    kinds: dict[str, type] = {"columns": dict, "tags": dict, "file_name": str}
+    if not isinstance(entry, dict):
+        source.refuse(key, f"{where} is {show(entry)}; it must be a mapping.")
+    for part, kind in kinds.items():
+        if entry.get(part) is not None and not isinstance(entry[part], kind):
+            wanted = "a mapping" if kind is dict else "text"
+            source.refuse(key, f"{where} has `{part}`: {show(entry[part])}; it must be {wanted}.")
+    for part in entry.keys() - set(_OF_ENTRY):
+        if near := difflib.get_close_matches(str(part), _OF_ENTRY, n=1):
+            source.refuse(key, f"{where} has `{part}`, which LLaMA-Factory ignores. Did you mean `{near[0]}`?")
 
 
 def _labels(source: Source, key: str, where: str, tags: dict[str, Any]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def _entries(source: Source, key: str) -> dict[str, dict[str, Any]]:
         return {name: {"path": name}} if name else {}
     if not Path(name).expanduser().is_file():
         source.refuse(
-            key, f"`{key}` is {name!r}, which is no file here; one of the hub is not fetched. Put it into a folder."
+            key, f"`{key}` is {name!r}, which is not a file here; one of the hub is not fetched. Put it into a folder."
         )
     found = read_foreign(Path(name).expanduser()).values
     for said, entry in found.items():
@@ -188,7 +188,7 @@ def _set(draft: Draft, source: Source, key: str, name: str, entry: dict[str, Any
     if given.get("source", "hf_hub") not in ("hf_hub", "local"):
         source.refuse(key, f"the data set {name!r} has the source {given['source']!r}; known are hf_hub and local.")
     converter = given.get("converter")
-    if converter is not None and converter not in _CONVERTERS:
+    if converter is not None and converter not in list(_CONVERTERS):
         source.refuse(
             key, f"the data set {name!r} has the converter {converter!r}; known are {', '.join(_CONVERTERS)}."
         )
