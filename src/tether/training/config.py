@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -439,9 +439,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
             self.require_streamable()
         for name in _OWN_MAPPINGS:
             setattr(self, name, keywords(name, getattr(self, name)))
-        check_limits(self.dataset_check or {})
-        check_special_tokens(self.special_tokens)
-        check_sizes(self.image_sizes)
+        check_limits(cast(Any, self.dataset_check) or {})
+        check_special_tokens(cast(Any, self.special_tokens))
+        check_sizes(cast(Any, self.image_sizes))
         if self.deduplicate and self.stream_dataset:
             raise ConfigError("is True, and the training rows are streamed, so that none is remembered.", "deduplicate")
         self.check_reference()
