@@ -17,7 +17,14 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DATA = "data: {train: pairs.jsonl, eval: held_out.jsonl}\noutput: run\n"
+# Files of other tools, as a reader has them.
+THEIRS = {
+    "axolotl.yaml": "base_model: model\nrl: dpo\ndatasets: [{path: pairs.jsonl, ds_type: json, split: train}]\n"
+    "adapter: lora\nlora_r: 4\nlora_alpha: 8\nlora_target_linear: true\nsequence_len: 64\nmicro_batch_size: 4\n"
+    "gradient_accumulation_steps: 2\nmax_steps: 1\nlearning_rate: 1e-4\noutput_dir: runs/axolotl\n",
+    "trl.yaml": "model_name_or_path: model\ndataset_name: pairs.jsonl\nmax_steps: 1\noutput_dir: runs/trl\n"
+    "report_to: none\n",
+}
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -42,12 +49,16 @@ def test_the_run_file_and_every_command_work(workplace: Any, tether: Any, monkey
     monkeypatch.setattr("sys.stdin", io.StringIO("film 3:\n"))  # what is said to `tether chat`
     (run,) = [block for block in blocks("yaml") if block.startswith("# run.yaml")]
     (workplace.path / "run.yaml").write_text(run.replace("1024", "64").replace("batch_size: 32", "batch_size: 8"))
+    for name, text in THEIRS.items():
+        (workplace.path / name).write_text(text)
     typed = commands()
     assert ["train", "run.yaml", "--resume"] in typed
+    assert all(any(name in command for command in typed) for name in THEIRS)
     for command in typed:
         code, _, said = tether(*command)
         assert code == 0, said
-    assert (workplace.path / "runs" / "second" / "report.html").is_file()
+    for run in ("second", "axolotl", "trl"):
+        assert (workplace.path / "runs" / run / "report.html").is_file()
     for name in promised_files():
         assert (workplace.path / "runs" / "first" / name).is_file(), name
 
@@ -72,12 +83,25 @@ def test_the_ten_minute_start_works(workplace: Any, tether: Any, monkeypatch: py
         exec(block, {})
 
 
-@pytest.mark.parametrize("place", range(len(blocks("yaml"))))
-def test_every_run_file_is_read(place: int, workplace: Any) -> None:
-    text = blocks("yaml")[place]
+FAQ = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+
+
+def inline_run_files() -> list[str]:
+    """The parts of run files in the text of the questions, such as `reference: {store: log_probs}`."""
+    plain = re.sub(r"^```.*?^```", "", FAQ, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"`((?:model|reference|objective|train|rewards): [{\[].*?[}\]])`", plain)
+    return [one.replace("…", "keep_end" if "truncation" in one else "model").replace("NAME", "model") for one in found]
+
+
+@pytest.mark.parametrize("text", [*blocks("yaml"), *blocks("yaml", FAQ), *inline_run_files()])
+def test_every_run_file_is_read(text: str, workplace: Any) -> None:
     (workplace.path / "sft").mkdir()
     text = text.replace("runs/sft", "sft")
-    (workplace.path / "run.yaml").write_text(text if "data:" in text else text + DATA)
+    for key, value in {"model": "model", "data": "{train: pairs.jsonl, eval: held_out.jsonl}", "output": "run"}.items():
+        text += "" if re.search(rf"^{key}:", text, re.MULTILINE) else f"\n{key}: {value}"
+    if "rewards:" in text:
+        text += "\nobjective: {loss: dapo}"
+    (workplace.path / "run.yaml").write_text(text)
     assert load_run_file(workplace.path / "run.yaml", []).output
 
 

@@ -18,3 +18,9 @@ def test_the_page_has_a_row_for_keys_of_every_kind():
     assert {*RunConfig.model_fields, *Train.model_fields} <= rows
     assert {"eval_steps", "warmup_steps", "report_to", "cpu_matmul", "beta", "group", "steps", "url"} <= rows
     assert "not_a_key" not in rows
+
+
+def test_every_row_says_what_its_key_does_and_what_may_stand_there():
+    rows = [line.strip("| ").split(" | ") for line in run_file_page().splitlines() if line.startswith("| `")]
+    assert [cells[0] for cells in rows if len(cells) < 4 or not cells[3].strip(" |")] == []
+    assert [cells[0] for cells in rows if "only a script" in cells[1]] == []

@@ -22,6 +22,7 @@ from tether.report.cards import _FEW_ROWS
 from tether.report.page import LARGEST_PAGE
 from tether.report.read import read_run
 from tether.report.sections.data import _FINDINGS
+from tether.report.sections.headline import facts
 from tether.training.surface.resolved_config import recorded
 
 
@@ -34,6 +35,14 @@ def test_a_configuration_that_cannot_be_read_is_shown_as_it_is(tmp_path: Path) -
         assert (read.config, read.config_text) == ({}, text)
         with pytest.raises(ConfigError, match=r"config\.yaml is not YAML: "):
             recorded(tmp_path / "config.yaml")
+
+
+def test_of_a_models_path_the_facts_show_its_name_alone(tmp_path: Path) -> None:
+    """A page is shown to others; the whole path is in the configuration below."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    for name, shown in (("/data/me/models/small.gguf", "small.gguf"), ("org/model", "org/model")):
+        (tmp_path / "config.yaml").write_text(f"model: {name}")
+        assert dict(facts(read_run(tmp_path)))["Model"] == shown
 
 
 def test_a_full_run_is_told_in_words_and_numbers(tmp_path: Path) -> None:

@@ -324,6 +324,7 @@ def test_options_that_the_optimizer_does_not_read_are_refused(options, field, wo
         ("weight_decay", -0.1),
         ("learning_rate", math.nan),
         ("learning_rate", math.inf),
+        ("learning_rate", 1e39),  # no float32
         ("adam_beta2", 1.0),
         ("num_train_epochs", math.nan),
         ("max_steps", 0),

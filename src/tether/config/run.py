@@ -23,7 +23,6 @@ from tether.config.sections import (
     key,
     short_form,
 )
-from tether.errors import Allowed
 from tether.masking import is_secret, masked_values
 from tether.training import PreferenceConfig
 
@@ -115,15 +114,17 @@ class RunConfig(Section):
     lora: Lora | None = Field(default=None, description="A new adapter; null: none.")
     peft: Peft | None = Field(default=None, description="A new adapter of another kind, in place of lora; null: none.")
     data: Data = Field(description="Name the rows, as in `data: {train: pairs.jsonl}`.")
-    reference: Annotated[Reference, short_form("reference", Reference), Allowed(MEANINGS)] = Reference()
-    objective: Objective = Objective()
+    reference: Annotated[Reference, short_form("reference", Reference)] = key(
+        Reference(), "What the policy is held to, and how its log-probs are computed and kept.", MEANINGS
+    )
+    objective: Objective = Field(default=Objective(), description="The loss and its options.")
     rewards: Annotated[list[Judge], Field(min_length=1)] | None = key(
         None,
         "What judges completions that the policy samples, as in [{name: numeric_answer}]; null: rows have completions.",
         "a list of mappings such as {name: numeric_answer, column: answer}, or null",
     )
     rollout: Rollout | None = Field(default=None, description="How these completions are sampled; null: the defaults.")
-    train: Train = Train()
+    train: Train = Field(default=Train(), description="The steps: epochs, batches, learning rate, lengths, saving.")
     callbacks: Callbacks | None = Field(default=None, description="What may end the run early; null: nothing.")
     env: dict[Text, str | int | float | bool] | None = key(
         None,

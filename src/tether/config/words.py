@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 _WORDS = {
     bool: "true or false",
@@ -64,8 +64,14 @@ def describe_type(hint: Any) -> str:
         if choices:
             words.append(_listed(choices))
         elif kind is not str or not any(_choices(other) for other in branches(hint)):
-            words.append(_WORDS.get(typing.get_origin(kind) or kind, "an object that only a script can give"))
+            words.append(_word(typing.get_origin(kind) or kind))
     return " or ".join(dict.fromkeys(words))
+
+
+def _word(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):  # a section of a run file
+        kind = dict
+    return _WORDS.get(kind, "an object that only a script can give")
 
 
 def branches(hint: Any) -> Iterator[Any]:

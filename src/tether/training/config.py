@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -62,6 +61,8 @@ _LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
     "num_train_epochs": 0,
 }
+# What weights and the optimizer's state can hold; torch fails at a larger number in the midst of a step.
+_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 # Fields of TrainingArguments that take a mapping, or one as JSON text.
 _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
 
@@ -251,8 +252,10 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     """
 
     learning_rate: float = 1e-6
-    logging_steps: float = 10
-    gradient_checkpointing: bool = True  # type: ignore[override]
+    logging_steps: float = option(10, "Log after every so many steps; below 1: after such a share of all steps.")
+    gradient_checkpointing: bool = option(  # type: ignore[override]
+        True, "Compute activations again in the backward pass in place of keeping them: less memory, more time."
+    )
     parallelism_config: dict[str, Any] | None = option(  # type: ignore[override]
         None, "Stays None: every process computes rows of its own; FSDP and DeepSpeed's ZeRO cut weights."
     )
@@ -464,8 +467,8 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise ConfigError(f"is {value!r}; it must be a number from {least} on.", name)
+            if isinstance(value, (int, float)) and not least <= value <= _FLOAT32_MAX:
+                raise ConfigError(f"is {value!r}; it must be a number from {least} to 3.4e38.", name)
         for name in ("adam_beta1", "adam_beta2"):
             if isinstance(value := getattr(self, name), (int, float)) and value >= 1:
                 raise ConfigError(f"is {value!r}; it must be below 1.", name)

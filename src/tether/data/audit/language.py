@@ -4,7 +4,7 @@ Called by `audit`."""
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
@@ -96,8 +96,16 @@ def is_in_another_language(answer: str, question: str) -> bool:
 
 
 def _likelihoods(known: LanguageDetector, text: str) -> dict[Language, float]:
-    """How likely each language is, the likeliest first: one question, as lingua reads the text anew for each."""
-    return {one.language: one.value for one in known.compute_language_confidence_values(text[:_READ_CHARACTERS])}
+    """How likely each language is for a text's beginning, the likeliest first."""
+    return _answered(known, text[:_READ_CHARACTERS])
+
+
+@lru_cache(
+    maxsize=512
+)  # prompts come again, and so do a set's rows: in its evaluation, in the next trainer of a script
+def _answered(known: LanguageDetector, start: str) -> dict[Language, float]:
+    # One question for all languages, as lingua reads the text anew for each.
+    return {one.language: one.value for one in known.compute_language_confidence_values(start)}
 
 
 def _told(likelihoods: dict[Language, float]) -> Language | None:

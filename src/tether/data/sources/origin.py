@@ -99,15 +99,23 @@ class Origin:
     ] = None
     prompt_format: Annotated[
         Text | None,
-        Field(description="Pattern of the prompt, for the format user_defined; so for the keys below."),
+        Field(description="Pattern of the prompt, for the format user_defined."),
         Allowed("text with {prompt}, or null"),
     ] = None
-    chosen_format: Annotated[Text | None, Field(description=""), Allowed("text with {chosen} in it, or null")] = None
-    rejected_format: Annotated[Text | None, Field(description=""), Allowed("text with {rejected} in it, or null")] = (
-        None
-    )
+    chosen_format: Annotated[
+        Text | None,
+        Field(description="Pattern of the chosen completion, for the format user_defined."),
+        Allowed("text with {chosen} in it, or null"),
+    ] = None
+    rejected_format: Annotated[
+        Text | None,
+        Field(description="Pattern of the rejected completion, for the format user_defined."),
+        Allowed("text with {rejected} in it, or null"),
+    ] = None
     completion_format: Annotated[
-        Text | None, Field(description=""), Allowed("text with {completion} in it, or null")
+        Text | None,
+        Field(description="Pattern of the completion, for the format user_defined."),
+        Allowed("text with {completion} in it, or null"),
     ] = None
 
     @classmethod

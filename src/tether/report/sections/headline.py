@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from tether.report.curves import evaluation_sets
@@ -47,7 +48,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     loss = objective.get("loss")
     beta = f", β {number(objective['beta'])}" if "beta" in objective else ""
     found = [
-        ("Model", str(model) if model else ""),
+        # Of a path the last part: a page is shown to others, and all of it stands below, in the configuration.
+        ("Model", "" if not model else Path(str(model)).name if str(model).count("/") > 1 else str(model)),
         ("Objective", f"{', '.join(map(str, loss)) if isinstance(loss, list) else loss}{beta}" if loss else ""),
         ("Trained", f"LoRA, r {lora['r']}" if isinstance(lora, dict) and "r" in lora else ""),
         ("Steps", number(run.steps)),
