@@ -51,7 +51,7 @@ def make_trainer(folder: Path, kind: str, how: str, model: PreTrainedModel, step
             use_cpu=True,
             gradient_checkpointing=False,
             reference_check_steps=1,
-            save_strategy="steps",
+            save_strategy="steps" if steps == 4 else "no",
             save_steps=2,
             seed=3,
             **special.get(kind, {}),

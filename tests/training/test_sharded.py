@@ -112,5 +112,5 @@ def _logits(saved: Path) -> torch.Tensor:
 def _run(command: list[str], wrote: Path) -> None:
     # Judged by what was written: torchrun may report an abort after all work is done.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert wrote.is_file(), done.stderr[-3000:]
