@@ -9,6 +9,7 @@
 #   make test-gpu   what differs on a GPU, then the benchmark of one (WHEELS=folder: from wheels that were brought along)
 #   make test-deepspeed  ZeRO stages 2 and 3 in two processes   make test-object-store  stores on an S3 server
 #   make test-ray   workers of Ray Data that fill a store
+#   make test-axolotl   every key of Axolotl's published schema has a mark; needs the network
 #   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
 #   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
@@ -16,7 +17,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed test-ray check audit bench parity wheel docs clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed test-ray test-axolotl check audit bench parity wheel docs clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -81,6 +82,16 @@ $(OBJECT_STORE)/.installed: tests/reference/object_store.lock
 
 $(QUANTIZED)/.installed: requirements.lock
 	@$(PIP) --no-deps --target $(QUANTIZED) --upgrade bitsandbytes torchao
+	@touch $@
+
+# Its source is read, and nothing of it is run.
+AXOLOTL := .venv/axolotl-0.19.0
+test-axolotl: $(DEV_STAMP) $(AXOLOTL)/PKG-INFO
+	@AXOLOTL_SOURCE=$(AXOLOTL) $(PYTEST) -n 0 tests/config/test_axolotl_schema.py $(ARGS)
+
+$(AXOLOTL)/PKG-INFO:
+	@$(BIN)/python -m pip download -qq --no-deps --no-binary axolotl -d .venv axolotl==0.19.0
+	@tar -xzf $(AXOLOTL).tar.gz -C .venv
 	@touch $@
 
 # In a folder of their own: accelerate and transformers import DeepSpeed wherever they find it. It compiles one operation
