@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def keep_quantized_layout(model: nn.Module) -> None:
 
 
 def _in_both_modes(matmul: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(matmul)
     def multiply(values: torch.Tensor, *args: Any, state: Any = None, **kwargs: Any) -> Any:
         if state is not None and values.device.type == "cpu":
             state.is_training = True
