@@ -23,6 +23,8 @@ SPECIAL = (
     "<|end|>",
     "<|user|>",
     "<|eom|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
 )
 COUNT = 12
 _INSTRUCT = (
