@@ -270,7 +270,7 @@ def _reward(judge: Judge) -> Any:
         asked = EndpointJudge(RemoteOptions(**said), instructions, most)
         return judge_reward(asked) if by == "rating" else win_rate(asked)
     if judge.judge is not None:
-        return win_rate(FunctionJudge(python_function(judge.judge)))
+        return win_rate(FunctionJudge(python_function(judge.judge, "a judge")))
     if judge.name is None:
         return judge.model
     if judge.name not in READY_MADE:

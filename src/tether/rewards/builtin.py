@@ -162,13 +162,13 @@ READY_MADE: dict[str, Callable[..., RewardFunction]] = {
 }
 
 
-def python_function(place: str) -> RewardFunction:
+def python_function(place: str, what: str = "a reward function") -> RewardFunction:
     """A function in a local file, such as `rewards.py:brevity`; the file is run as the user.
 
     Raises:
         ConfigError: no such file or function.
     """
-    return local_function(place, "a reward function")
+    return local_function(place, what)
 
 
 def _named(reward: Any, name: str, *columns: str) -> RewardFunction:

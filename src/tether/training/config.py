@@ -253,7 +253,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
     """
 
     learning_rate: float = 1e-6
-    logging_steps: float = option(10, "Log after every so many steps; below 1: after such a share of all steps.")
+    logging_steps: float = option(
+        10, "Log after every so many steps; below 1: after such a share of all steps.", allowed=(Range(0),)
+    )
     gradient_checkpointing: bool = option(  # type: ignore[override]
         True, "Compute activations again in the backward pass in place of keeping them: less memory, more time."
     )

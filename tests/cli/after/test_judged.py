@@ -41,7 +41,7 @@ def test_prompts_alone_give_the_win_rate_alone(run: Run, call: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--judge", "nothing.py:f"), "file.py:name"),
+        (("--judge", "nothing.py:f"), "A judge is 'nothing.py:f', and there is no file nothing.py"),
         (("--judge", "judges.py:one"), "prompt, first and second"),
         (("--judge-model", "x"), "belong to --judge"),
         (("--judge", "judges.py:longer", "--judge-key-env", "X"), "server's address"),

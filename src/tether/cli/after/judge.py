@@ -53,7 +53,7 @@ class Judged:
         from tether.evaluate.answers.win_rate import RewardJudge
         from tether.rewards import FunctionJudge, python_function
 
-        function = python_function(self.name)
+        function = python_function(self.name, "a judge")
         parameters = list(inspect.signature(function).parameters)
         if tuple(parameters) == _PAIR or (len(parameters) == 3 and "completions" not in parameters):
             return FunctionJudge(function)

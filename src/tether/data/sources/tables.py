@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -52,8 +53,11 @@ class Fields:
 
     def add_values(self, column: str, values: Sequence[Any]) -> None:
         """Count what a column will hold: each row will have room for the keys of all of them."""
-        nested = any(isinstance(value, (dict, list)) for value in values)
-        self.add(column, pa.infer_type(values) if nested else pa.null())
+        kind: pa.DataType = pa.null()
+        if any(isinstance(value, (dict, list)) for value in values):
+            with suppress(pa.ArrowException):  # such as text beside parts, of which the table is made in another way
+                kind = pa.infer_type(values)
+        self.add(column, kind)
 
 
 def _fields(kind: pa.DataType) -> int:
