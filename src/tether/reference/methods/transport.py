@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ class Transport:
             )
         except (ValueError, httpx.InvalidURL) as failure:  # a proxy that the environment names
             raise ConfigError(f"{what}: no connection can be made: {self.masked(failure)}.") from None
+        weakref.finalize(self, self._client.close)  # sockets of a reference that is dropped without `close`
         self.requests = 0
 
     def ask(
