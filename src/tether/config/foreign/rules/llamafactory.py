@@ -368,10 +368,7 @@ def _steps(draft: Draft, source: Source) -> None:
         draft.set("train.gradient_checkpointing", False, "disable_gradient_checkpointing")
     if (patience := source.number("early_stopping_steps")) is not None:
         draft.set("callbacks.early_stopping.patience", patience, "early_stopping_steps")
-    if source.has("resume_from_checkpoint") and source.get("resume_from_checkpoint") is not False:
-        value = source.get("resume_from_checkpoint")
-        draft.resume = "last" if value is True else str(value)
-        draft.fates["resume_from_checkpoint"].became.append("--resume")
+    shared.resumed(draft, source)
     # LLaMA-Factory writes the loss every 500 steps by default; that changes nothing in training, so ours is kept.
 
 

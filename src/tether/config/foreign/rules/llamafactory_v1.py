@@ -239,10 +239,7 @@ def _steps(draft: Draft, source: Source) -> None:
         draft.set("train.save_strategy", "steps", "save_epochs")
     else:
         draft.set("train.save_strategy", "no", comment="as LLaMA-Factory: the end of the run alone is saved")
-    if source.has("resume_from_checkpoint"):
-        value = source.get("resume_from_checkpoint")
-        draft.resume = "last" if value is True else str(value)
-        draft.fates["resume_from_checkpoint"].became.append("--resume")
+    shared.resumed(draft, source)
 
 
 def _optimizer(draft: Draft, source: Source) -> None:

@@ -177,6 +177,14 @@ def nothing_to_evaluate(draft: Draft, why: str) -> None:
                 draft.fates[key].became.clear()
 
 
+def resumed(draft: Draft, source: Source) -> None:
+    """The checkpoint that a file goes on from, which a command line says with `--resume`."""
+    value = source.get("resume_from_checkpoint") if source.has("resume_from_checkpoint") else False
+    if value is not False:
+        draft.resume = "last" if value is True else str(value)
+        draft.fates["resume_from_checkpoint"].became.append("--resume")
+
+
 def read_whole(draft: Draft, key: str) -> None:
     """Take streaming out where a source is one JSON list, which the tools read whole as well."""
     sources = draft.get("data.train", [])

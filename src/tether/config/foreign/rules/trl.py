@@ -227,10 +227,7 @@ def _steps(draft: Draft, source: Source) -> None:
             draft.set(f"train.{target}", default, comment="TRL's default")
     if not source.has("output_dir"):
         draft.set("output", "trainer_output", comment="TRL's default")
-    if source.has("resume_from_checkpoint"):
-        value = source.get("resume_from_checkpoint")
-        draft.resume = "last" if value is True else str(value)
-        draft.fates["resume_from_checkpoint"].became.append("--resume")
+    shared.resumed(draft, source)
 
 
 def _rewards(draft: Draft, source: Source) -> None:
