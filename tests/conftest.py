@@ -1,7 +1,14 @@
 """Settings for every test."""
 
+# ruff: noqa: E402
+
 import gc
 import os
+
+# No test asks the hub, also in processes that tests start: without a network each question would be waited for. Read
+# when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import peft  # noqa: F401  (imported so that it is frozen below, as are the others)
 import pytest
@@ -16,7 +23,7 @@ import support.shapes  # noqa: F401  (the hook below looks it up)
 SHAPED = [f"tether.scoring.{name}" for name in ("batch", "divergence", "head", "reward", "router")]
 install_import_hook(["tether.types", "tether.objectives", *SHAPED], "support.shapes.checked")
 
-from tether.compute import cpu_matmul as products  # noqa: E402
+from tether.compute import cpu_matmul as products
 
 # Tiny tensors gain nothing from threads and lose much to switching between them on a shared machine.
 torch.set_num_threads(1)
