@@ -11,13 +11,14 @@
 #   make test-ray   workers of Ray Data that fill a store
 #   make test-axolotl   every key of Axolotl's published schema has a mark; needs the network
 #   make audit      known vulnerabilities of the locked packages, and a list of them (sbom.json); needs the network
+#   make pages      write the pages again that are made from the code, after options or losses changed
 #   make wheel      build the wheel and use it in an empty environment        make docs    build the site, check its links
 #   make bench      speed and memory against TRL  make clean      remove caches and build outputs
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed test-ray test-axolotl check audit bench parity wheel docs clean setup setup-demo
+.PHONY: help demo demo-grpo test test-slow test-gpu faults test-quantized test-object-store test-vllm test-deepspeed test-ray test-axolotl check audit bench parity wheel docs pages clean setup setup-demo
 
 # The first interpreter that runs and is new enough: a name on the path may be a shim without a Python behind it.
 FIND_PYTHON = for p in python3.11 python3.12 python3.13 python3; do \
@@ -57,6 +58,10 @@ test: $(DEV_STAMP)
 
 faults: $(DEV_STAMP)
 	@$(PYTEST) -m faults -v tests/faults $(ARGS)
+
+pages: $(DEV_STAMP)
+	@$(BIN)/python -m tether.objectives.describe docs/choosing_an_objective.md
+	@$(BIN)/python -m tether.config.keys.page > .venv/run_file.md && mv .venv/run_file.md docs/run_file.md
 
 test-slow: $(DEV_STAMP)
 	@$(PYTEST) -m "slow and not gpu and not vllm and not deepspeed and not ray" $(ARGS)

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "src" / "tether"
 
 # A room may import rooms of a lower rank and itself. Rooms of one rank do not know each other.
 RANKS = {
-    **dict.fromkeys(("types", "errors", "files", "masking", "progress"), 0),
+    **dict.fromkeys(("types", "errors", "files", "redact", "progress"), 0),
     "compat": 1,
     **dict.fromkeys(("models", "data"), 2),
     "compute": 3,

@@ -13,7 +13,7 @@ from data.samples import assistant, user
 from support.format_examples import CANONICAL, EXAMPLES
 from tether.data import example_from_row, load_rows, prepare, read_preferences
 from tether.data.rows.formats import FORMAT_NAMES
-from tether.objectives import preference_loss
+from tether.objectives.preference_loss import preference_loss
 from tether.scoring import pack, score
 from tether.training import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from tiny import tiny_model, tiny_tokenizer

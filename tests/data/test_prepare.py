@@ -218,8 +218,17 @@ def test_inv_31_template_markers_inside_messages_are_reported(chatml: PreTrained
 
 
 def test_completions_that_repeat_the_prompt_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    report = run([pair("Why?", "Why? So.", "Why? No."), pair()], tokenizer).report
-    assert report.repeated_prompts == 1
+    rows = [
+        pair("Why?", "Why? So.", "Why? No."),
+        pair("Why is the sky blue?", "Why is the sky blue? So.", "No."),
+        pair("Oh", "Oh yes.", "No."),  # an answer that begins as a short prompt does
+        pair(),
+    ]
+    report = run(rows, tokenizer).report
+    assert (report.repeated_prompts, report.unevenly_repeated) == (1, 1)
+    lines = report.lines()
+    assert "train: in 1 rows both completions repeat the prompt" in lines
+    assert "train: in 1 rows one completion repeats the prompt and another does not" in lines
 
 
 def test_the_report_is_plain_json_and_its_totals_add_up(chatml: PreTrainedTokenizerFast) -> None:

@@ -21,7 +21,7 @@ from tether.objectives.online.advantages import (
 )
 from tether.objectives.online.correction import MODES, Correction
 from tether.objectives.online.kl import KL
-from tether.objectives.online.policy_gradient import HighEntropy, PolicyGradient, Sampled, policy_gradient_loss
+from tether.objectives.online.policy_gradient_loss import HighEntropy, PolicyGradient, Sampled, policy_gradient_loss
 from tether.training.step import reduce_loss
 from tether.types import Scores
 

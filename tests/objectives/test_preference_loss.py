@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from tether.objectives import OBJECTIVES, Combination, preference_loss
+from tether.objectives import OBJECTIVES, Combination
+from tether.objectives.preference_loss import preference_loss
 from tether.types import Scores
 
 

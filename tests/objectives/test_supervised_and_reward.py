@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tether.objectives import OBJECTIVES
-from tether.objectives.reward import reward_loss
-from tether.objectives.supervised import supervised_loss
+from tether.objectives.reward_loss import reward_loss
+from tether.objectives.supervised_loss import supervised_loss
 from tether.types import Scores
 
 bradley_terry = OBJECTIVES["reward"]["reward"]

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from tether.objectives import Combination, preference_loss
+from tether.objectives import Combination
 from tether.objectives.losses.transforms import divergence_scores, length_desensitised, likelihood_weights
+from tether.objectives.preference_loss import preference_loss
 from tether.scoring import pack, score
 from tether.types import Example, Scores
 from tiny import ragged_examples, tiny_model

@@ -11,7 +11,7 @@ import streams
 from tether.data import prepare
 from tether.errors import DataError
 from tether.objectives import OBJECTIVES
-from tether.objectives.unpaired import is_balanced, suggested_weights, unpaired_loss
+from tether.objectives.unpaired_loss import is_balanced, suggested_weights, unpaired_loss
 from tether.training.algorithms.kto_mismatch import mismatched_rows, with_mismatched
 from tether.types import Scores
 from tiny import tiny_tokenizer

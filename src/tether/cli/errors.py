@@ -12,7 +12,7 @@ import typer
 
 from tether.errors import TetherError
 from tether.files import is_full
-from tether.masking import masked
+from tether.redact import masked
 
 # The parent of typer's public BadParameter: every misuse of commands and options. Typer does not export it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -10,8 +10,8 @@ from typing import Any
 
 from tether.compat.launcher import is_first, require_numbers
 from tether.compat.messages import NO_PINNED_MEMORY, SPECIAL_TOKENS, TOO_LONG
-from tether.masking import masked
 from tether.progress import console
+from tether.redact import masked
 
 # Messages of libraries that are right in general and mean nothing here, each with its reason.
 _NOISE = (SPECIAL_TOKENS, TOO_LONG, NO_PINNED_MEMORY)

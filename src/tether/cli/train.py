@@ -86,7 +86,7 @@ def train(
         TetherError: bad input, before weights are loaded where possible, or a failed run.
     """
     # Here and not on top, so that `tether --help` does not wait for torch.
-    from tether.config.keys.quick import refuse_at_once
+    from tether.config.keys.unknown import refuse_at_once
 
     refuse_at_once(run_file, overrides or ())
     from tether.config import load_run_file

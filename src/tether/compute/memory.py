@@ -1,4 +1,4 @@
-"""How many tokens a forward may have: from the memory of the machine and the shapes of the model."""
+"""Memory: what the machine has, what is free and in use, and how many tokens a forward may have by it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tether.compat.launcher import processes_here
+from tether.compute.cgroups import groups, read
 from tether.models.structure import trainable_tensors, transformers_model
 
 # A forward with more tokens than this is no faster for each of them, so a budget is never larger: the split of a step
@@ -22,7 +23,12 @@ _ENOUGH = {"cpu": 4096, "cuda": 32768}
 _LEAST = 1024
 # Of the memory that is left, this share is for activations; kernels, fragments and the head's chunks need the rest.
 _SHARE = 0.5
-_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# A model is loaded where this many times its weights are free: loading holds some tensors twice for a while.
+LOADING_ROOM = 1.25
+# What a control group of version 2, and of version 1, calls its limit.
+_LIMITS = ("memory.max", "memory.limit_in_bytes")
+# Beside each number that trains: its gradient and two moments of an optimizer, in float32.
+TRAINING_BYTES = 12
 
 
 def token_budget(
@@ -88,7 +94,7 @@ def free_bytes(model: nn.Module, device: torch.device) -> int:
     Not what happens to be free on a CPU: the same run on the same machine must split its steps alike. Gradients and two
     moments of the optimizer, in float32, are left for the trainable tensors.
     """
-    later = 12 * sum(tensor.numel() for tensor in trainable_tensors(model).values())
+    later = TRAINING_BYTES * sum(tensor.numel() for tensor in trainable_tensors(model).values())
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached - later
@@ -97,13 +103,10 @@ def free_bytes(model: nn.Module, device: torch.device) -> int:
 
 
 def machine_bytes() -> int:
-    """Memory of the machine, or of the control group that this process may use."""
+    """Memory of the machine, or what the control groups of this process may use of it."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
-    for path in map(Path, _CGROUP):
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits, default=8 * 2**30)
+    texts = [read(group / name) for group in groups("memory") for name in _LIMITS]
+    return min([*limits, *(int(text) for text in texts if text.isdigit())], default=8 * 2**30)
 
 
 def room_for_another(device: torch.device) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import tether
+from tether.compute.cgroups import groups, read
 from tether.errors import ConfigError
 
 logger = logging.getLogger("tether")
@@ -33,8 +34,6 @@ _ROUNDS = 7
 # nothing doubles the time to the next, up to the longest.
 _SHARE = 0.8
 _FIRST_WAIT, _LONGEST_WAIT = 15.0, 480.0
-_CGROUPS = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 # What the last run of this process found, and what it was found among: the next one is free to decide again.
 _own: dict[str, int] = {}
@@ -116,7 +115,7 @@ def chosen_elsewhere() -> str:
 def _defaults() -> tuple[int, int]:
     """What torch begins with: the cores that this process may use, or, by MKL, those that are not hyperthreads."""
     allowed = _affinity()
-    siblings = {_text(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core) for core in allowed}
+    siblings = {read(_TOPOLOGY / f"cpu{core}" / "topology" / "thread_siblings_list") or str(core) for core in allowed}
     return len(allowed), len(siblings)
 
 
@@ -128,42 +127,17 @@ def _affinity() -> set[int]:
 
 def granted_cores() -> int:
     """Cores that this process may use at once: by affinity, and by the CPU quota of its control groups."""
-    quotas = [math.ceil(quota) for quota in _quotas()]
+    quotas = [math.ceil(quota) for group in groups("cpu") for quota in _quota_of(group)]
     return max(1, min([len(_affinity()), *quotas]))
 
 
-def _quotas() -> Iterator[float]:
-    """Cores that each control group of this process is granted, its parents included; versions 1 and 2."""
-    for line in _text(_MEMBERSHIP).splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            roots = [_CGROUPS, _CGROUPS / "unified"]
-        elif "cpu" in controllers.split(","):
-            roots = [_CGROUPS / controllers, _CGROUPS / "cpu"]
-        else:
-            continue
-        for root in roots:
-            # In a container the path may be the host's, of which only the root is mounted.
-            folder = root / path.strip("/")
-            for place in (folder, *folder.parents):
-                yield from _quota_of(place)
-                if place == root:
-                    break
-
-
 def _quota_of(folder: Path) -> Iterator[float]:
-    quota, period = (_text(folder / "cpu.max").split() or ["max", ""])[:2]
+    """Cores that a control group is granted; nothing where it has no quota."""
+    quota, period = (read(folder / "cpu.max").split() or ["max", ""])[:2]
     if quota == "max":
-        quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        quota, period = read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")
     if quota.isdigit() and period.isdigit() and int(quota) and int(period):  # -1: none
         yield int(quota) / int(period)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 def _measured(cores: int) -> tuple[int, str]:

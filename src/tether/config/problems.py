@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from tether.config.document import KeyPath, dotted
 from tether.config.fields import keys_of
-from tether.config.keys.quick import unknown
+from tether.config.keys.unknown import unknown
 from tether.config.run import RunConfig, Train
 from tether.config.sections import SOURCE_TAGS
 from tether.config.words import describe_type
@@ -56,16 +56,7 @@ def describe(error: ValidationError, values: dict[str, Any], place: Callable[[Ke
 
 
 def unknown_key(path: KeyPath, known: Iterable[str], fields: list[str]) -> str:
-    """A sentence about a key that no section has, with the nearest one that exists.
-
-    Args:
-        path: of the key.
-        known: keys that exist beside it.
-        fields: names that `train` takes besides its own.
-
-    Returns:
-        The sentence.
-    """
+    """`unknown` with what the classes of a run file know; `fields`: names that `train` takes besides its own."""
     return unknown(path, known, dict(_leaves(fields)), Train.model_fields, retired_hints())
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tether.config.document import KeyPath, beginning, parse, read_document
 from tether.config.fields import Loss, adapter_fields, config_class, fields_under, keys_of, problem_with, row_of
-from tether.config.keys.quick import loss_in
+from tether.config.keys.unknown import loss_in
 from tether.config.problems import describe, dotted, show, unknown_key, wrong_value
 from tether.config.run import RunConfig, Train
 from tether.config.sections import SHORT_FORMS

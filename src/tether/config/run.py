@@ -23,7 +23,7 @@ from tether.config.sections import (
     key,
     short_form,
 )
-from tether.masking import is_secret, masked_values
+from tether.redact import is_secret, masked_values
 from tether.training import PreferenceConfig
 
 _DEFAULTS = {name: field.default for name, field in PreferenceConfig.__dataclass_fields__.items()}

@@ -16,7 +16,7 @@ from tether.errors import ConfigError, DataError, ScoringError
 from tether.evaluate.named_models import Loaded, NamedModel
 from tether.models.load import load_config, load_processing
 from tether.objectives.contrast import CONTRASTS, shaped_reward
-from tether.objectives.preference import Numbers
+from tether.objectives.preference_loss import Numbers
 from tether.progress import each
 from tether.reference import refuse_other_tokenizer
 from tether.scoring import choose_layout, pack, score

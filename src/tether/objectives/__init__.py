@@ -2,7 +2,6 @@
 
 from tether.objectives.combination import Combination
 from tether.objectives.objective import Algorithm, Input, Objective, Option, Problem, Range
-from tether.objectives.preference import preference_loss
 from tether.objectives.registry import OBJECTIVES, check_options, options_of, run_file_row, unknown_loss
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "Range",
     "check_options",
     "options_of",
-    "preference_loss",
     "run_file_row",
     "unknown_loss",
 ]

@@ -48,7 +48,6 @@ FIELD_NAMES = {
     "logistic": "sigmoid",
     "slic": "hinge",
     "slic_hf": "hinge",
-    "rdpo": "robust",
     "robust_dpo": "robust",
     "dpo_positive": "dpop",
     "smaug": "dpop",

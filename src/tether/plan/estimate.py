@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from tether.compute.memory import bytes_per_token, machine_bytes, token_budget
+from tether.compute.memory import LOADING_ROOM, TRAINING_BYTES, bytes_per_token, machine_bytes, token_budget
 from tether.errors import ScoringError
 from tether.models.structure import transformers_model
 from tether.plan.policy import Sketch, sketch
@@ -38,7 +38,7 @@ _ADAM = (2, None)
 # Tokens of prompts and completions that are sampled at once, see `tether.rollout.tree_engine`.
 _SAMPLED = 2**16
 # What a process on a CPU holds beside its model: Python, torch, transformers, their kernels.
-LIBRARIES = 640 * 2**20
+_LIBRARY_BYTES = 640 * 2**20
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def plan_run(
     policy = sketch(model, args, adapter, new_tokens, accelerator=place.accelerator)
     notes = [] if sample.complete else ["tokens and rows are estimated from a sample of them"]
     reference, reference_bytes = _reference(args, ref_model, policy)
-    memory = {"libraries": 0 if place.accelerator else LIBRARIES, "weights": policy.weights}
+    memory = {"libraries": 0 if place.accelerator else _LIBRARY_BYTES, "weights": policy.weights}
     memory |= {"reference": reference_bytes, "optimizer": _optimizer(args, policy), "gradients": 0}
     batch: dict[str, int] = {}
     if whole or sum(_spread(memory, policy, place).values()) <= place.memory:
@@ -159,22 +159,23 @@ def plan_run(
         memory=memory,
         peak=_peak(memory, place),
         machine=place,
-        rows={"rows": sample.rows, "tokens": sample.shared, "tokens_unshared": sample.unshared, **_kind(args)},
+        rows={
+            "rows": sample.rows,
+            "tokens": sample.shared,
+            "tokens_unshared": sample.unshared,
+            "kind": args.kind,
+            "epochs": args.num_train_epochs,
+        },
         steps=_steps(args, sample, place),
         batch=batch,
         notes=notes,
     )
 
 
-def _kind(args: PreferenceConfig) -> dict[str, Any]:
-    return {"kind": args.kind, "epochs": args.num_train_epochs}
-
-
 def _reference(args: PreferenceConfig, ref_model: Any, policy: Sketch) -> tuple[dict[str, str], int]:
     """Meaning, method and why; and the bytes that it holds beside the policy."""
     meaning = declared_meaning(args, ref_model)
-    spec = args.reference_spec(meaning) if meaning != "none" else replace(args.reference_spec(), meaning="none")
-    method, why = expected_method(spec, policy.model, at_zero=policy.at_zero)
+    method, why = expected_method(args.reference_spec(meaning), policy.model, at_zero=policy.at_zero)
     size = {"snapshot": policy.trained, "model": policy.weights}.get(method, 0)
     if method == "model" and isinstance(ref_model, str):
         size = sketch(ref_model, args, None, [], accelerator=False).weights
@@ -188,7 +189,7 @@ def _step(
     model = policy.model
     checkpointing = bool(args.gradient_checkpointing)
     device = torch.device("cuda" if place.accelerator else "cpu")
-    room = place.memory - policy.weights - 12 * policy.trainable
+    room = place.memory - policy.weights - TRAINING_BYTES * policy.trainable
     tokens, _ = token_budget(args.max_tokens_per_forward, model, device, checkpointing=checkpointing, room=room)
     layout = "encoder_decoder" if apart else _layout(model)
     batch, parts = largest_batch(examples, args.per_device_train_batch_size, tokens)
@@ -280,7 +281,8 @@ def _peak(memory: dict[str, int], place: Machine) -> int:
     lasting = sum(memory[name] for name in ("libraries", "weights", "reference", "optimizer"))
     step = sum(memory.get(name, 0) for name in ("gradients", "activations", "head chunk", "gathered layers"))
     # The proof by loading is left out where a second model does not fit, so that it never decides what fits.
-    again = memory["weights"] if lasting + 1.25 * memory["weights"] <= place.memory and not place.sharded else 0
+    room = lasting + LOADING_ROOM * memory["weights"]
+    again = memory["weights"] if room <= place.memory and not place.sharded else 0
     return lasting + max(step, memory.get("rollouts", 0), again)
 
 

@@ -205,9 +205,8 @@ class TrainingProof:
         after = self._sums()
         if all(torch.equal(after[name], value) for name, value in before.items()):
             raise ReferencePolicyError(
-                f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches "
-                "them, or "
-                "each update is smaller than the weights' dtype can hold: train in float32, raise the learning "
+                f"No trainable tensor changed in step {step} ({len(after)} tensors). Either no gradient reaches them, "
+                "or each update is smaller than the weights' dtype can hold: train in float32, raise the learning "
                 "rate, or check that the trainable layers are used in the forward."
             )
 
@@ -231,6 +230,6 @@ def require_trainable(policy: nn.Module) -> None:
         raise ReferencePolicyError(
             f"Nothing would train: none of the {sum(1 for _ in policy.parameters())} parameters of "
             f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs "
-            "is_trainable=True; a merged "
-            "or frozen model needs requires_grad_(True), or a new adapter (`peft_config`, in a run file `lora:`)."
+            "is_trainable=True; a merged or frozen model needs requires_grad_(True), or a new adapter (`peft_config`, "
+            "in a run file `lora:`)."
         )

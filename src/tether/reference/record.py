@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tether.errors import ReferencePolicyError
 from tether.files import write_whole
-from tether.masking import masked
+from tether.redact import masked
 from tether.reference.base import Reference
 from tether.reference.guard import GuardResult
 from tether.types import ReferenceIdentity

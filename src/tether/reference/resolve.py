@@ -38,7 +38,7 @@ from tether.reference.methods.adapter_check import (
 from tether.reference.methods.model import ModelReference, refuse_wrong_model
 from tether.reference.methods.moving import MovingModelReference
 from tether.reference.methods.none import NoReference
-from tether.reference.methods.served import RemoteReference
+from tether.reference.methods.remote import RemoteReference
 from tether.reference.methods.shards import free_memory
 from tether.reference.methods.snapshot import SnapshotReference
 from tether.reference.spec import Keep, ReferenceSpec
@@ -131,13 +131,13 @@ def _resolve_start(run: _Run) -> Resolved:
     if method == "model":
         twin = copy.deepcopy(unwrap(policy))
         what = f"a frozen copy of all {_count(twin)} parameters, as forced"
-        return _equal_to_start(run, ModelReference(twin, run.scorer, identity), what)
+        return _measured_at_start(run, ModelReference(twin, run.scorer, identity), what)
     if method == "snapshot":
         again = partial(_start_fingerprint, run)
-        return _equal_to_start(run, *_snapshot(run, identity, trainable, why, fingerprint=again, sync=spec.sync))
+        return _measured_at_start(run, *_snapshot(run, identity, trainable, why, fingerprint=again, sync=spec.sync))
     identity = replace(identity, method="adapter_off")
     what = f"{len(trainable)} trainable tensors, all inside adapter {active_adapters(policy)}"
-    return _equal_to_start(run, AdapterOffReference(policy, run.scorer, identity), what)
+    return _measured_at_start(run, AdapterOffReference(policy, run.scorer, identity), what)
 
 
 def _resolve_base(run: _Run) -> Resolved:
@@ -260,6 +260,7 @@ def _without_adapter(run: _Run) -> _WithoutAdapter:
     off = AdapterOffReference(policy, run.scorer, NoReference.identity)
     result = compare_with_start(policy, off, run.scorer, run.probe, SAME)
     if not result.passed:
+        # What was measured says more than what the policy is made of.
         far = f"without the adapter a token is {result.max_difference:.2g} nats from the start"
         return _WithoutAdapter(False, f"{far} ({HOLDS_SOMETHING})")
     acting = acting_layer(policy)
@@ -382,8 +383,8 @@ def _place(run: _Run, bytes_kept: int) -> tuple[Keep, str]:
     return "device", ""
 
 
-def _equal_to_start(run: _Run, reference: Reference, what: str) -> Resolved:
-    """The line with the proof: how far the policy is from its reference before the first update."""
+def _measured_at_start(run: _Run, reference: Reference, what: str) -> Resolved:
+    """With the line that says how far the policy is from its reference before the first update."""
     result: GuardResult = compare_with_start(run.policy, reference, run.scorer, run.probe, reference.tolerance)
     proof = f"start equality {result.max_difference:.1e} nats on {result.rows} rows"
     return Resolved(reference, f"reference: start, by {reference.identity.method}: {what}; {proof}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tether.errors import ConfigError
 from tether.files import write_whole
-from tether.masking import masked
+from tether.redact import masked
 from tether.report.cards import verdict_cards
 from tether.report.curves import charts_of
 from tether.report.read import Run, read_run

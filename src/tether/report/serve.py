@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tether.errors import ConfigError
-from tether.masking import masked
+from tether.redact import masked
 from tether.report.compare import compare, read_runs
 from tether.report.page import render
 from tether.report.read import METRICS, read_run

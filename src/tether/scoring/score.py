@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -63,7 +63,8 @@ def score(
             own; `encoder_decoder` encodes each prompt once, for models with an encoder.
         backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `varlen`, `flash`; `auto`
             takes the device's first choice.
-        chunk: tokens whose logits exist at once; `temperature`: what these logits are divided by.
+        chunk: tokens whose logits exist at once.
+        temperature: what logits are divided by.
         wide_head: the head's product is in float32, whatever the precision.
 
     Returns:
@@ -109,7 +110,7 @@ def _predicting_states(
 
 
 def _check_request(model: PreTrainedModel, outputs: tuple[str, ...], layout: str, virtual: int) -> None:
-    allowed = (*OUTPUTS, "aux_loss", "hidden", "entropy_gradient")
+    allowed = get_args(Output)
     if layout not in _LAYOUTS or not set(outputs) <= set(allowed):
         raise ConfigError(
             f"score(): layout {layout!r}, outputs {outputs!r}; layouts are {', '.join(_LAYOUTS)}, outputs {allowed}."
@@ -144,13 +145,13 @@ def head_of(model: PreTrainedModel, temperature: float = 1.0, wide: bool = False
     config: Any = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    # BART adds a bias of its own to the logits; its head is a linear layer without one.
     softcap = getattr(config, "final_logit_softcapping", None)
+    # BART's head is a linear layer without a bias, and the model adds one to the logits: `logits_bias`.
     return Head(module, scale / divisor, softcap, logits_bias(model), temperature, wide)
 
 
 def _of_real_tokens(hidden: Tensor, inputs: dict[str, Any], layout: str) -> Tensor:
-    """Virtual tokens of prompt tuning come first in each row, unless the adapter is off."""
+    """Without the virtual tokens of prompt tuning, which come first in each row unless the adapter is off."""
     added = hidden.shape[1] - inputs["input_ids"].shape[1] if layout == "padded" else 0
     return hidden[:, added:]
 

@@ -244,7 +244,7 @@ class ReferenceArguments(Declared):
 
 @dataclass
 class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments):
-    """What every preference trainer takes, on top of `transformers.TrainingArguments` and `ReferenceArguments`.
+    """What every trainer takes, on top of `transformers.TrainingArguments` and `ReferenceArguments`.
 
     Defaults that differ from transformers' are TRL 1.16's (learning rate, logging, gradient checkpointing).
 

@@ -83,7 +83,16 @@ class Text(str):
     def listed(self, none: str = "None") -> str:
         """What is allowed, with what None is called."""
         words = [none if one is None else _words(one, quoted=self._bounded) for one in self.allowed]
-        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+        return _either(words)
+
+
+def losses_of(algorithm: Algorithm) -> str:
+    """The losses of an algorithm, for the text of its `loss_type`."""
+    return _either([f"`{name}`" for name in OBJECTIVES[algorithm]])
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _words(one: Range | Whole | str | float, *, quoted: bool) -> str:

@@ -132,10 +132,20 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             )
             return self.accelerator
 
-        data = train_dataset, eval_dataset, processing_class
         own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
-        more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
-        given = Given(model, ref_model, args, *data, *more)
+        given = Given(
+            model,
+            ref_model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            quantization_config,
+            peft_config,
+            parts=self.algorithm_parts,
+            data_collator=data_collator,
+            given_optimizer=own,
+        )
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
         self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)
@@ -184,7 +194,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         if not inputs:
             return [], None
         step = self._with_context(build_step(inputs, self.run, self.accelerator, device))
-        # transformers counts as many batches for every step; those that the end of a pass lacks are none.
+        # Empty ones in front: transformers counts `num_batches` also where the end of a pass has fewer.
         return [*[()] * (num_batches - len(inputs)), *step.shares], step
 
     def _with_context(self, step: Step) -> Step:
@@ -205,7 +215,7 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
         for part in parts[-1:]:
             loss = loss + super().training_step(model, cast(Any, part), cast(Any, step))
         self._saving.finite.saw(loss)
-        if parts is step.shares[-1]:
+        if parts is step.shares[-1]:  # the last batch of the step
             self.run.algorithm.end_step(step.context, self._passes())
         return loss
 

@@ -56,7 +56,7 @@ def plan(
         TetherError: bad input; nothing was loaded but configuration, tokenizer and rows.
         typer.Exit: code 1 when it would not fit.
     """
-    from tether.config.keys.quick import refuse_at_once
+    from tether.config.keys.unknown import refuse_at_once
 
     refuse_at_once(run_file, overrides or ())
     from tether.cli.output import terminal_output

@@ -43,7 +43,7 @@ def precompute(
     Raises:
         TetherError: bad input, or a store that does not hold what the reference says.
     """
-    from tether.config.keys.quick import refuse_at_once
+    from tether.config.keys.unknown import refuse_at_once
 
     refuse_at_once(run_file, overrides or ())
     from tether.cli.output import terminal_output

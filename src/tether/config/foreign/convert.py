@@ -23,7 +23,7 @@ from tether.config.read import check_run
 from tether.config.run import RunConfig
 from tether.config.words import branches, field_types
 from tether.errors import ConfigError
-from tether.masking import HIDDEN, is_secret
+from tether.redact import HIDDEN, is_secret
 from tether.training import PreferenceConfig
 from tether.training.surface.retired import RETIRED
 

@@ -10,7 +10,7 @@ from tether.config.document import write_document
 from tether.config.foreign.convert import Conversion
 from tether.config.foreign.table import MARKS
 from tether.config.sections import SHORT_FORMS
-from tether.masking import masked
+from tether.redact import masked
 
 _WIDE, _NARROW = 34, 24
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tether.config.fields import config_class, configs_by_algorithm, fields_under, losses_by_algorithm
-from tether.config.keys.quick import KEYS
+from tether.config.keys.unknown import KEYS
 from tether.config.problems import retired_hints, section_in
 from tether.config.run import RunConfig, Train
 from tether.config.sections import Data, Judge, Lora, Model, Reference, Remote, Rollout, Rows, Section, Sizes, Sync

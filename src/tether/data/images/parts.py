@@ -23,7 +23,7 @@ from datasets import Dataset
 
 from tether.data.rows.columns import BATCH_ROWS, IMAGE_COLUMNS
 from tether.data.rows.values import SHOWN_FAULTS
-from tether.masking import masked
+from tether.redact import masked
 
 # How an image lies in a table, as `datasets` stores it: the file, or where it is.
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))

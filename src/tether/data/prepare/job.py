@@ -35,6 +35,8 @@ from tether.types import Kind, Preference
 
 _IDS = pa.list_(pa.int32())
 _MASKS = pa.list_(pa.list_(pa.bool_()))
+# Below so many words an answer may begin as its prompt does by chance.
+_PROMPT_WORDS = 4
 
 
 @contextmanager
@@ -240,9 +242,10 @@ class Job:
         tally.markers.update(markers)
         tally.marker_rows += bool(markers)
         prompt = record.prompt
-        repeats = isinstance(prompt, str) and prompt.strip() and completions
-        repeats = repeats and all(text.startswith(str(prompt)) for text in completions)
-        tally.repeated_prompts += bool(repeats) and not self.schema.shared_prompt
+        if isinstance(prompt, str) and prompt.strip() and not self.schema.shared_prompt:
+            repeats = [text.startswith(prompt) for text in completions]
+            tally.repeated_prompts += bool(repeats) and all(repeats)
+            tally.unevenly_repeated += any(repeats) and not all(repeats) and len(prompt.split()) >= _PROMPT_WORDS
 
     def _other_prompts(self, records: list[Preference], start: int, stop: int) -> int:
         """Rows with a prompt of text beside whole conversations, of which no message says the same."""

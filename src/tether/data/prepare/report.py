@@ -102,7 +102,8 @@ class Report:
         unused_columns: columns that were not read.
         message_fields: fields of messages, beside role and content, that reached the chat template.
         duplicates: kept rows that repeat an earlier row exactly.
-        repeated_prompts: rows of text whose completions both begin with the whole prompt again.
+        repeated_prompts: rows of text whose completions all begin with the whole prompt again.
+        unevenly_repeated: rows of text of which some completions do, and others do not: a model learns to tell them by it.
         max_length: limit on the tokens of prompt and completion together; None for no limit.
         truncation_mode: what was kept of longer ones.
         cut_prompts: kept rows whose prompt was cut.
@@ -137,6 +138,7 @@ class Report:
     message_fields: tuple[str, ...]
     duplicates: int
     repeated_prompts: int
+    unevenly_repeated: int
     max_length: int | None
     truncation_mode: str
     cut_prompts: int
@@ -173,6 +175,7 @@ class Report:
         moved = self.boundaries.get("split", 0), self.boundaries.get("template", 0)
         lost = listed_rows(self.unwritten)
         desirable = self.values.get("label", 0.0)
+        whole = "both completions repeat" if self.kind == "pair" else "every completion repeats"
         notes = {
             f"{desirable:.1%} labelled desirable": "label" in self.values,
             f"{self.scored_tokens:,} of {self.completion_tokens:,} completion tokens are scored ({self.turns})": (
@@ -183,7 +186,10 @@ class Report:
                 self.cut_prompts or any(self.cut_completions)
             ),
             f"{self.duplicates} rows repeat another row": self.duplicates,
-            f"in {self.repeated_prompts} rows both completions repeat the prompt": self.repeated_prompts,
+            f"in {self.repeated_prompts} rows {whole} the prompt": self.repeated_prompts,
+            f"in {self.unevenly_repeated} rows one completion repeats the prompt and another does not": (
+                self.unevenly_repeated
+            ),
             f"{moved[0]} rows have no exact prompt boundary (policy {self.boundary})": moved[0],
             f"in {moved[1]} rows the template renders the prompt otherwise alone (policy {self.boundary})": moved[1],
             f"{self.ends_added} completions got an end-of-turn token, as the template writes none": self.ends_added,
@@ -218,6 +224,7 @@ class Tally:
     other_prompts: int = 0
     marker_rows: int = 0
     repeated_prompts: int = 0
+    unevenly_repeated: int = 0
     ends_added: int = 0
     cut_prompts: int = 0
     cut_tokens: Counter[str] = field(default_factory=Counter)

@@ -91,6 +91,7 @@ class Totals:
             message_fields=tuple(sorted(self._fields)),
             duplicates=self.duplicates,
             repeated_prompts=tally.repeated_prompts,
+            unevenly_repeated=tally.unevenly_repeated,
             max_length=options.max_length,
             truncation_mode=options.mode,
             cut_prompts=tally.cut_prompts,

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 
 from tether.errors import DataError
-from tether.masking import masked
+from tether.redact import masked
 
 # Stores whose addresses name objects that an account may read; what a web server answers may be another file
 # tomorrow.

@@ -102,8 +102,16 @@ def render(
     if template is None:
         plain = [(cast(str, r.prompt), cast(tuple[str, ...], r.completions), r) for r in records]
         return [
-            Rendered(p, tuple(p + c for c in cs), r.source_row, False, given_boundary, _whole(r), r.values)
-            for p, cs, r in plain
+            Rendered(
+                prompt,
+                tuple(prompt + completion for completion in completions),
+                record.source_row,
+                templated=False,
+                given_boundary=given_boundary,
+                whole=_whole(record),
+                values=record.values,
+            )
+            for prompt, completions, record in plain
         ]
     write = Writer(tokenizer, template, name)
     write.refuse_other_roles(records)

@@ -240,11 +240,13 @@ def _row(
         prompt = [bos]
     ended = encoder.all_ended(row, completions)
     if masks is not None:
+        # An end that was added, or took the place of what was cut off, is scored as the last token of the text is.
         masks = [
-            [*mask[: len(e) - 1], mask[min(len(e), len(mask)) - 1]] for mask, (e, _) in zip(masks, ended, strict=True)
+            [*mask[: len(text) - 1], mask[min(len(text), len(mask)) - 1]]
+            for mask, (text, _) in zip(masks, ended, strict=True)
         ]
     added = sum(added for _, added in ended)
-    return Tokenized(prompt, [e for e, _ in ended], row.source_row, kind, added, scored=masks)
+    return Tokenized(prompt, [text for text, _ in ended], row.source_row, kind, added, scored=masks)
 
 
 def _cuts(row: Rendered) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx2 as httpx
 
 from tether.errors import ConfigError, ReferencePolicyError, TetherError
-from tether.masking import masked
+from tether.redact import masked
 from tether.reference.spec import RemoteOptions
 
 # Answers that another attempt may change.

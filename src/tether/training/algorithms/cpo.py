@@ -8,7 +8,7 @@ from tether.errors import ConfigError
 from tether.objectives.contrast import contrast_loss
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig
-from tether.training.declaration import REGISTERED, option
+from tether.training.declaration import REGISTERED, losses_of, option
 from tether.training.step import Context, MicroBatch
 from tether.training.trainer import ReferenceFreeTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -24,7 +24,7 @@ class CPOConfig(ReferenceFreeConfig, algorithm="cpo"):
 
     loss_type: str = option(
         "sigmoid",
-        "`sigmoid`, `hinge`, `ipo`, `simpo`, or `alphapo` (which stands for `simpo` with `cpo_alpha=0`).",
+        f"{losses_of('cpo')} (which stands for `simpo` with `cpo_alpha=0`).",
         key="objective.loss",
     )
     beta: float = REGISTERED

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tether.errors import ConfigError, DataError
-from tether.objectives import OBJECTIVES, Combination, preference_loss
+from tether.objectives import OBJECTIVES, Combination
+from tether.objectives.preference_loss import preference_loss
 from tether.scoring.divergence import token_divergence
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import PreferenceConfig
@@ -75,7 +76,7 @@ class DPOConfig(PreferenceConfig, algorithm="dpo"):
                 "one number. Leave the store out.",
                 self._store_field,
             )
-        if combination.takes_divergence and (self.reference == "none" or self.reference_method in ("remote", "store")):
+        if combination.takes_divergence and (self.reference == "none" or self.reference_method == "remote"):
             raise ConfigError(
                 f"is {self.reference!r} (reference_method {self.reference_method!r}), and {names} takes the "
                 "reference's whole distribution at each token. Take a reference that is run here: adapter_off, "

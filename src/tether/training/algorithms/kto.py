@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tether.data import Prepared
 from tether.objectives import OBJECTIVES
-from tether.objectives.unpaired import is_balanced, log_ratios, suggested_weights, unpaired_loss
+from tether.objectives.unpaired_loss import is_balanced, log_ratios, suggested_weights, unpaired_loss
 from tether.training.algorithms.base import Algorithm, Needs, Passes
 from tether.training.algorithms.kto_mismatch import Mismatching, with_mismatched
 from tether.training.config import PreferenceConfig
-from tether.training.declaration import REGISTERED, option
+from tether.training.declaration import REGISTERED, losses_of, option
 from tether.training.step import Context, MicroBatch, Step
 from tether.training.trainer import TetherTrainer
 from tether.types import LossOutput, Scores, ScoringBatch
@@ -53,7 +53,7 @@ class KTOConfig(PreferenceConfig, algorithm="kto"):
         ConfigError: an unknown loss, or an option outside its range.
     """
 
-    loss_type: str = option("kto", "`kto`, `apo_zero_unpaired`, or `bco`.", key="objective.loss")
+    loss_type: str = option("kto", f"{losses_of('kto')}.", key="objective.loss")
     beta: float = REGISTERED
     desirable_weight: float = REGISTERED
     undesirable_weight: float = REGISTERED
@@ -87,15 +87,13 @@ class KTO(Algorithm[Scores]):
     def _options(self) -> Mapping[str, float]:
         return self.args.objective_options()
 
-    # BCO's running mean: a sum of log-ratios and a count of rows, on the CPU in float64, as a checkpoint holds it: a
-    # resumed run has the same numbers to the last digit.
-
     def state(self) -> dict[str, float]:
-        """BCO's running mean; empty for other losses."""
+        """BCO's running mean, as a sum of log-ratios and a count of rows; empty for other losses."""
         return dict(zip(("sum", "count"), self._earlier.tolist(), strict=True)) if self._by_earlier else {}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Start, or go on with, BCO's running mean."""
+        # On the CPU in float64, as a checkpoint holds it: a resumed run has the same numbers to the last digit.
         self._earlier = torch.tensor([state.get("sum", 0.0), state.get("count", 0.0)], dtype=torch.float64)
 
     def rows(self, prepared: Prepared) -> Prepared:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tether.errors import ConfigError
-from tether.objectives import Combination, preference_loss
+from tether.objectives import Combination
+from tether.objectives.preference_loss import preference_loss
 from tether.training.algorithms.base import Needs
-from tether.training.algorithms.grpo import OnlineTrainer
 from tether.training.declaration import option
 from tether.training.online.algorithm import Online
 from tether.training.online.config import OnlineConfig
+from tether.training.online.trainer import OnlineTrainer
 from tether.training.step import Context, MicroBatch
 from tether.types import Kind, LossOutput, LossTerm, Scores, ScoringBatch
 
@@ -31,7 +32,6 @@ class OnlineDPOConfig(OnlineConfig, algorithm="dpo"):
     """
 
     preset: ClassVar[str | None] = "online_dpo"
-    # A pair is what a micro-batch holds; its completions are sampled under one policy and trained on once or more.
     loss_type: list[str] | str = option(
         ["sigmoid"], "One or several losses of pairs, as in `DPOConfig`.", key="objective.pairs"
     )
@@ -119,7 +119,7 @@ class OnlineDPO(Online):
         return ", ".join(self.objective.losses)
 
     def advantages(self, rewards: Tensor, weights: Tensor, kl: Tensor | None, group: int) -> Tensor:
-        """None: pairs have no advantages."""
+        """Zeros: a pair is compared, and no completion of it is weighed."""
         return torch.zeros(len(rewards))
 
     def loss_tokens(self, batch: ScoringBatch) -> int:

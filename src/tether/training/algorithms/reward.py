@@ -17,7 +17,7 @@ from tether.data.show import Counted
 from tether.errors import ConfigError
 from tether.models.reward import HEAD, load_reward_model
 from tether.models.structure import transformers_model
-from tether.objectives.reward import reward_loss
+from tether.objectives.reward_loss import reward_loss
 from tether.scoring.reward import REWARDS, require_reward_head, reward
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig

@@ -10,11 +10,11 @@ from torch import Tensor
 from tether.errors import ConfigError
 from tether.objectives import OBJECTIVES
 from tether.objectives.online.advantages import leave_one_out, weighted_sum
-from tether.objectives.online.policy_gradient import PolicyGradient
-from tether.training.algorithms.grpo import OnlineTrainer
+from tether.objectives.online.policy_gradient_loss import PolicyGradient
 from tether.training.declaration import REGISTERED, option
 from tether.training.online.algorithm import Online
 from tether.training.online.config import OnlineConfig
+from tether.training.online.trainer import OnlineTrainer
 
 
 @dataclass

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 
 from tether.errors import ConfigError
-from tether.objectives.supervised import supervised_loss
+from tether.objectives.supervised_loss import supervised_loss
 from tether.training.algorithms.base import Algorithm, Needs
 from tether.training.config import ReferenceFreeConfig
 from tether.training.declaration import option

@@ -20,7 +20,7 @@ from tether.compat.accelerate import stage3_settings, uses_fsdp2
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
 from tether.models.structure import transformers_model
-from tether.objectives.online.policy_gradient import PolicyGradient, Sampled, policy_gradient_loss
+from tether.objectives.online.policy_gradient_loss import PolicyGradient, Sampled, policy_gradient_loss
 from tether.rewards import (
     OFFERED,
     READY_MADE,
@@ -87,7 +87,7 @@ def _function(given: Any, tokenizer: Any) -> Any:
 
 
 class Online(Algorithm[Scores]):
-    """Groups of sampled completions, judged by rewards; see `GRPOTrainer` and `RLOOTrainer`.
+    """Groups of sampled completions, judged by rewards; see `GRPOTrainer`.
 
     Args:
         args: the run's configuration.

@@ -1,4 +1,4 @@
-"""What the configurations of `GRPOTrainer` and `RLOOTrainer` have in common; names and defaults as in TRL 1.16."""
+"""What the configurations of trainers that sample have in common; names and defaults as in TRL 1.16."""
 
 from __future__ import annotations
 

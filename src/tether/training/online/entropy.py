@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tether.objectives.online.policy_gradient import HighEntropy
+from tether.objectives.online.policy_gradient_loss import HighEntropy
 from tether.training.algorithms.base import Passes
 from tether.training.step import Context, Step
 

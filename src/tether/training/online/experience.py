@@ -343,7 +343,7 @@ class Experience:
         mine = slice(first, first + len(facts))
         if plan.pairs:
             batches = [self._scored(batch) for batch in pairs_of(wanted, sample.groups, total[mine], kept[mine])]
-            advantages = torch.zeros(len(total))
+            advantages = plan.advantages(rewards, weights, None, wanted.group)
             kept = kept & ~without_variance(total.masked_fill(~kept, torch.nan), wanted.group)
         else:
             batches = self._batches(wanted, sample.groups, kept[mine], sample.engine)

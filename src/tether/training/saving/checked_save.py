@@ -14,12 +14,12 @@ from transformers import TrainingArguments
 
 from tether.compat.messages import EMBEDDINGS_SAVED
 from tether.errors import TetherError
-from tether.masking import masked_values
 from tether.models.adapters import write_active
 from tether.models.adapting.adapter_files import write_sums
 from tether.models.adapting.base_rewriting import write_plain
 from tether.models.adapting.extra_tensors import shared_by_hand, write_beside
 from tether.models.structure import trainable_tensors, unwrap
+from tether.redact import masked_values
 from tether.training.saving.model_settings import OwnSettings, generation_as_it_is
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tether.compute.cpu_matmul import compute_by_products
-from tether.compute.memory import give_back, room_for_another
+from tether.compute.memory import LOADING_ROOM, give_back, room_for_another
 from tether.errors import ConfigError, TetherError
 from tether.models.adapters import continue_adapter
 from tether.models.adapting.adapter_files import adapter_config
@@ -30,8 +30,6 @@ from tether.types import ScoringBatch
 _ROWS = 4
 # Nats; the same kernels over the same weights differ by nothing, in any type.
 _SAME = 1e-4
-# A model is loaded again where this many times its weights are free: loading holds some tensors twice for a while.
-_ROOM = 1.25
 # Keywords for loading that belong to the policy's source and not to what is saved of it.
 _OF_THE_SOURCE = ("revision",)
 
@@ -151,8 +149,8 @@ def _no_room(policy: nn.Module) -> str:
         return "the model is spread over devices"
     need = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
     room = room_for_another(devices.pop())
-    if need * _ROOM > room:
-        return f"it needs {need * _ROOM / 2**30:.1f} GiB, and {max(room, 0) / 2**30:.1f} GiB are free"
+    if need * LOADING_ROOM > room:
+        return f"it needs {need * LOADING_ROOM / 2**30:.1f} GiB, and {max(room, 0) / 2**30:.1f} GiB are free"
     return ""
 
 

@@ -108,7 +108,7 @@ def reference_spec(
         source = source_of(ref_model)
         ref_model = in_one_way(ref_model)
         _place(ref_model, args.device)
-    # What a full store needs no longer waits beside the run's other files.
+    # A snapshot that a full store has made unnecessary is moved to a file beside the run's others.
     found: dict[str, Any] = {"spill": Path(str(args.output_dir))} if args.wants_store() else {}
     if meaning == "base":
         found["base"] = partial(base_fingerprint, policy, before)

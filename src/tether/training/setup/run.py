@@ -183,12 +183,16 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
-    scoring = probe, layout, scorer, prove.exact, budget, router
     return Run(
         algorithm,
         data,
         source,
-        *scoring,
+        probe,
+        layout,
+        scorer,
+        prove.exact,
+        budget,
+        router_weight=router,
         reference=reference,
         line=line,
         stored=stored,

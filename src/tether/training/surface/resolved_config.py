@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tether.errors import ConfigError
-from tether.masking import masked_values
+from tether.redact import masked_values
 from tether.training.declaration import default_of
 from tether.training.saving.resume_check import super_of
 

@@ -10,7 +10,7 @@ from typing import Any
 from tether.config.document import KeyPath
 from tether.config.fields import config_class, fields_under, row_of
 from tether.config.foreign.draft import Draft, Source, as_number
-from tether.masking import is_secret
+from tether.redact import is_secret
 
 # PEFT's names of what `lora:` has a key for.
 _LORA = {

@@ -64,7 +64,7 @@ def preference_loss(
         tokens = None if tokens is None else scale[numbers.chosen_tokens_example] * tokens
     slopes = None
     if example.requires_grad:
-        # Through the loss alone, some numbers for each completion; the model is not part of it.
+        # By the log-probs, a number for each completion: the model is not differentiated here.
         (slopes,) = torch.autograd.grad(example.sum(), numbers.logps, retain_graph=True, allow_unused=True)
     with torch.no_grad():
         rewards = combination.beta * numbers.reward_logratios()

@@ -11,7 +11,7 @@ import pytest
 
 from tether.config import load_run_file
 from tether.config.keys.page import known_keys
-from tether.config.keys.quick import KEYS, refuse_at_once
+from tether.config.keys.unknown import KEYS, refuse_at_once
 from tether.errors import ConfigError
 
 GOOD = "model: m\ndata: {train: rows.jsonl}\n"

@@ -12,7 +12,7 @@ from tether import DPOConfig
 from tether.cli.errors import print_error
 from tether.cli.output import terminal_output
 from tether.config import check_run
-from tether.masking import HIDDEN, masked, masked_values
+from tether.redact import HIDDEN, masked, masked_values
 from tether.training.saving.checked_save import without_secrets
 
 SECRETS = ("hunter2", "hf_" + "a1B2" * 6, "sk-" + "z9" * 12)
