@@ -63,8 +63,8 @@ __all__ = [
 ]
 
 
-def _wait_briefly(environment: MutableMapping[str, str], modules: Container[str]) -> bool:
-    """Have torch's threads sleep soon when they wait; says whether the environment decides how they wait.
+def _wait_briefly(environment: MutableMapping[str, str], modules: Container[str]) -> None:
+    """Have torch's threads sleep soon when they wait, where torch is not loaded and the environment says nothing of it.
 
     GNU's OpenMP, which they are on Linux, spins for 300,000 rounds at the end of each parallel region before a thread
     sleeps (libgomp's `env.c`, GCC 13). Where other processes compute too, a thread that spins takes the core from the
@@ -72,15 +72,11 @@ def _wait_briefly(environment: MutableMapping[str, str], modules: Container[str]
     on a quiet machine; a three-hundredth cost a step a third of its speed there (docs/performance.md). The environment
     is read when torch is loaded.
     """
-    if any(name in environment for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
-        return True
-    if "torch" in modules:
-        return False
-    environment["GOMP_SPINCOUNT"] = "30000"
-    return True
+    if "torch" not in modules and not environment.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environment["GOMP_SPINCOUNT"] = "30000"
 
 
-WAITS_BRIEFLY = _wait_briefly(os.environ, sys.modules)
+_wait_briefly(os.environ, sys.modules)
 
 # Imported when first used: torch and transformers take seconds, and `tether --help` needs neither.
 _HOMES = {name: "training" for name in __all__ if name.endswith(("Config", "Trainer"))}

@@ -2,8 +2,9 @@
 
 A step consists of many short parallel regions, each of which ends when its last thread does. Threads that spin while
 they wait take the cores from those that they wait for, as soon as other processes compute or a container's quota is
-used up; see `tether._wait_briefly`, which ends that where Tether is imported before torch. Elsewhere fewer threads can
-be many times as fast. What a user chose (`OMP_NUM_THREADS`, `torch.set_num_threads`) stays.
+used up. `tether._wait_briefly` shortens that where Tether is imported before torch, and `_Waits` ends it while others
+compute; where neither helps, fewer threads can be many times as fast. What a user chose (`OMP_NUM_THREADS`,
+`torch.set_num_threads`) stays.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-import tether
 from tether.compute.cgroups import groups, read
 from tether.errors import ConfigError
 
 logger = logging.getLogger("tether")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Fewer threads must be this much faster to be taken: what a quiet machine's measurements differ by.
-_WORTH = 1.1
+# Fewer threads must be this much faster to be taken: what a quiet machine's measurements differ by. On a busy one they
+# differ by more, and what a run goes on with stays unless another choice is faster than that.
+_WORTH, _WORTH_A_CHANGE = 1.1, 1.3
 # A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance.
 _BURST_SECONDS = 0.04
 _ROUNDS = 7
@@ -35,8 +38,55 @@ _ROUNDS = 7
 _SHARE = 0.8
 _FIRST_WAIT, _LONGEST_WAIT = 15.0, 480.0
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-# What the last run of this process found, and what it was found among: the next one is free to decide again.
-_own: dict[str, int] = {}
+
+
+class Choice(NamedTuple):
+    """How many threads compute, and whether those that wait for others sleep at once in place of spinning."""
+
+    threads: int
+    sleeping: bool = False
+
+
+class _Waits:
+    """How threads wait for each other: as GNU's OpenMP was told, or sleeping at once.
+
+    It sleeps at once where it has more threads than there are cores, and each thread of Python that computes has a pool
+    of its own: one that holds such a pool, and does nothing, makes the others sleep. With another OpenMP nothing
+    changes, as a measurement then finds.
+    """
+
+    def __init__(self) -> None:
+        self._end: threading.Event | None = None
+        self._holder = threading.Thread()
+
+    @property
+    def sleeping(self) -> bool:
+        """Whether threads that wait sleep at once."""
+        return self._end is not None
+
+    def sleep(self, at_once: bool) -> None:
+        """Let threads that wait sleep at once, or no more."""
+        if at_once and self._end is None:
+            ready, self._end = threading.Event(), threading.Event()
+            self._holder = threading.Thread(target=self._hold, args=(ready, self._end), daemon=True)
+            self._holder.start()
+            ready.wait()
+        elif self._end is not None and not at_once:
+            self._end.set()
+            self._holder.join()
+            self._end = None
+
+    @staticmethod
+    def _hold(ready: threading.Event, end: threading.Event) -> None:
+        torch.set_num_threads(len(_affinity()) + 1)
+        torch.zeros(2**20).add_(1.0)  # a parallel region, for which the pool is made; it ends with this thread
+        ready.set()
+        end.wait()
+
+
+# What the last run of this process chose: the next one is free to decide again.
+_own: Choice | None = None
+_waits = _Waits()
 
 
 def choose_threads(setting: int | str | None, *, on_cpu: bool) -> int:
@@ -62,8 +112,7 @@ def choose_threads(setting: int | str | None, *, on_cpu: bool) -> int:
     elif chosen := chosen_elsewhere():
         threads, why = torch.get_num_threads(), chosen
     else:
-        threads, why = _measured(cores)
-        _own["threads"] = threads
+        return _choose(cores, "")
     torch.set_num_threads(threads)
     logger.info(f"threads: {threads} of {cores} cores ({why})")
     return threads
@@ -82,19 +131,15 @@ class ThreadsAgain:
         Args:
             step: that was just made, for the line that says what changed.
         """
-        passed, threads = time.monotonic() - self._since, torch.get_num_threads()
-        if passed < self._wait or threads != _own.get("threads"):
+        passed, before, cores = time.monotonic() - self._since, _own, granted_cores()
+        if passed < self._wait or before is None or torch.get_num_threads() != before.threads:
             return
-        cores = granted_cores()
-        if threads == cores and time.process_time() - self._computed >= _SHARE * passed * threads:
+        had = time.process_time() - self._computed >= _SHARE * passed * before.threads
+        if had and before == Choice(cores):
             self._wait = _FIRST_WAIT
         else:
-            found, why = _measured(cores)
-            torch.set_num_threads(found)
-            _own["threads"] = found
-            self._wait = _FIRST_WAIT if found != threads else min(2 * self._wait, _LONGEST_WAIT)
-            if found != threads:
-                logger.info(f"threads: {found} of {cores} cores from step {step + 1} on ({why})")
+            _choose(cores, f" from step {step + 1} on")
+            self._wait = min(2 * self._wait, _LONGEST_WAIT) if _own == before else _FIRST_WAIT
         self._begin()
 
     def _begin(self) -> None:
@@ -107,7 +152,7 @@ def chosen_elsewhere() -> str:
     if named:
         return f"{named}={os.environ[named]}"
     now = torch.get_num_threads()
-    if now in (_own.get("threads"), *_defaults()):
+    if now in (_own and _own.threads, *_defaults()):
         return ""
     return f"torch.set_num_threads({now})"
 
@@ -140,34 +185,52 @@ def _quota_of(folder: Path) -> Iterator[float]:
         yield int(quota) / int(period)
 
 
-def _measured(cores: int) -> tuple[int, str]:
-    """The fastest of all cores, half of them, and so on to one, and what was found."""
-    counts = [cores >> halved for halved in range(cores.bit_length())]
-    if len(counts) == 1:
-        return 1, "no more are granted"
-    rates = measured_rates(counts)
-    # The most threads that are about as fast as any.
-    threads = next(count for count in counts if rates[count] * _WORTH >= max(rates.values()))
-    against = 1 if threads == cores else cores
-    gain = rates[threads] / rates[against]
-    said = f"measured {gain:.1f}x the speed of {against}; set cpu_threads or OMP_NUM_THREADS to choose"
-    if threads < cores and not tether.WAITS_BRIEFLY:
-        said += ", or GOMP_SPINCOUNT=30000 so that threads that wait leave their cores to others"
-    return threads, said
+def _choose(cores: int, since: str) -> int:
+    """Take what is found fastest, and say so where that is another choice than before; the number of threads."""
+    global _own
+    before, (_own, why) = _own, _measured(cores, _own if since else None)
+    _take(_own)
+    if not since or _own != before:
+        logger.info(f"threads: {_own.threads} of {cores} cores{since} ({why})")
+    return _own.threads
 
 
-def measured_rates(counts: list[int]) -> dict[int, float]:
-    """Short parallel regions a second, as a training step has them, with each number of threads; medians, in turns."""
-    rates: dict[int, list[float]] = {count: [] for count in counts}
+def _take(choice: Choice) -> None:
+    _waits.sleep(choice.sleeping)
+    torch.set_num_threads(choice.threads)  # last: the pool that lets others sleep sets a number of its own
+
+
+def _measured(cores: int, now: Choice | None = None) -> tuple[Choice, str]:
+    """The fastest of all cores, these with threads that sleep, half of them, and so on to one; and what was found."""
+    fewer = [Choice(cores >> halved) for halved in range(1, cores.bit_length())]
+    if not fewer:
+        return Choice(1), "no more are granted"
+    choices = [Choice(cores), Choice(cores, sleeping=True), *fewer]
+    rates = measured_rates(choices)
+    # The most threads that are about as fast as any; of the same number those that wait as they were told.
+    best = next(choice for choice in choices if rates[choice] * _WORTH >= max(rates.values()))
+    if now is not None and rates.get(now, 0.0) * _WORTH_A_CHANGE >= rates[best]:
+        best = now
+    against = Choice(1) if best == choices[0] else choices[0]
+    gain = rates[best] / rates[against]
+    waiting = "; those that wait sleep at once, as other processes compute" if best.sleeping else ""
+    spinning = " that spin" if best.sleeping else ""
+    said = f"measured {gain:.1f}x the speed of {against.threads}{spinning}{waiting}"
+    return best, f"{said}; set cpu_threads or OMP_NUM_THREADS to choose"
+
+
+def measured_rates(choices: list[Choice]) -> dict[Choice, float]:
+    """Short parallel regions a second, as a training step has them, by each choice; medians, in turns."""
+    rates: dict[Choice, list[float]] = {choice: [] for choice in choices}
     inputs, weight = torch.ones(256, 512), torch.ones(512, 512)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for burst in range(_ROUNDS + 1):
-            for count in counts:
-                torch.set_num_threads(count)
+            for choice in choices:
+                _take(choice)
                 done, start = 0, time.perf_counter()
                 while (passed := time.perf_counter() - start) < _BURST_SECONDS:
                     nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
                     done += 1
                 if burst:  # the first finds its threads and its memory
-                    rates[count].append(done / passed)
-    return {count: median(found) for count, found in rates.items()}
+                    rates[choice].append(done / passed)
+    return {choice: median(found) for choice, found in rates.items()}

@@ -160,11 +160,8 @@ def plan_run(
         peak=_peak(memory, place),
         machine=place,
         rows={
-            "rows": sample.rows,
-            "tokens": sample.shared,
-            "tokens_unshared": sample.unshared,
-            "kind": args.kind,
-            "epochs": args.num_train_epochs,
+            **{"rows": sample.rows, "tokens": sample.shared, "tokens_unshared": sample.unshared},
+            **{"kind": args.kind, "epochs": args.num_train_epochs},
         },
         steps=_steps(args, sample, place),
         batch=batch,

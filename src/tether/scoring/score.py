@@ -61,8 +61,7 @@ def score(
             `entropy_gradient` gives `entropy` with its gradient, at the cost of one more product with the head.
         layout: `tree` computes each prompt once and never pads; `padded` gives each of the K sequences a row of its
             own; `encoder_decoder` encodes each prompt once, for models with an encoder.
-        backend: what computes a tree's attention: `blocked` or `sdpa` by segments, `flex`, `varlen`, `flash`; `auto`
-            takes the device's first choice.
+        backend: of a tree's attention: `blocked`, `sdpa`, `flex`, `varlen` or `flash`; `auto`: the device's first.
         chunk: tokens whose logits exist at once.
         temperature: what logits are divided by.
         wide_head: the head's product is in float32, whatever the precision.

@@ -133,19 +133,9 @@ class TetherTrainer(Members, Trainer):  # type: ignore[misc]  # its card takes T
             return self.accelerator
 
         own = optimizers != (None, None) or "optimizer_cls_and_kwargs" in others
-        given = Given(
-            model,
-            ref_model,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            parts=self.algorithm_parts,
-            data_collator=data_collator,
-            given_optimizer=own,
-        )
+        rows = train_dataset, eval_dataset, processing_class
+        more = quantization_config, peft_config, self.algorithm_parts, data_collator, own
+        given = Given(model, ref_model, args, *rows, *more)
         self.run: Run = build_run(self.algorithm_class, given, start, lambda: self.policy)
         self.run.algorithm.attach(self._passes())
         expect_summed_loss(self)

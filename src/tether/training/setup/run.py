@@ -183,16 +183,12 @@ def build_run(
     logger.info(line)
     logger.info(algorithm.describe())
     reference = resolved.reference if stored is None else stored
+    scoring = probe, layout, scorer, prove.exact, budget, router
     return Run(
         algorithm,
         data,
         source,
-        probe,
-        layout,
-        scorer,
-        prove.exact,
-        budget,
-        router_weight=router,
+        *scoring,
         reference=reference,
         line=line,
         stored=stored,
