@@ -699,3 +699,101 @@ def test_the_attention_backend_is_an_option_and_is_reported(tmp_path, caplog):
         trainer(tmp_path, attention_backend="flex")
     with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, varlen, flash"):
         config(tmp_path, attention_backend="eager")
+
+
+def freeze(name):
+    def change(model):
+        for key, tensor in model.named_parameters():
+            if name in key:
+                tensor.requires_grad_(not tensor.requires_grad)
+
+    return change
+
+
+class ChangesAfter(TrainerCallback):
+    """Does something to the model after the first step."""
+
+    def __init__(self, change):
+        self._change = change
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self._change(model)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "change", "said"),
+    [
+        (True, lambda model: model.base_model.disable_adapter_layers(), "28 tensors no longer train"),
+        (True, freeze("base_layer"), "14 tensors train that were frozen"),
+        (False, freeze("norm"), "5 tensors no longer train, such as 'model.layers.0.input_layernorm.weight'"),
+    ],
+)
+def test_what_trains_stays_what_it_was(adapter, change, said, tmp_path):
+    """Callbacks that freeze, unfreeze (LISA, gradual unfreezing) or leave an adapter switched off."""
+    with pytest.raises(ReferencePolicyError, match=f"after step 1 {said}"):
+        trainer(tmp_path, callbacks=[ChangesAfter(change)], **({"peft_config": lora()} if adapter else {})).train()
+
+
+def test_an_adapter_that_a_callback_switches_off_and_on_is_as_it_was(tmp_path):
+    """The control: what is put back is no change, and the run is the one without the callback."""
+
+    def look(model):
+        with model.disable_adapter():
+            pass
+
+    runs = [
+        trainer(tmp_path / str(i), peft_config=lora(), callbacks=[ChangesAfter(one)])
+        for i, one in enumerate((look, lambda model: None))
+    ]
+    for run in runs:
+        run.train()
+    first, second = map(weights, runs)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_an_epoch_without_a_batch_is_refused(tmp_path):
+    """With `dataloader_drop_last`; transformers ends in an error of `max_steps`, or makes no step."""
+    with pytest.raises(ConfigError, match="the 3 training rows do not fill one batch of 4"):
+        trainer(tmp_path, rows=ROWS[:3], dataloader_drop_last=True)
+    run = trainer(tmp_path, rows=ROWS[:5], dataloader_drop_last=True, max_steps=-1, num_train_epochs=2)
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_a_schedule_of_another_optimizer_is_refused(tmp_path):
+    """Its rates would be logged, and another one used."""
+    model = policy()
+    given = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
+
+    with pytest.raises(ReferencePolicyError, match="LambdaLR.* was made for another optimizer"):
+        trainer(tmp_path, model, optimizers=(None, schedule(given))).train()
+    run = trainer(tmp_path, model, optimizers=(given, schedule(given)))
+    run.train()
+    assert {log["learning_rate"] for log in run.state.log_history if "loss" in log} == {0.001}
+
+
+def test_an_optimizer_of_a_part_is_said(tmp_path, caplog):
+    model = policy()
+    part = [tensor for name, tensor in model.named_parameters() if "layers.0" in name]
+    run = trainer(tmp_path, model, optimizers=(torch.optim.SGD(part, lr=0.01), None))
+    before = weights(run)
+    run.train()
+    assert "it holds 9 of the 21 tensors that require a gradient" in caplog.text
+    after = weights(run)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        name for name in after if "layers.0" in name
+    }
+
+
+def test_a_parametrised_weight_is_known_before_the_first_step(tmp_path):
+    """Plain loading has no place for its tensors; under an adapter it is frozen, and the base brings it."""
+    model = policy()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ConfigError, match=r"2 trained tensors, such as .*up_proj\.parametrizations.*remove_param"):
+        trainer(tmp_path, model)
+    torch.nn.utils.parametrize.remove_parametrizations(model.model.layers[0].mlp.up_proj, "weight")
+    trainer(tmp_path, model).train()

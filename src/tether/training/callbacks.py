@@ -56,6 +56,7 @@ class GuardCallback(TrainerCallback):
         self._probe = self._begin(state)
         if kwargs.get("optimizer") is not None:
             self._proof.require_optimizer(kwargs["optimizer"])
+            self._proof.require_scheduler(kwargs.get("lr_scheduler"), kwargs["optimizer"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,7 +69,8 @@ class GuardCallback(TrainerCallback):
             self._moving = any(one.grad is not None and bool(one.grad.any()) for one in tensors)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Something changed, and the reference did not."""
+        """Something changed, what trains did not, and neither did the reference."""
+        self._proof.require_same_tensors(state.global_step)
         # In float16 the gradient scaler skips steps until it has found its scale.
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         if self._moving and not skipped:

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -28,7 +29,7 @@ from tether.errors import ConfigError, TetherError
 from tether.files import is_full
 from tether.models.adapters import rewrites_base
 from tether.models.adapting.base_rewriting import is_rewritten
-from tether.models.structure import unwrap
+from tether.models.structure import trainable_tensors, unwrap
 from tether.training.saving.model_settings import invalid_generation
 from tether.training.saving.shared_folder import require_one_folder
 
@@ -136,6 +137,7 @@ def rehearse(
     if not args.should_save:
         return
     _check_card(Path(str(args.output_dir)) / _CARD, policy)
+    _check_names(policy)
     with tempfile.TemporaryDirectory(prefix=_REHEARSAL, dir=str(args.output_dir)) as folder:
         try:
             with warnings.catch_warnings():
@@ -157,6 +159,27 @@ def rehearse(
                 f"The run could not be saved when it is done: {type(error).__name__}: {' '.join(str(error).split())} "
                 "Correct the model, its configuration or its tokenizer before training."
             ) from error
+
+
+def _check_names(policy: nn.Module) -> None:
+    """Refuse trained tensors of a whole model that no model made from its configuration has a place for."""
+    inner = unwrap(policy)
+    if isinstance(inner, PeftModel):
+        return
+    try:
+        with torch.device("meta"):
+            made = type(inner)(copy(inner.config))
+    except Exception:  # the code of a model may want values, or arguments; loading the saved one tells then
+        return
+    known = {name for name, _ in made.named_parameters(remove_duplicate=False)}
+    names = [name for name in trainable_tensors(inner) if name not in known]
+    if names:
+        raise ConfigError(
+            f"The model has {len(names)} trained tensors, such as {names[0]!r}, that a {type(inner).__name__} made from "
+            "its configuration does not have (weight_norm and other parametrisations, modules put in by hand), so that "
+            "nothing could load what is saved. Take them out (torch.nn.utils.parametrize.remove_parametrizations), or "
+            "train an adapter."
+        )
 
 
 def clear_rehearsals(folder: Path) -> None:
