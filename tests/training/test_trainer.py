@@ -769,7 +769,7 @@ def test_a_schedule_of_another_optimizer_is_refused(tmp_path):
     def schedule(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
 
-    with pytest.raises(ReferencePolicyError, match="LambdaLR.* was made for another optimizer"):
+    with pytest.raises(ReferencePolicyError, match=r"LambdaLR.* was made for another optimizer"):
         trainer(tmp_path, model, optimizers=(None, schedule(given))).train()
     run = trainer(tmp_path, model, optimizers=(given, schedule(given)))
     run.train()
@@ -797,3 +797,60 @@ def test_a_parametrised_weight_is_known_before_the_first_step(tmp_path):
         trainer(tmp_path, model)
     torch.nn.utils.parametrize.remove_parametrizations(model.model.layers[0].mlp.up_proj, "weight")
     trainer(tmp_path, model).train()
+
+
+def test_gradients_that_are_switched_off_are_told_as_that(tmp_path):
+    """Around `train()`, around the model's making, or by a callback."""
+    with torch.no_grad(), pytest.raises(ReferencePolicyError, match="Gradients are switched off in step 1"):
+        trainer(tmp_path).train()
+    switched = ChangesAfter(lambda model: torch.autograd.set_grad_enabled(False) and None)
+    try:
+        with pytest.raises(ReferencePolicyError, match="Gradients are switched off in step 2"):
+            trainer(tmp_path, callbacks=[switched]).train()
+    finally:
+        torch.set_grad_enabled(True)
+    with torch.inference_mode():
+        model = policy()
+    with pytest.raises(ReferencePolicyError, match=r"made inside torch\.inference_mode"):
+        trainer(tmp_path, model)
+
+
+def test_a_compiled_policy_is_saved_under_its_names(tmp_path):
+    """It was trained, and saved under names that nothing loads."""
+    run = trainer(tmp_path, torch.compile(policy(), backend="eager"), max_steps=1)
+    run.train()
+    run.save_model()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = trainer(tmp_path / "plain", max_steps=1)
+    plain.train()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, plain.policy.state_dict()[name])
+
+
+def test_an_option_that_is_set_later_is_refused_where_it_would_do_nothing(tmp_path):
+    """`beta` was read when the trainer was made; a learning rate is read in `train()`, as transformers does."""
+    run = trainer(tmp_path / "before")
+    run.args.beta = 0.5
+    with pytest.raises(ConfigError, match=r"beta was 0\.1 when the trainer was made and is 0\.5 now"):
+        run.train()
+
+    class Later(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.beta = 0.5
+
+    with pytest.raises(ConfigError, match=r"beta was 0\.1 when the trainer was made"):
+        trainer(tmp_path / "callback", callbacks=[Later()]).train()
+    run = trainer(tmp_path / "rate")
+    run.args.learning_rate = 0.005
+    run.train()
+    assert run.state.log_history[0]["learning_rate"] == 0.005
+
+
+def test_an_autocast_around_a_trainer_is_told_as_that(tmp_path):
+    """It was called a frozen tensor that changed."""
+    run = trainer(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ConfigError, match=r"^train\(\) was called inside torch.autocast\('cpu'\)"):
+            run.train()
+        with pytest.raises(ConfigError, match="constructor was called inside"):
+            trainer(tmp_path)

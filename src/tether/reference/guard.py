@@ -199,8 +199,8 @@ class TrainingProof:
         if left:
             logger.warning(
                 f"optimizer: it holds {len(tensors) - len(left)} of the {len(tensors)} tensors that require a gradient; "
-                f"the others, such as {left[0]!r}, stay as they are. Freeze them (`freeze_parameters`), or give the "
-                "optimizer all that is to train"
+                f"the others, such as {left[0]!r}, stay as they are. Freeze them (`freeze_parameters`), or give "
+                "the optimizer all that is to train"
             )
         self._before, self._names = self._sums(), set(tensors)
 
@@ -282,4 +282,23 @@ def require_trainable(policy: nn.Module) -> None:
             f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs "
             "is_trainable=True; a merged or frozen model needs requires_grad_(True), or a new adapter (`peft_config`, "
             "in a run file `lora:`)."
+        )
+    if any(parameter.is_inference() for parameter in trainable_tensors(policy).values()):
+        raise ReferencePolicyError(
+            "The policy was made inside torch.inference_mode(), so that autograd cannot record what is done with its "
+            "weights. Load it outside; torch.no_grad() would do where no gradient is wanted."
+        )
+
+
+def require_recording(step: int) -> None:
+    """Refuse to begin a step in which no gradient would be recorded.
+
+    Raises:
+        ReferencePolicyError: gradients are switched off.
+    """
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ReferencePolicyError(
+            f"Gradients are switched off in step {step}: train() was called inside torch.no_grad() or "
+            "torch.inference_mode(), or a callback called torch.set_grad_enabled(False). Call it outside; in a "
+            "callback use `with torch.no_grad():`."
         )

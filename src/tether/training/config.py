@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from tether.compat.accelerate import begin_group_on_cpu, require_launcher, require_whole_rows
+from tether.compat.launcher import launched_precision
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
 from tether.data.images.sizes import check_sizes
@@ -66,6 +67,14 @@ _FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 # Fields that take a mapping, or one as JSON text; of TrainingArguments the second.
 _OWN_MAPPINGS = ("dataset_check", "special_tokens", "model_init_kwargs", "chat_template_kwargs", "image_sizes")
 _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
+
+
+def _number(text: str, name: str) -> float | int:
+    """What a text says, as YAML gives `1e-3`, in which it sees no number."""
+    try:
+        return int(text) if text.strip().isdecimal() else float(text)
+    except ValueError as error:
+        raise ConfigError(f"is {text!r}, which is not a number.", name) from error
 
 
 @dataclass
@@ -465,13 +474,19 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         super().__post_init__()
 
     def _check_numbers(self) -> None:
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ConfigError("is empty. Name a folder that results can go to.", "output_dir")
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, value := _number(value, name))
             if isinstance(value, (int, float)) and not least <= value <= _FLOAT32_MAX:
                 raise ConfigError(f"is {value!r}; it must be a number from {least} to 3.4e38.", name)
         for name in ("adam_beta1", "adam_beta2"):
             if isinstance(value := getattr(self, name), (int, float)) and value >= 1:
                 raise ConfigError(f"is {value!r}; it must be below 1.", name)
+        if not isinstance(self.max_steps, int):
+            raise ConfigError(f"is {self.max_steps!r}; it must be a whole number.", "max_steps")
         if self.max_steps == 0:
             raise ConfigError("is 0, by which all epochs would be trained. Give -1, or 1 or more.", "max_steps")
 
@@ -479,8 +494,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         """Refuse what cannot work, before transformers fails at it later or calls it by another name."""
         if self.debug:
             raise ConfigError(f"is {self.debug!r}: {_DEBUG}.", "debug")
-        if self.fp16 and self.use_cpu:
-            raise ConfigError("is True, and the run computes on a CPU, which has no float16. Set bf16=True.", "fp16")
+        if self.use_cpu and (self.fp16 or (launched_precision() == "fp16" and not self.bf16)):
+            said = "is True" if self.fp16 else "was asked for by the launcher (ACCELERATE_MIXED_PRECISION)"
+            raise ConfigError(f"{said}, and the run computes on a CPU, which has no float16. Set bf16=True.", "fp16")
         if self.tf32 and not is_torch_tf32_available():
             logger.info("tf32: no device here computes in TF32; products stay as they are")
             self.tf32 = None

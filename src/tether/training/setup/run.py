@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.compute.cpu_matmul import compute_by_products
-from tether.compute.precision import choose_precision
+from tether.compute.precision import choose_precision, require_own_precision
 from tether.compute.threads import choose_threads
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
@@ -25,7 +25,7 @@ from tether.models.adapters import in_one_way, refuse_nameless_layers, taken_out
 from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
-from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
+from tether.models.structure import adapter_configs, evaluation_mode, transformers_model, uncompiled
 from tether.progress import working
 from tether.reference import SAME, FrozenProbe, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
@@ -153,6 +153,7 @@ def build_run(
         ConfigError, DataError: before any weights are loaded, where that is possible.
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
+    require_own_precision("The trainer's constructor")
     args = _arguments(given, algorithm_class.config)
     model, ref_model, source_name = given.model, given.ref_model, given.source_name
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
@@ -233,7 +234,11 @@ def _policy(
     With it, its own settings, and the fingerprint of what it was before this run put an adapter on it.
     """
     model = given.model
-    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else taken_out(in_one_way(model))
+    policy = (
+        algorithm.load_model(source_name)
+        if isinstance(model, (str, Path))
+        else taken_out(in_one_way(uncompiled(model)))
+    )
     refuse_nameless_layers(policy)
     settings = OwnSettings(policy)
     embed_tokens(policy, new_tokens)
