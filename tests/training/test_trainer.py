@@ -782,7 +782,7 @@ def test_an_optimizer_of_a_part_is_said(tmp_path, caplog):
     run = trainer(tmp_path, model, optimizers=(torch.optim.SGD(part, lr=0.01), None))
     before = weights(run)
     run.train()
-    assert "it holds 9 of the 21 tensors that require a gradient" in caplog.text
+    assert "it holds 9 of the 21 tensors that want a gradient" in caplog.text
     after = weights(run)
     assert {name for name in after if not torch.equal(after[name], before[name])} == {
         name for name in after if "layers.0" in name

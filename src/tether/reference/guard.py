@@ -198,7 +198,7 @@ class TrainingProof:
         left = [name for name, parameter in tensors.items() if id(parameter) not in held]
         if left:
             logger.warning(
-                f"optimizer: it holds {len(tensors) - len(left)} of the {len(tensors)} tensors that require a gradient; "
+                f"optimizer: it holds {len(tensors) - len(left)} of the {len(tensors)} tensors that want a gradient; "
                 f"the others, such as {left[0]!r}, stay as they are. Freeze them (`freeze_parameters`), or give "
                 "the optimizer all that is to train"
             )

@@ -23,7 +23,7 @@ from tether.objectives import Range
 from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
 from tether.scoring import Layout
-from tether.training.declaration import Declared, Whole, keywords, option
+from tether.training.declaration import Declared, Whole, keywords, option, read_number
 from tether.training.surface.accepted_options import AcceptedArguments
 from tether.types import Kind, Meaning, Method
 
@@ -67,14 +67,6 @@ _FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 # Fields that take a mapping, or one as JSON text; of TrainingArguments the second.
 _OWN_MAPPINGS = ("dataset_check", "special_tokens", "model_init_kwargs", "chat_template_kwargs", "image_sizes")
 _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "accelerator_config")
-
-
-def _number(text: str, name: str) -> float | int:
-    """What a text says, as YAML gives `1e-3`, in which it sees no number."""
-    try:
-        return int(text) if text.strip().isdecimal() else float(text)
-    except ValueError as error:
-        raise ConfigError(f"is {text!r}, which is not a number.", name) from error
 
 
 @dataclass
@@ -474,19 +466,13 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         super().__post_init__()
 
     def _check_numbers(self) -> None:
-        if self.output_dir is not None and not str(self.output_dir).strip():
-            raise ConfigError("is empty. Name a folder that results can go to.", "output_dir")
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, value := _number(value, name))
+            value = read_number(self, name)
             if isinstance(value, (int, float)) and not least <= value <= _FLOAT32_MAX:
                 raise ConfigError(f"is {value!r}; it must be a number from {least} to 3.4e38.", name)
         for name in ("adam_beta1", "adam_beta2"):
             if isinstance(value := getattr(self, name), (int, float)) and value >= 1:
                 raise ConfigError(f"is {value!r}; it must be below 1.", name)
-        if not isinstance(self.max_steps, int):
-            raise ConfigError(f"is {self.max_steps!r}; it must be a whole number.", "max_steps")
         if self.max_steps == 0:
             raise ConfigError("is 0, by which all epochs would be trained. Give -1, or 1 or more.", "max_steps")
 

@@ -39,7 +39,6 @@ from tether.training.saving.shared_folder import require_one_folder
 logger = logging.getLogger("tether")
 _CARD = "README.md"
 _REHEARSAL = ".rehearsal-"
-_BEST = "metric_for_best_model"
 # A length for trying a schedule where only the rows tell the run's.
 _STEPS = 1000
 _IDLE = "Leave it out, or take an optimizer that does."
@@ -57,13 +56,12 @@ def check_before_loading(args: TrainingArguments) -> None:
         ConfigError: the output folder cannot be written, or is not one for all nodes, or the hub cannot be pushed to;
             see also `check_optimizer`.
     """
+    _check_values(args)
     check_optimizer(args)
     _refuse_idle(args)
     _check_trackers(args)
     _check_schedule(args)
     _check_loader(args)
-    if args.save_strategy == "best" and args.metric_for_best_model is None:
-        raise ConfigError("is unset, and save_strategy is 'best'. Name a metric of the evaluation.", _BEST)
     if args.should_save:
         _check_folder(Path(str(args.output_dir)))
     require_one_folder(args)
@@ -86,6 +84,23 @@ def check_optimizer(args: TrainingArguments, optimizer: Any = None) -> None:
         raise ConfigError(f"is {name!r}. {_BACKWARD}", "optim")
     if steps_in_backward(optimizer):
         raise ConfigError(f"optimizers: a layer-wise optimizer was given, by hooks on the parameters. {_BACKWARD}")
+
+
+def _check_values(args: TrainingArguments) -> None:
+    """Refuse values that would end a run late, or have it save nothing."""
+    best = args.save_strategy == "best" and args.metric_for_best_model is None
+    wrong = {
+        "output_dir": "Name a folder that results can go to" if not str(args.output_dir).strip() else "",
+        "max_steps": "It must be a whole number" if not isinstance(args.max_steps, int) else "",
+        "save_steps": "Nothing would be saved; save_strategy=no says that"
+        if args.save_strategy == "steps" and not args.save_steps
+        else "",
+        "metric_for_best_model": "save_strategy is best: name a metric of the evaluation" if best else "",
+        "adam_epsilon": "A weight without a gradient would become 0/0" if args.adam_epsilon == 0 else "",
+    }
+    name = next((name for name, advice in wrong.items() if advice), None)
+    if name is not None:
+        raise ConfigError(f"is {getattr(args, name)!r}. {wrong[name]}.", name)
 
 
 def _check_trackers(args: TrainingArguments) -> None:

@@ -153,7 +153,6 @@ def build_run(
         ConfigError, DataError: before any weights are loaded, where that is possible.
         ReferencePolicyError: the reference is wrong, or nothing would train.
     """
-    require_own_precision("The trainer's constructor")
     args = _arguments(given, algorithm_class.config)
     model, ref_model, source_name = given.model, given.ref_model, given.source_name
     # What contradicts itself is known before rows are read, what is wrong with rows before weights are loaded.
@@ -253,6 +252,7 @@ def _policy(
 
 
 def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig:
+    require_own_precision("The trainer's constructor")
     args = default_arguments(given.model, wanted) if given.args is None else given.args
     args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
     if args.auto_find_batch_size and given.given_optimizer:
