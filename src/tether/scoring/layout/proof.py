@@ -246,7 +246,7 @@ def _require_causal(model: nn.Module, batch: ScoringBatch, limit: float) -> None
         mask = torch.ones_like(row)[None]
         logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **beside).logits[0, -len(row) : -1]
         found.append(_log_softmax(logits))
-    # Tokens that a head excludes have minus infinity in both, of which the difference is no number.
+    # Tokens that a head excludes have minus infinity in both, and the difference of those is NaN.
     moved = (found[0] - found[1]).where(found[0] != found[1], 0.0).abs().max().item()
     if not moved <= limit:
         raise ScoringError(
