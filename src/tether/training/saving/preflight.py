@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from yaml import YAMLError
 
@@ -117,8 +117,8 @@ def _check_schedule(args: TrainingArguments) -> None:
 
     def first_rate(warmup: int) -> float:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-        made = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)
-        return made.get_last_lr()[0]
+        made = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, cast(Any, args.lr_scheduler_kwargs))
+        return float(made.get_last_lr()[0])
 
     try:
         warmup, full = args.get_warmup_steps(steps), first_rate(0)
