@@ -204,3 +204,11 @@ def test_reading_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     load_rows(tmp_path / "pairs.parquet")
     load_rows(write(tmp_path / "pairs.jsonl", ROWS))
     assert capfd.readouterr() == ("", "")
+
+
+def test_rows_with_a_transform_are_refused():
+    """It was passed over: what is trained on were the rows as they are stored."""
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match=r"have a transform.*rows\.map"):
+        load_rows(rows.with_transform(lambda batch: {**batch, "chosen": ["d"]}))
+    assert load_rows(rows.with_format("numpy"))["chosen"][0] == "b"

@@ -97,3 +97,27 @@ def test_an_adapter_that_cannot_be_called_plainly_is_refused():
     model = get_peft_model(tiny_model(), PolyConfig(r=2, n_tasks=2, n_skills=2, target_modules=["q_proj"]))
     with pytest.raises(ScoringError, match=r"cannot be called on one sequence.*task_ids should not be None"):
         choose_layout(model, ragged_examples())
+
+
+def test_a_head_that_excludes_tokens_is_scored():
+    """Minus infinity in the bias of the head, as of padded vocabularies: no difference, and not another prediction."""
+    model, examples = tiny_model("phi").eval(), ragged_examples()
+    unused = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, *e.completion_ids)) + 1
+    with torch.no_grad():
+        model.lm_head.bias[unused:] = -torch.inf
+    choice, batch = choose_layout(model, examples), pack(examples)
+    found = score(model, batch, outputs=("entropy",), **choice.options)
+    torch.testing.assert_close(found.token_logps, score_alone(model, batch), atol=1e-5, rtol=0)
+    assert found.token_logps.isfinite().all()
+    found.token_logps.sum().backward()
+    assert model.lm_head.bias.grad.isfinite().all()
+
+
+def test_a_model_in_float64_is_proved_in_its_own_precision():
+    """What it is compared with is not rounded to float32, which would be called a fault of the layout."""
+    model, examples = tiny_model().double().eval(), ragged_examples()
+    choice = choose_layout(model, examples)
+    batch = pack(examples)
+    found = score(model, batch, **choice.options)
+    torch.testing.assert_close(found.token_logps, score_alone(model, batch), atol=1e-9, rtol=0)
+    assert choice.layout == "tree"

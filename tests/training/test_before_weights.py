@@ -14,6 +14,7 @@ from tether import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, R
 from tether.errors import ConfigError, DataError
 from tether.models.before.limits import Limits, rotary_limit
 from tether.training.noise import sequence_noise
+from tether.training.saving.preflight import check_before_loading
 from tiny import QUIET, pair_rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -221,3 +222,75 @@ def test_a_device_that_is_not_here_is_named_before_weights_are_read(device, tmp_
         pytest.skip("it is here")
     with pytest.raises(ConfigError, match=rf"device_map is '{device}', a device on which torch cannot compute here"):
         specs.ModelSpec.of("nowhere", {"device_map": device}).require_device()
+
+
+def test_a_precision_that_the_launcher_was_told_is_one_that_can_be(tmp_path, monkeypatch):
+    """On a CPU it was called float16, and computed in float32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ConfigError, match=r"fp16.*asked for by the launcher.*a CPU, which has no float16"):
+        DPOConfig(output_dir=str(tmp_path), **QUIET)
+    assert DPOConfig(output_dir=str(tmp_path), bf16=True, **QUIET).mixed_precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert DPOConfig(output_dir=str(tmp_path), **QUIET).mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("names", ["foo", ["none", "tensorboard"]])
+def test_a_tracker_that_is_none_is_refused(names, tmp_path):
+    """transformers' error was called a bug."""
+    with pytest.raises(ConfigError, match=r"report_to.*is not supported, only .*tensorboard"):
+        trainer(tmp_path, tiny_model("llama", **SIZES), report_to=names)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs is None .*min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs .*num_decay_steps"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nope": 1}}, "lr_scheduler_kwargs .*'nope'"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, "lr_end .* must be smaller"),
+        ({"dataloader_persistent_workers": True}, "dataloader_num_workers is 0: persistent_workers"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1: .*non-negative"),
+        ({"save_strategy": "best"}, "metric_for_best_model is None. save_strategy is best"),
+        ({"output_dir": ""}, "output_dir is ''. Name a folder"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps is 0. Nothing would be saved"),
+        ({"adam_epsilon": 0.0}, r"adam_epsilon is 0\.0. A weight without a gradient"),
+        ({"max_steps": 2.5}, r"max_steps is 2\.5. It must be a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', which is not a number"),
+        ({"learning_rate": "-1e-3"}, r"learning_rate is -0\.001; it must be"),
+    ],
+)
+def test_values_that_a_library_would_refuse_late_are_refused_before_weights_load(options, said, tmp_path):
+    """They ended a run after its model was loaded, in an error of Python that was called a bug."""
+    with pytest.raises(ConfigError, match=said):
+        DPOTrainer(
+            "/no/such/model",
+            args=DPOConfig(**{"output_dir": str(tmp_path), **QUIET, **options}),
+            train_dataset=pair_rows(4),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [
+        ("linear", None),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("warmup_stable_decay", {"num_decay_steps": 1}),
+        ("constant", None),
+        ("constant_with_warmup", None),
+        ("polynomial", {"lr_end": 1e-5}),
+    ],
+)
+def test_schedules_are_taken_as_they_are_and_one_without_a_warm_up_says_so(kind, kwargs, tmp_path, caplog):
+    args = DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=10,
+        warmup_steps=4,
+        learning_rate="1e-3",
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=kwargs,
+        **QUIET,
+    )
+    assert args.learning_rate == 1e-3
+    check_before_loading(args)
+    assert ("has no warm-up" in caplog.text) == (kind == "constant")

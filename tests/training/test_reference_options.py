@@ -305,9 +305,9 @@ def test_reference_options_that_cannot_be_honoured(arguments, words, tmp_path, m
 
 def test_margins_that_stay_zero_stop_the_run():
     """INV-28: the policy is its own reference, or nothing trains."""
-    run = SimpleNamespace(proof=TrainingProof(policy()), algorithm=SimpleNamespace(still_steps=False))
-    guard = GuardCallback(run, lambda _: None, 1, lambda _: None)
     args, state = TrainingArguments(use_cpu=True), TrainerState()
+    run = SimpleNamespace(proof=TrainingProof(policy()), algorithm=SimpleNamespace(still_steps=False, args=args))
+    guard = GuardCallback(run, lambda _: None, 1, lambda _: None)
     for margin in (*[0.0] * 19, 1e-9, *[0.0] * 19):
         guard.on_log(args, state, TrainerControl(), logs={"loss": 0.69, "rewards/margins": margin})
     with pytest.raises(TetherError, match="exactly 0 in 20 logs"):

@@ -699,3 +699,158 @@ def test_the_attention_backend_is_an_option_and_is_reported(tmp_path, caplog):
         trainer(tmp_path, attention_backend="flex")
     with pytest.raises(ConfigError, match="allowed are auto, blocked, sdpa, flex, varlen, flash"):
         config(tmp_path, attention_backend="eager")
+
+
+def freeze(name):
+    def change(model):
+        for key, tensor in model.named_parameters():
+            if name in key:
+                tensor.requires_grad_(not tensor.requires_grad)
+
+    return change
+
+
+class ChangesAfter(TrainerCallback):
+    """Does something to the model after the first step."""
+
+    def __init__(self, change):
+        self._change = change
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self._change(model)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "change", "said"),
+    [
+        (True, lambda model: model.base_model.disable_adapter_layers(), "28 tensors no longer train"),
+        (True, freeze("base_layer"), "14 tensors train that were frozen"),
+        (False, freeze("norm"), "5 tensors no longer train, such as 'model.layers.0.input_layernorm.weight'"),
+    ],
+)
+def test_what_trains_stays_what_it_was(adapter, change, said, tmp_path):
+    """Callbacks that freeze, unfreeze (LISA, gradual unfreezing) or leave an adapter switched off."""
+    with pytest.raises(ReferencePolicyError, match=f"after step 1 {said}"):
+        trainer(tmp_path, callbacks=[ChangesAfter(change)], **({"peft_config": lora()} if adapter else {})).train()
+
+
+def test_an_adapter_that_a_callback_switches_off_and_on_is_as_it_was(tmp_path):
+    """The control: what is put back is no change, and the run is the one without the callback."""
+
+    def look(model):
+        with model.disable_adapter():
+            pass
+
+    runs = [
+        trainer(tmp_path / str(i), peft_config=lora(), callbacks=[ChangesAfter(one)])
+        for i, one in enumerate((look, lambda model: None))
+    ]
+    for run in runs:
+        run.train()
+    first, second = map(weights, runs)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_an_epoch_without_a_batch_is_refused(tmp_path):
+    """With `dataloader_drop_last`; transformers ends in an error of `max_steps`, or makes no step."""
+    with pytest.raises(ConfigError, match="the 3 training rows do not fill one batch of 4"):
+        trainer(tmp_path, rows=ROWS[:3], dataloader_drop_last=True)
+    run = trainer(tmp_path, rows=ROWS[:5], dataloader_drop_last=True, max_steps=-1, num_train_epochs=2)
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_a_schedule_of_another_optimizer_is_refused(tmp_path):
+    """Its rates would be logged, and another one used."""
+    model = policy()
+    given = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
+
+    with pytest.raises(ReferencePolicyError, match=r"LambdaLR.* was made for another optimizer"):
+        trainer(tmp_path, model, optimizers=(None, schedule(given))).train()
+    run = trainer(tmp_path, model, optimizers=(given, schedule(given)))
+    run.train()
+    assert {log["learning_rate"] for log in run.state.log_history if "loss" in log} == {0.001}
+
+
+def test_an_optimizer_of_a_part_is_said(tmp_path, caplog):
+    model = policy()
+    part = [tensor for name, tensor in model.named_parameters() if "layers.0" in name]
+    run = trainer(tmp_path, model, optimizers=(torch.optim.SGD(part, lr=0.01), None))
+    before = weights(run)
+    run.train()
+    assert "it holds 9 of the 21 tensors that want a gradient" in caplog.text
+    after = weights(run)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        name for name in after if "layers.0" in name
+    }
+
+
+def test_a_parametrised_weight_is_known_before_the_first_step(tmp_path):
+    """Plain loading has no place for its tensors; under an adapter it is frozen, and the base brings it."""
+    model = policy()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ConfigError, match=r"2 trained tensors, such as .*up_proj\.parametrizations.*remove_param"):
+        trainer(tmp_path, model)
+    torch.nn.utils.parametrize.remove_parametrizations(model.model.layers[0].mlp.up_proj, "weight")
+    trainer(tmp_path, model).train()
+
+
+def test_gradients_that_are_switched_off_are_told_as_that(tmp_path):
+    """Around `train()`, around the model's making, or by a callback."""
+    with torch.no_grad(), pytest.raises(ReferencePolicyError, match="Gradients are switched off in step 1"):
+        trainer(tmp_path).train()
+    switched = ChangesAfter(lambda model: torch.autograd.set_grad_enabled(False) and None)
+    try:
+        with pytest.raises(ReferencePolicyError, match="Gradients are switched off in step 2"):
+            trainer(tmp_path, callbacks=[switched]).train()
+    finally:
+        torch.set_grad_enabled(True)
+    with torch.inference_mode():
+        model = policy()
+    with pytest.raises(ReferencePolicyError, match=r"made inside torch\.inference_mode"):
+        trainer(tmp_path, model)
+
+
+def test_a_compiled_policy_is_saved_under_its_names(tmp_path):
+    """It was trained, and saved under names that nothing loads."""
+    run = trainer(tmp_path, torch.compile(policy(), backend="eager"), max_steps=1)
+    run.train()
+    run.save_model()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = trainer(tmp_path / "plain", max_steps=1)
+    plain.train()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, plain.policy.state_dict()[name])
+
+
+def test_an_option_that_is_set_later_is_refused_where_it_would_do_nothing(tmp_path):
+    """`beta` was read when the trainer was made; a learning rate is read in `train()`, as transformers does."""
+    run = trainer(tmp_path / "before")
+    run.args.beta = 0.5
+    with pytest.raises(ConfigError, match=r"beta was 0\.1 when the trainer was made and is 0\.5 now"):
+        run.train()
+
+    class Later(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.beta = 0.5
+
+    with pytest.raises(ConfigError, match=r"beta was 0\.1 when the trainer was made"):
+        trainer(tmp_path / "callback", callbacks=[Later()]).train()
+    run = trainer(tmp_path / "rate")
+    run.args.learning_rate = 0.005
+    run.train()
+    assert run.state.log_history[0]["learning_rate"] == 0.005
+
+
+def test_an_autocast_around_a_trainer_is_told_as_that(tmp_path):
+    """It was called a frozen tensor that changed."""
+    run = trainer(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ConfigError, match=r"^train\(\) was called inside torch.autocast\('cpu'\)"):
+            run.train()
+        with pytest.raises(ConfigError, match="constructor was called inside"):
+            trainer(tmp_path)

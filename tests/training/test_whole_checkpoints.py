@@ -29,7 +29,7 @@ from tether.errors import ConfigError, TetherError
 from tether.files import write_whole
 from tether.training.checkpoint import best_checkpoint, last_checkpoint
 from tether.training.saving import atomic_checkpoint
-from tether.training.saving.atomic_checkpoint import MANIFEST, damage
+from tether.training.saving.atomic_checkpoint import MANIFEST, damage, require_whole
 from tether.training.saving.resume_check import IDENTITY
 from tether.training.saving.stop import LOCK, one_run_at_a_time
 from tiny import pair_rows, tiny_model, tiny_tokenizer
@@ -78,6 +78,16 @@ def copied(finished, tmp_path):
 def require_equal(policy, expected):
     for name, tensor in policy.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_folder_is_told_from_a_checkpoint(copied):
+    """It was called a half-written checkpoint."""
+    with pytest.raises(ConfigError, match=r"is a run folder and not a checkpoint: it holds checkpoint-2, checkpoint-4"):
+        require_whole(copied)
+    require_whole(copied / "checkpoint-4")
+    (copied / "checkpoint-4" / MANIFEST).unlink()
+    with pytest.raises(ConfigError, match="half written"):
+        require_whole(copied / "checkpoint-4")
 
 
 def test_every_file_of_a_checkpoint_is_listed_and_missed(copied):

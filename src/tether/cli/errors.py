@@ -22,6 +22,7 @@ INTERRUPTED = 130
 # What the system says of a name that was given, and not of the run.
 _GIVEN_WRONG = (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _TRACEBACK = "With --debug there is a traceback."
+_NOT_INSTALLED = ("to be installed", "is not installed", "Please install", "need to install")
 # What libraries say of a machine that lacks what was asked for, and what to do.
 _MACHINE = {
     "Found no NVIDIA driver": "Set `model.device` to cpu, or leave it out; this machine has no GPU that torch can use.",
@@ -69,7 +70,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     package = error.name if isinstance(error, ImportError) else None
     is_own = package is not None and package.partition(".")[0] == "tether"
     missing = isinstance(error, ImportError) and not is_own
-    if missing or "to be installed" in str(error) or "is not installed" in str(error):
+    if missing or any(words in str(error) for words in _NOT_INSTALLED):
         name = f" (package {package})" if package else ""
         return (
             f"Something that was asked for is not installed{name}: {_first_line(error)} Install it, or change the "

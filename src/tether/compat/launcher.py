@@ -77,3 +77,8 @@ def is_first() -> bool:
 def launched() -> bool:
     """Whether this process is one of several that a launcher started."""
     return "RANK" in os.environ or processes() > 1
+
+
+def launched_precision() -> str:
+    """The precision that `accelerate launch` was told, or its configuration file; empty where nothing was said."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "")

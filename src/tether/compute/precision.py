@@ -68,6 +68,24 @@ def _name(args: TrainingArguments, model: nn.Module) -> str:
     return mixed.get(args.mixed_precision) or str(dtype_of(model)).removeprefix("torch.")
 
 
+def require_own_precision(where: str) -> None:
+    """Refuse an autocast around a trainer: what is scored inside it would be another computation than what is proved.
+
+    Args:
+        where: what was called inside it.
+
+    Raises:
+        ConfigError: it is on.
+    """
+    device = next((name for name in ("cpu", "cuda") if torch.is_autocast_enabled(name)), None)
+    if device is not None:
+        raise ConfigError(
+            f"{where} was called inside torch.autocast({device!r}), which would change what policy and reference "
+            "compute in one place and not in another. Call it outside, and set bf16=True or fp16=True for a run in "
+            "that precision."
+        )
+
+
 class Decision(NamedTuple):
     """What the first process found out for all, each with a reason where there is one to give."""
 

@@ -122,9 +122,10 @@ def refuse_nameless_layers(model: nn.Module) -> None:
     layer = next((path for path, _ in tuner_layers(inner)), None)
     if layer is not None and not isinstance(inner, PeftModel):
         raise ConfigError(
-            f"{type(inner).__name__} has layers of an adapter, such as {layer}, and no configuration of one: "
-            "peft.inject_adapter_in_model leaves none, so that nothing could load what is saved. Put the adapter in "
-            "with peft.get_peft_model, or give the model without it and `peft_config`."
+            f"{type(inner).__name__} has layers of an adapter, such as {layer}, and no configuration of one, so that "
+            "nothing could load what is saved. peft.get_peft_model, and an earlier trainer with `peft_config`, put "
+            "such layers into the model that they are given, and peft.inject_adapter_in_model leaves no more. Give the "
+            "PeftModel (of the earlier trainer: `trainer.policy`), or load the model anew and give `peft_config`."
         )
 
 

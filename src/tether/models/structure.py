@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tether.compat.peft import added_parameters, injected_configs, set_active, s
 from tether.compat.torch import DropoutLayer, compiled_module
 from tether.errors import ConfigError
 
+logger = logging.getLogger("tether")
 # Names of rates that make a forward in training mode random.
 _RANDOM = re.compile("drop|jitter")
 
@@ -31,6 +33,16 @@ def unwrap(model: nn.Module) -> PreTrainedModel | PeftModel:
             raise ConfigError(f"{type(model).__name__} is neither a transformers model nor a PEFT model around one.")
         model = inner
     return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where it was given in `torch.compile`: saved with that, its tensors have names that nothing
+    loads."""
+    inner = compiled_module(model)
+    if inner is None:
+        return model
+    logger.info("policy: taken out of torch.compile, which a run does itself (torch_compile=True)")
+    return inner
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from tether.reference.base import Reference, Scorer, frozen_pass, log_probs
 from tether.reference.methods.adapter_check import acting_layer
 from tether.reference.methods.shards import sums
 from tether.types import ScoringBatch
+
+logger = logging.getLogger("tether")
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ class TrainingProof:
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
         self._before: dict[str, Tensor] | None = None
+        self._names: set[str] | None = None
         self.updates = 0
         require_trainable(policy)
 
@@ -191,7 +195,53 @@ class TrainingProof:
                 f"The optimizer holds none of the {len(tensors)} trainable tensors, so no step would change the "
                 "policy. Make the optimizer from the model that is passed to the trainer, after adapters are added."
             )
-        self._before = self._sums()
+        left = [name for name, parameter in tensors.items() if id(parameter) not in held]
+        if left:
+            logger.warning(
+                f"optimizer: it holds {len(tensors) - len(left)} of the {len(tensors)} tensors that want a gradient; "
+                f"the others, such as {left[0]!r}, stay as they are. Freeze them (`freeze_parameters`), or give "
+                "the optimizer all that is to train"
+            )
+        self._before, self._names = self._sums(), set(tensors)
+
+    def require_scheduler(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a schedule that would set, and report, the learning rates of another optimizer.
+
+        Raises:
+            ReferencePolicyError: the two share no group of parameters.
+        """
+        theirs = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", None)
+        groups = getattr(theirs, "param_groups", None)
+        if groups is None:
+            return
+        ours = {id(group) for group in plain_optimizer(optimizer).param_groups}
+        if not any(id(group) in ours for group in groups):
+            raise ReferencePolicyError(
+                f"The learning-rate schedule ({type(scheduler).__name__}) was made for another optimizer than the one "
+                "that trains, so that its rates would be logged and never used. Give both, "
+                "`optimizers=(optimizer, scheduler)`, or leave the schedule to `lr_scheduler_type`."
+            )
+
+    def require_same_tensors(self, step: int) -> None:
+        """After a step: what trains is what trained when the run began.
+
+        What was proved of the reference, and what is saved, is so for these tensors.
+
+        Raises:
+            ReferencePolicyError: with the first tensor that was frozen or unfrozen since.
+        """
+        now = trainable_tensors(self._policy).keys()
+        if self._names is None or now == self._names:
+            return
+        changed = sorted(self._names - now) or sorted(now - self._names)
+        word = "no longer train" if changed[0] in self._names else "train that were frozen"
+        raise ReferencePolicyError(
+            f"What trains was changed during the run: after step {step} {len(changed)} tensors {word}, such as "
+            f"{changed[0]!r}. A callback or a hook froze or unfroze them, or switched adapters and left them so. The "
+            "reference and what is saved hold for the tensors that trained at the start: say there what trains "
+            "(`train_parameters`, `freeze_parameters`), train in stages with a new trainer for each, and switch "
+            "adapters back in the callback that switched them."
+        )
 
     def require_change(self, step: int) -> None:
         """After a step with a learning rate above zero: at least one trainable tensor must have changed.
@@ -232,4 +282,23 @@ def require_trainable(policy: nn.Module) -> None:
             f"{type(policy).__name__} requires a gradient. An adapter loaded for inference needs "
             "is_trainable=True; a merged or frozen model needs requires_grad_(True), or a new adapter (`peft_config`, "
             "in a run file `lora:`)."
+        )
+    if any(parameter.is_inference() for parameter in trainable_tensors(policy).values()):
+        raise ReferencePolicyError(
+            "The policy was made inside torch.inference_mode(), so that autograd cannot record what is done with its "
+            "weights. Load it outside; torch.no_grad() would do where no gradient is wanted."
+        )
+
+
+def require_recording(step: int) -> None:
+    """Refuse to begin a step in which no gradient would be recorded.
+
+    Raises:
+        ReferencePolicyError: gradients are switched off.
+    """
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ReferencePolicyError(
+            f"Gradients are switched off in step {step}: train() was called inside torch.no_grad() or "
+            "torch.inference_mode(), or a callback called torch.set_grad_enabled(False). Call it outside; in a "
+            "callback use `with torch.no_grad():`."
         )

@@ -6,16 +6,20 @@ import json
 import logging
 import math
 from collections.abc import Callable, Collection
+from copy import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tether.compute.precision import require_own_precision
 from tether.compute.threads import ThreadsAgain
-from tether.errors import TetherError
+from tether.errors import ConfigError, TetherError
 from tether.files import write_whole
 from tether.reference import FrozenProbe
+from tether.reference.guard import require_recording
 from tether.training.setup.run import Run
 
 logger = logging.getLogger("tether")
@@ -47,15 +51,35 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         self._proof, self._still = run.proof, run.algorithm.still_steps
         self._begin, self._every, self._prove_again = begin, every, prove_again
+        self._options = _own_options(run.algorithm.args)
         self._probe: FrozenProbe | None = None
         self._moving = False
         self._zero_margins = self._flat = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Start equality, and the optimizer's tensors."""
+        """Options as they were, start equality, and the optimizer's tensors."""
+        require_own_precision("train()")
+        self._require_options(args)
         self._probe = self._begin(state)
         if kwargs.get("optimizer") is not None:
             self._proof.require_optimizer(kwargs["optimizer"])
+            self._proof.require_scheduler(kwargs.get("lr_scheduler"), kwargs["optimizer"])
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Options as they were, and gradients are recorded."""
+        self._require_options(args)
+        require_recording(state.global_step + 1)
+
+    def _require_options(self, args: TrainingArguments) -> None:
+        now = _own_options(args)
+        changed = next((name for name, value in self._options.items() if now.get(name) != value), None)
+        if changed is not None:
+            raise ConfigError(
+                f"was {self._options[changed]!r} when the trainer was made and is {now.get(changed)!r} now. A run has "
+                "the options that its trainer was made with, and its checkpoints hold them. Set it in the "
+                "configuration that the trainer is given.",
+                changed,
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,7 +92,8 @@ class GuardCallback(TrainerCallback):
             self._moving = any(one.grad is not None and bool(one.grad.any()) for one in tensors)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Something changed, and the reference did not."""
+        """Something changed, what trains did not, and neither did the reference."""
+        self._proof.require_same_tensors(state.global_step)
         # In float16 the gradient scaler skips steps until it has found its scale.
         skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
         if self._moving and not skipped:
@@ -116,6 +141,12 @@ class GuardCallback(TrainerCallback):
                     f"The margin between chosen and rejected was exactly 0 in {_STUCK_LOGS} logs up to step "
                     f"{state.global_step}: the policy is its own reference, or nothing trains."
                 )
+
+
+def _own_options(args: TrainingArguments) -> dict[str, Any]:
+    """Options that are not transformers' own, which reads many of its own in each step."""
+    common = {one.name for one in fields(TrainingArguments)}
+    return {one.name: copy(getattr(args, one.name)) for one in fields(args) if one.name not in common}
 
 
 class WatchLoss(TrainerCallback):

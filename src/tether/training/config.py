@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from tether.compat.accelerate import begin_group_on_cpu, require_launcher, require_whole_rows
+from tether.compat.launcher import launched_precision
 from tether.compute.cpu_matmul import LIBRARIES
 from tether.data.audit.limits import check_limits
 from tether.data.images.sizes import check_sizes
@@ -22,7 +23,7 @@ from tether.objectives import Range
 from tether.reference import ReferenceSpec, RemoteOptions, Sync
 from tether.reference.spec import Keep
 from tether.scoring import Layout
-from tether.training.declaration import Declared, Whole, keywords, option
+from tether.training.declaration import Declared, Whole, keywords, option, read_number
 from tether.training.surface.accepted_options import AcceptedArguments
 from tether.types import Kind, Meaning, Method
 
@@ -466,7 +467,7 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
 
     def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
-            value = getattr(self, name)
+            value = read_number(self, name)
             if isinstance(value, (int, float)) and not least <= value <= _FLOAT32_MAX:
                 raise ConfigError(f"is {value!r}; it must be a number from {least} to 3.4e38.", name)
         for name in ("adam_beta1", "adam_beta2"):
@@ -479,8 +480,9 @@ class PreferenceConfig(ReferenceArguments, AcceptedArguments, TrainingArguments)
         """Refuse what cannot work, before transformers fails at it later or calls it by another name."""
         if self.debug:
             raise ConfigError(f"is {self.debug!r}: {_DEBUG}.", "debug")
-        if self.fp16 and self.use_cpu:
-            raise ConfigError("is True, and the run computes on a CPU, which has no float16. Set bf16=True.", "fp16")
+        if self.use_cpu and (self.fp16 or (launched_precision() == "fp16" and not self.bf16)):
+            said = "is True" if self.fp16 else "was asked for by the launcher (ACCELERATE_MIXED_PRECISION)"
+            raise ConfigError(f"{said}, and the run computes on a CPU, which has no float16. Set bf16=True.", "fp16")
         if self.tf32 and not is_torch_tf32_available():
             logger.info("tf32: no device here computes in TF32; products stay as they are")
             self.tf32 = None

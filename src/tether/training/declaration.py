@@ -228,3 +228,19 @@ def keywords(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     if not isinstance(found, dict):
         raise ConfigError(f"is {value!r}; it must be a JSON object, or a dictionary.", name)
     return found
+
+
+def read_number(options: Any, name: str) -> Any:
+    """The value of an option that is a number; a text that says one, as YAML gives `1e-3`, is made the number.
+
+    Raises:
+        ConfigError: a text that says none.
+    """
+    value = getattr(options, name)
+    if not isinstance(value, str):
+        return value
+    try:
+        setattr(options, name, int(value) if value.strip().isdecimal() else float(value))
+    except ValueError as error:
+        raise ConfigError(f"is {value!r}, which is not a number.", name) from error
+    return getattr(options, name)

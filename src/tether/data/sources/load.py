@@ -289,6 +289,12 @@ def _read(source: Any, split: str, name: str, hub: Mapping[str, Any] | None = No
         return _from_text(str(source), split, name, hub or {})
     refuse_hub_keys(hub or {}, name)
     if isinstance(source, Dataset):
+        if source.format["type"] == "custom":
+            raise DataError(
+                f"{name}: the rows have a transform (set_transform or with_transform), which is applied when they are "
+                "looked at and may give others each time. Apply it with rows.map(...) on rows without it "
+                "(rows.reset_format()), and give the result."
+            )
         return source
     if isinstance(source, (DatasetDict, IterableDatasetDict)):
         return _read(part_of(source, split, name), split, name)

@@ -46,20 +46,24 @@ def score_alone(model: nn.Module, batch: ScoringBatch) -> Tensor:
     Slow; it is what every other way is compared with.
 
     Returns:
-        `token_logps [N]` in float32.
+        `token_logps [N]` in float32, of a model in float64 in that.
     """
     parts = []
     inner = transformers_model(model)
     if is_encoder_decoder(inner):
         pairs = logits_alone(model, inner, batch)
-        return torch.cat([logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for logits, ids in pairs])
+        return torch.cat([_log_softmax(logits).gather(-1, ids[:, None])[:, 0] for logits, ids in pairs])
     beside = images_alone(batch) if has_images(batch) else repeat({})
     for row, where, images in zip(sequences(batch), sequence_sources(batch), beside, strict=False):
         mask = torch.ones_like(row)[None]
         logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **images).logits[0]
         logits = logits[-len(row) :]  # virtual tokens of prompt tuning come first
-        parts.append(logits[where].float().log_softmax(-1).gather(-1, row[where + 1, None])[:, 0])
+        parts.append(_log_softmax(logits[where]).gather(-1, row[where + 1, None])[:, 0])
     return torch.cat(parts)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,9 @@ def _require_causal(model: nn.Module, batch: ScoringBatch, limit: float) -> None
         row = torch.cat([rows[place][:-1], last[None]])
         mask = torch.ones_like(row)[None]
         logits = model(input_ids=row[None], attention_mask=mask, use_cache=False, **beside).logits[0, -len(row) : -1]
-        found.append(logits.float().log_softmax(-1))
-    moved = (found[0] - found[1]).abs().max().item()
+        found.append(_log_softmax(logits))
+    # Tokens that a head excludes have minus infinity in both, and the difference of those is NaN.
+    moved = (found[0] - found[1]).where(found[0] != found[1], 0.0).abs().max().item()
     if not moved <= limit:
         raise ScoringError(
             f"{type(inner).__name__} is not causal: another last token of a sequence changes what it predicts before "

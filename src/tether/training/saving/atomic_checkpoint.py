@@ -164,6 +164,11 @@ def require_whole(folder: Path) -> None:
         ConfigError: with the file.
     """
     wrong = damage(folder)
+    if wrong and (below := sorted(path.name for path in folder.glob("checkpoint-*"))):
+        raise ConfigError(
+            f"{folder} is a run folder and not a checkpoint: it holds {', '.join(below)}. Name one of them, or resume "
+            "without a path (in Python train(resume_from_checkpoint=True)), which takes the newest whole one."
+        )
     if wrong:
         raise ConfigError(
             f"The checkpoint {folder} {wrong}. Resume from a whole checkpoint: without a path, --resume takes "

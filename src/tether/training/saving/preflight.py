@@ -12,15 +12,19 @@ from contextlib import suppress
 from copy import copy
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 from yaml import YAMLError
 
 from tether.compat.trainer import steps_in_backward
@@ -28,13 +32,15 @@ from tether.errors import ConfigError, TetherError
 from tether.files import is_full
 from tether.models.adapters import rewrites_base
 from tether.models.adapting.base_rewriting import is_rewritten
-from tether.models.structure import unwrap
+from tether.models.structure import trainable_tensors, unwrap
 from tether.training.saving.model_settings import invalid_generation
 from tether.training.saving.shared_folder import require_one_folder
 
 logger = logging.getLogger("tether")
 _CARD = "README.md"
 _REHEARSAL = ".rehearsal-"
+# A length for trying a schedule where only the rows tell the run's.
+_STEPS = 1000
 _IDLE = "Leave it out, or take an optimizer that does."
 _BACKWARD = (
     "Such an optimizer steps inside the backward of each forward, and here a step is several forwards whose gradients "
@@ -50,8 +56,12 @@ def check_before_loading(args: TrainingArguments) -> None:
         ConfigError: the output folder cannot be written, or is not one for all nodes, or the hub cannot be pushed to;
             see also `check_optimizer`.
     """
+    _check_values(args)
     check_optimizer(args)
     _refuse_idle(args)
+    _check_trackers(args)
+    _check_schedule(args)
+    _check_loader(args)
     if args.should_save:
         _check_folder(Path(str(args.output_dir)))
     require_one_folder(args)
@@ -74,6 +84,75 @@ def check_optimizer(args: TrainingArguments, optimizer: Any = None) -> None:
         raise ConfigError(f"is {name!r}. {_BACKWARD}", "optim")
     if steps_in_backward(optimizer):
         raise ConfigError(f"optimizers: a layer-wise optimizer was given, by hooks on the parameters. {_BACKWARD}")
+
+
+def _check_values(args: TrainingArguments) -> None:
+    """Refuse values that would end a run late, or have it save nothing."""
+    best = args.save_strategy == "best" and args.metric_for_best_model is None
+    wrong = {
+        "output_dir": "Name a folder that results can go to" if not str(args.output_dir).strip() else "",
+        "max_steps": "It must be a whole number" if not isinstance(args.max_steps, int) else "",
+        "save_steps": "Nothing would be saved; save_strategy=no says that"
+        if args.save_strategy == "steps" and not args.save_steps
+        else "",
+        "metric_for_best_model": "save_strategy is best: name a metric of the evaluation" if best else "",
+        "adam_epsilon": "A weight without a gradient would become 0/0" if args.adam_epsilon == 0 else "",
+    }
+    name = next((name for name, advice in wrong.items() if advice), None)
+    if name is not None:
+        raise ConfigError(f"is {getattr(args, name)!r}. {wrong[name]}.", name)
+
+
+def _check_trackers(args: TrainingArguments) -> None:
+    """Refuse a tracker that transformers does not know; what is known and not installed says so itself."""
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ConfigError(f"is {args.report_to!r}: {error} To have none, say `none` alone.", "report_to") from error
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Make the learning-rate schedule for an optimizer of one number: what it refuses is known before weights load."""
+    steps = args.max_steps if args.max_steps > 0 else _STEPS
+
+    def first_rate(warmup: int) -> float:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+        made = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, cast(Any, args.lr_scheduler_kwargs))
+        return float(made.get_last_lr()[0])
+
+    try:
+        warmup, full = args.get_warmup_steps(steps), first_rate(0)
+        idle = warmup > 0 and first_rate(warmup) == full != 0
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"is {args.lr_scheduler_kwargs!r} for {str(args.lr_scheduler_type)!r}: {' '.join(str(error).split())} "
+            "Correct them, or take another schedule.",
+            "lr_scheduler_kwargs",
+        ) from error
+    if idle:
+        logger.warning(
+            f"schedule: {args.lr_scheduler_type} has no warm-up, so that the {warmup} steps of one that were asked for "
+            "are at the full learning rate; constant_with_warmup has one"
+        )
+
+
+def _check_loader(args: TrainingArguments) -> None:
+    """Make a loader with the options of the run's, which would be refused after weights were loaded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said again by the real one
+            DataLoader(
+                cast(Any, [0]),
+                num_workers=args.dataloader_num_workers,
+                persistent_workers=args.dataloader_persistent_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+            )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"is {args.dataloader_num_workers!r}: {' '.join(str(error).split())} Rows are prepared before, so that 0 "
+            "workers and no further option lose nothing.",
+            "dataloader_num_workers",
+        ) from error
 
 
 def _refuse_idle(args: TrainingArguments) -> None:
@@ -136,6 +215,7 @@ def rehearse(
     if not args.should_save:
         return
     _check_card(Path(str(args.output_dir)) / _CARD, policy)
+    _check_names(policy)
     with tempfile.TemporaryDirectory(prefix=_REHEARSAL, dir=str(args.output_dir)) as folder:
         try:
             with warnings.catch_warnings():
@@ -157,6 +237,27 @@ def rehearse(
                 f"The run could not be saved when it is done: {type(error).__name__}: {' '.join(str(error).split())} "
                 "Correct the model, its configuration or its tokenizer before training."
             ) from error
+
+
+def _check_names(policy: nn.Module) -> None:
+    """Refuse trained tensors of a whole model that no model made from its configuration has a place for."""
+    inner = unwrap(policy)
+    if isinstance(inner, PeftModel):
+        return
+    try:
+        with torch.device("meta"):
+            made = type(inner)(copy(inner.config))
+    except Exception:  # the code of a model may want values, or arguments; loading the saved one tells then
+        return
+    known = {name for name, _ in made.named_parameters(remove_duplicate=False)}
+    names = [name for name in trainable_tensors(inner) if name not in known]
+    if names:
+        raise ConfigError(
+            f"The model has {len(names)} trained tensors, such as {names[0]!r}, that a {type(inner).__name__} made "
+            "from its configuration does not have (weight_norm and other parametrisations, modules put in by hand), so "
+            "that nothing could load what is saved. Take them out with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or train an adapter."
+        )
 
 
 def clear_rehearsals(folder: Path) -> None:

@@ -207,6 +207,8 @@ class RunData:
             train, evaluation = split_rows(load_rows(train, kind=kind, name="train"), asked, kind=kind)
         training = self.prepare_stream("train", train) if streamed else self.prepare("train", train)
         source = StreamSource(training) if isinstance(training, PreparedStream) else RowSource(training.dataset)
+        if not streamed and self.args.kind != "prompt_only":
+            self._require_a_batch(len(source.known))
         self._keep_template(training.report)
         if evaluation is None:
             self._hold_to_limits(streamed=streamed)
@@ -225,6 +227,17 @@ class RunData:
         if named:
             return source, {name.removeprefix("eval_"): part.dataset for name, part in prepared.items()}
         return source, prepared["eval"].dataset
+
+    def _require_a_batch(self, rows: int) -> None:
+        """Refuse to leave out the last batch of an epoch where that is the only one."""
+        args = self.args
+        batch = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and rows < batch:
+            raise ConfigError(
+                f"is True, and the {rows} training rows do not fill one batch of {batch}, so that no step would be "
+                "made. Leave it out, or lower per_device_train_batch_size.",
+                "dataloader_drop_last",
+            )
 
     def _hold_to_limits(self, *, streamed: bool) -> None:
         """Refuse rows in which more is found than `dataset_check` allows; of a stream, its first rows."""

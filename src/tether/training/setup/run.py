@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tether.compute.cpu_matmul import compute_by_products
-from tether.compute.precision import choose_precision
+from tether.compute.precision import choose_precision, require_own_precision
 from tether.compute.threads import choose_threads
 from tether.data import text_tokenizer
 from tether.errors import ConfigError
@@ -25,7 +25,7 @@ from tether.models.adapters import in_one_way, refuse_nameless_layers, taken_out
 from tether.models.before.blueprint import rehearse
 from tether.models.fingerprint import model_fingerprint
 from tether.models.spec import embed_tokens
-from tether.models.structure import adapter_configs, evaluation_mode, transformers_model
+from tether.models.structure import adapter_configs, evaluation_mode, transformers_model, uncompiled
 from tether.progress import working
 from tether.reference import SAME, FrozenProbe, Reference, StoredReference, TrainingProof, resolve
 from tether.reference.base import Scorer
@@ -229,7 +229,11 @@ def _policy(
     With it, its own settings, and the fingerprint of what it was before this run put an adapter on it.
     """
     model = given.model
-    policy = algorithm.load_model(source_name) if isinstance(model, (str, Path)) else taken_out(in_one_way(model))
+    policy = (
+        algorithm.load_model(source_name)
+        if isinstance(model, (str, Path))
+        else taken_out(in_one_way(uncompiled(model)))
+    )
     refuse_nameless_layers(policy)
     settings = OwnSettings(policy)
     embed_tokens(policy, new_tokens)
@@ -244,6 +248,7 @@ def _policy(
 
 
 def _arguments(given: Given, wanted: type[PreferenceConfig]) -> PreferenceConfig:
+    require_own_precision("The trainer's constructor")
     args = default_arguments(given.model, wanted) if given.args is None else given.args
     args = check_arguments(args, wanted, given.train_dataset, given.eval_dataset, given.quantization_config)
     if args.auto_find_batch_size and given.given_optimizer:
