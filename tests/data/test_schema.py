@@ -75,7 +75,8 @@ def test_a_missing_column_lists_what_was_found() -> None:
         check([{"prompt": "a", "choosen": "b", "rejected": "c"}])
     assert str(caught.value) == (
         "train: the column `chosen` is missing. Columns found: prompt, choosen, rejected. A preference row has "
-        "`chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns."
+        "`chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns, or name them where the rows are: "
+        "`{path: FILE, fields: {chosen: COLUMN}}`."
     )
     with pytest.raises(DataError, match=r"the columns `chosen` and `rejected` are missing\. Columns found: text"):
         check([{"text": "a"}])

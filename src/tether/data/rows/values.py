@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 from tether.types import Messages
@@ -19,7 +20,7 @@ _MOST_COMPLETIONS = 1000
 _MOST_CHARACTERS = 10_000_000
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 _ALLOWED = {None: "text or a list of messages", "standard": "text", "conversational": "a list of messages"}
-_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
+_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
 # What rendering sets itself; a row that set it too would change what is trained.
 _RESERVED = (
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -106,11 +107,15 @@ def number_faults(column: str, value: Any) -> Iterator[str]:
 
 def score_faults(value: Any, completions: Any) -> Iterator[str]:
     """Faults of the scores of a ranked list."""
-    if not isinstance(value, list) or any(as_number("scores", item) is None for item in value):
+    numbers = [as_number("scores", item) for item in value] if isinstance(value, list) else []
+    if not isinstance(value, list):
         yield f"`scores` is {described(value)}; it must be a list of numbers, one for each completion"
+    elif None in numbers:
+        place = numbers.index(None)
+        yield f"`scores[{place + 1}]` is {described(value[place])}; it must be a number"
     elif isinstance(completions, list) and len(value) != len(completions):
         yield f"`scores` has {len(value)} numbers for {len(completions)} completions; it must have one for each"
-    elif not all(math.isfinite(item) for item in value):
+    elif not all(math.isfinite(number) for number in numbers if number is not None):
         yield "`scores` holds a number that is not finite; completions cannot be ranked by it"
 
 
@@ -141,7 +146,7 @@ def as_number(column: str, value: Any) -> float | None:
             return None
     if isinstance(value, bool):
         return float(value) if column == "label" else None
-    if not isinstance(value, (int, float)) or (column == "label" and value not in (0, 1)):
+    if not isinstance(value, (int, float, Decimal)) or (column == "label" and value not in (0, 1)):
         return None
     try:
         return float(value)
@@ -202,7 +207,7 @@ def described(value: Any) -> str:
             return "missing (null)"
         case bool():
             return f"a truth value ({value})"
-        case int() | float():
+        case int() | float() | Decimal():
             return f"a number ({str(value)[:40]})"
         case str():
             return f"text ({value[:40]!r}{'…' if len(value) > 40 else ''})"

@@ -50,6 +50,7 @@ from tether.types import Kind
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
+_FEATURES = b"huggingface"  # where `datasets` keeps what it knows of columns beyond their types
 # Bytes from which on files of these kinds become a table in pieces of so many rows.
 _LARGE, _PIECE = 2**24, 10_000
 _IN_PIECES = {".jsonl", ".ndjson", ".csv", ".parquet"}
@@ -118,7 +119,8 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
         fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
         # One answer of two is a pair whose other column has another name, and not a prompt alone.
-        half: Kind | None = "pair" if {"chosen", "rejected"} & set(columns) else None
+        spelt = {str(column).strip().lower() for column in columns}
+        half: Kind | None = "pair" if {"chosen", "rejected"} & spelt else None
         kind = cast(Kind, read[0] if read else half or kind or next(fits, "pair"))
     if is_origin(source) or len(origins_of(source, "train", name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
@@ -250,6 +252,11 @@ def renamed(
         return rows
     found = rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     for wanted, column in names.items():
+        other = next(one for one, its in names.items() if its == column)
+        if other != wanted:
+            raise ConfigError(
+                f"{name}: fields say that both `{other}` and `{wanted}` are in the column `{column}`. Give each its own."
+            )
         if column not in found:
             near = difflib.get_close_matches(column, map(str, found), n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -438,12 +445,16 @@ def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:
 
 def concatenated(tables: list[pa.Table], names: list[str], name: str) -> pa.Table:
     try:
-        return pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
+        joined = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
             f"{name}: the files {listed(names)} give a column of one name different types "
             f"({str(error).splitlines()[0]}). Make them alike, or prepare them apart."
         ) from error
+    said = {(table.schema.metadata or {}).get(_FEATURES) for table in tables}
+    # Such as the names of classes; only where it is said of the columns that came out.
+    same = len(said) == 1 and None not in said and all(table.schema.equals(joined.schema) for table in tables)
+    return joined.replace_schema_metadata({_FEATURES: said.pop()}) if same else joined
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa.Table:
