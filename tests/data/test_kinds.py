@@ -97,6 +97,35 @@ def test_a_ranked_list_that_says_one_thing_twice_is_dropped(byte_tokenizer: PreT
     assert run(rows, byte_tokenizer, "ranked").report.dropped["identical"] == 1
 
 
+# -- what a template is given ------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_a_template_does_not_know_are_named() -> None:
+    """A misspelt `enable_thinking` changes nothing, and nothing said so."""
+    tokenizer = chat_tokenizer("{% if enable_thinking %}{{ 'Think. ' }}{% endif %}" + CHATML)
+    rows = [chat() | {"chat_template_kwargs": {name: True}} for name in ("enable_thinking", "enable_thinkng")]
+    report = run(rows, tokenizer, "pair").report
+    assert report.unwritten == {"argument `enable_thinkng`": 1}
+    assert any(
+        "not written by the chat template: argument `enable_thinkng` (of 1 rows)" in one for one in report.lines()
+    )
+    given = run([chat()], tokenizer, "pair", template_arguments={"thinking": True}).report
+    assert given.unwritten == {"argument `thinking`": 1}
+
+
+def test_arguments_of_calls_that_were_encoded_twice_are_the_object_that_they_hold() -> None:
+    template = CHATML.replace(
+        "+ message['content']", "+ (message.tool_calls | tojson if message.tool_calls else message.content)"
+    )
+    tokenizer, written = chat_tokenizer(template), []
+    for arguments in ({"a": 1}, '{"a": 1}', json.dumps('{"a": 1}')):
+        call = {**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        row = {"prompt": [user("Hi")], "chosen": [call], "rejected": [assistant("No")]}
+        written.append(said(tokenizer, run([row], tokenizer, "pair").dataset[0])[1][0])
+    assert len(set(written)) == 1
+    assert '{"a": 1}' in written[0]
+
+
 # -- unpaired ----------------------------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,8 @@ class Report:
         message_fields: fields of messages, beside role and content, that reached the chat template.
         duplicates: kept rows that repeat an earlier row exactly.
         repeated_prompts: rows of text whose completions all begin with the whole prompt again.
-        unevenly_repeated: rows of text of which some completions do, and others do not: a model learns to tell them by it.
+        unevenly_repeated: rows of text of which some completions do, and others do not: a model learns to tell them by
+            it.
         max_length: limit on the tokens of prompt and completion together; None for no limit.
         truncation_mode: what was kept of longer ones.
         cut_prompts: kept rows whose prompt was cut.

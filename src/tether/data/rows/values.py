@@ -179,6 +179,8 @@ def _message_faults(message: Any) -> Iterator[str]:
         yield "has `function_call`, the older form of a tool call; write it as `tool_calls`"
     elif "tool_calls" in filled and not _are_calls(filled["tool_calls"]):
         yield f"has `tool_calls` that is {described(filled['tool_calls'])}; it must be a list of objects"
+    elif any(isinstance(call.get("function"), dict) and not call["function"].get("name") for call in _calls_of(filled)):
+        yield "has a tool call without a `name`; a call has the name of its function"
     elif {"from", "value"} <= filled.keys():
         yield "has the keys from, value, as ShareGPT's rows do; it must have `role` and `content`"
     elif not {"role", "content"} <= filled.keys():
@@ -186,7 +188,12 @@ def _message_faults(message: Any) -> Iterator[str]:
     elif not isinstance(filled["role"], str):
         yield f"has a `role` that is {described(filled['role'])}; it must be text"
     elif isinstance(filled["content"], list):
-        yield "has `content` in parts that are not all text, which a model of text does not read; it must be text"
+        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in filled["content"]]
+        odd = next((kind for kind in kinds if kind != "text"), "text without `text`")
+        yield (
+            f"has `content` in parts that are not all text (one is `{odd}`), which a model of text does not read; "
+            "it must be text"
+        )
     elif not isinstance(filled["content"], str):
         yield f"has `content` that is {described(filled['content'])}; it must be text"
 
@@ -194,6 +201,10 @@ def _message_faults(message: Any) -> Iterator[str]:
 def spells_messages(value: str) -> bool:
     """Whether a text spells out a list of messages."""
     return _MESSAGES_AS_TEXT.match(value) is not None
+
+
+def _calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return message.get("tool_calls") or []
 
 
 def _are_calls(value: Any) -> bool:

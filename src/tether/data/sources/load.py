@@ -255,7 +255,8 @@ def renamed(
         other = next(one for one, its in names.items() if its == column)
         if other != wanted:
             raise ConfigError(
-                f"{name}: fields say that both `{other}` and `{wanted}` are in the column `{column}`. Give each its own."
+                f"{name}: fields say that both `{other}` and `{wanted}` are in the column `{column}`. Give each its "
+                "own."
             )
         if column not in found:
             near = difflib.get_close_matches(column, map(str, found), n=1)
