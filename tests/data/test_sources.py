@@ -223,6 +223,14 @@ def test_files_whose_columns_differ_in_type_are_refused(tmp_path: Path) -> None:
         load_rows([text, messages])
 
 
+def test_files_may_differ_in_what_is_not_read(tmp_path: Path) -> None:
+    """As one file may: exports of two days number their rows in one and name them in the other."""
+    paths = [write(tmp_path / f"{value}.jsonl", [pair(id=value, meta={"a": value})]) for value in (1, "x")]
+    rows = load_rows(paths)
+    assert [row["prompt"] for row in rows] == ["The sky is"] * 2
+    assert rows["id"][:] == ["1", '"x"']
+
+
 def test_mixed_types_in_a_file_name_row_and_field_instead_of_arrows_error(tmp_path: Path) -> None:
     rows: list[dict] = [pair() for _ in range(20)]
     rows[16]["chosen"] = 42
