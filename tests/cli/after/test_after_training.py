@@ -45,6 +45,21 @@ def test_rows_may_be_named_as_in_a_run_file(run: Run, call: Any, capsys: pytest.
     assert "`tether eval --help` lists what there is" in capsys.readouterr().err.replace("main eval", "tether eval")
 
 
+def test_an_accuracy_of_lengths_is_told_as_that(run: Run, call: Any) -> None:
+    """Without a reference a sum of log-probs prefers what is shorter, which looked like a perfect model."""
+    said = "the shorter completion has the larger reward in 100.0% of the pairs of unequal lengths"
+    rows = [{**row, "rejected": row["rejected"] + " and more of that"} for row in run.place.pairs(8)]
+    for name, swapped in (("short.jsonl", False), ("long.jsonl", True)):
+        names = ("rejected", "chosen") if swapped else ("chosen", "rejected")
+        written = [{**row, "chosen": row[names[0]], "rejected": row[names[1]]} for row in rows]
+        run.place.write_rows(written, name)
+        assert said in " ".join(call("eval", "model", "--data", name, "--reference", "none")[0].split())
+    assert said not in " ".join(call("eval", "model", "--data", "short.jsonl", "--reference", "out")[0].split())
+    alike = [{**row, "rejected": row["chosen"][::-1]} for row in run.place.pairs(8)]
+    run.place.write_rows(alike, "alike.jsonl")
+    assert "the shorter completion" not in call("eval", "model", "--data", "alike.jsonl", "--reference", "none")[0]
+
+
 def test_eval_groups_by_columns(run: Run, call: Any) -> None:
     rows = [{**row, "kind": "ab"[n % 2], "size": n * 1.5} for n, row in enumerate(run.place.pairs(12))]
     run.place.write_rows(rows, "grouped.jsonl")
