@@ -28,6 +28,16 @@ def test_check_prints_what_was_found(rows: Path, capsys: pytest.CaptureFixture[s
     assert "name a --tokenizer" in out
 
 
+def test_check_says_which_columns_it_does_not_read(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    """A spreadsheet's ` chosen` is no column `chosen`, and rows that have it are not prompts alone."""
+    workplace.write_rows([{**row, "note": "x"} for row in workplace.pairs(2)], "noted.jsonl")
+    assert main(["data", "check", str(workplace.path / "noted.jsonl")]) == 0
+    assert "not read: columns note" in capsys.readouterr().out
+    (workplace.path / "blanks.csv").write_text("prompt, chosen, rejected\nA, b, c\n", encoding="utf-8")
+    assert main(["data", "check", str(workplace.path / "blanks.csv")]) == 2
+    assert "` chosen` to `chosen`, spelt as it is here" in capsys.readouterr().err
+
+
 def test_check_prints_json_with_lengths(workplace: Workplace, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", str(rows), "--json", "--tokenizer", str(workplace.path / "model")]) == 0
     [found] = json.loads(capsys.readouterr().out)["sets"]

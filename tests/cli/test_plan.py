@@ -120,6 +120,35 @@ def test_init_writes_what_plan_accepts(here, capsys, without_step):
     assert found["model"]["parameters"] == found["model"]["trainable"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "line", "loss"),
+    [
+        ("a.csv", "\ufeffprompt,completion,label\nA,b,1\n", "train: a.csv", "kto"),
+        ("a.csv", "\n,,\nprompt,completion\nA,b\n", "train: a.csv", "sft"),
+        ("a.ndjson", '\n{"conversations": []}\n', "train: a.ndjson", "sft"),
+        (
+            "a.csv",
+            "Question,Good,Other\nA,b,c\n",
+            "train: {path: a.csv, fields: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}}",
+            "sigmoid",
+        ),
+    ],
+)
+def test_init_knows_rows_by_their_columns_or_asks_for_their_names(
+    tmp_path, monkeypatch, capsys, name, content, line, loss
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content, encoding="utf-8")
+    assert main(["init", "--data", name, "--yes"]) == 0
+    text = Path("run.yaml").read_text(encoding="utf-8")
+    assert line in text
+    assert f"loss: {loss}" in text
+    printed = capsys.readouterr().out
+    assert ("write into `fields` of run.yaml which columns hold what; a.csv has Good, Other" in printed) == (
+        "COLUMN" in line
+    )
+
+
 def test_init_without_rows_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "--yes"]) == 2

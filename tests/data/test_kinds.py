@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import PreTrainedTokenizerFast
 
 from data.samples import CHATML, PLAIN, THINKING, assistant, byte_level, chat, chat_tokenizer, metaspace, pair, user
@@ -53,9 +55,75 @@ def test_scores_put_the_best_first_and_equal_scores_keep_their_order(byte_tokeni
     assert said(byte_tokenizer, out)[1] == [" blue<eos>", " grey<eos>", " red<eos>", " green<eos>"]
 
 
+@pytest.mark.parametrize("given", [("9", "10"), (Decimal("0.9"), Decimal("1.1"))])
+def test_scores_may_be_text_or_exact_numbers(given: tuple[object, object], byte_tokenizer: Any) -> None:
+    """As JSON of other tools and tables of databases have them; 10 is more than 9, which its text is not."""
+    row = {"prompt": "The sky is", "completions": [" green", " blue"], "scores": list(given)}
+    [out] = run([row], byte_tokenizer, "ranked").dataset
+    assert said(byte_tokenizer, out)[1] == [" blue<eos>", " green<eos>"]
+
+
+@pytest.mark.parametrize("names", [["good", "bad"], ["bad", "good"], ["true", "false"], ["0", "1", "2"]])
+def test_labels_that_are_classes_are_read_only_where_their_names_say_it(
+    names: list[str], tmp_path: Path, byte_tokenizer: Any
+) -> None:
+    """Of the classes good and bad, 0 may be good: the number alone would turn every label over."""
+    rows = {"prompt": ["A", "B"], "completion": [" x", " y"], "label": [0, 1]}
+    for known, refused in ((names, True), (["False", "True"], False)):
+        features = Features(prompt=Value("string"), completion=Value("string"), label=ClassLabel(names=known))
+        held = Dataset.from_dict(rows, features=features)
+        for part in ("a", "b"):
+            held.to_parquet(tmp_path / f"{part}.parquet")
+        for source, count in ((held, 2), (tmp_path / "a.parquet", 2), (tmp_path, 4)):
+            if refused:
+                with pytest.raises(
+                    DataError, match=rf"`label` holds the classes `{known[0]}` \(0\), `{known[1]}` \(1\)"
+                ):
+                    run(source, byte_tokenizer, "unpaired")
+            else:
+                assert [row["label"] for row in run(source, byte_tokenizer, "unpaired").dataset] == [0, 1] * (
+                    count // 2
+                )
+
+
+@pytest.mark.parametrize("label", ["1.0", "TRUE", "1", 1.0, Decimal(1)])
+def test_labels_as_tables_write_them(label: object, byte_tokenizer: Any) -> None:
+    row = {"prompt": "A", "completion": " x", "label": label}
+    assert run([row], byte_tokenizer, "unpaired").dataset[0]["label"] == 1
+
+
 def test_a_ranked_list_that_says_one_thing_twice_is_dropped(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "A", "completions": [" x", " y", " x"]}, {"prompt": "A", "completions": [" x", " y"]}]
     assert run(rows, byte_tokenizer, "ranked").report.dropped["identical"] == 1
+
+
+# -- what a template is given ------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_a_template_does_not_know_are_named() -> None:
+    """A misspelt `enable_thinking` changes nothing, and nothing said so."""
+    tokenizer = chat_tokenizer("{% if enable_thinking %}{{ 'Think. ' }}{% endif %}" + CHATML)
+    rows = [chat() | {"chat_template_kwargs": {name: True}} for name in ("enable_thinking", "enable_thinkng")]
+    report = run(rows, tokenizer, "pair").report
+    assert report.unwritten == {"argument `enable_thinkng`": 1}
+    assert any(
+        "not written by the chat template: argument `enable_thinkng` (of 1 rows)" in one for one in report.lines()
+    )
+    given = run([chat()], tokenizer, "pair", template_arguments={"thinking": True}).report
+    assert given.unwritten == {"argument `thinking`": 1}
+
+
+def test_arguments_of_calls_that_were_encoded_twice_are_the_object_that_they_hold() -> None:
+    template = CHATML.replace(
+        "+ message['content']", "+ (message.tool_calls | tojson if message.tool_calls else message.content)"
+    )
+    tokenizer, written = chat_tokenizer(template), []
+    for arguments in ({"a": 1}, '{"a": 1}', json.dumps('{"a": 1}')):
+        call = {**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        row = {"prompt": [user("Hi")], "chosen": [call], "rejected": [assistant("No")]}
+        written.append(said(tokenizer, run([row], tokenizer, "pair").dataset[0])[1][0])
+    assert len(set(written)) == 1
+    assert '{"a": 1}' in written[0]
 
 
 # -- unpaired ----------------------------------------------------------------------------------------------------------
@@ -285,7 +353,9 @@ def test_arguments_of_the_template_are_per_row() -> None:
         ("ranked", {"prompt": "A", "completions": " x"}, "`completions` is text"),
         ("ranked", {"prompt": "A", "completions": [" x", None]}, r"`completions\[2\]` is missing \(null\)"),
         ("ranked", {"prompt": "A", "completions": [" x", " y"], "scores": [1]}, "has 1 numbers for 2 completions"),
-        ("ranked", {"prompt": "A", "completions": [" x", " y"], "scores": ["a", "b"]}, "it must be a list of numbers"),
+        ("ranked", {"prompt": "A", "completions": [" x", " y"], "scores": ["a", "b"]}, r"`scores\[1\]` is text"),
+        ("ranked", {"prompt": "A", "completions": [" x", " y"], "scores": [1, None]}, r"`scores\[2\]` is missing"),
+        ("ranked", {"prompt": "A", "completions": [" x", " y"], "scores": ["1", "inf"]}, "a number that is not finite"),
         (
             "unpaired",
             {"prompt": "A", "completion": " x", "label": 2},

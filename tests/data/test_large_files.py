@@ -41,6 +41,23 @@ def test_a_large_file_in_pieces_is_the_small_one_read_whole(tmp_path, monkeypatc
     assert pieces.features == whole.features
 
 
+@pytest.mark.parametrize("size", [2**24, 1])
+def test_a_column_of_several_types_is_itself_under_another_name_however_large_the_file(tmp_path, monkeypatch, size):
+    """As JSON, in which columns are kept that nothing reads, every answer would have been learnt in quotes."""
+    monkeypatch.setattr(load, "_LARGE", size)
+    monkeypatch.setattr(load, "_PIECE", 4)
+    rows = [{"ask": "Why?", "said": 5 if n % 4 == 1 else f"So {n}", "no": "No", "id": n or "x"} for n in range(8)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    names = {"prompt": "ask", "chosen": "said", "rejected": "no"}
+    for source in ({"path": path}, {"path": path, "split": "train[:50%]+train[50%:]"}, {"path": [path, path]}):
+        with pytest.raises(DataError, match=r"row 2: `chosen` is a number \(5\)"):
+            load_rows({**source, "fields": names})
+    written(tmp_path / "rows.jsonl", [{**row, "said": str(row["said"])} for row in rows])
+    assert load_rows({"path": path, "fields": names})[0] == {
+        **{"prompt": "Why?", "chosen": "So 0", "rejected": "No", "id": '"x"'}
+    }
+
+
 @pytest.mark.parametrize("write", ["jsonl", "parquet", "two files"])
 def test_rows_on_disk_are_read_and_prepared_as_those_in_memory(tmp_path, monkeypatch, write):
     path = written(tmp_path / "rows.jsonl", ROWS * 30)

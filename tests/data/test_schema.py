@@ -75,7 +75,8 @@ def test_a_missing_column_lists_what_was_found() -> None:
         check([{"prompt": "a", "choosen": "b", "rejected": "c"}])
     assert str(caught.value) == (
         "train: the column `chosen` is missing. Columns found: prompt, choosen, rejected. A preference row has "
-        "`chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns."
+        "`chosen` and `rejected`, and `prompt` unless both begin with it; rename the columns, or name them where "
+        "the rows are: `{path: FILE, fields: {chosen: COLUMN}}`."
     )
     with pytest.raises(DataError, match=r"the columns `chosen` and `rejected` are missing\. Columns found: text"):
         check([{"text": "a"}])
@@ -190,6 +191,14 @@ def test_columns_that_change_what_a_model_sees_are_refused_and_not_ignored(colum
 @pytest.mark.parametrize(
     ("message", "fault"),
     [
+        (
+            {**assistant("A"), "tool_calls": [{"function": {"name": None, "arguments": {}}}]},
+            "has a tool call without a `name`",
+        ),
+        (
+            assistant([{"type": "thinking", "thinking": "A"}]),
+            r"has `content` in parts that are not all text \(one is `thinking`\), which",
+        ),
         ({**assistant("A"), "function_call": {"name": "f"}}, "has `function_call`, the older form of a tool call"),
         ({**assistant("A"), "tool_calls": "f()"}, "has `tool_calls` that is text"),
         ({"role": "assistant", "content": [{"type": "image"}]}, "has `content` in parts"),

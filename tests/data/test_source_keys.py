@@ -30,6 +30,27 @@ def test_roles_and_keys_of_messages_have_the_usual_names() -> None:
         load_rows({"path": [ROW], "columns": ["none"]})
 
 
+def test_two_fields_of_one_column_are_refused_and_not_one_of_them_lost() -> None:
+    row = {"a": "Why?", "b": "So.", "c": "No."}
+    fields = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    with pytest.raises(ConfigError, match="both `chosen` and `rejected` are in the column `b`"):
+        load_rows({"path": [row], "fields": fields})
+    rows = load_rows({"path": [row], "fields": {**fields, "rejected": "c"}})
+    assert rows.to_list() == [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}]
+
+
+@pytest.mark.parametrize(
+    ("role", "advice"), [("function", "roles: {function: tool}"), ("tool_call", "as `tool_calls`")]
+)
+def test_roles_of_calls_are_refused_unless_the_template_names_them(role: str, advice: str) -> None:
+    """OpenAI's older name of a tool, and ms-swift's calls as text, which a template of any role would write."""
+    said = [{"role": "user", "content": "q"}, {"role": role, "content": "{}"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match=f"row 1: a message has the role `{role}`.*{advice}"):
+        prepare([{"messages": said}], chat_tokenizer(), kind="completion", max_length=None)
+    naming = CHATML + f"{{% if messages[0]['role'] == '{role}' %}}{{% endif %}}"
+    assert prepare([{"messages": said}], chat_tokenizer(naming), kind="completion", max_length=None).report.kept == 1
+
+
 @pytest.mark.parametrize("role", ["human", "gpt", "User", "Assistant"])
 def test_a_role_under_another_name_is_refused_unless_the_template_names_it(role: str) -> None:
     """The template would write it as it is, and of an answer's role a part would be the answer."""

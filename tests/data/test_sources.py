@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -126,15 +127,56 @@ def test_an_object_of_columns_is_its_rows(tmp_path: Path) -> None:
         ("pairs.csv", "prompt,chosen,chosen\na,b,c\n", r"names a column twice"),
         ("pairs.csv", "prompt;chosen;rejected\na;b;c\n", r"separated by ';'. Separate them by commas"),
         ("pairs.csv", "prompt\tchosen\trejected\na\tb\tc\n", r"separated by '\\t'"),
+        (
+            "pairs.csv",
+            "Export of May\nprompt,chosen,rejected\na,b,c\n",
+            r"first line, `Export of May`, names one column",
+        ),
+        (
+            "pairs.csv",
+            'prompt,chosen\na, "b, c"\n',
+            r"has 3 fields.*double quote opens a text only right behind a comma",
+        ),
+        ("pairs.csv", "prompt,chosen\na,b, c\n", r"has 3 fields, the header has 2. The first line must name the col"),
         ("pairs.parquet", "no parquet", r"cannot be read as Parquet"),
         ("pairs.txt", "a", r"ends in `\.txt`; it must end in `\.jsonl`, `\.ndjson`, `\.json`, `\.csv`, "),
         ("pairs.pkl", "a", r"ends in `\.pkl`"),  # INV-39: no pickle is loaded
+        ("pairs.xlsx", "a", r"Write its rows as one of these; rename it only if its content is that already"),
+        ("pairs.jsonl.zip", "a", r"ends in `\.zip`.*Unpack it; packed files are read where they are text"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("\n,,\nprompt,chosen,rejected\na,b,c\n", ["prompt", "chosen", "rejected"]),
+        ("prompt,chosen,rejected,,\na,b,c,,\n", ["prompt", "chosen", "rejected", "column 4", "column 5"]),
+    ],
+)
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, content: str, columns: list[str]) -> None:
+    """Blank lines before the header, and columns beside the used ones, which have no name."""
+    (tmp_path / "pairs.csv").write_text(content, encoding="utf-8")
+    rows = load_rows(tmp_path / "pairs.csv")
+    assert rows.column_names == columns
+    assert rows.to_list() == [{**dict.fromkeys(columns, ""), "prompt": "a", "chosen": "b", "rejected": "c"}]
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd"), ("lz4", "lz4")])
+def test_packed_files_that_were_put_together_give_all_rows(tmp_path: Path, ending: str, codec: str) -> None:
+    """`cat a.gz b.gz`, and what packers write that use several cores: several streams in one file."""
+    path = tmp_path / f"pairs.jsonl.{ending}"
+    with path.open("wb") as file:
+        for row in ROWS:
+            packed = pa.BufferOutputStream()
+            with pa.CompressedOutputStream(packed, codec) as stream:
+                stream.write(json.dumps(row).encode() + b"\n")
+            file.write(packed.getvalue())
+    assert load_rows(path).to_list() == ROWS
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
@@ -179,6 +221,14 @@ def test_files_whose_columns_differ_in_type_are_refused(tmp_path: Path) -> None:
     text, messages = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [chat()])
     with pytest.raises(DataError, match=r"give a column of one name different types"):
         load_rows([text, messages])
+
+
+def test_files_may_differ_in_what_is_not_read(tmp_path: Path) -> None:
+    """As one file may: exports of two days number their rows in one and name them in the other."""
+    paths = [write(tmp_path / f"{value}.jsonl", [pair(id=value, meta={"a": value})]) for value in (1, "x")]
+    rows = load_rows(paths)
+    assert [row["prompt"] for row in rows] == ["The sky is"] * 2
+    assert rows["id"][:] == ["1", '"x"']
 
 
 def test_mixed_types_in_a_file_name_row_and_field_instead_of_arrows_error(tmp_path: Path) -> None:

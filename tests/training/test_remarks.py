@@ -41,3 +41,15 @@ def test_a_large_part_that_is_dropped(remarks):
 
 def test_nothing_is_said_of_rows_that_are_well(remarks):
     assert remarks(_pairs(40, lambda n: " ab"[: 2 + n % 2], lambda n: " cd"[: 3 - n % 2])) == []
+
+
+@pytest.mark.parametrize(("template", "said"), [("{{ messages }}", 1), (None, 0)])
+def test_text_beside_a_chat_template_is_trained_on_as_it_is_and_that_is_said(template, said, tmp_path, caplog):
+    """No template writes the prompt of a chat model then, and it is glued to its answer."""
+    caplog.set_level(logging.INFO, logger="tether")
+    tokenizer = character_tokenizer(eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = template
+    data = RunData(tokenizer, DPOConfig(output_dir=str(tmp_path), report_to=[], dataset_cache=None, use_cpu=True))
+    for name in ("train", "eval"):
+        data.prepare(name, [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
+    assert sum("the rows are text and are trained on as they are" in line for line in caplog.messages) == said

@@ -505,6 +505,13 @@ def test_columns_that_change_the_loss_are_announced(name, tmp_path, caplog):
     assert not any(line.startswith("column") for line in caplog.messages)
 
 
+def test_rows_of_which_none_counts_are_refused(tmp_path):
+    """The first step blamed the weights' type for what it could not change."""
+    with pytest.raises(DataError, match="train: every row has the weight 0, so that none of them counts"):
+        trainer(tmp_path, rows=[{**row, "weight": 0} for row in ROWS])
+    trainer(tmp_path / "some", rows=[{**row, "weight": i % 2} for i, row in enumerate(ROWS)])
+
+
 def test_an_evaluation_without_rows_is_refused(tmp_path):
     run = trainer(tmp_path)
     with pytest.raises(DataError, match="has no rows"):

@@ -53,7 +53,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "Stopped.", INTERRUPTED
     if isinstance(error, UsageError):
-        return f"{_sentence(error.format_message())} `tether --help` lists what there is.", 2  # type: ignore
+        context = getattr(error, "ctx", None)
+        command = "tether" if context is None else context.command_path
+        return f"{_sentence(error.format_message())} `{command} --help` lists what there is.", 2  # type: ignore
     # torch is not imported here; its error is known by its name.
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (

@@ -102,3 +102,20 @@ def _taking(parameter: Any) -> Callable[[Any], str | None]:
         return lambda context: None  # its name says it
     words = None if kind.annotation is bool else _TAKES.get(parameter.name, _BY_TYPE.get(kind.annotation, "VALUE"))
     return lambda context: words
+
+
+def rows_named(given: str) -> Any:
+    """Rows as they are named at the terminal: a path or hub name, or a mapping as in a run file.
+
+    Raises:
+        ConfigError: a text that begins as a mapping is none.
+
+    Example:
+        >>> rows_named("a.csv"), rows_named("{path: a.csv, fields: {prompt: Asked}}")
+        ('a.csv', {'path': 'a.csv', 'fields': {'prompt': 'Asked'}})
+    """
+    if not given.lstrip().startswith("{"):
+        return given
+    from tether.config.document import parse
+
+    return parse(given, "the rows")[0]

@@ -51,6 +51,8 @@ class Evaluation:
         kl: mean over tokens of KL(policy, reference), of chosen and rejected completions; None where there is none.
         no_kl: why.
         proved: whether the reference's weights have the hash that the run recorded; None: nothing to compare with.
+        shorter: of the pairs of unequal lengths, the share whose shorter completion has the larger reward; None where
+            there are none.
     """
 
     policy: str
@@ -64,6 +66,7 @@ class Evaluation:
     kl: dict[str, Interval] | None
     no_kl: str
     proved: bool | None
+    shorter: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON: what is not finite is null."""
@@ -83,7 +86,8 @@ def evaluate_pairs(scored: ScoredRows, policy: str, reference: str | None, colum
         DataError: a column whose values make no groups.
     """
     margins = scored.margins
-    longest = np.maximum(scored.tokens[0::2], scored.tokens[1::2])
+    chosen, rejected = scored.tokens[0::2], scored.tokens[1::2]
+    longest, uneven = np.maximum(chosen, rejected), chosen != rejected
     grouped = {LENGTH: dict(_by_length(longest))}
     for column in columns:
         grouped[column] = dict(_by_value(column, scored))
@@ -106,6 +110,7 @@ def evaluate_pairs(scored: ScoredRows, policy: str, reference: str | None, colum
         kl=kl,
         no_kl=scored.no_kl,
         proved=scored.proved,
+        shorter=float(((margins > 0) == (chosen < rejected))[uneven].mean()) if uneven.any() else None,
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cli.after.runs import Run
+from tether.cli.main import main
 from tether.config.model_names import named_model
 
 
@@ -28,6 +29,35 @@ def test_eval_agrees_with_the_evaluation_of_training(run: Run, call: Any) -> Non
     out = call("eval", "out", "--data", "held_out.jsonl")[0]
     assert "prefers the chosen completion in" in out
     assert "KL(policy, reference)" in out
+
+
+def test_rows_may_be_named_as_in_a_run_file(run: Run, call: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice for a file whose columns have other names holds behind `--data` too."""
+    plain = json.loads(call("eval", "out", "--data", "held_out.jsonl", "--json")[0])
+    names = {"prompt": "Asked", "chosen": "Good, kind", "rejected": "Other"}
+    rows = [{names[key]: value for key, value in row.items()} for row in run.place.pairs(8)]
+    run.place.write_rows(rows, "odd.jsonl")
+    mapping = json.dumps({"path": "odd.jsonl", "fields": names})
+    found = json.loads(call("eval", "out", "--data", mapping, "--json")[0])
+    assert found["overall"] == plain["overall"]
+    assert json.loads(call("data", "check", mapping, "--json")[0])["sets"][0]["kind"] == "pair"
+    assert main(["eval", "out"]) == 2
+    assert "`tether eval --help` lists what there is" in capsys.readouterr().err.replace("main eval", "tether eval")
+
+
+def test_an_accuracy_of_lengths_is_told_as_that(run: Run, call: Any) -> None:
+    """Without a reference a sum of log-probs prefers what is shorter, which looked like a perfect model."""
+    said = "the shorter completion has the larger reward in 100.0% of the pairs of unequal lengths"
+    rows = [{**row, "rejected": row["rejected"] + " and more of that"} for row in run.place.pairs(8)]
+    for name, swapped in (("short.jsonl", False), ("long.jsonl", True)):
+        names = ("rejected", "chosen") if swapped else ("chosen", "rejected")
+        written = [{**row, "chosen": row[names[0]], "rejected": row[names[1]]} for row in rows]
+        run.place.write_rows(written, name)
+        assert said in " ".join(call("eval", "model", "--data", name, "--reference", "none")[0].split())
+    assert said not in " ".join(call("eval", "model", "--data", "short.jsonl", "--reference", "out")[0].split())
+    alike = [{**row, "rejected": row["chosen"][::-1]} for row in run.place.pairs(8)]
+    run.place.write_rows(alike, "alike.jsonl")
+    assert "the shorter completion" not in call("eval", "model", "--data", "alike.jsonl", "--reference", "none")[0]
 
 
 def test_eval_groups_by_columns(run: Run, call: Any) -> None:

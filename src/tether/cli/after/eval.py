@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tether.evaluate.named_models import Loaded, NamedModel
     from tether.evaluate.score_rows import Reading
 
+# Sums of log-probs fall with every token: from this share on they tell lengths apart, and nothing else is known.
+_BY_LENGTH = 0.95
 HELP = "Reward accuracy and margins of held-out pairs with intervals, by length and by column; KL; win rate by a judge."
 
 
@@ -167,6 +169,11 @@ def _print(found: Evaluation) -> None:
         f"rewards: {found.rule}",
         *_kl_lines(found),
     ]
+    if "log-prob" in found.rule and found.reference is None and (found.shorter or 0) >= _BY_LENGTH:
+        lines.append(
+            f"the shorter completion has the larger reward in {found.shorter:.1%} of the pairs of unequal lengths, so "
+            "that the accuracy is that of lengths: name a model to compare with (--reference)"
+        )
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     for column, groups in found.by.items():

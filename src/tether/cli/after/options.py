@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tether.cli.words import rows_named
 from tether.files import write_whole
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ MODEL = (
     "trained against."
 )
 Model = Annotated[str, typer.Argument(help=MODEL, metavar="RUN|MODEL", show_default=False)]
-DataFile = Annotated[str, typer.Option("--data", help="Rows: a file, folder or hub name.", show_default=False)]
+DataFile = Annotated[
+    str,
+    typer.Option("--data", help="Rows: a file, folder or hub name, or a mapping as in a run file.", show_default=False),
+]
 Reference = Annotated[
     str | None,
     typer.Option(
@@ -41,9 +45,10 @@ NONE = "none"
 
 def source_of(data: str, layout: str | None = None, split: str | None = None, first: int | None = None) -> Any:
     """Rows as `load_rows` takes them."""
+    named = rows_named(data)
     said = {"format": layout, "split": split, "first": first}
     given = {key: value for key, value in said.items() if value is not None}
-    return {"path": data, **given} if given else data
+    return {**(named if isinstance(named, dict) else {"path": named}), **given} if given else named
 
 
 def named_pair(model: str, reference: str | None, dtype: str | None = None) -> tuple[NamedModel, NamedModel | None]:

@@ -22,14 +22,19 @@ _LEARN = {
     "sft": "imitate the answers of conversations",
     "reward": "a reward model that prefers `chosen`",
 }
-# Columns by which rows are known to be of a loss.
-_COLUMNS = {
-    "sigmoid": {"chosen", "rejected"},
-    "kto": {"completion", "label"},
-    "sft": {"messages"},
-}
+# Columns by which rows are known to be of a loss; the first that are all there.
+_COLUMNS = (
+    ("sigmoid", ("chosen", "rejected")),
+    ("kto", ("prompt", "completion", "label")),
+    ("sft", ("prompt", "completion")),
+    ("sft", ("messages",)),
+    ("sft", ("conversations",)),
+    ("sft", ("text",)),
+)
+# What the rows of a loss are to be named, where they are not.
+_FIELDS = {"kto": ("prompt", "completion", "label"), "sft": ("prompt", "completion")}
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".jsonl.gz", ".csv.gz", ".parquet")
 
 
 def init(
@@ -60,9 +65,23 @@ def init(
     machine = machine or ask("Machine (cpu or gpu)", "gpu" if shutil.which("nvidia-smi") else "cpu")
     if machine not in ("cpu", "gpu"):
         raise ConfigError(f"--machine is {machine!r}; allowed are cpu and gpu.")
-    text = _text(write_document, model=model, data=data, learn=learn, machine=machine, full=full, name=output.stem)
+    unnamed = bool(found) and not _known(found)
+    text = _text(
+        write_document,
+        model=model,
+        data=data,
+        learn=learn,
+        machine=machine,
+        full=full,
+        name=output.stem,
+        unnamed=unnamed,
+    )
     output.write_text(text, encoding="utf-8")
     typer.echo(f"run file: {output}")
+    if unnamed:
+        typer.echo(
+            f"first: write into `fields` of {output} which columns hold what; {data} has {', '.join(sorted(found))}"
+        )
     typer.echo(f"next: tether plan {output}, then tether train {output}")
 
 
@@ -83,32 +102,47 @@ def _guess_model() -> str:
 def _guess_data() -> str:
     """The first file whose columns are known."""
     files = sorted(path for path in Path.cwd().iterdir() if path.name.endswith(_SUFFIXES))
-    known = [path.name for path in files if any(columns <= _columns(path) for columns in _COLUMNS.values())]
+    known = [path.name for path in files if _known(_columns(path))]
     training = [name for name in known if not name.startswith(("eval", "test", "held", "valid"))]
     return next(iter([*training, *known]), "")
 
 
 def _guess_loss(columns: frozenset[str]) -> str:
-    return next((name for name, needed in _COLUMNS.items() if needed <= columns), "sigmoid")
+    return _known(columns) or "sigmoid"
+
+
+def _known(columns: frozenset[str]) -> str:
+    return next((name for name, needed in _COLUMNS if columns.issuperset(needed)), "")
 
 
 def _columns(path: Path) -> frozenset[str]:
     """Names of the columns of a file's first row; empty for what is not a text file of rows."""
     if not path.is_file() or not path.name.endswith(_SUFFIXES):
         return frozenset()
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        try:
+            return frozenset(pq.read_schema(path).names)
+        except (OSError, ValueError):
+            return frozenset()
     opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    kind = Path(path.stem if path.suffix == ".gz" else path.name).suffix
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            if path.suffix == ".csv":
-                return frozenset(next(csv.reader(file), ()))
-            first: Any = json.load(file) if path.suffix == ".json" else json.loads(file.readline())
+        with opened(path, "rt", encoding="utf-8-sig") as file:  # as Excel writes it, with a mark at the beginning
+            if kind == ".csv":
+                return frozenset(filter(None, next(filter(any, csv.reader(file)), ())))
+            lines = (line for line in file if line.strip())
+            first: Any = json.load(file) if kind == ".json" else json.loads(next(lines, ""))
     except (OSError, ValueError):
         return frozenset()  # the run itself says what is wrong with it
     row = first[0] if isinstance(first, list) and first else first
     return frozenset(row) if isinstance(row, dict) else frozenset()
 
 
-def _text(write: Callable[..., str], *, model: str, data: str, learn: str, machine: str, full: bool, name: str) -> str:
+def _text(
+    write: Callable[..., str], *, model: str, data: str, learn: str, machine: str, full: bool, name: str, unnamed: bool
+) -> str:
     def plain(value: str) -> str:
         return write([value], flow=True).strip()[1:-1]
 
@@ -116,13 +150,19 @@ def _text(write: Callable[..., str], *, model: str, data: str, learn: str, machi
     adapter = "# lora: {r: 16}          # an adapter in place of the whole model, with far less memory"
     if not full:
         adapter = "lora: {r: 16, alpha: 32, target: all-linear}  # remove for the whole model"
+    rows, fields = (
+        plain(data),
+        ", ".join(f"{one}: COLUMN" for one in _FIELDS.get(learn, ("prompt", "chosen", "rejected"))),
+    )
+    if unnamed:
+        rows = f"{{path: {rows}, fields: {{{fields}}}}}"
     device = "  use_cpu: true            # remove to use a GPU\n" if machine == "cpu" else ""
     return f"""\
 # A run of Tether. `tether plan` says what it takes, `tether train` trains it; every key: docs/run_file.md.
 model: {plain(model)}
 {adapter}
 data:
-  train: {plain(data)}
+  train: {rows}
   eval: {{split: 0.05}}      # or a file of held-out rows
 objective:
   loss: {plain(learn)}            # {what}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from tether.cli.run import Debug
+from tether.cli.words import rows_named
 from tether.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -241,8 +242,9 @@ class _Asked:
         wanted = kind or self.kind
         if wanted is not None and wanted not in KINDS:
             raise ConfigError(f"--kind is {wanted}; it must be {', '.join(KINDS)}.")
-        if isinstance(source, list) and len(source) == 1:
-            source = source[0]
+        if isinstance(source, list):
+            source = [rows_named(one) if isinstance(one, str) else one for one in source]
+            source = source[0] if len(source) == 1 else source
         said = {"format": self.layout, "split": self.split}
         if any(said.values()):
             given = source if isinstance(source, dict) else {"path": source}

@@ -51,6 +51,8 @@ def print_check(found: Check) -> None:
 def notes(found: Check) -> list[str]:
     """What is known of the rows besides shares, one line each."""
     lines = []
+    if found.unused_columns:
+        lines.append(f"not read: columns {', '.join(map(visible, found.unused_columns))}")
     if "longer_wins" in found.length_bias:
         lines.append(f"preferring the longer text is right in {found.length_bias['longer_wins']:.1%} of unequal pairs")
     if found.opening:

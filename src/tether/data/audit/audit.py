@@ -82,6 +82,7 @@ class Check:
         scripts: script to rows answered in it.
         languages: rows, drawn evenly, whose languages were read.
         opening: the most frequent first words of preferred answers.
+        unused_columns: columns that are not read.
         characters: `prompt` and parts to lengths in characters and how often there are such, for histograms.
         lengths: in tokens; None without a tokenizer.
     """
@@ -98,6 +99,7 @@ class Check:
     scripts: dict[str, int]
     languages: int
     opening: str
+    unused_columns: tuple[str, ...]
     characters: dict[str, Counter[int]] = field(repr=False)
     lengths: Lengths | None = None
 
@@ -107,7 +109,7 @@ class Check:
         del plain["characters"]
         if self.lengths is not None:
             plain["lengths"] = self.lengths.to_dict()
-        plain["faults"] = list(self.faults)
+        plain |= {"faults": list(self.faults), "unused_columns": list(self.unused_columns)}
         return plain
 
 
@@ -235,6 +237,7 @@ def _result(seen: Seen, kind: Kind, total: int, lengths: Lengths | None, name: s
         scripts=dict(shown.scripts.most_common()),
         languages=languages,
         opening=seen.opening,
+        unused_columns=seen.own.schema.unused_columns,
         characters=dict(shown.characters),
         lengths=lengths,
     )

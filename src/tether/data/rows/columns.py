@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from tether.errors import DataError
 from tether.types import Kind
@@ -81,10 +81,24 @@ def columns_to_read(rows: Dataset, kind: Kind, name: str, first: int = 0) -> tup
                 f"{name}: row {row}: the column `{column}` holds values, and Tether does not read it yet, so the model "
                 "would see something else than was meant. Remove the column if the rows are complete without it."
             )
+    if "label" in layout:
+        _refuse_named_labels(rows, name)
     optional = [*EXTRAS, *(column for column in VALUES if column != "label")]
     optional += {"ranked": ["scores"], "pair": ["prompt"]}.get("pair" if "chosen" in layout else kind, [])
     filled = [column for column in optional if column in found and _worth_reading(rows, column)]
     return tuple(column for column in found if column in (*layout, *filled))
+
+
+def _refuse_named_labels(rows: Dataset, name: str) -> None:
+    """Refuse labels that are classes with names, unless these say of 0 that it is false: which number stands for which
+    name is the data set's own choice, as in `good` for 0 and `bad` for 1."""
+    kind = rows.features["label"]
+    if isinstance(kind, ClassLabel) and [one.lower() for one in kind.names] not in (["0", "1"], ["false", "true"]):
+        shown = ", ".join(f"`{one}` ({number})" for number, one in enumerate(kind.names))
+        raise DataError(
+            f"{name}: `label` holds the classes {shown}, and which of them is desirable is not guessed. Write true or "
+            "false into that column."
+        )
 
 
 def _worth_reading(rows: Dataset, column: str) -> bool:
@@ -107,7 +121,10 @@ def _missing_columns(found: list[str], kind: Kind, name: str) -> str:
             near = difflib.get_close_matches(column, [f for f in found if f not in TEXTS], n=1, cutoff=0.5)
             hints += [f"`{near[0]}` looks like `{column}`"] if near else []
     other = kind_of(found)
-    hint = f"; these columns speak for rows of kind `{other}`" if other not in (None, kind, "prompt_only") else ""
+    named = ", ".join(f"{column}: COLUMN" for column in missing)
+    hint = f", or name them where the rows are: `{{path: FILE, fields: {{{named}}}}}`"
+    if other not in (None, kind, "prompt_only"):
+        hint = f"; these columns speak for rows of kind `{other}`"
     return (
         f"{name}: {_named(missing)} missing. Columns found: {', '.join(found) or 'none'}. "
         f"{_NEEDS[kind]}; rename the columns{' (' + ', '.join(hints) + ')' if hints else ''}{hint}."

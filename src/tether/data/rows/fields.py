@@ -16,10 +16,12 @@ Row = Mapping[str, Any]
 OTHER_ROLES = {
     **{name: "user" for name in ("user", "human", "prompter", "question")},
     **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model", "answer")},
-    **{name: "tool" for name in ("tool", "observation", "function_response", "tool_response")},
+    **{name: "tool" for name in ("tool", "function", "ipython", "observation", "function_response", "tool_response")},
     "system": "system",
     "developer": "system",
 }
+# Of messages that are a call as JSON text: LLaMA-Factory's and ms-swift's.
+CALL_ROLES = ("function_call", "tool_call")
 _IMAGE = "<image>"
 _TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
@@ -164,7 +166,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         raise FieldFault(f"{where} is {described(item)}; it must be an object")
     given = clean(item)
     role, content = (given.pop(other, given.get(name)) for name, other in (("role", "from"), ("content", "value")))
-    if role == "function_call":
+    if role in CALL_ROLES:
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, where)}
     if not isinstance(role, str) or (role not in OTHER_ROLES and "from" in item):
         raise FieldFault(f"{where} has a role that is {described(role)}; known are {', '.join(OTHER_ROLES)}")

@@ -351,7 +351,8 @@ def _ranked(row: Mapping[str, Any]) -> list[Any]:
     completions, scores = row["completions"], row.get("scores")
     if scores is None:
         return completions
-    order = sorted(range(len(completions)), key=lambda place: -scores[place])
+    numbers = [cast(float, as_number("scores", score)) for score in scores]
+    order = sorted(range(len(completions)), key=lambda place: -numbers[place])
     return [completions[place] for place in order]
 
 

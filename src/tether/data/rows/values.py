@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 from tether.types import Messages
@@ -19,7 +20,7 @@ _MOST_COMPLETIONS = 1000
 _MOST_CHARACTERS = 10_000_000
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 _ALLOWED = {None: "text or a list of messages", "standard": "text", "conversational": "a list of messages"}
-_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
+_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
 # What rendering sets itself; a row that set it too would change what is trained.
 _RESERVED = (
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -106,11 +107,15 @@ def number_faults(column: str, value: Any) -> Iterator[str]:
 
 def score_faults(value: Any, completions: Any) -> Iterator[str]:
     """Faults of the scores of a ranked list."""
-    if not isinstance(value, list) or any(as_number("scores", item) is None for item in value):
+    numbers = [as_number("scores", item) for item in value] if isinstance(value, list) else []
+    if not isinstance(value, list):
         yield f"`scores` is {described(value)}; it must be a list of numbers, one for each completion"
+    elif None in numbers:
+        place = numbers.index(None)
+        yield f"`scores[{place + 1}]` is {described(value[place])}; it must be a number"
     elif isinstance(completions, list) and len(value) != len(completions):
         yield f"`scores` has {len(value)} numbers for {len(completions)} completions; it must have one for each"
-    elif not all(math.isfinite(item) for item in value):
+    elif not all(math.isfinite(number) for number in numbers if number is not None):
         yield "`scores` holds a number that is not finite; completions cannot be ranked by it"
 
 
@@ -141,7 +146,7 @@ def as_number(column: str, value: Any) -> float | None:
             return None
     if isinstance(value, bool):
         return float(value) if column == "label" else None
-    if not isinstance(value, (int, float)) or (column == "label" and value not in (0, 1)):
+    if not isinstance(value, (int, float, Decimal)) or (column == "label" and value not in (0, 1)):
         return None
     try:
         return float(value)
@@ -174,6 +179,8 @@ def _message_faults(message: Any) -> Iterator[str]:
         yield "has `function_call`, the older form of a tool call; write it as `tool_calls`"
     elif "tool_calls" in filled and not _are_calls(filled["tool_calls"]):
         yield f"has `tool_calls` that is {described(filled['tool_calls'])}; it must be a list of objects"
+    elif any(isinstance(call.get("function"), dict) and not call["function"].get("name") for call in _calls_of(filled)):
+        yield "has a tool call without a `name`; a call has the name of its function"
     elif {"from", "value"} <= filled.keys():
         yield "has the keys from, value, as ShareGPT's rows do; it must have `role` and `content`"
     elif not {"role", "content"} <= filled.keys():
@@ -181,7 +188,12 @@ def _message_faults(message: Any) -> Iterator[str]:
     elif not isinstance(filled["role"], str):
         yield f"has a `role` that is {described(filled['role'])}; it must be text"
     elif isinstance(filled["content"], list):
-        yield "has `content` in parts that are not all text, which a model of text does not read; it must be text"
+        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in filled["content"]]
+        odd = next((kind for kind in kinds if kind != "text"), "text without `text`")
+        yield (
+            f"has `content` in parts that are not all text (one is `{odd}`), which a model of text does not read; "
+            "it must be text"
+        )
     elif not isinstance(filled["content"], str):
         yield f"has `content` that is {described(filled['content'])}; it must be text"
 
@@ -189,6 +201,10 @@ def _message_faults(message: Any) -> Iterator[str]:
 def spells_messages(value: str) -> bool:
     """Whether a text spells out a list of messages."""
     return _MESSAGES_AS_TEXT.match(value) is not None
+
+
+def _calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return message.get("tool_calls") or []
 
 
 def _are_calls(value: Any) -> bool:
@@ -202,7 +218,7 @@ def described(value: Any) -> str:
             return "missing (null)"
         case bool():
             return f"a truth value ({value})"
-        case int() | float():
+        case int() | float() | Decimal():
             return f"a number ({str(value)[:40]})"
         case str():
             return f"text ({value[:40]!r}{'…' if len(value) > 40 else ''})"

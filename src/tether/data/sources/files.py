@@ -257,22 +257,12 @@ def _csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
     try:
         with _opened(path) as file:
             reader = csv.reader(_decoded(file, path, name), strict=True)
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise DataError(
-                    f"{name}: the header of `{path}` names a column twice ({', '.join(header)}). Rename one."
-                )
-            apart = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
-            if apart is not None:
-                raise DataError(
-                    f"{name}: the header of `{path}` is one column, `{header[0]}`: its fields are separated by "
-                    f"{apart!r}. Separate them by commas."
-                )
+            header = _header(reader, path, name)
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise DataError(
-                        f"{name}: the row ending in line {reader.line_num} of `{path}` has {len(cells)} fields, the "
-                        f"header has {len(header)}. Put text that holds commas or line breaks in double quotes."
+                        f"{name}: the row ending in line {reader.line_num} of `{path}` has {len(cells)} fields, "
+                        f"{_of_header(header)}. {_quoting(cells)}"
                     )
                 if cells:
                     yield dict(zip(header, cells, strict=True))
@@ -280,6 +270,35 @@ def _csv_rows(path: Path, name: str) -> Iterator[dict[str, str]]:
         raise DataError(f"{name}: line {reader.line_num} of `{path}` is not CSV ({error}). Correct it.") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _header(reader: Any, path: Path, name: str) -> list[str]:
+    """The names of the columns: the first line that is not blank. Spreadsheets write columns without a name beside the
+    used ones; each gets its number for one."""
+    header = next((cells for cells in reader if any(cells)), [])
+    header = [one or (f"column {place}" if header.count("") > 1 else "") for place, one in enumerate(header, 1)]
+    if len(set(header)) < len(header):
+        raise DataError(f"{name}: the header of `{path}` names a column twice ({', '.join(header)}). Rename one.")
+    apart = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+    if apart is not None:
+        raise DataError(
+            f"{name}: the header of `{path}` is one column, `{header[0]}`: its fields are separated by {apart!r}. "
+            "Separate them by commas."
+        )
+    return header
+
+
+def _of_header(header: list[str]) -> str:
+    return (
+        f"the header has {len(header)}" if len(header) > 1 else f"and the first line, `{header[0]}`, names one column"
+    )
+
+
+def _quoting(cells: list[str]) -> str:
+    """What to do about a row that has more or fewer fields than the header."""
+    if any(cell.lstrip() != cell and cell.lstrip().startswith('"') for cell in cells):
+        return "A double quote opens a text only right behind a comma: take the blank before it out."
+    return "The first line must name the columns; put text that holds commas or line breaks in double quotes."
 
 
 def _read_parquet(path: Path, name: str) -> Part:
@@ -385,12 +404,17 @@ def _of_kind(readers: Mapping[str, Reader], path: Path, name: str) -> Reader:
     """What reads a file of this kind, which must hold something."""
     reader = readers.get(kind_of_file(path))
     if reader is None:
-        raise DataError(
-            f"{name}: `{path}` ends in `{path.suffix}`; it must end in {listed(READERS)}. Convert or rename it."
-        )
+        raise DataError(f"{name}: `{path}` ends in `{path.suffix}`; it must end in {listed(READERS)}. {_advice(path)}")
     if not path.stat().st_size:
         raise DataError(f"{name}: `{path}` is empty; it must hold at least one row.")
     return reader
+
+
+def _advice(path: Path) -> str:
+    """What to do with a file of an ending that nothing reads; another name makes no other file of it."""
+    if path.suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".xz", *COMPRESSED):
+        return f"Unpack it; packed files are read where they are text and end in one of {listed(COMPRESSED)}."
+    return "Write its rows as one of these; rename it only if its content is that already."
 
 
 def _no_rows(path: Path, name: str) -> str:

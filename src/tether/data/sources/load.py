@@ -50,6 +50,7 @@ from tether.types import Kind
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FRACTION_BITS = 1 << 32
+_FEATURES = b"huggingface"  # where `datasets` keeps what it knows of columns beyond their types
 # Bytes from which on files of these kinds become a table in pieces of so many rows.
 _LARGE, _PIECE = 2**24, 10_000
 _IN_PIECES = {".jsonl", ".ndjson", ".csv", ".parquet"}
@@ -118,7 +119,8 @@ def load_of_kind(source: Source, *, name: str = "data") -> tuple[Dataset, Kind]:
         read = [one for one in KINDS if (own := formats[one]) is not None and reads(own, sample, one)]
         fits = (one for one in KINDS if sample and fitting(sample[0], one) is not None)
         # One answer of two is a pair whose other column has another name, and not a prompt alone.
-        half: Kind | None = "pair" if {"chosen", "rejected"} & set(columns) else None
+        spelt = {str(column).strip().lower() for column in columns}
+        half: Kind | None = "pair" if {"chosen", "rejected"} & spelt else None
         kind = cast(Kind, read[0] if read else half or kind or next(fits, "pair"))
     if is_origin(source) or len(origins_of(source, "train", name)) == 1:
         return _with_layout(rows, origin, layout, kind, name), kind
@@ -138,11 +140,7 @@ def _sliced(origin: Origin, name: str) -> Dataset | list[dict[str, Any]]:
         found.append(rows if piece.whole else _chosen(rows, piece.places(len(rows))))
     if "[" in origin.split and not any(map(len, found)):
         raise DataError(f"{name}: split is `{origin.split}`, and no row lies within its bounds. Widen them.")
-    if len(found) == 1:
-        rows = found[0]
-    else:
-        parts = [part if isinstance(part, Dataset) else Dataset(table_of(part, name)) for part in found]
-        rows = _joined(parts, [f"{origin.path}"] * len(parts), name)
+    rows = found[0] if len(found) == 1 else _all_of(found, [f"{origin.path}"] * len(found), name)
     rows = rows if origin.first is None else _chosen(rows, range(min(origin.first, len(rows))))
     return transformed(rows, origin, name)
 
@@ -250,6 +248,12 @@ def renamed(
         return rows
     found = rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     for wanted, column in names.items():
+        other = next(one for one, its in names.items() if its == column)
+        if other != wanted:
+            raise ConfigError(
+                f"{name}: fields say that both `{other}` and `{wanted}` are in the column `{column}`. Give each its "
+                "own."
+            )
         if column not in found:
             near = difflib.get_close_matches(column, map(str, found), n=1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -334,8 +338,15 @@ def _from_list(source: Sequence[Any], split: str, name: str) -> Dataset | list[d
     if not any(map(is_saved, paths)):
         return _from_files([path for item in paths for path in expand(item, name, split)], name)
     parts = [_from_text(item, split, name, {}) for item in paths]
-    whole = [part if isinstance(part, Dataset) else Dataset(table_of(part, name)) for part in parts]
-    return whole[0] if len(whole) == 1 else _joined(whole, paths, name)
+    return parts[0] if len(parts) == 1 else _all_of(parts, paths, name)
+
+
+def _all_of(parts: Sequence[Dataset | list[dict[str, Any]]], names: list[str], name: str) -> Dataset | list[dict]:
+    """The rows of several parts, as rows where all of them are, else as a table."""
+    if all(isinstance(part, list) for part in parts):
+        return [row for part in parts for row in cast(list[dict[str, Any]], part)]
+    whole = [part if isinstance(part, Dataset) else Dataset(table_of(part, name, final=False)) for part in parts]
+    return _joined(whole, names, name)
 
 
 def _from_text(source: str, split: str, name: str, hub: Mapping[str, Any]) -> Dataset | list[dict[str, Any]]:
@@ -401,9 +412,12 @@ def _from_files(paths: list[Path], name: str) -> Dataset | list[dict[str, Any]]:
     if all(isinstance(rows, list) for _, rows in parts):
         # Each file is made a table on its own first, so that what is wrong with it is said with its name.
         tables = [table_of(cast(list[dict[str, Any]], rows), f"{name} ({path})") for path, rows in parts]
-        concatenated(tables, [str(path) for path, _ in parts], name)
+        read = [table.select([column for column in table.column_names if column in TEXTS]) for table in tables]
+        concatenated(read, [str(path) for path, _ in parts], name)
         return [row for _, rows in parts for row in cast(list[dict[str, Any]], rows)]
-    tables = [table_of(rows, f"{name} ({path})") if isinstance(rows, list) else rows for path, rows in parts]
+    tables = [
+        table_of(rows, f"{name} ({path})", final=False) if isinstance(rows, list) else rows for path, rows in parts
+    ]
     return Dataset(concatenated(tables, [str(path) for path, _ in parts], name))
 
 
@@ -432,7 +446,7 @@ def _pieces(path: Path, name: str) -> Iterator[pa.Table]:
             yield part
             continue
         piece = [part, *cast(Iterator[dict[str, Any]], islice(rows, _PIECE - 1))]
-        yield table_of(piece, name, first)
+        yield table_of(piece, name, first, final=False)
         first += len(piece)
 
 
@@ -444,18 +458,23 @@ def _joined(parts: list[Dataset], names: list[str], name: str) -> Dataset:
 
 def concatenated(tables: list[pa.Table], names: list[str], name: str) -> pa.Table:
     try:
-        return pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
+        joined = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
             f"{name}: the files {listed(names)} give a column of one name different types "
             f"({str(error).splitlines()[0]}). Make them alike, or prepare them apart."
         ) from error
+    said = {(table.schema.metadata or {}).get(_FEATURES) for table in tables}
+    # Such as the names of classes; only where it is said of the columns that came out.
+    same = len(said) == 1 and None not in said and all(table.schema.equals(joined.schema) for table in tables)
+    return joined.replace_schema_metadata({_FEATURES: said.pop()}) if same else joined
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa.Table:
+def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0, *, final: bool = True) -> pa.Table:
     """Rows, the first of which has the number `first`, as an Arrow table.
 
-    It is made a column at a time, so that values of two types in one column can be named.
+    It is made a column at a time, so that values of two types in one column can be named. Where columns have their
+    `final` names, one of several types that no name says to read becomes JSON; else it may be read under another name.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     arrays: dict[str, Any] = {}
@@ -469,6 +488,10 @@ def table_of(rows: Sequence[Mapping[str, Any]], name: str, first: int = 0) -> pa
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             if column in TEXTS:
                 raise DataError(explain_mixed_types(rows, name, column, error, first)) from error
+            if not final:
+                raise DataError(
+                    f"{name}: the column `{column}` has values of several types ({error}). Give them one type."
+                ) from error
             # Not read by training, but still listed among the unused columns.
             arrays[str(column)] = pa.array([json.dumps(value, default=str) for value in values])
     return pa.table(arrays)

@@ -136,6 +136,7 @@ def _rendered(
     prompt = _prompt_within(texts, alone, write) if moved else alone
     own = [_Text.of(record, text, prompt, write, closings) for text in texts]
     lost = {name for one in own for name in one.lost} if own else _lost(record, prompt, write)
+    lost |= write.unread(record)
     row = Rendered(
         prompt,
         tuple(one.text for one in own),

@@ -12,7 +12,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tether.data.rows.fields import OTHER_ROLES
+from tether.data.rows.fields import CALL_ROLES, OTHER_ROLES
 from tether.data.text.template_sandbox import EndlessTemplateError, ending_template
 from tether.errors import DataError
 from tether.types import Messages, Preference
@@ -123,12 +123,20 @@ class Writer:
             for messages in (record.prompt, *record.completions):
                 for role in {message["role"] for message in cast(Messages, messages)} - _ROLES:
                     usual = OTHER_ROLES.get(role.strip().lower())
-                    if usual is not None and not re.search(rf"""(['"]){re.escape(role)}\1""", named):
+                    if (usual is not None or role in CALL_ROLES) and not _names(named, role):
+                        advice = f"Rename it: `roles: {{{role}: {usual}}}` beside the `path` of the rows."
+                        if role in CALL_ROLES:
+                            advice = "Give the call as `tool_calls` of a message of the assistant."
                         raise DataError(
                             f"{self.name}: row {record.source_row + 1}: a message has the role `{role}`, which the "
-                            "chat template does not name and would write as it is. Rename it: "
-                            f"`roles: {{{role}: {usual}}}` beside the `path` of the rows."
+                            f"chat template does not name and would write as it is. {advice}"
                         )
+
+    def unread(self, record: Preference) -> set[str]:
+        """Arguments of a row that the template does not know, so that they change nothing of what is written."""
+        template = self._options(record, "")["chat_template"]
+        names = (name for name in record.chat_template_kwargs if not re.search(rf"\b{re.escape(name)}\b", template))
+        return {f"argument `{name}`" for name in names}
 
     def attempt(self, record: Preference, messages: Messages, opened: str = "") -> str | None:
         """The text of one conversation; None where the template refuses it."""
@@ -213,6 +221,10 @@ class Writer:
         return (from_object is None or "{'probing'" in from_object) and written(_as_text) is not None
 
 
+def _names(template: str, role: str) -> bool:
+    return re.search(rf"""(['"]){re.escape(role)}\1""", template) is not None
+
+
 def _with_arguments(call: Mapping[str, Any], form: Any) -> dict[str, Any]:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _with_arguments(call["function"], form)}
@@ -227,6 +239,8 @@ def as_object(arguments: Any) -> Any:
         found = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         return arguments
+    if isinstance(found, str):  # exports that encode a row as JSON do so once more with what is JSON text already
+        found = as_object(found)
     return found if isinstance(found, dict) else arguments
 
 

@@ -34,6 +34,7 @@ from tether.data.prepare.job import Options
 from tether.data.prepare.stream import Arrange, PreparedStream
 from tether.data.sources.load import plain_rows
 from tether.data.sources.stream import RowStream, is_streamed
+from tether.data.text.template import text_tokenizer
 from tether.errors import ConfigError, DataError
 from tether.models.gguf import cache_root
 from tether.training.config import PreferenceConfig
@@ -60,6 +61,10 @@ def distinct_rows(rows: Dataset, name: str) -> Dataset:
     if len(seen) < len(rows):
         logger.info(f"{name}: {len(rows) - len(seen):,} rows are exactly an earlier one, and are left out")
     return rows.select(list(seen.values()))
+
+
+def _has_template(processing: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
+    return bool(text_tokenizer(processing).chat_template)
 
 
 @dataclass
@@ -123,6 +128,11 @@ class RunData:
             self.reports[name]["audit"] = self._audit(name, data)
         for line in prepared.report.lines():
             logger.info(line)
+        if prepared.report.form == "standard" and len(self.reports) == 1 and _has_template(self.tokenizer):
+            logger.info(
+                f"{name}: the rows are text and are trained on as they are; the model's chat template writes lists of "
+                "messages alone, which a `format` such as chatml.default makes of prompts and answers"
+            )
         if remark := prepared.report.remark():
             logger.warning(remark)
         return prepared

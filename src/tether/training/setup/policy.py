@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, set_seed
 from tether.compat.launcher import OTHER_SIZES, SIZES, number
 from tether.data import text_tokenizer
 from tether.data.images.sizes import use_sizes
-from tether.errors import ConfigError, ScoringError
+from tether.errors import ConfigError, DataError, ScoringError
 from tether.models.adapters import (
     adapter_folders,
     continue_adapter,
@@ -175,6 +175,9 @@ def announce_columns(columns: tuple[str, ...], train: Dataset, evaluation: Any, 
         train: the training rows, or the first ones of a stream.
         evaluation: the evaluation rows, a dictionary of them, or None.
         complete: whether `train` is all training rows.
+
+    Raises:
+        DataError: no row of a set counts.
     """
     named = evaluation if isinstance(evaluation, dict) else {} if evaluation is None else {"": evaluation}
     sets = {"": train, **{f"eval_{name}: " if name else "eval: ": rows for name, rows in named.items()}}
@@ -182,6 +185,11 @@ def announce_columns(columns: tuple[str, ...], train: Dataset, evaluation: Any, 
         for column in columns:
             if column in _EFFECTS and column in rows.column_names:
                 values = rows.with_format(None)[column][:]
+                if column == "weight" and max(values) == 0 and (complete or prefix):
+                    raise DataError(
+                        f"{prefix or 'train: '}every row has the weight 0, so that none of them counts. Give some of "
+                        "them another weight, or remove the column."
+                    )
                 part = "" if complete or prefix else ", in the first rows"
                 logger.info(
                     f"{prefix}column `{column}`: used; it {_EFFECTS[column]}; from {min(values):g} to {max(values):g}, "
