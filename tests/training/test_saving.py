@@ -132,6 +132,22 @@ def test_peft_is_asked_what_it_would_restore_and_restores_nothing(base):
     assert changed == set(found)
 
 
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_a_policy_whose_adapter_was_taken_off_is_neither_saved_nor_evaluated(how, base, tmp_path):
+    """PEFT writes an adapter without tensors for it, and the merged weights are in no file."""
+    run = trainer(tmp_path / "run", base, peft_config=lora(), evaluation=pair_rows()[:2])
+    run.train()
+    run.save_model(tmp_path / "before")
+    merged = getattr(run.policy, how)()
+    with pytest.raises(ConfigError, match=r"merged into it or taken off \(merge_and_unload, unload\)"):
+        run.save_model(tmp_path / "after")
+    assert not (tmp_path / "after").exists() or [*(tmp_path / "after").iterdir()] == []
+    with pytest.raises(ConfigError, match="no policy without it to compare with"):
+        run.evaluate()
+    merged.save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_a_file_without_them_is_found_out(base, tmp_path):
     """The control of the proof: the tensor that was taken out is named."""
     run = trainer(tmp_path / "run", base, peft_config=lora(), train_parameters=["norm"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -75,6 +76,21 @@ def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
     return dict(inner.peft_config) if isinstance(inner, PeftModel) else injected_configs(inner)
 
 
+def require_adapter(model: nn.Module) -> None:
+    """Refuse a PEFT model whose adapter is no more on its layers: it would be saved without what it learnt.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, PeftModel) and isinstance(inner.base_model, BaseTuner) and not adapter_tensors(inner):
+        raise ConfigError(
+            "The adapter of the policy was merged into it or taken off (merge_and_unload, unload), so that there is no "
+            "adapter to save, and no policy without it to compare with. Save what merge_and_unload returned with its "
+            "own save_pretrained; evaluate before it, or with `tether eval`."
+        )
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes what it computes without any adapter."""
@@ -82,6 +98,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     if not adapter_configs(inner):
         yield
         return
+    require_adapter(inner)
     # Turning adapters on again makes PEFT mark their tensors trainable, also those that were not.
     required = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     try:

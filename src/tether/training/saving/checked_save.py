@@ -18,7 +18,7 @@ from tether.models.adapters import write_active
 from tether.models.adapting.adapter_files import write_sums
 from tether.models.adapting.base_rewriting import write_plain
 from tether.models.adapting.extra_tensors import shared_by_hand, write_beside
-from tether.models.structure import trainable_tensors, unwrap
+from tether.models.structure import require_adapter, trainable_tensors, unwrap
 from tether.redact import masked_values
 from tether.training.saving.model_settings import OwnSettings, generation_as_it_is
 
@@ -44,9 +44,10 @@ def whole_save(
         The tensors to save, or None for the model's own.
 
     Raises:
-        TetherError: a trained tensor is in no file.
+        TetherError: a trained tensor is in no file; or the adapter was taken off, before anything is written.
     """
     folder = Path(folder)
+    require_adapter(model)
     with warnings.catch_warnings(), settings.in_place(), generation_as_it_is(model, folder, write=args.should_save):
         # PEFT says that it saves the embeddings of new tokens, which is what is wanted.
         warnings.filterwarnings("ignore", EMBEDDINGS_SAVED)
