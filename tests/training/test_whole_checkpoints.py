@@ -27,7 +27,7 @@ from tether import DPOConfig, DPOTrainer
 from tether.compat.accelerate import rows_of_last_round
 from tether.errors import ConfigError, TetherError
 from tether.files import write_whole
-from tether.training.checkpoint import best_checkpoint, last_checkpoint
+from tether.training.checkpoint import best_checkpoint, last_checkpoint, resume_folder
 from tether.training.saving import atomic_checkpoint
 from tether.training.saving.atomic_checkpoint import MANIFEST, damage, require_whole
 from tether.training.saving.resume_check import IDENTITY
@@ -453,3 +453,10 @@ def test_the_filler_rows_of_a_resumed_epoch_are_known(rows, filled):
         assert set(last[:-1]) == {None}
         found.append(last[-1])
     assert found == [filled, filled]
+
+
+@pytest.mark.parametrize("given", [1, 2.0, ["checkpoint-4"]])
+def test_what_is_resumed_from_is_true_or_a_folder(given, tmp_path):
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint is .*; expected True for the last checkpoint"):
+        resume_folder(given, str(tmp_path))
+    assert resume_folder(None, str(tmp_path)) is None

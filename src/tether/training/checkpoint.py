@@ -44,6 +44,10 @@ def resume_folder(resume: bool | str | Path | None, output_dir: str | None) -> P
     """
     if not resume:
         return None
+    if not isinstance(resume, (bool, str, Path)):
+        raise ConfigError(
+            f"is {resume!r}; expected True for the last checkpoint, or the folder of one.", "resume_from_checkpoint"
+        )
     if resume is True:
         last = last_checkpoint(output_dir)
         if last is None:
