@@ -205,17 +205,19 @@ def _measured(cores: int, now: Choice | None = None) -> tuple[Choice, str]:
     fewer = [Choice(cores >> halved) for halved in range(1, cores.bit_length())]
     if not fewer:
         return Choice(1), "no more are granted"
-    choices = [Choice(cores), Choice(cores, sleeping=True), *fewer]
-    rates = measured_rates(choices)
-    # The most threads that are about as fast as any; of the same number those that wait as they were told.
-    best = next(choice for choice in choices if rates[choice] * _WORTH >= max(rates.values()))
+    spinning, sleeping = [Choice(cores), *fewer], Choice(cores, sleeping=True)
+    rates = measured_rates([spinning[0], sleeping, *fewer])
+    # The most threads that are about as fast as any; those that sleep are slower in a whole step than in short regions.
+    best = next(one for one in spinning if rates[one] * _WORTH >= max(rates[other] for other in spinning))
+    if rates[sleeping] > _WORTH * rates[best]:
+        best = sleeping
     if now is not None and rates.get(now, 0.0) * _WORTH_A_CHANGE >= rates[best]:
         best = now
-    against = Choice(1) if best == choices[0] else choices[0]
+    against = Choice(1) if best == spinning[0] else spinning[0]
     gain = rates[best] / rates[against]
     waiting = "; those that wait sleep at once, as other processes compute" if best.sleeping else ""
-    spinning = " that spin" if best.sleeping else ""
-    said = f"measured {gain:.1f}x the speed of {against.threads}{spinning}{waiting}"
+    kind = " that spin" if best.sleeping else ""
+    said = f"measured {gain:.1f}x the speed of {against.threads}{kind}{waiting}"
     return best, f"{said}; set cpu_threads or OMP_NUM_THREADS to choose"
 
 
