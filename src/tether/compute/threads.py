@@ -64,11 +64,11 @@ class _Waits:
         """Whether threads that wait sleep at once."""
         return self._end is not None
 
-    def sleep(self, at_once: bool) -> None:
-        """Let threads that wait sleep at once, or no more."""
+    def sleep(self, at_once: bool, threads: int) -> None:
+        """Let threads that wait, of so many, sleep at once, or no more."""
         if at_once and self._end is None:
             ready, self._end = threading.Event(), threading.Event()
-            self._holder = threading.Thread(target=self._hold, args=(ready, self._end), daemon=True)
+            self._holder = threading.Thread(target=self._hold, args=(threads, ready, self._end), daemon=True)
             self._holder.start()
             ready.wait()
         elif self._end is not None and not at_once:
@@ -77,8 +77,9 @@ class _Waits:
             self._end = None
 
     @staticmethod
-    def _hold(ready: threading.Event, end: threading.Event) -> None:
-        torch.set_num_threads(len(_affinity()) + 1)
+    def _hold(threads: int, ready: threading.Event, end: threading.Event) -> None:
+        # As few as make, with the run's own, one more than there are cores; this thread itself does not count.
+        torch.set_num_threads(max(len(_affinity()) - threads, 0) + 2)
         torch.zeros(2**20).add_(1.0)  # a parallel region, for which the pool is made; it ends with this thread
         ready.set()
         end.wait()
@@ -196,7 +197,7 @@ def _choose(cores: int, since: str) -> int:
 
 
 def _take(choice: Choice) -> None:
-    _waits.sleep(choice.sleeping)
+    _waits.sleep(choice.sleeping, choice.threads)
     torch.set_num_threads(choice.threads)  # last: the pool that lets others sleep sets a number of its own
 
 
