@@ -213,7 +213,9 @@ def test_what_a_user_chose_stays(machine, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="tether")
     monkeypatch.setattr(threads, "measured_rates", lambda counts: pytest.fail("measured all the same"))
     assert threads.choose_threads("auto", on_cpu=False) == 8
+    machine["sleeping"] = True  # as a run before it left them
     assert threads.choose_threads(3, on_cpu=True) == machine["threads"] == 3
+    assert not machine["sleeping"]
     assert threads.choose_threads("auto", on_cpu=True) == 3
     assert "threads: 3 of 8 cores (torch.set_num_threads(3))" in caplog.text
     machine["threads"] = 8

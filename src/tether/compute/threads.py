@@ -59,11 +59,6 @@ class _Waits:
         self._end: threading.Event | None = None
         self._holder = threading.Thread()
 
-    @property
-    def sleeping(self) -> bool:
-        """Whether threads that wait sleep at once."""
-        return self._end is not None
-
     def sleep(self, at_once: bool, threads: int) -> None:
         """Let threads that wait, of so many, sleep at once, or no more."""
         if at_once and self._end is None:
@@ -114,7 +109,7 @@ def choose_threads(setting: int | str | None, *, on_cpu: bool) -> int:
         threads, why = torch.get_num_threads(), chosen
     else:
         return _choose(cores, "")
-    torch.set_num_threads(threads)
+    _take(Choice(threads))
     logger.info(f"threads: {threads} of {cores} cores ({why})")
     return threads
 
@@ -132,9 +127,10 @@ class ThreadsAgain:
         Args:
             step: that was just made, for the line that says what changed.
         """
-        passed, before, cores = time.monotonic() - self._since, _own, granted_cores()
+        passed, before = time.monotonic() - self._since, _own
         if passed < self._wait or before is None or torch.get_num_threads() != before.threads:
             return
+        cores = granted_cores()
         had = time.process_time() - self._computed >= _SHARE * passed * before.threads
         if had and before == Choice(cores):
             self._wait = _FIRST_WAIT

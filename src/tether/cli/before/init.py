@@ -150,11 +150,9 @@ def _text(
     adapter = "# lora: {r: 16}          # an adapter in place of the whole model, with far less memory"
     if not full:
         adapter = "lora: {r: 16, alpha: 32, target: all-linear}  # remove for the whole model"
-    rows, fields = (
-        plain(data),
-        ", ".join(f"{one}: COLUMN" for one in _FIELDS.get(learn, ("prompt", "chosen", "rejected"))),
-    )
+    rows = plain(data)
     if unnamed:
+        fields = ", ".join(f"{one}: COLUMN" for one in _FIELDS.get(learn, ("prompt", "chosen", "rejected")))
         rows = f"{{path: {rows}, fields: {{{fields}}}}}"
     device = "  use_cpu: true            # remove to use a GPU\n" if machine == "cpu" else ""
     return f"""\
