@@ -71,12 +71,11 @@ class GuardCallback(TrainerCallback):
         require_recording(state.global_step + 1)
 
     def _require_options(self, args: TrainingArguments) -> None:
-        now = _own_options(args)
-        changed = next((name for name, value in self._options.items() if now.get(name) != value), None)
+        changed = next((name for name, value in self._options.items() if getattr(args, name) != value), None)
         if changed is not None:
             raise ConfigError(
-                f"was {self._options[changed]!r} when the trainer was made and is {now.get(changed)!r} now. A run has "
-                "the options that its trainer was made with, and its checkpoints hold them. Set it in the "
+                f"was {self._options[changed]!r} when the trainer was made and is {getattr(args, changed)!r} now. A "
+                "run has the options that its trainer was made with, and its checkpoints hold them. Set it in the "
                 "configuration that the trainer is given.",
                 changed,
             )
