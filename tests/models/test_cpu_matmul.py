@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from tether.compute import cpu_matmul as products
-from tether.compute.cpu_matmul import OneDnnLinear, batched_product, compute_by_products, product, use_products
+from tether.compute.cpu_matmul import OneDnnLinear, compute_by_products, product, use_products
 from tether.errors import ConfigError
 from tiny import tiny_model
 
@@ -108,10 +108,18 @@ def test_a_matrix_with_gaps_is_copied(onednn, monkeypatch):
     assert seen == [True] * 5
 
 
-def test_batches(onednn):
-    inputs, weight = (one.detach() for one in tensors((3, 50, 16), (3, 40, 16)))
-    assert close(batched_product(inputs, weight), inputs @ weight.mT)
-    assert len(onednn) == 3
+@pytest.mark.parametrize("width", [8, 96])
+def test_the_derivative_by_a_narrow_weight_has_its_shorter_side_as_rows(width, onednn, monkeypatch):
+    """The other way round oneDNN takes several times as long, for an adapter's matrices."""
+    inputs, weight = tensors((50, width), (104 - width, width))
+    inputs = inputs.detach()
+    expected = torch.autograd.grad(linear(inputs, weight).square().sum(), weight)[0]
+    seen = []
+    plain = products.onednn_product
+    monkeypatch.setattr(products, "onednn_product", lambda one, *rest: seen.append(one.shape[0]) or plain(one, *rest))
+    (found,) = torch.autograd.grad(product(inputs, weight).square().sum(), weight)
+    assert close(found, expected)
+    assert seen == [50, 8]
 
 
 def test_what_does_not_go_to_onednn(onednn, monkeypatch):
@@ -134,7 +142,6 @@ def test_what_does_not_go_to_onednn(onednn, monkeypatch):
     assert len(onednn) == 1
     use_products("default")
     product(inputs, weight)
-    batched_product(inputs[None], weight[None])
     assert len(onednn) == 1
 
 

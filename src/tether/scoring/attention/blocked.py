@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tether.compat.torch import softmax_backward, with_values
-from tether.compute.cpu_matmul import batched_product
 
 BLOCK = 96
 # The weights of a block of at most so many keys are kept for the backward: no more than so many numbers a query.
@@ -68,7 +67,7 @@ class _Blocked(torch.autograd.Function):
         for block, seen in _blocks(query.shape[2], key.shape[2], window):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, window)
-            output[:, lines] = batched_product(weights, values[:, seen].transpose(1, 2))
+            torch.bmm(weights, values[:, seen], out=output[:, lines])
             kept.append(weights if weights.shape[2] <= KEPT else None)
         ctx.save_for_backward(rows, key, value, *kept)
         ctx.scaling, ctx.window, ctx.heads = scaling, window, heads
@@ -89,9 +88,9 @@ class _Blocked(torch.autograd.Function):
             lines = _lines(block, heads)
             weights = _weights(rows[:, lines], keys[:, seen], heads, ctx.window) if found is None else found
             _add_product(grad_values[:, seen], weights.transpose(1, 2), grads[:, lines])
-            grad_weights = batched_product(grads[:, lines], values[:, seen])
+            grad_weights = torch.bmm(grads[:, lines], values[:, seen].transpose(1, 2))
             grad_scores = softmax_backward(grad_weights, weights)
-            grad_rows[:, lines] = batched_product(grad_scores, keys[:, seen].transpose(1, 2))
+            torch.bmm(grad_scores, keys[:, seen], out=grad_rows[:, lines])
             _add_product(grad_keys[:, seen], grad_scores.transpose(1, 2), rows[:, lines])
         grad_query = _as_heads(grad_rows.mul_(ctx.scaling), heads)
         return grad_query, grad_keys[None].to(key.dtype), grad_values[None].to(value.dtype), None, None
@@ -123,7 +122,7 @@ def _blocks(queries: int, keys: int, window: int) -> Iterator[tuple[slice, slice
 
 def _weights(rows: Tensor, keys: Tensor, heads: int, window: int) -> Tensor:
     """Softmax of one block's scores, `[groups, places * heads, seen]`; the last key is the last query's own."""
-    scores = batched_product(rows, keys)
+    scores = torch.bmm(rows, keys.transpose(1, 2))
     places = rows.shape[1] // heads
     # Without a window only the last keys, as many as there are places, can lie after a query of the block.
     far = keys.shape[1] if window and keys.shape[1] > window else places
