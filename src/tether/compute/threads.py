@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -30,9 +30,8 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Fewer threads must be this much faster to be taken: what a quiet machine's measurements differ by. On a busy one they
 # differ by more, and what a run goes on with stays unless another choice is faster than that.
 _WORTH, _WORTH_A_CHANGE = 1.1, 1.3
-# A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance.
-_BURST_SECONDS = 0.04
-_ROUNDS = 7
+# All cores that get less of themselves than this share them, with other processes or by a quota.
+_ALONE = 0.9
 # Threads that get less of their cores than this are measured again after so many seconds; each measurement that changes
 # nothing doubles the time to the next, up to the longest.
 _SHARE = 0.8
@@ -45,6 +44,25 @@ class Choice(NamedTuple):
 
     threads: int
     sleeping: bool = False
+
+
+class Bursts(NamedTuple):
+    """How choices are measured: so often each, for so many seconds, and once before, to find threads and memory."""
+
+    seconds: float
+    rounds: int
+
+
+# A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance. Where other
+# processes compute, a scheduler moves threads between cores several times a second, and that is part of the answer.
+_SHORT, _LONG = Bursts(0.04, 7), Bursts(0.25, 5)
+
+
+class Measured(NamedTuple):
+    """What a choice was measured to do."""
+
+    rate: float  # pieces of work a second
+    share: float  # of its threads' cores that it had, from 0 to 1
 
 
 class _Waits:
@@ -198,38 +216,82 @@ def _take(choice: Choice) -> None:
 
 
 def _measured(cores: int, now: Choice | None = None) -> tuple[Choice, str]:
-    """The fastest of all cores, these with threads that sleep, half of them, and so on to one; and what was found."""
+    """What to compute with, and why: all cores, these with threads that sleep, half of them, and so on to one.
+
+    Short regions tell whether threads may spin: not where others need the cores. How many are best where they may not
+    is told by larger pieces, as steps have them: in short ones all that is gained by a second thread goes into waiting.
+
+    Args:
+        cores: that are granted.
+        now: what a run computes with, which goes on unless another is faster by a good deal.
+    """
     fewer = [Choice(cores >> halved) for halved in range(1, cores.bit_length())]
     if not fewer:
         return Choice(1), "no more are granted"
-    spinning, sleeping = [Choice(cores), *fewer], Choice(cores, sleeping=True)
-    rates = measured_rates([spinning[0], sleeping, *fewer])
-    # The most threads that are about as fast as any; those that sleep are slower in a whole step than in short regions.
-    best = next(one for one in spinning if rates[one] * _WORTH >= max(rates[other] for other in spinning))
-    if rates[sleeping] > _WORTH * rates[best]:
-        best = sleeping
-    if now is not None and rates.get(now, 0.0) * _WORTH_A_CHANGE >= rates[best]:
-        best = now
-    against = Choice(1) if best == spinning[0] else spinning[0]
-    gain = rates[best] / rates[against]
-    waiting = "; those that wait sleep at once, as other processes compute" if best.sleeping else ""
-    kind = " that spin" if best.sleeping else ""
-    said = f"measured {gain:.1f}x the speed of {against.threads}{kind}{waiting}"
-    return best, f"{said}; set cpu_threads or OMP_NUM_THREADS to choose"
+    spinning, sleeping = Choice(cores), Choice(cores, sleeping=True)
+    found = measured([spinning, sleeping, *fewer], _short_region(), _SHORT)
+    rates = {choice: one.rate for choice, one in found.items()}
+    if now is None or now == spinning:
+        fastest = rates[spinning] * (_WORTH if now is None else _WORTH_A_CHANGE) >= max(rates.values())
+    else:
+        fastest = rates[spinning] > rates[now] * _WORTH_A_CHANGE
+    if fastest and found[spinning].share >= _ALONE:
+        gain, against = rates[spinning] / rates[Choice(1)], Choice(1)
+        best, why = spinning, f"measured {gain:.1f}x the speed of {_name(against)}"
+    else:
+        # The most threads that are about as fast as any of the fewer ones.
+        few = next(one for one in fewer if rates[one] * _WORTH >= max(rates[other] for other in fewer))
+        if now is not None and now in fewer and rates[now] * _WORTH_A_CHANGE >= rates[few]:
+            few = now
+        best, why = _better(few, sleeping, now)
+    return best, f"{why}; set cpu_threads or OMP_NUM_THREADS to choose"
 
 
-def measured_rates(choices: list[Choice]) -> dict[Choice, float]:
-    """Short parallel regions a second, as a training step has them, by each choice; medians, in turns."""
-    rates: dict[Choice, list[float]] = {choice: [] for choice in choices}
+def _better(few: Choice, sleeping: Choice, now: Choice | None) -> tuple[Choice, str]:
+    """The faster of both in pieces of work as a step has them; and what was found."""
+    found = measured([few, sleeping], _piece_of_a_step(), _LONG)
+    first, second = (sleeping, few) if now == sleeping else (few, sleeping)
+    best = second if found[second].rate > _WORTH * found[first].rate else first
+    rates = ", ".join(f"{one.rate:.0f} by {_name(choice)}" for choice, one in found.items())
+    return best, f"its cores are not free all the time; pieces of work a second: {rates}"
+
+
+def _name(choice: Choice) -> str:
+    return f"{choice.threads}{' that sleep while they wait' if choice.sleeping else ''}"
+
+
+def _short_region() -> Callable[[], object]:
+    """One product, and what follows it element by element: below a millisecond on one core."""
     inputs, weight = torch.ones(256, 512), torch.ones(512, 512)
+    return lambda: nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
+
+
+def _piece_of_a_step() -> Callable[[], object]:
+    """A layer's product with its adapter for a thousand tokens, and a few of attention's small ones: 20 to 40 ms."""
+    inputs, weight, down, up = (torch.ones(size) for size in ((1024, 512), (1024, 512), (16, 512), (1024, 16)))
+    queries, keys = torch.ones(8, 64, 64), torch.ones(8, 64, 256)
+
+    def piece() -> None:
+        hidden = nn.functional.silu(nn.functional.linear(inputs, weight))
+        hidden.add_(nn.functional.linear(nn.functional.linear(inputs, down), up))
+        for _ in range(4):
+            torch.bmm(queries, keys).softmax(-1)
+
+    return piece
+
+
+def measured(choices: list[Choice], work: Callable[[], object], bursts: Bursts) -> dict[Choice, Measured]:
+    """Pieces of work a second by each choice, and the share of its cores that it had; medians, in turns."""
+    found: dict[Choice, list[Measured]] = {choice: [] for choice in choices}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for burst in range(_ROUNDS + 1):
+        for burst in range(bursts.rounds + 1):
             for choice in choices:
                 _take(choice)
-                done, start = 0, time.perf_counter()
-                while (passed := time.perf_counter() - start) < _BURST_SECONDS:
-                    nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
+                done, computed, start = 0, time.process_time(), time.perf_counter()
+                while (passed := time.perf_counter() - start) < bursts.seconds:
+                    work()
                     done += 1
-                if burst:  # the first finds its threads and its memory
-                    rates[choice].append(done / passed)
-    return {choice: median(found) for choice, found in rates.items()}
+                if burst:
+                    share = (time.process_time() - computed) / (passed * choice.threads)
+                    found[choice].append(Measured(done / passed, share))
+    return {choice: Measured(*(median(values) for values in zip(*ones, strict=True))) for choice, ones in found.items()}
