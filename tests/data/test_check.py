@@ -57,6 +57,7 @@ def test_clean_rows_show_nothing_but_lengths() -> None:
         (distinct(0), "duplicates"),
         (pair("Question 0, about 0?", " reply 0 no", " answer 0 yes"), "contradictions"),
         (pair("[INST] Hi [/INST]"), "markers"),
+        (pair(score_chosen=1.0, score_rejected=1.5), "not_borne_out"),
         (pair("What is the sky like?", " 天空是蓝色的。", " It is green."), "other_script"),
         (
             pair(

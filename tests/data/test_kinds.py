@@ -36,6 +36,18 @@ def scored_text(tokenizer: PreTrainedTokenizerFast, row: Any, k: int = 0) -> str
 # -- ranked ------------------------------------------------------------------------------------------------------------
 
 
+def test_equal_scores_are_counted(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """They stay in the order that they stand in, which nobody may have meant."""
+    scores = [[1.0, 2.0, 1.0], [3, 1, 2], ["4", "4.0", "1"]]
+    rows = [{"prompt": "Q", "completions": [" a", " b", " c"], "scores": one} for one in scores[:2]]
+    prepared = run(rows, byte_tokenizer, "ranked")
+    assert prepared.report.not_borne_out == 1
+    said = "in 1 rows completions have equal `scores` and are ranked in the order that they stand in"
+    assert f"train: {said}" in prepared.report.lines()
+    text = [{**rows[0], "scores": one} for one in (scores[2], ["4", "2", "1"])]
+    assert run(text, byte_tokenizer, "ranked").report.not_borne_out == 1
+
+
 def test_a_ranked_list_keeps_its_order_and_its_length(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "The sky is", "completions": [" blue", " grey", " green"]}, {"prompt": "A", "completions": "xy"}]
     rows[1]["completions"] = [" x", " y"]

@@ -231,6 +231,25 @@ def test_completions_that_repeat_the_prompt_are_counted(tokenizer: PreTrainedTok
     assert "train: in 1 rows one completion repeats the prompt and another does not" in lines
 
 
+def test_scores_that_do_not_bear_out_the_order_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Training goes by the order; what the rows say of it themselves is read for this alone."""
+    scores = [(7.0, 3.0), (3.0, 7.0), (5.0, 5.0), ("8", "7.5"), (None, 2.0), ("bad", "good")]
+    rows = [pair(f"Q{k}") | {"score_chosen": a, "score_rejected": b} for k, (a, b) in enumerate(scores[:3])]
+    prepared = run(rows, tokenizer)
+    assert prepared.report.not_borne_out == 2
+    assert "train: in 2 rows the score of the chosen completion is not above the rejected one's" in (
+        prepared.report.lines()
+    )
+    names = {"chosen-rating": 0, "rejected-rating": 1}
+    text = [
+        pair(f"Q{k}") | {name: both[i] and str(both[i]) for name, i in names.items()} for k, both in enumerate(scores)
+    ]
+    assert run(text, tokenizer).report.not_borne_out == 2
+    # Negative controls: columns that are no scores, and one without the other.
+    for columns in ({"chosen_model": "a", "rejected_model": "b"}, {"score_chosen": 1.0}):
+        assert run([pair() | columns], tokenizer).report.not_borne_out == 0
+
+
 def test_the_report_is_plain_json_and_its_totals_add_up(chatml: PreTrainedTokenizerFast) -> None:
     named = {**assistant("A"), "weight": 1}
     prepared = run([chat(origin := "Hi") | {"origin": origin}, pair([user("Hi")], [named], [assistant("B")])], chatml)

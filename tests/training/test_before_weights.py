@@ -224,6 +224,14 @@ def test_a_device_that_is_not_here_is_named_before_weights_are_read(device, tmp_
         specs.ModelSpec.of("nowhere", {"device_map": device}).require_device()
 
 
+def test_a_device_without_values_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="device_map is 'meta'; allowed are"):
+        specs.ModelSpec.of("nowhere", {"device_map": "meta"})
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    with pytest.raises(ConfigError, match="ACCELERATE_TORCH_DEVICE is meta in the environment"):
+        DPOConfig(output_dir=str(tmp_path), **QUIET)
+
+
 def test_a_precision_that_the_launcher_was_told_is_one_that_can_be(tmp_path, monkeypatch):
     """On a CPU it was called float16, and computed in float32."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")

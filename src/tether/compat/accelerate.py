@@ -74,6 +74,11 @@ def require_launcher() -> None:
         ConfigError: what is missing, and what to do.
     """
     require_numbers()
+    if os.environ.get("ACCELERATE_TORCH_DEVICE", "").partition(":")[0] == "meta":
+        raise ConfigError(
+            "ACCELERATE_TORCH_DEVICE is meta in the environment, a device on which tensors have no values. Unset it, "
+            "or name one that computes."
+        )
     size = next((name for name in SIZES if number(name, 1) > 1), None)
     if dist.is_initialized():
         return

@@ -13,6 +13,7 @@ from tether.config.arguments import build
 from tether.config.fields import config_class, trainer_class
 from tether.config.read import load_run_file
 from tether.config.run import RunConfig, Train
+from tether.data.prepare.report import REPORT
 from tether.errors import ConfigError
 from tether.evaluate.named_models import NamedModel, Trained
 from tether.models.load import check_source, is_adapter
@@ -93,7 +94,12 @@ def _weights(folder: Path) -> Path:
 def _trained(run: Path, weights: Path) -> Trained:
     place = weights if (weights / RECORD).is_file() else run
     record = read_record(place)
-    facts: dict[str, Any] = {"conversational": _conversational(run)}
+    rows = _training_rows(run)
+    form = rows.get("form")
+    facts: dict[str, Any] = {
+        "conversational": None if form is None else form != "standard",
+        "rows": rows.get("fingerprint"),
+    }
     if record is not None:
         facts["identity"] = record[0]
         facts |= {} if record[0].sync is None else _moved(run, place)
@@ -154,11 +160,11 @@ def _last_step(run: Path) -> int:
     return max((int(json.loads(line).get("step", 0)) for line in lines if line.endswith("}")), default=0)
 
 
-def _conversational(run: Path) -> bool | None:
-    path = run / "data.json"
+def _training_rows(run: Path) -> dict[str, Any]:
+    """What preparation reported of them; nothing where a run left no report."""
+    path = run / REPORT
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    form = (data.get("train") or {}).get("form")
-    return None if form is None else form != "standard"
+    return data.get("train") or {}
 
 
 def _of_the_model(config: RunConfig) -> RunConfig:

@@ -53,6 +53,7 @@ class Evaluation:
         proved: whether the reference's weights have the hash that the run recorded; None: nothing to compare with.
         shorter: of the pairs of unequal lengths, the share whose shorter completion has the larger reward; None where
             there are none.
+        trained_on: whether the policy's run was trained on just these rows.
     """
 
     policy: str
@@ -67,6 +68,7 @@ class Evaluation:
     no_kl: str
     proved: bool | None
     shorter: float | None
+    trained_on: bool
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON: what is not finite is null."""
@@ -111,6 +113,7 @@ def evaluate_pairs(scored: ScoredRows, policy: str, reference: str | None, colum
         no_kl=scored.no_kl,
         proved=scored.proved,
         shorter=float(((margins > 0) == (chosen < rejected))[uneven].mean()) if uneven.any() else None,
+        trained_on=scored.trained_on,
     )
 
 

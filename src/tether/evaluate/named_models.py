@@ -54,6 +54,7 @@ class Trained:
         moves: how often the reference had moved.
         tensors: file with the values of a reference that had moved; None where no checkpoint holds them.
         conversational: whether its rows were conversations; None where that is not known.
+        rows: fingerprint of the prepared rows that it was trained on; None where that is not known.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Trained:
     moves: int = 0
     tensors: Path | None = None
     conversational: bool | None = None
+    rows: str | None = None
 
     @property
     def is_reward_model(self) -> bool:

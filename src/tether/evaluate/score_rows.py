@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tether.data import example_from_row, load_rows, prepare, read_preferences
+from tether.data import Prepared, example_from_row, load_rows, prepare, read_preferences
 from tether.errors import ConfigError, DataError, ScoringError
 from tether.evaluate.named_models import Loaded, NamedModel
 from tether.models.load import load_config, load_processing
@@ -66,6 +66,7 @@ class ScoredRows:
         rule: what the rewards are, in words.
         scoring: how they were computed, and the proof of it.
         proved: whether the reference's weights have the hash that its run recorded.
+        trained_on: whether the policy's run was trained on just these rows.
     """
 
     rows: Dataset
@@ -80,6 +81,7 @@ class ScoredRows:
     rule: str
     scoring: str
     proved: bool | None
+    trained_on: bool
 
     @property
     def margins(self) -> np.ndarray:
@@ -126,7 +128,8 @@ def score_rows(
         if policy.named.classifies or reference.named.classifies:
             raise ConfigError("A reward model has no log-probabilities to compare: leave the reference out.")
         refuse_other_tokenizer(policy.tokenizer, reference.tokenizer)
-    examples = examples_of(rows, policy.named, reading, policy.processing)
+    prepared = _prepared(rows, policy.named, reading, policy.processing)
+    examples, trained = _examples(prepared), policy.named.trained
     choice = _layout(policy, examples)
     found = _Pass(policy, reference, choice.options, _layout(reference, examples).options if reference else {})
     no_kl = found.why_no_kl(examples, wants_kl)
@@ -145,6 +148,7 @@ def score_rows(
         rule="rewards of the model" if policy.named.classifies else rule_of(_args(policy), reading.beta, reference),
         scoring=choice.line,
         proved=None if reference is None else reference.proved,
+        trained_on=trained is not None and trained.rows == prepared.report.fingerprint,
     )
 
 
@@ -204,6 +208,14 @@ def examples_of(rows: Dataset, named: NamedModel, reading: Reading, processing: 
         reading: how.
         processing: the tokenizer or processor, where it is loaded already.
     """
+    return _examples(_prepared(rows, named, reading, processing))
+
+
+def _examples(prepared: Prepared) -> list[Example]:
+    return [example_from_row(prepared.dataset[place]) for place in range(len(prepared.dataset))]
+
+
+def _prepared(rows: Dataset, named: NamedModel, reading: Reading, processing: Any) -> Prepared:
     args = named.trained.args if named.trained is not None else None
     options: dict[str, Any] = {"max_length": reading.max_length}
     if args is not None:
@@ -213,7 +225,7 @@ def examples_of(rows: Dataset, named: NamedModel, reading: Reading, processing: 
             "turns": args.turns,
             "boundary": args.prompt_boundary,
         }
-    prepared = prepare(
+    return prepare(
         rows,
         processing or load_processing(named.source),
         kind=reading.kind,
@@ -221,7 +233,6 @@ def examples_of(rows: Dataset, named: NamedModel, reading: Reading, processing: 
         name="data",
         **options,
     )
-    return [example_from_row(prepared.dataset[place]) for place in range(len(prepared.dataset))]
 
 
 def _layout(loaded: Loaded, examples: Sequence[Example]) -> Any:

@@ -31,6 +31,12 @@ def test_eval_agrees_with_the_evaluation_of_training(run: Run, call: Any) -> Non
     assert "KL(policy, reference)" in out
 
 
+def test_eval_says_where_the_rows_are_those_of_training(run: Run, call: Any) -> None:
+    said = "the run was trained on just these rows"
+    assert said in " ".join(call("eval", "out", "--data", "pairs.jsonl")[0].split())
+    assert said not in " ".join(call("eval", "out", "--data", "held_out.jsonl")[0].split())
+
+
 def test_rows_may_be_named_as_in_a_run_file(run: Run, call: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The advice for a file whose columns have other names holds behind `--data` too."""
     plain = json.loads(call("eval", "out", "--data", "held_out.jsonl", "--json")[0])

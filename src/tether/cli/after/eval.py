@@ -174,6 +174,11 @@ def _print(found: Evaluation) -> None:
             f"the shorter completion has the larger reward in {found.shorter:.1%} of the pairs of unequal lengths, so "
             "that the accuracy is that of lengths: name a model to compare with (--reference)"
         )
+    if found.trained_on:
+        lines.append(
+            "the run was trained on just these rows: the figures tell how well they were learnt, and nothing of "
+            "others. Name rows that it has not seen"
+        )
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     for column, groups in found.by.items():

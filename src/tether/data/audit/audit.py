@@ -34,6 +34,7 @@ FINDINGS = {
     "duplicates": "repeat an earlier row",
     "near_duplicates": "almost repeat an earlier row",
     "contradictions": "contradict an earlier row",
+    "not_borne_out": "have scores that do not bear out their order",
     "in_evaluation": "are in the evaluation set",
     "near_evaluation": "are almost in the evaluation set",
     "prompts_in_evaluation": "share a prompt with the evaluation set",

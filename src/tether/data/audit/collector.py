@@ -22,6 +22,7 @@ from tether.data.images.parts import as_text, has_parts, identity, image_column,
 from tether.data.prepare.report import digest
 from tether.data.rows.columns import BATCH_ROWS
 from tether.data.rows.schema import Schema, python_rows, record, row_faults, schema_of
+from tether.data.rows.scores import not_borne_out, scored_by
 from tether.data.rows.values import texts_of
 from tether.types import Kind, Messages, Preference
 
@@ -160,7 +161,11 @@ class Seen:
     def batch(self, start: int) -> tuple[Part, list[tuple[Preference, str]]]:
         """The rows from `start` on: those that can be read, and what is said of the others."""
         part, found = Part(self.total.places, self.total.languages_every), []
-        for place, row, faults in self.own.read(range(start, min(start + BATCH_ROWS, len(self.own.rows)))):
+        stop = min(start + BATCH_ROWS, len(self.own.rows))
+        if scored_by(self.own.schema):
+            for place, holds in enumerate(not_borne_out(self.own.rows, self.own.schema, start, stop), start):
+                part.note("not_borne_out", place, holds)
+        for place, row, faults in self.own.read(range(start, stop)):
             part.note("broken", place, bool(faults))
             part.add_faults([f"row {part.places[place] + 1}: {fault}" for fault in faults])
             if not faults:

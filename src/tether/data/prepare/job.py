@@ -24,6 +24,7 @@ from tether.data.rows.schema import (
     read_preferences,
     unpaired,
 )
+from tether.data.rows.scores import not_borne_out
 from tether.data.rows.values import extra_faults, is_blank, texts_of
 from tether.data.text.render import Rendered, render
 from tether.data.text.seq2seq import tokenize_seq2seq
@@ -175,7 +176,10 @@ class Job:
             records = [_with_system(record, self.options.system) for record in records]
         if self.options.template_arguments:
             records = [_with_arguments(record, self.options.template_arguments) for record in records]
-        tally = Tally(other_prompts=self._other_prompts(records, start, stop))
+        tally = Tally(
+            other_prompts=self._other_prompts(records, start, stop),
+            not_borne_out=sum(not_borne_out(self.rows, self.schema, start, stop)),
+        )
         for record in records:
             self._look(record, tally)
         records = [record for record in records if not self._drop(_raw_fault(record), tally)]

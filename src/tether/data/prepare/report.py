@@ -67,6 +67,11 @@ PARTS: dict[Kind, tuple[str, ...]] = {
     "completion": ("completion",),
     "prompt_only": (),
 }
+# What rows are said to be whose own scores do not bear out the order of their completions.
+_SCORES = {
+    "ranked": "completions have equal `scores` and are ranked in the order that they stand in",
+    "pair": "the score of the chosen completion is not above the rejected one's",
+}
 # What becomes of columns that preparation does not read, where it is something.
 _UNUSED = {"prompt_only": "left to rewards"}
 _NOUNS: dict[Kind, str] = {
@@ -104,6 +109,7 @@ class Report:
         duplicates: kept rows that repeat an earlier row exactly.
         repeated_prompts: rows of text whose completions all begin with the whole prompt again.
         unevenly_repeated: rows of text of which some completions do and others do not, by which a model can tell them.
+        not_borne_out: rows whose own scores do not bear out the order of their completions, see `rows.scores`.
         max_length: limit on the tokens of prompt and completion together; None for no limit.
         truncation_mode: what was kept of longer ones.
         cut_prompts: kept rows whose prompt was cut.
@@ -139,6 +145,7 @@ class Report:
     duplicates: int
     repeated_prompts: int
     unevenly_repeated: int
+    not_borne_out: int
     max_length: int | None
     truncation_mode: str
     cut_prompts: int
@@ -190,6 +197,7 @@ class Report:
             f"in {self.unevenly_repeated} rows one completion repeats the prompt and another does not": (
                 self.unevenly_repeated
             ),
+            f"in {self.not_borne_out} rows {_SCORES.get(self.kind, _SCORES['pair'])}": self.not_borne_out,
             f"{moved[0]} rows have no exact prompt boundary (policy {self.boundary})": moved[0],
             f"in {moved[1]} rows the template renders the prompt otherwise alone (policy {self.boundary})": moved[1],
             f"{self.ends_added} completions got an end-of-turn token, as the template writes none": self.ends_added,
@@ -225,6 +233,7 @@ class Tally:
     marker_rows: int = 0
     repeated_prompts: int = 0
     unevenly_repeated: int = 0
+    not_borne_out: int = 0
     ends_added: int = 0
     cut_prompts: int = 0
     cut_tokens: Counter[str] = field(default_factory=Counter)

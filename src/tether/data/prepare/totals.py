@@ -92,6 +92,7 @@ class Totals:
             duplicates=self.duplicates,
             repeated_prompts=tally.repeated_prompts,
             unevenly_repeated=tally.unevenly_repeated,
+            not_borne_out=tally.not_borne_out,
             max_length=options.max_length,
             truncation_mode=options.mode,
             cut_prompts=tally.cut_prompts,

@@ -22,6 +22,7 @@ _FINDINGS = {
     "duplicates": "repeat an earlier row",
     "near_duplicates": "almost repeat an earlier row",
     "contradictions": "contradict an earlier row",
+    "not_borne_out": "have scores that do not bear out their order",
     "other_script": "are answered in another script",
     "other_language": "are answered in another language",
     "refusals": "prefer a refusal",
