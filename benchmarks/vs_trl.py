@@ -50,6 +50,8 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Computes until its parent is gone, however that ended.
+COMPETITOR = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
 # Float32 sums in another order part by about 1e-6 per step; a wrong mask or another batch by far more than this.
 # Bfloat16 products round to three digits: a token is 0.03 nats from float32 in either tool, and a loss sums hundreds.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
@@ -113,7 +115,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @contextmanager
 def competitors(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Processes that compute without a pause, each on one thread, as long as this is open."""
-    others = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    others = [subprocess.Popen([sys.executable, "-S", "-c", COMPETITOR]) for _ in range(count)]
     try:
         yield others
     finally:

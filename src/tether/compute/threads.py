@@ -153,7 +153,7 @@ class ThreadsAgain:
         if had and before == Choice(cores):
             self._wait = _FIRST_WAIT
         else:
-            _choose(cores, f" from step {step + 1} on")
+            _choose(cores, f" from step {step + 1} on", had=had)
             self._wait = min(2 * self._wait, _LONGEST_WAIT) if _own == before else _FIRST_WAIT
         self._begin()
 
@@ -200,10 +200,10 @@ def _quota_of(folder: Path) -> Iterator[float]:
         yield int(quota) / int(period)
 
 
-def _choose(cores: int, since: str) -> int:
+def _choose(cores: int, since: str, *, had: bool = False) -> int:
     """Take what is found fastest, and say so where that is another choice than before; the number of threads."""
     global _own
-    before, (_own, why) = _own, _measured(cores, _own if since else None)
+    before, (_own, why) = _own, _measured(cores, _own if since else None, had=had)
     _take(_own)
     if not since or _own != before:
         logger.info(f"threads: {_own.threads} of {cores} cores{since} ({why})")
@@ -215,43 +215,45 @@ def _take(choice: Choice) -> None:
     torch.set_num_threads(choice.threads)  # last: the pool that lets others sleep sets a number of its own
 
 
-def _measured(cores: int, now: Choice | None = None) -> tuple[Choice, str]:
+def _measured(cores: int, now: Choice | None = None, *, had: bool = False) -> tuple[Choice, str]:
     """What to compute with, and why: all cores, these with threads that sleep, half of them, and so on to one.
 
-    Short regions tell whether threads may spin: not where others need the cores. How many are best where they may not
-    is told by larger pieces, as steps have them: in short ones all that is gained by a second thread goes into waiting.
+    Short regions tell how many threads pay off, and whether they may spin: not where others need the cores. Whether all
+    that sleep are better there than fewer is told by larger pieces, as steps have them: in short ones all that further
+    threads gain goes into waiting.
 
     Args:
         cores: that are granted.
         now: what a run computes with, which goes on unless another is faster by a good deal.
+        had: whether its threads had their cores.
     """
     fewer = [Choice(cores >> halved) for halved in range(1, cores.bit_length())]
     if not fewer:
         return Choice(1), "no more are granted"
-    spinning, sleeping = Choice(cores), Choice(cores, sleeping=True)
-    found = measured([spinning, sleeping, *fewer], _short_region(), _SHORT)
+    every, sleeping = Choice(cores), Choice(cores, sleeping=True)
+    found = measured([every, sleeping, *fewer], _short_region(), _SHORT)
     rates = {choice: one.rate for choice, one in found.items()}
-    if now is None or now == spinning:
-        fastest = rates[spinning] * (_WORTH if now is None else _WORTH_A_CHANGE) >= max(rates.values())
+    best = _most([every, *fewer], rates)
+    if found[every].share >= _ALONE and rates[sleeping] <= _WORTH * rates[best]:
+        best = now if now is not None and rates.get(now, 0.0) * _WORTH_A_CHANGE >= rates[best] else best
+        against = Choice(1) if best == every else every
+        why = f"measured {rates[best] / rates[against]:.1f}x the speed of {against.threads}"
+    elif now is not None and (now == sleeping or (had and now in fewer)):
+        best, why = now, "as before"  # as larger pieces told then, which take seconds
     else:
-        fastest = rates[spinning] > rates[now] * _WORTH_A_CHANGE
-    if fastest and found[spinning].share >= _ALONE:
-        gain, against = rates[spinning] / rates[Choice(1)], Choice(1)
-        best, why = spinning, f"measured {gain:.1f}x the speed of {_name(against)}"
-    else:
-        # The most threads that are about as fast as any of the fewer ones.
-        few = next(one for one in fewer if rates[one] * _WORTH >= max(rates[other] for other in fewer))
-        if now is not None and now in fewer and rates[now] * _WORTH_A_CHANGE >= rates[few]:
-            few = now
-        best, why = _better(few, sleeping, now)
+        best, why = _better(_most(fewer, rates), sleeping)
     return best, f"{why}; set cpu_threads or OMP_NUM_THREADS to choose"
 
 
-def _better(few: Choice, sleeping: Choice, now: Choice | None) -> tuple[Choice, str]:
+def _most(choices: list[Choice], rates: dict[Choice, float]) -> Choice:
+    """The first, with the most threads, that is about as fast as any."""
+    return next(one for one in choices if rates[one] * _WORTH >= max(rates[other] for other in choices))
+
+
+def _better(few: Choice, sleeping: Choice) -> tuple[Choice, str]:
     """The faster of both in pieces of work as a step has them; and what was found."""
     found = measured([few, sleeping], _piece_of_a_step(), _LONG)
-    first, second = (sleeping, few) if now == sleeping else (few, sleeping)
-    best = second if found[second].rate > _WORTH * found[first].rate else first
+    best = sleeping if found[sleeping].rate > _WORTH * found[few].rate else few
     rates = ", ".join(f"{one.rate:.0f} by {_name(choice)}" for choice, one in found.items())
     return best, f"its cores are not free all the time; pieces of work a second: {rates}"
 
