@@ -38,11 +38,11 @@ SLEEPING = threads.Choice(8, sleeping=True)
 
 
 def measures(monkeypatch, *, share=1.0, **rates: dict) -> list[str]:
-    """Measurements find these rates, by threads, in `short` regions and in `pieces` of a step; which were made."""
+    """Measurements find these rates, by threads, in `short` regions and in `long` ones; which were made."""
     made = []
 
-    def measured(choices, work, bursts):
-        kind = "short" if bursts == threads._SHORT else "pieces"
+    def measured(choices, region, bursts):
+        kind = "short" if bursts == threads._SHORT else "long"
         made.append(kind)
         found = {one: rates[kind][SLEEPING if one.sleeping else one.threads] for one in choices}
         return {one: threads.Measured(rate, share) for one, rate in found.items()}
@@ -99,7 +99,7 @@ def test_a_limit_of_memory_below_the_machine_counts(machine, tmp_path, membershi
 
 
 @pytest.mark.parametrize(
-    ("short", "share", "pieces", "taken", "words"),
+    ("short", "share", "long", "taken", "words"),
     [
         ({8: 10, 4: 7, 2: 4, 1: 2, SLEEPING: 5}, 1, {}, (8, False), "measured 5.0x the speed of 1"),
         ({8: 10, 4: 10.5, 2: 4, 1: 2, SLEEPING: 5}, 1, {}, (8, False), "measured 5.0x the speed of 1"),
@@ -114,17 +114,17 @@ def test_a_limit_of_memory_below_the_machine_counts(machine, tmp_path, membershi
         ({8: 9, 4: 7, 2: 4, 1: 2, SLEEPING: 5}, 0.8, {4: 20, SLEEPING: 30}, SLEEPING, "20 by 4, 30 by 8 that sleep"),
     ],
 )
-def test_what_is_fastest_is_taken(machine, monkeypatch, caplog, short, share, pieces, taken, words):
+def test_what_is_fastest_is_taken(machine, monkeypatch, caplog, short, share, long, taken, words):
     """A tenth is what a quiet machine differs by, so that it keeps all its threads, and how they wait. Where its cores
-    are not its own, pieces of a step tell whether all that sleep are faster than fewer."""
+    are not its own, long regions tell whether all that sleep are faster than fewer."""
     caplog.set_level(logging.INFO, logger="tether")
-    made = measures(monkeypatch, short=short, pieces=pieces, share=share)
+    made = measures(monkeypatch, short=short, long=long, share=share)
     assert threads.choose_threads("auto", on_cpu=True) == machine["threads"] == taken[0]
     assert machine["sleeping"] == taken[1]
-    busy = "its cores are not free all the time; pieces of work a second: " if pieces else ""
-    waits = " while they wait" if pieces else ""
+    busy = "its cores are not free all the time; long regions a second: " if long else ""
+    waits = " while they wait" if long else ""
     assert f"threads: {taken[0]} of 8 cores ({busy}{words}{waits}; set cpu_threads or" in caplog.text
-    assert made == ["short", "pieces"][: 1 + bool(pieces)]
+    assert made == ["short", "long"][: 1 + bool(long)]
     # The next run of the process is free to decide again.
     measures(monkeypatch, short=dict.fromkeys((8, 4, 2, 1, SLEEPING), 1.0))
     assert threads.choose_threads("auto", on_cpu=True) == 8
@@ -141,8 +141,8 @@ def clock(monkeypatch):
 
 def test_threads_are_chosen_again_where_other_processes_come_and_go(machine, clock, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="tether")
-    short, pieces = dict.fromkeys((8, 4, 2, 1, SLEEPING), 1.0), dict.fromkeys((4, 2, 1, SLEEPING), 1.0)
-    made = measures(monkeypatch, short=short, pieces=pieces)
+    short, long = dict.fromkeys((8, 4, 2, 1, SLEEPING), 1.0), dict.fromkeys((4, 2, 1, SLEEPING), 1.0)
+    made = measures(monkeypatch, short=short, long=long)
     threads.choose_threads("auto", on_cpu=True)
     again = threads.ThreadsAgain()
 
@@ -156,26 +156,26 @@ def test_threads_are_chosen_again_where_other_processes_come_and_go(machine, clo
 
     assert steps(1000, 8.0) == 0  # it has all its cores
     short.update({8: 1, 4: 2, 2: 5, 1: 3, SLEEPING: 6})
-    pieces.update({2: 1, SLEEPING: 1.2})
+    long.update({2: 1, SLEEPING: 1.2})
     assert steps(15, 3.0) == 1  # others compute too
     assert (machine["threads"], machine["sleeping"]) == (8, True)
     assert "threads: 8 of 8 cores from step 1006 on (its cores are not free all the time" in caplog.text
-    pieces.update({2: 9})
+    long.update({2: 9})
     assert steps(15, 3.0) == 1  # whether the machine is quiet again is not seen from what is had
-    assert "pieces" not in made  # and pieces of a step take seconds: what sleeps goes on
+    assert "long" not in made  # and long regions take seconds: what sleeps goes on
     assert (machine["threads"], machine["sleeping"]) == (8, True)
     short.update({8: 9, 4: 2, 2: 5, 1: 3, SLEEPING: 6})
     assert steps(30, 8.0) == 1
     assert (machine["threads"], machine["sleeping"]) == (8, False)
     assert "threads: 8 of 8 cores from step 1051 on (measured 3.0x the speed of 1" in caplog.text
     short.update({8: 1})
-    pieces.update({2: 9, SLEEPING: 1})
+    long.update({2: 9, SLEEPING: 1})
     assert steps(15, 3.0) == 1
     assert (machine["threads"], machine["sleeping"]) == (2, False)
     # Nothing changes: after 15, 30, 60, 120, 240, 480 seconds, and so on.
-    pieces.update({SLEEPING: 20})
+    long.update({SLEEPING: 20})
     assert steps(15 + 30 + 60 + 120 + 240 + 480 + 480, 2.0) == 7
-    assert "pieces" not in made  # its threads have their cores
+    assert "long" not in made  # its threads have their cores
     assert machine["threads"] == 2
     short.update(dict.fromkeys(short, 1.0))
     assert steps(480, 2.0) == 1
@@ -268,12 +268,12 @@ def test_threads_that_are_hyperthreads_are_torchs_own_choice(machine, monkeypatc
     assert threads.chosen_elsewhere() == "torch.set_num_threads(6)"
 
 
-@pytest.mark.parametrize("work", [threads._short_region, threads._piece_of_a_step])
-def test_each_choice_is_measured_in_turns(machine, monkeypatch, work):
+@pytest.mark.parametrize("shape", [threads._SHORT_REGION, threads._LONG_REGION])
+def test_each_choice_is_measured_in_turns(machine, monkeypatch, shape):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", lambda count: used.append((count, machine["sleeping"])))
     choices = [threads.Choice(2), SLEEPING, threads.Choice(1)]
-    found = threads.measured(choices, work(), threads.Bursts(0.001, 3))
+    found = threads.measured(choices, threads._region(*shape), threads.Bursts(0.001, 3))
     assert used == [(2, False), (8, True), (1, False)] * 4
     assert [*found] == choices
     # The threads are not really set here: one computes, so that of eight an eighth is had.

@@ -55,13 +55,15 @@ class Bursts(NamedTuple):
 
 # A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance. Where other
 # processes compute, a scheduler moves threads between cores several times a second, and that is part of the answer.
-_SHORT, _LONG = Bursts(0.04, 7), Bursts(0.25, 5)
+_SHORT, _LONG = Bursts(0.04, 7), Bursts(0.3, 5)
+# Tokens and width of their products, which take about a millisecond on one core, and about twenty.
+_SHORT_REGION, _LONG_REGION = (256, 512), (1024, 1408)
 
 
 class Measured(NamedTuple):
     """What a choice was measured to do."""
 
-    rate: float  # pieces of work a second
+    rate: float  # regions a second
     share: float  # of its threads' cores that it had, from 0 to 1
 
 
@@ -219,8 +221,8 @@ def _measured(cores: int, now: Choice | None = None, *, had: bool = False) -> tu
     """What to compute with, and why: all cores, these with threads that sleep, half of them, and so on to one.
 
     Short regions tell how many threads pay off, and whether they may spin: not where others need the cores. Whether all
-    that sleep are better there than fewer is told by larger pieces, as steps have them: in short ones all that further
-    threads gain goes into waiting.
+    that sleep are better there than fewer is told by long regions, which take most of a step: in short ones all that
+    further threads gain goes into waiting.
 
     Args:
         cores: that are granted.
@@ -231,7 +233,7 @@ def _measured(cores: int, now: Choice | None = None, *, had: bool = False) -> tu
     if not fewer:
         return Choice(1), "no more are granted"
     every, sleeping = Choice(cores), Choice(cores, sleeping=True)
-    found = measured([every, sleeping, *fewer], _short_region(), _SHORT)
+    found = measured([every, sleeping, *fewer], _region(*_SHORT_REGION), _SHORT)
     rates = {choice: one.rate for choice, one in found.items()}
     best = _most([every, *fewer], rates)
     if found[every].share >= _ALONE and rates[sleeping] <= _WORTH * rates[best]:
@@ -239,7 +241,7 @@ def _measured(cores: int, now: Choice | None = None, *, had: bool = False) -> tu
         against = Choice(1) if best == every else every
         why = f"measured {rates[best] / rates[against]:.1f}x the speed of {against.threads}"
     elif now is not None and (now == sleeping or (had and now in fewer)):
-        best, why = now, "as before"  # as larger pieces told then, which take seconds
+        best, why = now, "as before"  # as long regions told then, which take seconds
     else:
         best, why = _better(_most(fewer, rates), sleeping)
     return best, f"{why}; set cpu_threads or OMP_NUM_THREADS to choose"
@@ -251,39 +253,25 @@ def _most(choices: list[Choice], rates: dict[Choice, float]) -> Choice:
 
 
 def _better(few: Choice, sleeping: Choice) -> tuple[Choice, str]:
-    """The faster of both in pieces of work as a step has them; and what was found."""
-    found = measured([few, sleeping], _piece_of_a_step(), _LONG)
+    """The faster of both in long regions; and what was found."""
+    found = measured([few, sleeping], _region(*_LONG_REGION), _LONG)
     best = sleeping if found[sleeping].rate > _WORTH * found[few].rate else few
     rates = ", ".join(f"{one.rate:.0f} by {_name(choice)}" for choice, one in found.items())
-    return best, f"its cores are not free all the time; pieces of work a second: {rates}"
+    return best, f"its cores are not free all the time; long regions a second: {rates}"
 
 
 def _name(choice: Choice) -> str:
     return f"{choice.threads}{' that sleep while they wait' if choice.sleeping else ''}"
 
 
-def _short_region() -> Callable[[], object]:
-    """One product, and what follows it element by element: below a millisecond on one core."""
-    inputs, weight = torch.ones(256, 512), torch.ones(512, 512)
+def _region(tokens: int, width: int) -> Callable[[], object]:
+    """A product, and what follows it element by element, as a training step has them."""
+    inputs, weight = torch.ones(tokens, 512), torch.ones(width, 512)
     return lambda: nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
 
 
-def _piece_of_a_step() -> Callable[[], object]:
-    """A layer's product with its adapter for a thousand tokens, and a few of attention's small ones: 20 to 40 ms."""
-    inputs, weight, down, up = (torch.ones(size) for size in ((1024, 512), (1024, 512), (16, 512), (1024, 16)))
-    queries, keys = torch.ones(8, 64, 64), torch.ones(8, 64, 256)
-
-    def piece() -> None:
-        hidden = nn.functional.silu(nn.functional.linear(inputs, weight))
-        hidden.add_(nn.functional.linear(nn.functional.linear(inputs, down), up))
-        for _ in range(4):
-            torch.bmm(queries, keys).softmax(-1)
-
-    return piece
-
-
-def measured(choices: list[Choice], work: Callable[[], object], bursts: Bursts) -> dict[Choice, Measured]:
-    """Pieces of work a second by each choice, and the share of its cores that it had; medians, in turns."""
+def measured(choices: list[Choice], region: Callable[[], object], bursts: Bursts) -> dict[Choice, Measured]:
+    """Regions a second by each choice, and the share of its cores that it had; medians, in turns."""
     found: dict[Choice, list[Measured]] = {choice: [] for choice in choices}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for burst in range(bursts.rounds + 1):
@@ -291,7 +279,7 @@ def measured(choices: list[Choice], work: Callable[[], object], bursts: Bursts) 
                 _take(choice)
                 done, computed, start = 0, time.process_time(), time.perf_counter()
                 while (passed := time.perf_counter() - start) < bursts.seconds:
-                    work()
+                    region()
                     done += 1
                 if burst:
                     share = (time.process_time() - computed) / (passed * choice.threads)
