@@ -41,7 +41,7 @@ def measures(monkeypatch, *, share=1.0, **rates: dict) -> list[str]:
     """Measurements find these rates, by threads, in `short` regions and in `long` ones; which were made."""
     made = []
 
-    def measured(choices, region, bursts):
+    def measured(choices, bursts):
         kind = "short" if bursts == threads._SHORT else "long"
         made.append(kind)
         found = {one: rates[kind][SLEEPING if one.sleeping else one.threads] for one in choices}
@@ -268,12 +268,12 @@ def test_threads_that_are_hyperthreads_are_torchs_own_choice(machine, monkeypatc
     assert threads.chosen_elsewhere() == "torch.set_num_threads(6)"
 
 
-@pytest.mark.parametrize("shape", [threads._SHORT_REGION, threads._LONG_REGION])
-def test_each_choice_is_measured_in_turns(machine, monkeypatch, shape):
+@pytest.mark.parametrize("bursts", [threads._SHORT, threads._LONG])
+def test_each_choice_is_measured_in_turns(machine, monkeypatch, bursts):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", lambda count: used.append((count, machine["sleeping"])))
     choices = [threads.Choice(2), SLEEPING, threads.Choice(1)]
-    found = threads.measured(choices, threads._region(*shape), threads.Bursts(0.001, 3))
+    found = threads.measured(choices, bursts._replace(seconds=0.001, rounds=3))
     assert used == [(2, False), (8, True), (1, False)] * 4
     assert [*found] == choices
     # The threads are not really set here: one computes, so that of eight an eighth is had.

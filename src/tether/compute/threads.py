@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -49,15 +49,16 @@ class Choice(NamedTuple):
 class Bursts(NamedTuple):
     """How choices are measured: so often each, for so many seconds, and once before, to find threads and memory."""
 
+    tokens: int  # of a region's product
+    width: int  # of it
     seconds: float
     rounds: int
 
 
 # A burst spans several turns of a scheduler (3 to 4 ms each); their median forgets a single disturbance. Where other
 # processes compute, a scheduler moves threads between cores several times a second, and that is part of the answer.
-_SHORT, _LONG = Bursts(0.04, 7), Bursts(0.3, 5)
-# Tokens and width of their products, which take about a millisecond on one core, and about twenty.
-_SHORT_REGION, _LONG_REGION = (256, 512), (1024, 1408)
+# Their products take about a millisecond on one core, and about twenty.
+_SHORT, _LONG = Bursts(256, 512, 0.04, 7), Bursts(1024, 1408, 0.3, 5)
 
 
 class Measured(NamedTuple):
@@ -233,7 +234,7 @@ def _measured(cores: int, now: Choice | None = None, *, had: bool = False) -> tu
     if not fewer:
         return Choice(1), "no more are granted"
     every, sleeping = Choice(cores), Choice(cores, sleeping=True)
-    found = measured([every, sleeping, *fewer], _region(*_SHORT_REGION), _SHORT)
+    found = measured([every, sleeping, *fewer], _SHORT)
     rates = {choice: one.rate for choice, one in found.items()}
     best = _most([every, *fewer], rates)
     if found[every].share >= _ALONE and rates[sleeping] <= _WORTH * rates[best]:
@@ -254,7 +255,7 @@ def _most(choices: list[Choice], rates: dict[Choice, float]) -> Choice:
 
 def _better(few: Choice, sleeping: Choice) -> tuple[Choice, str]:
     """The faster of both in long regions; and what was found."""
-    found = measured([few, sleeping], _region(*_LONG_REGION), _LONG)
+    found = measured([few, sleeping], _LONG)
     best = sleeping if found[sleeping].rate > _WORTH * found[few].rate else few
     rates = ", ".join(f"{one.rate:.0f} by {_name(choice)}" for choice, one in found.items())
     return best, f"its cores are not free all the time; long regions a second: {rates}"
@@ -264,14 +265,12 @@ def _name(choice: Choice) -> str:
     return f"{choice.threads}{' that sleep while they wait' if choice.sleeping else ''}"
 
 
-def _region(tokens: int, width: int) -> Callable[[], object]:
-    """A product, and what follows it element by element, as a training step has them."""
-    inputs, weight = torch.ones(tokens, 512), torch.ones(width, 512)
-    return lambda: nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
+def measured(choices: list[Choice], bursts: Bursts) -> dict[Choice, Measured]:
+    """Regions a second by each choice, and the share of its cores that it had; medians, in turns.
 
-
-def measured(choices: list[Choice], region: Callable[[], object], bursts: Bursts) -> dict[Choice, Measured]:
-    """Regions a second by each choice, and the share of its cores that it had; medians, in turns."""
+    A region is a product, and what follows it element by element, as a training step has them.
+    """
+    inputs, weight = torch.ones(bursts.tokens, 512), torch.ones(bursts.width, 512)
     found: dict[Choice, list[Measured]] = {choice: [] for choice in choices}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for burst in range(bursts.rounds + 1):
@@ -279,7 +278,7 @@ def measured(choices: list[Choice], region: Callable[[], object], bursts: Bursts
                 _take(choice)
                 done, computed, start = 0, time.process_time(), time.perf_counter()
                 while (passed := time.perf_counter() - start) < bursts.seconds:
-                    region()
+                    nn.functional.silu(nn.functional.linear(inputs, weight)).mul_(0.5).softmax(-1)
                     done += 1
                 if burst:
                     share = (time.process_time() - computed) / (passed * choice.threads)
